@@ -1,0 +1,1 @@
+"""The engine: configuration, plans, runners, and what is shown to the user."""

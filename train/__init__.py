@@ -1,0 +1,1 @@
+"""The training stage: data, loss, loop, checkpoints and evaluation of the target model."""
