@@ -1,0 +1,1 @@
+"""What a stage's result is on disk, and the few things on which all stages agree."""

@@ -1,0 +1,93 @@
+"""Between numpy arrays and the nested columns of our Parquet files.
+
+A row of a table is a segment (or a block); a list column holds one entry a position; a nested list column holds one
+sparse distribution a position: ids, and natural logs of probabilities, both in descending order of probability.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+PAD_ID = -1
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """Sparse distributions over a vocabulary, one row a position, padded to a common width.
+
+    Attributes:
+        ids: (N, k) int32; ``PAD_ID`` where a row has fewer than k entries. A row of pads is "no distribution".
+        logprobs: (N, k) float32, natural logs; -inf at pads.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def present(self) -> np.ndarray:
+        """(N,) bool: the position has a distribution."""
+        return (self.ids != PAD_ID).any(axis=1)
+
+
+def list_column(rows: Sequence[np.ndarray], element: pa.DataType) -> pa.ListArray:
+    """A list column: one 1-D array a row. NaN in an array becomes null when ``element`` is a float."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    flat = np.concatenate([np.asarray(row) for row in rows]) if rows else np.empty(0)
+    values = pa.array(flat.astype(element.to_pandas_dtype(), copy=False), element, from_pandas=True)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def list_row(table: pa.Table, name: str, row: int) -> np.ndarray:
+    """One row of a list column as an array; null in a float column comes back as NaN."""
+    return table[name][row].values.to_numpy(zero_copy_only=False)
+
+
+def sparse_columns(rows: Sequence[SparseRows], id_type: pa.DataType) -> tuple[pa.ListArray, pa.ListArray]:
+    """The two nested list columns (ids, logprobs) of one ``SparseRows`` a table row; pads are not stored."""
+    keep = [part.ids != PAD_ID for part in rows]
+    inner = np.concatenate([mask.sum(axis=1) for mask in keep]) if rows else np.empty(0, np.int64)
+    inner_offsets = np.zeros(len(inner) + 1, np.int32)
+    np.cumsum(inner, out=inner_offsets[1:])
+    outer_offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(part) for part in rows], out=outer_offsets[1:])
+
+    def nested(flat: list[np.ndarray], element: pa.DataType) -> pa.ListArray:
+        values = np.concatenate(flat) if flat else np.empty(0)
+        leaf = pa.array(values.astype(element.to_pandas_dtype(), copy=False), element)
+        lists = pa.ListArray.from_arrays(pa.array(inner_offsets), leaf)
+        return pa.ListArray.from_arrays(pa.array(outer_offsets), lists)
+
+    ids = nested([part.ids[mask] for part, mask in zip(rows, keep, strict=True)], id_type)
+    logprobs = nested([part.logprobs[mask] for part, mask in zip(rows, keep, strict=True)], pa.float32())
+    return ids, logprobs
+
+
+def sparse_row(table: pa.Table, row: int) -> SparseRows:
+    """The distributions of one table row (columns ``topk_ids`` and ``topk_logprobs``), padded to the longest."""
+    ids_lists = table["topk_ids"][row].values
+    logprob_lists = table["topk_logprobs"][row].values
+    offsets = ids_lists.offsets.to_numpy()
+    lengths = np.diff(offsets)
+    width = int(lengths.max(initial=0))
+    mask = np.arange(width) < lengths[:, None]
+    ids = np.full(mask.shape, PAD_ID, np.int32)
+    logprobs = np.full(mask.shape, -np.inf, np.float32)
+    ids[mask] = ids_lists.flatten().to_numpy()
+    logprobs[mask] = logprob_lists.flatten().to_numpy()
+    return SparseRows(ids, logprobs)
+
+
+def round_to_half(logprobs: np.ndarray) -> np.ndarray:
+    """Round to float16's precision, in float32: half the bytes on disk after compression, read by every tool.
+
+    Values below float16's range are held at its smallest finite one.
+    """
+    info = np.finfo(np.float16)
+    with np.errstate(over="ignore"):
+        return np.clip(logprobs, info.min, info.max).astype(np.float16).astype(np.float32)

@@ -1,0 +1,71 @@
+"""What of a configuration changes a result.
+
+A stage's folder in the run directory is named by its fingerprint: the hash of its result-changing settings, its
+algorithm version and its inputs' fingerprints. A setting that only says how to run (workers, batch sizes, paths) is
+annotated with ``RUNTIME`` where it is declared and stays out.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict
+
+FINGERPRINT_LENGTH: Final = 12
+
+
+class _Runtime:
+    """Marks a setting that does not change results."""
+
+    def __repr__(self) -> str:
+        return "RUNTIME"
+
+
+RUNTIME: Final = _Runtime()
+"""``num_workers: Annotated[int, RUNTIME] = 1``: not part of any fingerprint."""
+
+
+class Settings(BaseModel):
+    """Base of every configuration class: frozen, and an unknown key is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change results, as JSON values; nested settings included, ``RUNTIME`` fields left out."""
+        settings = {}
+        for name, field in type(self).model_fields.items():
+            if any(isinstance(mark, _Runtime) for mark in field.metadata):
+                continue
+            value = getattr(self, name)
+            settings[field.alias or name] = (
+                value.result_settings() if isinstance(value, Settings) else _json_value(value)
+            )
+        return settings
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [item.result_settings() if isinstance(item, Settings) else _json_value(item) for item in value]
+    return value
+
+
+def canonical_json(value: Any) -> str:
+    """One text for one value: sorted keys, no white space, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+
+
+def fingerprint(stage: str, version: int, settings: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """Name one stage's result.
+
+    Args:
+        stage: the stage's name, e.g. ``"align"``.
+        version: the stage's algorithm version; raised when its code gives other rows for the same settings.
+        settings: its result-changing settings, JSON values.
+        inputs: input name -> fingerprint or content hash of that input.
+
+    Returns:
+        12 hexadecimal digits.
+    """
+    text = canonical_json({"stage": stage, "version": version, "settings": dict(settings), "inputs": dict(inputs)})
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_LENGTH]

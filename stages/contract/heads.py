@@ -1,0 +1,137 @@
+"""A causal language model in two halves: the body, and the head that makes logits of its hidden states.
+
+Logits of a whole batch, [tokens, vocabulary], are the largest tensor of a run; with the halves apart, the head is
+applied to chunks of positions. What a model does around its LM head (Gemma's soft cap, Cohere's and Granite's scales,
+MiniCPM's division of the hidden states) is its own forward code: the head runs that code, with a body that hands back
+what it is given.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Body = Callable[..., Tensor]
+Head = Callable[[Tensor], Tensor]
+
+_RELATIVE_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+_HALF_TOLERANCE = 2e-2
+
+
+class _BodyOutput:
+    """What a body returns to its model's forward: the hidden states; any other output is absent (None)."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index != 0:
+            raise IndexError(f"a body without inputs has hidden states alone, not output {index}")
+        return self.last_hidden_state
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _PassThrough(nn.Module):
+    """Stands in for a body: its output is the ``inputs_embeds`` it gets; its settings are the real body's."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["real"] = body  # not a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["real"], name)
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BodyOutput:
+        return _BodyOutput(inputs_embeds)
+
+
+def _body_path(model: Any) -> list[str]:
+    """Names that lead from the model to the module its forward calls: ``model``, or ``model.decoder`` (OPT, BART)."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
+        raise ValueError(
+            f"{type(model).__name__} has no body under base_model_prefix = {prefix!r}: expected a transformers causal "
+            "language model (AutoModelForCausalLM)"
+        )
+    if isinstance(getattr(getattr(model, prefix), "decoder", None), nn.Module):
+        return [prefix, "decoder"]
+    return [prefix]
+
+
+def _with_pass_through(module: nn.Module, path: list[str]) -> nn.Module:
+    """A shallow copy of ``module`` (all parameters shared) whose submodule at ``path`` is a ``_PassThrough``."""
+    inner = module.get_submodule(path[0])
+    shell = copy.copy(module)
+    shell.__dict__["_modules"] = dict(module._modules)
+    shell._modules[path[0]] = _with_pass_through(inner, path[1:]) if path[1:] else _PassThrough(inner)
+    return shell
+
+
+def split_head(model: Any) -> tuple[Body, Head]:
+    """The two halves of a transformers causal language model; parameters stay shared with it.
+
+    Call ``check_head`` once after loading: an architecture whose forward is laid out differently is refused there.
+
+    Args:
+        model: what ``AutoModelForCausalLM.from_pretrained`` returns.
+
+    Returns:
+        body: ``body(input_ids, attention_mask=..., position_ids=...)`` -> hidden states (B, T, H).
+        head: hidden states (P, H) or (B, T, H) -> logits over the full vocabulary, same leading shape.
+
+    Raises:
+        ValueError: the model has no body where transformers keeps it.
+    """
+    path = _body_path(model)
+    module = model.get_submodule(".".join(path))
+    shell = _with_pass_through(model, path)
+
+    def body(input_ids: Tensor, **arguments: Any) -> Tensor:
+        return module(input_ids=input_ids, use_cache=False, **arguments)[0]
+
+    def head(hidden: Tensor) -> Tensor:
+        if hidden.dim() == 2:
+            return head(hidden.unsqueeze(0)).squeeze(0)
+        return shell(inputs_embeds=hidden, use_cache=False).logits
+
+    return body, head
+
+
+@torch.no_grad()
+def check_head(model: Any, *, num_tokens: int = 8) -> None:
+    """Compare head(body(ids)) with the model's own logits on a few tokens.
+
+    Args:
+        model: what ``AutoModelForCausalLM.from_pretrained`` returns.
+        num_tokens: how many tokens the two are compared on.
+
+    Raises:
+        ValueError: they differ; says by how much, and for which architecture.
+    """
+    body, head = split_head(model)
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(num_tokens, device=device).remainder(model.get_input_embeddings().num_embeddings)[None]
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(input_ids=ids, use_cache=False).logits
+        found = head(body(ids))
+    finally:
+        model.train(was_training)
+    if found.shape != expected.shape:
+        raise ValueError(
+            f"{type(model).__name__}: head(body(ids)) has shape {tuple(found.shape)}, the model's logits "
+            f"{tuple(expected.shape)}; this architecture's forward is laid out in a way that ptafuse does not know"
+        )
+    difference = float((found.double() - expected.double()).abs().max())
+    allowed = _RELATIVE_TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * max(1.0, float(expected.abs().max()))
+    if not difference <= allowed:
+        raise ValueError(
+            f"{type(model).__name__}: head(body(ids)) differs from the model's logits by up to {difference:.3g} "
+            f"(allowed {allowed:.3g}); this architecture's forward is laid out in a way that ptafuse does not know"
+        )

@@ -1,0 +1,117 @@
+"""The manifest: the only proof that a shard is done; and where the files of a stage lie in a run directory."""
+
+import hashlib
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MANIFEST_VERSION = 1
+
+
+class InputRef(BaseModel):
+    """Which version of an input a shard was computed from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    folder: str = Field(description="The input step's folder in the run directory.")
+    manifest_sha256: str = Field(description="sha256 of the input's manifest file (or of the frozen plan).")
+    data_sha256: str = Field(description="sha256 of the input's data file.")
+
+
+class Mean(BaseModel):
+    """A mean that can be added up over shards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    total: float
+    count: int
+
+    @property
+    def value(self) -> float:
+        """The mean, NaN when nothing was counted."""
+        return self.total / self.count if self.count else float("nan")
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(total=self.total + other.total, count=self.count + other.count)
+
+
+Health = Mapping[str, int | Mean]
+"""A stage's health figures, by name: a count (int) or a ``Mean``; both add up over shards."""
+
+
+class DataFile(BaseModel):
+    """A file that a manifest names."""
+
+    model_config = ConfigDict(frozen=True)
+
+    key: str = Field(description="Path in the run directory.")
+    sha256: str
+    num_bytes: int
+
+
+class Manifest(BaseModel):
+    """The proof that a shard is done, published once, never changed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    manifest_version: int = MANIFEST_VERSION
+    stage: str = Field(description="Stage, with its model where it has one: 'shard', 'logits/gemma3', 'align/gemma3'.")
+    shard: int
+    num_shards: int
+    fingerprint: str
+    settings: dict = Field(description="The readable settings behind the fingerprint.")
+    inputs: dict[str, InputRef]
+    data: DataFile
+    quarantine: DataFile | None = None
+    num_rows_in: int
+    num_rows_out: int
+    num_quarantined: int
+    num_tokens: int
+    health: dict[str, int | Mean]
+    seconds: float = Field(description="Reading, computing and writing this shard, without start-up.")
+    attempt: int
+    host: str
+    versions: dict[str, str]
+
+    def to_bytes(self) -> bytes:
+        """The manifest file."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> "Manifest":
+        """Read a manifest file.
+
+        Raises:
+            ValueError: it is not a manifest of this version.
+        """
+        return cls.model_validate_json(raw)
+
+
+def sha256(raw: bytes) -> str:
+    """Hexadecimal sha256."""
+    return hashlib.sha256(raw).hexdigest()
+
+
+def stage_folder(stage: str, fingerprint: str) -> str:
+    """``logits/gemma3/<fp>``."""
+    return f"{stage}/{fingerprint}"
+
+
+def manifest_key(folder: str, shard: int) -> str:
+    """``<folder>/manifests/shard-00017.json``."""
+    return f"{folder}/manifests/shard-{shard:05d}.json"
+
+
+def data_key(folder: str, shard: int, num_shards: int, attempt: str) -> str:
+    """``<folder>/data/shard-00017-of-00256.<attempt>.parquet``; the attempt makes it unique."""
+    return f"{folder}/data/shard-{shard:05d}-of-{num_shards:05d}.{attempt}.parquet"
+
+
+def quarantine_key(folder: str, shard: int, attempt: str) -> str:
+    """``<folder>/quarantine/shard-00017.<attempt>.parquet``."""
+    return f"{folder}/quarantine/shard-{shard:05d}.{attempt}.parquet"
+
+
+def attempts_folder(folder: str, shard: int) -> str:
+    """``<folder>/attempts/shard-00017``: one file an attempt, written before it computes; see ``pipeline.worker``."""
+    return f"{folder}/attempts/shard-{shard:05d}"

@@ -1,0 +1,190 @@
+"""What a model is: where its weights and its tokenizer come from, and what identifies them."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from stages.contract.fingerprint import RUNTIME, Settings
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
+
+
+class PretrainedFiles(Settings):
+    """Where files come from: a hub id with its revision, a local folder, or a GGUF file."""
+
+    hub: str | None = Field(None, description="Hugging Face hub id, e.g. 'meta-llama/Llama-2-7b-hf'.")
+    revision: str | None = Field(
+        None, description="Commit, tag or branch on the hub; required with `hub`, best a commit."
+    )
+    path: Annotated[Path | None, RUNTIME] = Field(None, description="A local folder, or a .gguf file.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.hub is None) == (self.path is None):
+            raise ValueError("give exactly one of `hub` (with `revision`) and `path`")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
+        return self
+
+    @property
+    def is_gguf(self) -> bool:
+        """The files are one GGUF file."""
+        return self.path is not None and self.path.suffix == ".gguf"
+
+    def pretrained_arguments(self) -> dict[str, Any]:
+        """Arguments of transformers' ``from_pretrained``."""
+        if self.path is None:
+            return {"pretrained_model_name_or_path": self.hub, "revision": self.revision}
+        if self.is_gguf:
+            return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
+        return {"pretrained_model_name_or_path": str(self.path)}
+
+    def identity(self, patterns: tuple[str, ...]) -> str:
+        """What identifies the files: hub id and revision, or the hash of the local files that match ``patterns``."""
+        if self.path is None:
+            return f"{self.hub}@{self.revision}"
+        files = (
+            [self.path] if self.is_gguf else sorted({file for pattern in patterns for file in self.path.glob(pattern)})
+        )
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+        return f"sha256:{digest.hexdigest()}"
+
+    def check(self) -> None:
+        """Refuse a local path that is missing.
+
+        Raises:
+            FileNotFoundError: says which path, and what a path may be.
+        """
+        if self.path is not None and not self.path.exists():
+            raise FileNotFoundError(
+                f"no such model or tokenizer: {self.path} (expected a folder with config.json and *.safetensors, or a .gguf "
+                "file). The demo's models are fetched by `make demo-data`; for a model of the Hugging Face hub give "
+                "`hub` and `revision` instead of `path`."
+            )
+
+
+class ModelConfig(PretrainedFiles):
+    """One model of the run: the target, or a source."""
+
+    name: Annotated[str, RUNTIME] = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Its folder's name in the run directory: lower case, no spaces."
+    )
+    tokenizer: PretrainedFiles | None = Field(None, description="Where the tokenizer is, if not with the weights.")
+    bos: bool | None = Field(
+        None, description="Prepend BOS to each segment? By default what the tokenizer itself does with a plain text."
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with this model. Off unless you trust it."
+    )
+
+    @property
+    def tokenizer_files(self) -> PretrainedFiles:
+        """Where the tokenizer comes from."""
+        return self.tokenizer or PretrainedFiles(hub=self.hub, revision=self.revision, path=self.path)
+
+    def weights_identity(self) -> str:
+        """What identifies the weights."""
+        return self.identity(WEIGHT_FILES)
+
+    def tokenizer_identity(self) -> str:
+        """What identifies the tokenizer and how the run uses it: its files, and whether BOS is prepended."""
+        return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}"
+
+    def check(self) -> None:
+        """Refuse a missing local path, of the weights or of the tokenizer."""
+        super().check()
+        self.tokenizer_files.check()
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a local file; remembered by path, size and time of change, since weights are large."""
+    stat = path.stat()
+    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    cache_file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptafuse" / "sha256.json"
+    try:
+        cache = json.loads(cache_file.read_text())
+    except (OSError, ValueError):
+        cache = {}
+    if key not in cache:
+        with path.open("rb") as file:
+            cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        if stat.st_size >= 2**20:  # small files are hashed faster than a cache is written
+            _remember(cache_file, cache)
+    return cache[key]
+
+
+def _remember(cache_file: Path, cache: dict[str, str]) -> None:
+    """Write the cache; a read-only home only costs the hash next time."""
+    temporary = cache_file.with_suffix(f".{os.getpid()}")
+    try:
+        cache_file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(cache))
+        temporary.replace(cache_file)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The model's transformers tokenizer, fast (Rust) backend.
+
+    Raises:
+        ValueError: the tokenizer has no fast backend, so that byte offsets of its tokens cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    arguments = model.tokenizer_files.pretrained_arguments()
+    tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=model.trust_remote_code)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"model {model.name}: {type(tokenizer).__name__} has no fast backend, so the byte offsets of its tokens cannot "
+            "be had; give `tokenizer` a folder or hub id that holds a tokenizer.json"
+        )
+    return tokenizer
+
+
+def load_model(model: ModelConfig, *, dtype: str, attention: str | None, device: str) -> Any:
+    """The model's weights as a transformers causal language model, in eval mode on ``device``.
+
+    Args:
+        model: which model.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; None: SDPA where the architecture has it, else
+            eager.
+        device: a torch device.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # ours shows shards; theirs flashes once a worker
+    loaded = AutoModelForCausalLM.from_pretrained(
+        **model.pretrained_arguments(),
+        **(_unpacked_gguf() if model.is_gguf else {}),
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return loaded.to(device).eval()
+
+
+def _unpacked_gguf() -> dict[str, Any]:
+    """Arguments that make transformers turn GGUF weights into plain ones; older versions always do."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}

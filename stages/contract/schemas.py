@@ -1,0 +1,158 @@
+"""Every Parquet schema of a run: columns, units, who writes them and who reads them.
+
+A row is a segment of text (``fuse``: a training block). Rows stand in the same order in every stage: row 5 of shard 17
+is the same segment in ``shard``, ``logits/*`` and ``align/*`` (which hold the rows of the train split alone).
+"""
+
+from typing import Any, Final, Literal
+
+import pyarrow as pa
+
+Tail = Literal["renormalise", "bucket"]
+
+SHARD: Final = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),  # index of the document in the dataset
+        pa.field("segment", pa.int32(), nullable=False),  # index of the segment in its document, from 0
+        pa.field("split", pa.string(), nullable=False),  # "train" | "validation", by the hash of the document's text
+        pa.field("byte_start", pa.int64(), nullable=False),  # where the segment begins in its document, UTF-8 bytes
+        pa.field("is_last", pa.bool_(), nullable=False),  # the document ends here: EOS is appended
+        pa.field("text", pa.string(), nullable=False),  # a document's segments concatenate to exactly its text
+    ]
+)
+"""Written by shard; read by logits (train rows) and by eval (validation rows)."""
+
+QUARANTINE: Final = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),
+        pa.field("segment", pa.int32(), nullable=False),  # -1: the document as a whole
+        pa.field("stage", pa.string(), nullable=False),
+        pa.field("error", pa.string(), nullable=False),
+        pa.field("message", pa.string(), nullable=False),
+    ]
+)
+"""Written by every sharded stage for the records it could not process; read by people."""
+
+
+def id_type(vocab_size: int) -> pa.DataType:
+    """The narrowest unsigned type that holds every id of a vocabulary."""
+    return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
+
+
+def _sparse(vocab_size: int) -> list[pa.Field]:
+    return [
+        pa.field("topk_ids", pa.list_(pa.list_(id_type(vocab_size))), nullable=False),
+        pa.field("topk_logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
+    ]
+
+
+_KEYS: Final = [SHARD.field("doc_id"), SHARD.field("segment")]
+
+
+def logits_schema(vocab_size: int) -> pa.Schema:
+    """What ``logits/<model>`` writes and ``align`` and ``fuse`` read: one row a train segment, N tokens each.
+
+    - ``token_ids`` (N): the segment's tokens, special tokens included.
+    - ``byte_end`` (N): where each token ends in the segment, bytes; BOS ends at 0; nondecreasing; the last is the length.
+    - ``gold_logprob`` (N): ln p(token t+1 | tokens <= t), full vocabulary, float32; null at the last position.
+    - ``topk_ids``, ``topk_logprobs`` (N, <= k): the largest entries at each position, descending; natural logs over the
+      full vocabulary, rounded to float16's precision. What they leave out of 1 is the tail mass.
+    """
+    return pa.schema(
+        [
+            *_KEYS,
+            pa.field("token_ids", pa.list_(id_type(vocab_size)), nullable=False),
+            pa.field("byte_end", pa.list_(pa.int32()), nullable=False),
+            pa.field("gold_logprob", pa.list_(pa.float32()), nullable=False),
+            *_sparse(vocab_size),
+        ]
+    )
+
+
+PAIRED_BY: Final = ("none", "transport", "gold", "identity")
+"""Meaning of ``outcome`` in an aligned row: no distribution (unpaired, masked, or no next token in the segment);
+transported; all mass on the gold next token (``inexact = "gold"``); copied, since both tokenizers are the same."""
+
+
+def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
+    """What ``align/<source>`` writes and ``fuse`` reads: one row a train segment, N *target* positions each.
+
+    - ``source_position`` (N): the source position whose distribution was taken, -1 where none.
+    - ``pair_start``, ``pair_end`` (N): the source positions paired with the target position, half-open; -1, -1 if none.
+    - ``exact_context`` (N): both distributions condition on the same text.
+    - ``outcome`` (N): index into ``PAIRED_BY``.
+    - ``topk_ids``, ``topk_logprobs`` (N, 0..k): the projected distribution over the target's vocabulary, natural logs,
+      descending; empty where there is none. With ``tail = "renormalise"`` the probabilities of a row sum to 1.
+    - ``tail_mass`` (N), only with ``tail = "bucket"``: what the row's probabilities lack of 1.
+    """
+    return pa.schema(
+        [
+            *_KEYS,
+            pa.field("source_position", pa.list_(pa.int32()), nullable=False),
+            pa.field("pair_start", pa.list_(pa.int32()), nullable=False),
+            pa.field("pair_end", pa.list_(pa.int32()), nullable=False),
+            pa.field("exact_context", pa.list_(pa.bool_()), nullable=False),
+            pa.field("outcome", pa.list_(pa.uint8()), nullable=False),
+            *_sparse(vocab_size),
+            *_tail_field(tail),
+        ],
+        metadata={"tail": tail, "outcomes": ",".join(PAIRED_BY)},
+    )
+
+
+def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...]) -> pa.Schema:
+    """What ``fuse`` writes and ``train`` reads: one row a training block of N <= max_length target tokens.
+
+    - ``block``: index of the block in its shard.
+    - ``token_ids`` (N): the target's tokens, segments end to end.
+    - ``piece_start`` (P): where the block's pieces of segments begin in the block; the first is 0.
+    - ``piece_doc_id``, ``piece_segment`` (P): the segment each piece belongs to.
+    - ``piece_offset`` (P): the piece's first token in its segment; above 0 for a segment cut by the block's border.
+    - ``chosen`` (N): index of the candidate with the largest weight, -1 where there is no fused distribution; the
+      candidates' names, the target model's first, are in the schema's metadata.
+    - ``topk_ids``, ``topk_logprobs`` (N, 0..k), ``tail_mass`` (N): the fused distribution, as in ``aligned_schema``.
+    """
+    return pa.schema(
+        [
+            pa.field("block", pa.int32(), nullable=False),
+            pa.field("token_ids", pa.list_(id_type(vocab_size)), nullable=False),
+            pa.field("piece_start", pa.list_(pa.int32()), nullable=False),
+            pa.field("piece_doc_id", pa.list_(pa.int64()), nullable=False),
+            pa.field("piece_segment", pa.list_(pa.int32()), nullable=False),
+            pa.field("piece_offset", pa.list_(pa.int32()), nullable=False),
+            pa.field("chosen", pa.list_(pa.int8()), nullable=False),
+            *_sparse(vocab_size),
+            *_tail_field(tail),
+        ],
+        metadata={"tail": tail, "candidates": ",".join(candidates)},
+    )
+
+
+def _tail_field(tail: Tail) -> list[pa.Field]:
+    return [pa.field("tail_mass", pa.list_(pa.float32()), nullable=False)] if tail == "bucket" else []
+
+
+def tail_of(schema: pa.Schema) -> Tail:
+    """Which tail an aligned or a fused table has."""
+    return "bucket" if "tail_mass" in schema.names else "renormalise"
+
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How a table of this schema is written: zstd, dictionaries on ids and texts, byte-stream-split on floats.
+
+    Byte-stream-split of float32 that holds float16 values compresses to 2 bytes a value and less, and DuckDB, pandas,
+    polars and datasets read it.
+    """
+    dictionary: list[str] = []
+    split: list[str] = []
+    for field in schema:
+        path, kind = field.name, field.type
+        while pa.types.is_list(kind):
+            path, kind = f"{path}.list.element", kind.value_type
+        (split if pa.types.is_floating(kind) else dictionary).append(path)
+    return {
+        "compression": "zstd",
+        "compression_level": 3,
+        "use_dictionary": dictionary,
+        "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+    }

@@ -1,0 +1,228 @@
+"""A run directory on local disk or in an object store, behind fsspec: atomic commits, create-if-absent manifests.
+
+Commit of a shard: the table goes to a temporary file, which is reopened and checked (schema, rows, finiteness) and
+hashed; then it gets its final name, unique to the attempt; then the manifest is published if there is none yet. Readers
+open only files that a manifest names, so nothing half-written is ever read, and two attempts never mix.
+"""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from stages.contract import schemas
+from stages.contract.manifest import DataFile, Manifest, manifest_key, sha256
+
+
+class Store:
+    """Files under one root, by key (a relative path with ``/``)."""
+
+    def __init__(self, url: str) -> None:
+        """Open a root; nothing is created yet.
+
+        Args:
+            url: a local path, or a URL that fsspec knows (``s3://bucket/prefix``).
+        """
+        self.url = str(url).rstrip("/")
+        options = {"use_listings_cache": False} if "://" in self.url else {}
+        self._fs, root = fsspec.core.url_to_fs(self.url, **options)
+        self._root = root.rstrip("/")
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+
+    def path(self, key: str) -> str:
+        """The full path of a key, as its filesystem names it.
+
+        Raises:
+            ValueError: the key would leave the run directory.
+        """
+        if key.startswith("/") or ".." in key.split("/") or "://" in key:
+            raise ValueError(
+                f"{key!r} is not a path inside the run directory {self.url}: the manifest was tampered with"
+            )
+        return f"{self._root}/{key}"
+
+    def full_url(self, key: str) -> str:
+        """The full URL of a key (on local disk its path), for programs that open it by themselves."""
+        return self.path(key) if self.is_local else self._fs.unstrip_protocol(self.path(key))
+
+    def exists(self, key: str) -> bool:
+        """Is there such a file or folder?"""
+        return bool(self._fs.exists(self.path(key)))
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files and folders directly in a folder, sorted; empty when there is no such folder."""
+        try:
+            found = self._fs.ls(self.path(folder) if folder else self._root, detail=False, **self._no_cache())
+        except FileNotFoundError:
+            return []
+        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+
+    def read(self, key: str) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        return self._fs.cat_file(self.path(key))
+
+    def delete(self, key: str) -> None:
+        """Remove a file if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self.path(key))
+
+    def create(self, key: str, raw: bytes) -> bool:
+        """Publish a small file if there is none of that name: the whole file appears at once.
+
+        Returns:
+            False if there was one already (nothing is changed then).
+        """
+        if not self.is_local:
+            try:
+                self._fs.pipe_file(self.path(key), raw, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        with self._local_temporary(key) as temporary:
+            temporary.write_bytes(raw)
+            _sync(temporary)
+            final = Path(self.path(key))
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                return False
+            _sync(final.parent)
+            return True
+
+    def replace(self, key: str, raw: bytes) -> None:
+        """Write a small file whole, over one of that name if there is one."""
+        if not self.is_local:
+            self._fs.pipe_file(self.path(key), raw)
+            return
+        with self._local_temporary(key) as temporary:
+            temporary.write_bytes(raw)
+            _sync(temporary)
+            final = Path(self.path(key))
+            temporary.replace(final)
+            _sync(final.parent)
+
+    def write_table(self, key: str, table: pa.Table) -> DataFile:
+        """Write a table as one Parquet file, checked and hashed before it gets its name.
+
+        Raises:
+            ValueError: the file does not read back as written, or holds a number that is not finite.
+        """
+        with self._local_temporary(key) as temporary:
+            # The writer is given a plain local file and nothing is published until it was read back: a writer that an
+            # exception closes leaves a valid but truncated Parquet file.
+            pq.write_table(table, temporary, **schemas.parquet_options(table.schema))
+            _check_parquet(temporary, table, key)
+            with temporary.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            num_bytes = temporary.stat().st_size
+            if self.is_local:
+                _sync(temporary)
+                final = Path(self.path(key))
+                temporary.replace(final)
+                _sync(final.parent)
+            else:
+                self._fs.put_file(str(temporary), self.path(key))
+        return DataFile(key=key, sha256=digest, num_bytes=num_bytes)
+
+    def read_table(self, data: DataFile, *, remake: str) -> pa.Table:
+        """Read a file that a manifest names, whole, and check its hash first.
+
+        Args:
+            data: the file.
+            remake: what the user runs to make it again; part of the error.
+
+        Raises:
+            ValueError: the file is missing, or is not the one that was committed.
+        """
+        try:
+            raw = self.read(data.key)
+        except FileNotFoundError:
+            raise ValueError(
+                f"{self.url}: {data.key} is missing although its manifest names it. Run `ptafuse verify {self.url} "
+                f"--repair`, then {remake}."
+            ) from None
+        found = sha256(raw)
+        if found != data.sha256:
+            raise ValueError(
+                f"{self.url}: {data.key} is not the file that was committed: expected {data.num_bytes} bytes, sha256 "
+                f"{data.sha256[:12]}..., found {len(raw)} bytes, sha256 {found[:12]}.... Run `ptafuse verify {self.url} "
+                f"--repair`, then {remake}."
+            )
+        return pq.read_table(pa.BufferReader(raw))
+
+    def read_manifest(self, folder: str, shard: int) -> Manifest | None:
+        """The manifest of a shard, None when it is not done."""
+        try:
+            raw = self.read(manifest_key(folder, shard))
+        except FileNotFoundError:
+            return None
+        return Manifest.from_bytes(raw)
+
+    def manifests(self, folder: str) -> dict[int, Manifest]:
+        """All manifests of a stage's folder, by shard."""
+        found = {}
+        for name in self.names(f"{folder}/manifests"):
+            if name.startswith("shard-") and name.endswith(".json"):
+                manifest = Manifest.from_bytes(self.read(f"{folder}/manifests/{name}"))
+                found[manifest.shard] = manifest
+        return found
+
+    def _no_cache(self) -> dict[str, Any]:
+        return {} if self.is_local else {"refresh": True}
+
+    @contextlib.contextmanager
+    def _local_temporary(self, key: str) -> Iterator[Path]:
+        """A temporary local file, in the destination folder where that is local (so that a rename is atomic)."""
+        if not self.is_local:
+            with tempfile.TemporaryDirectory(prefix="ptafuse-") as folder:
+                yield Path(folder) / "file"
+            return
+        final = Path(self.path(key))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            yield temporary
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_parquet(path: Path, table: pa.Table, key: str) -> None:
+    written = pq.ParquetFile(path)
+    if written.metadata.num_rows != table.num_rows:
+        raise ValueError(f"{key}: wrote {table.num_rows} rows, the file holds {written.metadata.num_rows}")
+    back = written.read()
+    if not back.schema.equals(table.schema, check_metadata=False):
+        raise ValueError(f"{key}: the file's schema is not the table's:\n{back.schema}\ninstead of\n{table.schema}")
+    for name in back.schema.names:
+        leaf = back[name].combine_chunks()
+        while pa.types.is_list(leaf.type):
+            leaf = leaf.flatten()
+        if pa.types.is_floating(leaf.type):
+            values = leaf.drop_null().to_numpy(zero_copy_only=False)
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"{key}: column {name} holds {np.count_nonzero(~np.isfinite(values))} values that are not finite"
+                )

@@ -1,0 +1,341 @@
+"""A model's tokenizer as every stage uses it: what its tokens say in bytes, and where each token of a text ends.
+
+What a tokenizer writes for a space (``▁he``, ``Ġhe``), for a raw byte (``<0x0A>``, ``Ċ``) or for the inside of a word
+(``##ing``) is read from the tokenizer's own description, once; after that a token is its bytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+
+from stages.contract.byte_offsets import METASPACE, ends_by_bytes, ends_by_offsets
+from stages.contract.models import ModelConfig, load_tokenizer
+
+BOS_TEXT: Final = b"<bos>"
+EOS_TEXT: Final = b"<eos>"
+_BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_PROBE: Final = "The Cat  sat\n\ton 3 mats. 日本 é😀 "
+_BATCH_CHARACTERS: Final = 4_000_000
+"""Characters tokenized at a time: bounds the memory of the tokenizer's own records (about 100 bytes a token)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """What a tokenizer's ids stand for.
+
+    Attributes:
+        token_bytes: id -> the token's bytes. A word boundary is one leading space, however the tokenizer writes it; a
+            byte token is its byte; tokens of a byte-level tokenizer may be part of a UTF-8 character. A special token
+            is its content, except that BOS and EOS are ``b"<bos>"`` and ``b"<eos>"`` (one token in both roles is EOS).
+        is_marked: (V,) bool; the token begins with a space that the pairing distance ignores.
+        is_special: (V,) bool; the tokenizer declares it special, or no token has this id.
+        bos_id: the token in BOS's role (also ``[CLS]`` where there is no other), None if there is none.
+        eos_id: the token in EOS's role (also ``[SEP]``), None if there is none.
+    """
+
+    token_bytes: tuple[bytes, ...]
+    is_marked: np.ndarray
+    is_special: np.ndarray
+    bos_id: int | None
+    eos_id: int | None
+
+    @property
+    def size(self) -> int:
+        """Number of ids V; larger ids (padded embedding rows) stand for nothing."""
+        return len(self.token_bytes)
+
+    def text(self, token_id: int) -> str:
+        """The token decoded; bytes that are no UTF-8 become lone surrogates, so that nothing is lost."""
+        return self.token_bytes[token_id].decode("utf-8", errors="surrogateescape")
+
+    def pairing_text(self, token_id: int) -> str:
+        """The token decoded, without its word-boundary marker."""
+        text = self.text(token_id)
+        return text[1:] if self.is_marked[token_id] else text
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """The tokens of one text.
+
+    Attributes:
+        ids: (N,) int32.
+        byte_end: (N,) int32; where each token ends in the text, UTF-8 bytes; nondecreasing. BOS ends at 0; the last
+            token of the text, and EOS after it, end at the text's length. A text of which a tokenizer keeps nothing
+            (white space under WordPiece) has no tokens but these two.
+    """
+
+    ids: np.ndarray
+    byte_end: np.ndarray
+
+
+class SegmentTokenizer:
+    """A model's tokenizer: BOS if the model uses it, the text's tokens, EOS where a document ends.
+
+    A special token's name inside a text (a page that explains ``</s>``) is text and is tokenized as text. One family
+    cannot: a Unigram vocabulary holds the name as a piece and finds it; ``byte_end`` is exact there as well.
+    """
+
+    def __init__(self, tokenizer: Any, *, bos: bool | None) -> None:
+        """Wrap a transformers tokenizer.
+
+        Args:
+            tokenizer: with a fast (Rust) backend; it is copied, not changed.
+            bos: prepend BOS? None: if the tokenizer does so itself for a plain text.
+
+        Raises:
+            ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none.
+        """
+        description = _describe(tokenizer)
+        self._backend = _copy_backend(tokenizer.backend_tokenizer, description)
+        self.vocabulary = _read_vocabulary(tokenizer, json.loads(description))
+        if bos and self.vocabulary.bos_id is None:
+            raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: leave `bos` out")
+        self.prepends_bos: bool = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
+        probe = self._backend.encode(_PROBE, add_special_tokens=False)
+        self._spells_text = ends_by_bytes(_PROBE.encode(), self._pieces(probe.ids)) is not None
+
+    @classmethod
+    def load(cls, model: ModelConfig) -> Self:
+        """Load a model's tokenizer; never its weights.
+
+        Raises:
+            ValueError: the tokenizer cannot give byte offsets; names the model.
+        """
+        tokenizer = load_tokenizer(model)
+        try:
+            return cls(tokenizer, bos=model.bos)
+        except ValueError as error:
+            raise ValueError(f"model {model.name}: {error}") from error
+
+    def encode(self, text: str, *, is_last: bool) -> Encoding:
+        """Tokenize one text; see ``encode_batch``."""
+        return self.encode_batch([text], is_last=[is_last])[0]
+
+    def encode_batch(self, texts: Sequence[str], *, is_last: Sequence[bool]) -> list[Encoding]:
+        """Tokenize texts, in parallel on the machine's cores.
+
+        Args:
+            texts: without lone surrogates.
+            is_last: for each text, whether a document ends there: EOS is appended.
+        """
+        encodings = []
+        for batch in _slices(texts):
+            part = texts[batch]
+            encodings += [
+                self._with_special(text, ids, byte_end, last)
+                for text, (ids, byte_end), last in zip(part, self._tokenize(part), is_last[batch], strict=True)
+            ]
+        return encodings
+
+    def count(self, text: str) -> int:
+        """Number of tokens of a text, special ones included as if a document ended there."""
+        return self.count_batch([text])[0]
+
+    def count_batch(self, texts: Sequence[str]) -> list[int]:
+        """``count`` of each text."""
+        num_special = self.num_special
+        return [
+            len(found) + num_special
+            for batch in _slices(texts)
+            for found in self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+        ]
+
+    @property
+    def num_special(self) -> int:
+        """Special tokens of a text at which a document ends: BOS and EOS, as the model uses them."""
+        return int(self.prepends_bos) + int(self.vocabulary.eos_id is not None)
+
+    def _pieces(self, ids: Sequence[int]) -> list[bytes]:
+        return list(map(self.vocabulary.token_bytes.__getitem__, ids))
+
+    def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        """Ids and byte ends of each text's own tokens. Offsets cost as much again: asked for only where needed."""
+        done: dict[int, tuple[list[int], np.ndarray]] = {}
+        if self._spells_text:
+            for index, found in enumerate(self._backend.encode_batch_fast(texts, add_special_tokens=False)):
+                byte_end = ends_by_bytes(texts[index].encode(), self._pieces(found.ids))
+                if byte_end is not None:
+                    done[index] = (found.ids, byte_end)
+        rest = [index for index in range(len(texts)) if index not in done]
+        if rest:
+            records = self._backend.encode_batch([texts[index] for index in rest], add_special_tokens=False)
+            for index, found in zip(rest, records, strict=True):
+                done[index] = (found.ids, self._ends(texts[index], found))
+        return [done[index] for index in range(len(texts))]
+
+    def _ends(self, text: str, found: Any) -> np.ndarray:
+        if not found.ids:
+            return np.zeros(0, np.int64)
+        pieces = self._pieces(found.ids)
+        exact = ends_by_bytes(text.encode(), pieces)
+        return ends_by_offsets(text, pieces, found.offsets) if exact is None else exact
+
+    def _with_special(self, text: str, ids: list[int], byte_end: np.ndarray, is_last: bool) -> Encoding:
+        start = [self.vocabulary.bos_id] if self.prepends_bos else []
+        end = [self.vocabulary.eos_id] if is_last and self.vocabulary.eos_id is not None else []
+        return Encoding(
+            ids=np.array([*start, *ids, *end], np.int32),
+            byte_end=np.concatenate([[0] * len(start), byte_end, [len(text.encode())] * len(end)]).astype(np.int32),
+        )
+
+
+def _slices(texts: Sequence[str]) -> Iterator[slice]:
+    """Runs of texts of bounded length together; a longer text stands alone."""
+    start = characters = 0
+    for index, text in enumerate(texts):
+        if index > start and characters + len(text) > _BATCH_CHARACTERS:
+            yield slice(start, index)
+            start, characters = index, 0
+        characters += len(text)
+    if start < len(texts):
+        yield slice(start, len(texts))
+
+
+def _describe(tokenizer: Any) -> str:
+    """The tokenizer's own description of itself: the text of a tokenizer.json."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not hasattr(backend, "to_str"):
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no fast (Rust) backend, so byte offsets of its tokens cannot be had; give "
+            "`tokenizer` a folder or hub id that holds a tokenizer.json"
+        )
+    try:
+        return backend.to_str()
+    except Exception as error:  # the library raises plain Exception: a component is Python code
+        raise ValueError(
+            f"{type(tokenizer).__name__} cannot be described as a tokenizer.json ({error}), so byte offsets of its tokens "
+            "cannot be trusted; give `tokenizer` a folder or hub id that holds a tokenizer.json"
+        ) from error
+
+
+def _copy_backend(original: Any, description: str) -> Any:
+    """A backend of our own: no truncation, padding or special tokens, and offsets with white space not trimmed."""
+    from tokenizers import Tokenizer
+
+    copy = _share_unigram(original) if type(original.model).__name__ == "Unigram" else None
+    backend = copy or Tokenizer.from_str(description)
+    backend.no_truncation()
+    backend.no_padding()
+    backend.post_processor = None
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _share_unigram(original: Any) -> Any | None:
+    """A copy around the same model. Scores drift by a bit when a description is read back, and ties then fall otherwise.
+
+    None if added tokens cannot be given the same ids again.
+    """
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer(original.model)
+    if original.normalizer is not None:
+        copy.normalizer = original.normalizer
+    if original.pre_tokenizer is not None:
+        copy.pre_tokenizer = original.pre_tokenizer
+    added = original.get_added_tokens_decoder()
+    copy.add_tokens([added[token_id] for token_id in sorted(added)])
+    same = {token_id: repr(token) for token_id, token in copy.get_added_tokens_decoder().items()} == {
+        token_id: repr(token) for token_id, token in added.items()
+    }
+    return copy if same else None
+
+
+def _prepends_bos(tokenizer: Any, bos_id: int | None) -> bool:
+    """Does the tokenizer itself begin a plain text with BOS?"""
+    return bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+
+
+def _first_id(tokenizer: Any, *names: str) -> int | None:
+    """The id of the first of these special tokens that the tokenizer has."""
+    ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
+    return next((token_id for token_id in ids if token_id is not None), None)
+
+
+def _read_vocabulary(tokenizer: Any, description: dict[str, Any]) -> Vocabulary:
+    """Read what each id stands for out of the tokenizer's description."""
+    spelling = _Spelling(tokenizer.backend_tokenizer.decoder, description)
+    vocab: dict[str, int] = tokenizer.get_vocab()
+    added = {token["id"]: token for token in description["added_tokens"]}
+    size = max(len(tokenizer), max(vocab.values(), default=-1) + 1)
+    token_bytes: list[bytes] = [b""] * size
+    is_special = np.ones(size, np.bool_)  # of an id that no token has, too: nobody may propose it
+    for token, token_id in vocab.items():
+        is_special[token_id] = token_id in added and added[token_id]["special"]
+        if is_special[token_id]:
+            token_bytes[token_id] = token.encode()
+        elif token_id in added:
+            token_bytes[token_id] = spelling.with_spaces(token).encode()
+        else:
+            token_bytes[token_id] = spelling.token_bytes(token)
+    bos_id, eos_id = _first_id(tokenizer, "bos", "cls"), _first_id(tokenizer, "eos", "sep")
+    for special_id, role in ((bos_id, BOS_TEXT), (eos_id, EOS_TEXT)):
+        if special_id is not None:
+            token_bytes[special_id], is_special[special_id] = role, True
+    is_marked = np.array([piece.startswith(b" ") for piece in token_bytes], np.bool_) & ~is_special
+    return Vocabulary(tuple(token_bytes), is_marked, is_special, bos_id, eos_id)
+
+
+class _Spelling:
+    """How a tokenizer writes bytes, spaces and the inside of words in its tokens."""
+
+    def __init__(self, decoder: Any, description: dict[str, Any]) -> None:
+        model = description["model"]
+        parts = [
+            part for name in ("normalizer", "pre_tokenizer", "decoder") for part in _components(description.get(name))
+        ]
+        kinds = {part["type"] for part in parts}
+        self._is_byte_level = "ByteLevel" in kinds
+        self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
+        self._has_byte_tokens = "ByteFallback" in kinds or bool(model.get("byte_fallback"))
+        self._spaces = {part["replacement"] for part in parts if part["type"] == "Metaspace"} | {
+            METASPACE
+            for part in parts
+            if part["type"] == "Replace" and METASPACE in (part["content"], part["pattern"].get("String"))
+        }
+        self._inside = model.get("continuing_subword_prefix") or ""
+        self._word_end = model.get("end_of_word_suffix") or ""
+        self._decoder = decoder if "WordPiece" in kinds else None
+
+    def with_spaces(self, token: str) -> str:
+        """The token with its word-boundary characters written as spaces."""
+        for mark in self._spaces:
+            token = token.replace(mark, " ")
+        return token
+
+    def token_bytes(self, token: str) -> bytes:
+        """The bytes of a token of the model's own vocabulary (no added token)."""
+        byte_token = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
+        if byte_token:
+            return bytes([int(byte_token[1], 16)])
+        if self._is_byte_level and all(character in self._byte_of for character in token):
+            return bytes(self._byte_of[character] for character in token)
+        if self._inside and token.startswith(self._inside):
+            return token.removeprefix(self._inside).encode()
+        if self._decoder is not None:
+            # A WordPiece token begins a word: a space goes before it, except where its own decoder puts none (", ").
+            joined = self._decoder.decode(["a", token])
+            return joined[1:].encode() if joined.startswith("a") else token.encode()
+        return self.with_spaces(token).removesuffix(self._word_end).encode()
+
+
+def _components(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """A component of a tokenizer.json, sequences taken apart."""
+    if component is None:
+        return
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        for part in component.get(name, ()):
+            yield from _components(part)
+    yield component
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters in which byte-level tokenizers write the 256 bytes (GPT-2's bytes_to_unicode)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

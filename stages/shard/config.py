@@ -1,0 +1,52 @@
+"""Settings of the shard stage."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import Field, model_validator
+
+from stages.contract.fingerprint import RUNTIME, Settings
+
+
+class DatasetConfig(Settings):
+    """Where the documents come from."""
+
+    hub: str | None = Field(None, description="Hugging Face dataset id, e.g. 'JeanKaddour/minipile'.")
+    revision: str | None = Field(None, description="Commit of the dataset on the hub; required with `hub`.")
+    subset: str | None = Field(None, description="The hub dataset's configuration name, if it has several.")
+    split: str = Field("train", description="The hub dataset's split.")
+    path: Annotated[str | None, RUNTIME] = Field(
+        None, description="A file (.parquet, .jsonl, .jsonl.zst, .txt), a folder of them, a glob, or an fsspec URL."
+    )
+    text_column: str = Field("text", description="The column that holds a document's text (.txt: one document a file).")
+    max_documents: int | None = Field(None, ge=1, description="Take the first this many documents; all when not given.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if (self.hub is None) == (self.path is None):
+            raise ValueError("give exactly one of `hub` (with `revision`) and `path`")
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
+        return self
+
+    @property
+    def local_path(self) -> Path | None:
+        """``path``, when it is on this machine's disk."""
+        return None if self.path is None or "://" in self.path else Path(self.path)
+
+
+class ShardConfig(Settings):
+    """How documents become shards of segments."""
+
+    max_length: int = Field(
+        2048, ge=8, description="Most tokens of a segment under every tokenizer, special ones included."
+    )
+    documents_per_shard: int = Field(
+        4000, ge=1, description="Documents in a shard; a shard should take under 10 minutes."
+    )
+    validation_fraction: float = Field(
+        0.01, ge=0, lt=1, description="Share of documents held out, by hash of their text."
+    )
+    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="A shard with more bad documents than this fails.")
+    num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
+    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")

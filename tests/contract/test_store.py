@@ -1,0 +1,129 @@
+"""The run directory: nothing half-written is ever seen, and nothing is published twice."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.contract import schemas
+from stages.contract.columns import SparseRows, list_column, list_row, sparse_columns, sparse_row
+from stages.contract.store import Store
+
+
+def shard_table(num_rows: int = 3) -> pa.Table:
+    columns = {
+        "doc_id": list(range(num_rows)),
+        "segment": [0] * num_rows,
+        "split": ["train"] * num_rows,
+        "byte_start": [0] * num_rows,
+        "is_last": [True] * num_rows,
+        "text": ["é \U0001f600 text"] * num_rows,
+    }
+    return pa.table(columns, schema=schemas.SHARD)
+
+
+def logits_table(gold: float = -1.0) -> pa.Table:
+    rows = SparseRows(np.array([[3, 1], [2, -1]], np.int32), np.array([[-0.1, -3.0], [-0.5, -np.inf]], np.float32))
+    ids, logprobs = sparse_columns([rows], pa.uint16())
+    columns = [
+        pa.array([0], pa.int64()),
+        pa.array([0], pa.int32()),
+        list_column([np.array([5, 6])], pa.uint16()),
+        list_column([np.array([1, 4])], pa.int32()),
+        list_column([np.array([gold, np.nan])], pa.float32()),
+        ids,
+        logprobs,
+    ]
+    return pa.table(columns, schema=schemas.logits_schema(400))
+
+
+def test_table_is_read_back_as_written_and_named_by_its_hash(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    data = store.write_table("shard/x/data/a.parquet", shard_table())
+    assert store.read_table(data, remake="`make shard`").equals(shard_table())
+    assert data.num_bytes == (tmp_path / "run/shard/x/data/a.parquet").stat().st_size
+    assert store.write_table("shard/x/data/b.parquet", shard_table()).sha256 == data.sha256
+
+
+def test_no_temporary_file_stays_behind(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_table("data/a.parquet", shard_table())
+    store.create("m.json", b"{}")
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["a.parquet", "m.json"]
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf])
+def test_number_that_is_not_finite_is_refused_and_leaves_no_file(tmp_path: Path, bad: float) -> None:
+    store = Store(str(tmp_path))
+    with pytest.raises(ValueError, match="gold_logprob holds 1 values that are not finite"):
+        store.write_table("data/a.parquet", logits_table(gold=bad))
+    assert not list(tmp_path.rglob("*.parquet*"))
+
+
+def test_tampered_and_truncated_files_are_noticed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    data = store.write_table("data/a.parquet", shard_table())
+    path = tmp_path / "data/a.parquet"
+    whole = path.read_bytes()
+    for broken in (whole[:-20], whole[:40] + bytes([whole[40] ^ 1]) + whole[41:], b""):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"not the file that was committed.*verify.*--repair.*make shard"):
+            store.read_table(data, remake="`make shard`")
+    path.unlink()
+    with pytest.raises(ValueError, match="is missing although its manifest names it"):
+        store.read_table(data, remake="`make shard`")
+
+
+def test_create_publishes_once(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    assert store.create("manifests/a.json", b"first")
+    assert not store.create("manifests/a.json", b"second")
+    assert store.read("manifests/a.json") == b"first"
+
+
+def test_create_publishes_once_in_an_object_store() -> None:
+    store = Store("memory://run-create")
+    assert store.create("manifests/a.json", b"first")
+    assert store.read("manifests/a.json") == b"first"
+    data = store.write_table("data/a.parquet", shard_table())
+    assert store.read_table(data, remake="").equals(shard_table())
+    assert store.names("data") == ["a.parquet"]
+
+
+@pytest.mark.parametrize("key", ["../outside", "/etc/passwd", "a/../../b", "s3://bucket/x"])
+def test_key_that_leaves_the_run_directory_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="not a path inside the run directory"):
+        Store(str(tmp_path)).path(key)
+
+
+def test_missing_folder_has_no_names(tmp_path: Path) -> None:
+    assert Store(str(tmp_path / "nothing")).names("shard") == []
+
+
+def test_sparse_columns_come_back_padded() -> None:
+    table = logits_table()
+    rows = sparse_row(table, 0)
+    assert rows.ids.tolist() == [[3, 1], [2, -1]]
+    assert rows.logprobs[1, 1] == -np.inf
+    assert rows.present.tolist() == [True, True]
+    assert np.isnan(list_row(table, "gold_logprob", 0)[1])
+
+
+def test_float_columns_are_byte_stream_split_and_ids_have_dictionaries(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_table("a.parquet", logits_table())
+    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
+    encodings = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
+    assert "BYTE_STREAM_SPLIT" in encodings["topk_logprobs.list.element.list.element"]
+    assert "RLE_DICTIONARY" in encodings["topk_ids.list.element.list.element"]
+
+
+def test_read_only_folder_is_an_error_not_a_loss(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root writes anywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError):
+        Store(str(tmp_path)).create("a.json", b"{}")

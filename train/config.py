@@ -1,0 +1,69 @@
+"""Settings of the train stage and of the evaluation."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stages.contract.fingerprint import RUNTIME, Settings
+
+
+class TrainConfig(Settings):
+    """How the target model learns (PTA-LLM's settings are the defaults)."""
+
+    lambda_: float = Field(
+        0.8,
+        alias="lambda",
+        ge=0,
+        le=1,
+        description="Weight of the gold tokens' loss: L = lambda L_CLM + (1 - lambda) L_fusion.",
+    )
+    batch_size: int = Field(256, ge=1, description="Blocks in an optimizer step.")
+    micro_batch_size: Annotated[int, RUNTIME] = Field(
+        1, ge=1, description="Blocks in a forward pass; divides batch_size."
+    )
+    num_epochs: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-5, gt=0, description="Peak.")
+    warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up; cosine falls to 0.")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
+    clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    autocast: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Precision of activations; weights are float32."
+    )
+    gradient_checkpointing: Annotated[bool, RUNTIME] = Field(
+        False, description="Recompute activations in the backward pass."
+    )
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field("auto")
+    chunk_positions: Annotated[int, RUNTIME] = Field(
+        512, ge=1, description="Positions whose full logits exist at once."
+    )
+    checkpoint_every_steps: Annotated[int, RUNTIME] = Field(500, ge=1)
+    keep_checkpoints: Annotated[int, RUNTIME] = Field(2, ge=1, description="Newest checkpoints that stay on disk.")
+    seed: int = Field(42, ge=0, description="Of the blocks' order.")
+    device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(
+        "auto", description="`auto`: a GPU if there is one."
+    )
+    cpus_per_worker: Annotated[float, RUNTIME] = Field(
+        1, gt=0, description="CPUs of a training process; its threads on a CPU."
+    )
+    max_failures: Annotated[int, RUNTIME] = Field(3, ge=0, description="Worker deaths after which the job gives up.")
+
+
+class EvalConfig(Settings):
+    """How models are compared on held-out text."""
+
+    max_length: int = Field(2048, ge=8, description="Most tokens a model sees at once.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of the weights and activations.")
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field("auto")
+    device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(
+        "auto", description="`auto`: a GPU if there is one."
+    )
+    batch_tokens: Annotated[int, RUNTIME] = Field(8192, ge=1, description="Token budget of a batch, padding included.")
+    chunk_positions: Annotated[int, RUNTIME] = Field(
+        512, ge=1, description="Positions whose full logits exist at once."
+    )
+    max_documents: int | None = Field(
+        None, ge=1, description="Validation documents used, the first ones; all by default."
+    )
