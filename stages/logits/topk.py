@@ -1,0 +1,117 @@
+"""The top-k logprobs of hidden states, a chunk of positions at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+NO_GOLD: Final = -1
+_BLOCKS: Final = (512, 64, 16)
+"""Block widths of ``stable_topk``. Measured on one core, (512, 262,144) float32, k = 10: 40 ms; a whole ``torch.topk``,
+which promises nothing about ties, 90 ms; (512, 50,277): 24 and 25 ms; (512, 32,000): 16 and 16 ms."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """What is kept of P distributions over a vocabulary.
+
+    Attributes:
+        ids: (P, k) int64; descending probability, equal ones in ascending order of id.
+        logprobs: (P, k) float32, natural logs.
+        gold_logprob: (P,) float32; NaN where there is no gold token.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    gold_logprob: Tensor
+
+
+def topk_logprobs(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    gold_ids: Tensor,
+    *,
+    top_k: int,
+    num_valid: int,
+    chunk_positions: int,
+) -> TopK:
+    """Apply the LM head to hidden states and keep each position's largest logprobs.
+
+    Logprobs are normalised over ids below ``num_valid`` alone. A model whose embedding is padded to a round number has
+    rows that no token has; what mass training left them is no probability of any text, and a tail mass that counted it
+    would be taken for other tokens'. So they are cut off before the normalisation, as if their logits were -inf.
+
+    Only chunk_positions x vocabulary logits exist at once, in the head's own type and in float32, in which the
+    logarithms are taken.
+
+    Args:
+        hidden: (P, H), the body's last hidden states.
+        head: (C, H) -> (C, vocabulary) logits, with all that the model does to them (bias, scale, soft cap); what it
+            returns may be overwritten.
+        gold_ids: (P,) int64, the next token; ``NO_GOLD`` where there is none.
+        top_k: entries kept; all ``num_valid`` if there are fewer.
+        num_valid: the tokenizer's length.
+        chunk_positions: positions whose logits exist at once.
+    """
+    parts = [
+        _chunk_topk(head(states), gold, top_k=top_k, num_valid=num_valid)
+        for states, gold in zip(hidden.split(chunk_positions), gold_ids.split(chunk_positions), strict=True)
+    ]
+    return TopK(
+        ids=torch.cat([part.ids for part in parts]),
+        logprobs=torch.cat([part.logprobs for part in parts]),
+        gold_logprob=torch.cat([part.gold_logprob for part in parts]),
+    )
+
+
+def _chunk_topk(logits: Tensor, gold_ids: Tensor, *, top_k: int, num_valid: int) -> TopK:
+    logits = logits[:, :num_valid].float()
+    values, ids = stable_topk(logits, top_k)
+    gold = logits.gather(1, gold_ids.clamp(min=0)[:, None])[:, 0]
+    largest = values[:, :1]
+    # In place: torch.logsumexp would hold a second tensor of this size, and the logits are not needed any more.
+    log_total = logits.sub_(largest).exp_().sum(dim=1).log() + largest[:, 0]
+    missing = gold.new_full((), torch.nan)
+    return TopK(
+        ids=ids,
+        logprobs=values - log_total[:, None],
+        gold_logprob=torch.where(gold_ids == NO_GOLD, missing, gold - log_total),
+    )
+
+
+def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest entries of each row, descending; of equal entries the one with the lower index comes first.
+
+    Half-precision logits are often equal, also across the k-th place, where ``torch.topk`` takes any of them.
+
+    The row is cut into blocks; the k first entries of this order lie in the k blocks whose own first entries come first
+    (by their maximum, equal ones by position), so the rest is dropped before anything is sorted.
+
+    Args:
+        values: (P, V) float; NaN counts as the largest.
+        k: all V entries if V is smaller.
+
+    Returns:
+        values (P, k) and indices (P, k) int64.
+    """
+    indices = torch.arange(values.shape[1], device=values.device).expand(values.shape)
+    for width in _BLOCKS:
+        if values.shape[1] // width > k:
+            values, indices = _best_blocks(values, indices, k, width)
+    ordered, order = values.sort(dim=1, descending=True, stable=True)
+    return ordered[:, :k], indices.gather(1, order[:, :k])
+
+
+def _best_blocks(values: Tensor, indices: Tensor, k: int, width: int) -> tuple[Tensor, Tensor]:
+    """Keep each row's k best blocks of ``width`` columns, in their order, and the columns behind the last whole block."""
+    num_blocks = values.shape[1] // width
+    whole = num_blocks * width
+    maxima = values[:, :whole].unflatten(1, (num_blocks, width)).amax(dim=2)
+    best = maxima.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+    inside = torch.arange(width, device=values.device)
+    columns = (best[:, :, None] * width + inside).flatten(1)
+    rest = torch.arange(whole, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    return values.gather(1, columns), indices.gather(1, columns)

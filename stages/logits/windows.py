@@ -1,0 +1,51 @@
+"""Overlapping windows over a sequence that is longer than a model sees at once."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Window:
+    """One input of the model: the sequence's first ``num_repeated`` tokens (BOS), then tokens [start, end).
+
+    Its outputs are taken for positions [take_start, end); the positions before are context.
+    """
+
+    start: int
+    end: int
+    take_start: int
+    num_repeated: int
+
+    def __len__(self) -> int:
+        """Tokens that the model sees."""
+        return self.num_repeated + self.end - self.start
+
+    def tokens(self, ids: np.ndarray) -> np.ndarray:
+        """The model's input, (len(self),), out of the whole sequence's ids."""
+        return np.concatenate([ids[: self.num_repeated], ids[self.start : self.end]])
+
+    @property
+    def taken(self) -> slice:
+        """Where the taken positions lie in the model's output."""
+        return slice(self.num_repeated + self.take_start - self.start, len(self))
+
+
+def windows(length: int, *, max_length: int, num_bos: int = 0) -> list[Window]:
+    """Cover a sequence with windows of at most ``max_length`` tokens; one window if it fits.
+
+    Each further window is half a window on: every position is taken exactly once, with all that stands before it or at
+    least max_length / 2 tokens of context, itself included. A model that was trained with BOS sees it in each window;
+    without it some models (Gemma) predict noise.
+
+    Args:
+        length: tokens of the sequence, >= 1.
+        max_length: most tokens of a window, >= 2 + num_bos.
+        num_bos: tokens at the sequence's start that each further window repeats, 0 or 1.
+    """
+    first_end = min(length, max_length)
+    found = [Window(start=0, end=first_end, take_start=0, num_repeated=0)]
+    while (taken := found[-1].end) < length:
+        end = min(length, taken + max_length // 2)
+        found.append(Window(start=end - (max_length - num_bos), end=end, take_start=taken, num_repeated=num_bos))
+    return found

@@ -1,0 +1,304 @@
+"""The logits stage, against the model's own logits one segment at a time."""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from stages.contract.columns import list_row, round_to_half, sparse_row
+from stages.contract.entropy import cross_entropy
+from stages.contract.models import ModelConfig, load_model
+from stages.contract.schemas import SHARD, logits_schema
+from stages.contract.tokens import SegmentTokenizer
+from stages.logits.config import LogitsConfig
+from stages.logits.stage import LogitsStage
+from tests.tiny_models import ARCHITECTURES, save_model
+from tests.tiny_tokenizers import TEXTS
+
+TOP_K = 7
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def shard_table(texts, *, is_last=True, splits=None):
+    rows = [
+        {"doc_id": 100 + index, "segment": index % 3, "split": split, "byte_start": 0, "is_last": is_last, "text": text}
+        for index, (text, split) in enumerate(zip(texts, splits or ["train"] * len(texts), strict=True))
+    ]
+    return pa.Table.from_pylist(rows, schema=SHARD)
+
+
+def make_stage(folder, **settings):
+    config = LogitsConfig(**{"top_k": TOP_K, "max_length": 256, "dtype": "float32", "device": "cpu", **settings})
+    stage = LogitsStage(config, ModelConfig(name="tiny", path=folder))
+    stage.setup()
+    return stage
+
+
+class Oracle:
+    """``model(ids).logits``, whole, one input at a time."""
+
+    def __init__(self, folder):
+        model = ModelConfig(name="oracle", path=folder)
+        self.tokenizer = SegmentTokenizer.load(model)
+        self.model = load_model(model, dtype="float32", attention="eager", device="cpu")
+
+    def logprobs(self, ids):
+        with torch.inference_mode():
+            logits = self.model(torch.from_numpy(np.asarray(ids, np.int64))[None]).logits[0].float()
+        return logits[:, : self.tokenizer.vocabulary.size].log_softmax(-1).numpy()
+
+
+def assert_row_agrees(table, row, ids, logprobs):
+    assert np.array_equal(list_row(table, "token_ids", row), ids)
+    gold = list_row(table, "gold_logprob", row)
+    np.testing.assert_allclose(gold[:-1], logprobs[np.arange(len(ids) - 1), ids[1:]], atol=3e-5, rtol=1e-5)
+    assert np.isnan(gold[-1])
+    sparse = sparse_row(table, row)
+    expected = -np.sort(-logprobs, axis=1)[:, :TOP_K]
+    np.testing.assert_allclose(sparse.logprobs, expected, atol=1e-4, rtol=1e-3)  # float16's precision
+    np.testing.assert_allclose(np.take_along_axis(logprobs, sparse.ids.astype(np.int64), axis=1), expected, atol=3e-5)
+    assert (np.diff(sparse.logprobs, axis=1) <= 0).all()
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("llama"), architecture="llama", tokenizer_family="spm-bpe")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "family"),
+    [
+        *((name, "byte-bpe") for name in ARCHITECTURES),
+        ("llama", "spm-bpe"),
+        ("qwen2", "unigram"),
+        ("gemma3", "wordpiece"),
+    ],
+)
+def test_every_architecture_agrees_with_its_own_logits(tmp_path, architecture, family):
+    folder = save_model(tmp_path, architecture=architecture, tokenizer_family=family, vocab_padding=11)
+    output = make_stage(folder, batch_tokens=400, chunk_positions=50).run({"shard": shard_table(TEXTS)})
+    oracle = Oracle(folder)
+    table = output.table
+    assert table.schema.equals(logits_schema(oracle.tokenizer.vocabulary.size), check_metadata=True)
+    assert table["doc_id"].to_pylist() == [100 + index for index in range(len(TEXTS))]
+    assert not output.quarantine
+    for row, text in enumerate(TEXTS):
+        encoding = oracle.tokenizer.encode(text, is_last=True)
+        assert np.array_equal(list_row(table, "byte_end", row), encoding.byte_end)
+        assert_row_agrees(table, row, encoding.ids, oracle.logprobs(encoding.ids))
+
+
+def test_soft_capped_logits_are_capped(tmp_path):
+    folder = save_model(tmp_path, architecture="gemma3", tokenizer_family="spm-bpe", final_logit_softcapping=1.5)
+    table = make_stage(folder).run({"shard": shard_table(TEXTS[:2])}).table
+    oracle = Oracle(folder)
+    ids = list_row(table, "token_ids", 0)
+    assert_row_agrees(table, 0, ids, oracle.logprobs(ids))
+    spread = np.ptp(oracle.logprobs(ids), axis=1)
+    assert (spread <= 3).all()
+
+
+def test_batches_do_not_change_the_rows(llama):
+    texts = [*TEXTS, *[text[:20] for text in TEXTS], "a"]
+    one = make_stage(llama, batch_tokens=1, chunk_positions=1).run({"shard": shard_table(texts)})
+    many = make_stage(llama, batch_tokens=4096).run({"shard": shard_table(texts)})
+    for row in range(len(texts)):
+        assert np.array_equal(list_row(one.table, "token_ids", row), list_row(many.table, "token_ids", row))
+        assert np.array_equal(sparse_row(one.table, row).ids, sparse_row(many.table, row).ids)
+        for name in ("gold_logprob", "topk_logprobs"):
+            left, right = (np.array(flat(output.table, name, row)) for output in (one, many))
+            np.testing.assert_allclose(left, right, atol=1e-5, rtol=1.1e-3)
+
+
+def flat(table, name, row):
+    values = table[name][row].values
+    return (values.flatten() if pa.types.is_list(values.type) else values).to_numpy(zero_copy_only=False)
+
+
+def test_a_run_gives_the_same_table_again(llama):
+    stage = make_stage(llama, batch_tokens=300)
+    shard = shard_table(TEXTS)
+    assert stage.run({"shard": shard}).table.equals(stage.run({"shard": shard}).table)
+
+
+def test_only_train_rows_are_processed_in_their_order(llama):
+    splits = ["train", "validation", "train", "validation", "train"]
+    output = make_stage(llama).run({"shard": shard_table(TEXTS[:5], splits=splits)})
+    assert output.table["doc_id"].to_pylist() == [100, 102, 104]
+    assert output.table["segment"].to_pylist() == [0, 2, 1]
+    assert output.health["segments"] == 3
+
+
+def test_a_shard_without_train_rows_gives_an_empty_table(llama):
+    output = make_stage(llama).run({"shard": shard_table(TEXTS[:2], splits=["validation"] * 2)})
+    assert output.table.num_rows == 0
+    assert output.table.schema.equals(logits_schema(Oracle(llama).tokenizer.vocabulary.size), check_metadata=True)
+    assert output.num_tokens == 0
+
+
+def test_a_long_segment_goes_in_overlapping_windows_with_bos(llama):
+    text = "".join(TEXTS[:4])
+    output = make_stage(llama, max_length=32).run({"shard": shard_table([text, "Short."])})
+    oracle = Oracle(llama)
+    ids = oracle.tokenizer.encode(text, is_last=True).ids
+    assert len(ids) > 3 * 32
+    assert oracle.tokenizer.prepends_bos
+    expected = [oracle.logprobs(ids[:32])]
+    taken = 32
+    while taken < len(ids):
+        end = min(len(ids), taken + 16)
+        expected.append(oracle.logprobs([ids[0], *ids[end - 31 : end]])[-(end - taken) :])
+        taken = end
+    assert_row_agrees(output.table, 0, ids, np.concatenate(expected))
+    assert output.health["windowed_segments"] == 1
+    assert output.num_tokens == output.health["tokens"] == sum(map(len, output.table["token_ids"]))
+
+
+def test_a_model_with_fewer_positions_than_max_length_gets_windows(tmp_path):
+    folder = save_model(tmp_path, architecture="opt", tokenizer_family="byte-bpe", max_positions=24)
+    output = make_stage(folder, max_length=256).run({"shard": shard_table(TEXTS[:2])})
+    oracle = Oracle(folder)
+    ids = list_row(output.table, "token_ids", 0)
+    assert output.health["windowed_segments"] == 2
+    gold = list_row(output.table, "gold_logprob", 0)
+    np.testing.assert_allclose(gold[:23], oracle.logprobs(ids[:24])[np.arange(23), ids[1:24]], atol=3e-5)
+
+
+def test_one_token_has_a_distribution_and_no_gold(tmp_path):
+    folder = save_model(tmp_path, architecture="gpt_neox", tokenizer_family="byte-bpe")
+    output = make_stage(folder).run({"shard": shard_table(["a"], is_last=False)})
+    assert len(list_row(output.table, "token_ids", 0)) == 1
+    assert output.table["gold_logprob"][0].as_py() == [None]
+    assert sparse_row(output.table, 0).ids.shape == (1, TOP_K)
+    assert output.health["bits_per_byte"].count == 0
+
+
+def test_a_segment_without_tokens_is_quarantined_and_the_others_stay(tmp_path):
+    folder = save_model(tmp_path, architecture="llama", tokenizer_family="unigram")
+    output = make_stage(folder).run({"shard": shard_table(["fox", " \n ", "dog"], is_last=False)})
+    assert output.table["doc_id"].to_pylist() == [100, 102]
+    (bad,) = output.quarantine
+    assert (bad.doc_id, bad.segment, bad.error) == (101, 1, "NoTokens")
+
+
+def test_a_token_without_an_embedding_row_is_quarantined(tmp_path):
+    folder = save_model(tmp_path, architecture="llama", tokenizer_family="byte-bpe", vocab_padding=-100)
+    output = make_stage(folder).run({"shard": shard_table(TEXTS)})
+    assert {record.error for record in output.quarantine} == {"TokenOutsideModel"}
+    assert output.table.num_rows + len(output.quarantine) == len(TEXTS)
+    assert "do tokenizer and weights belong together" in output.quarantine[0].message
+
+
+def test_health_agrees_with_the_rows(llama):
+    output = make_stage(llama).run({"shard": shard_table(TEXTS)})
+    oracle = Oracle(llama)
+    is_special = oracle.tokenizer.vocabulary.is_special
+    nats = num_bytes = mass = 0
+    for text in TEXTS:
+        encoding = oracle.tokenizer.encode(text, is_last=True)
+        logprobs = oracle.logprobs(encoding.ids)
+        gold = np.append(logprobs[np.arange(len(encoding.ids) - 1), encoding.ids[1:]], np.nan)
+        entropy = cross_entropy(gold, encoding.byte_end, is_special[encoding.ids])
+        nats, num_bytes = nats + entropy.nats, num_bytes + entropy.num_bytes
+        mass += np.exp(-np.sort(-logprobs, axis=1)[:, :TOP_K]).sum()
+    health = output.health
+    assert num_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert health["bits_per_byte"].count == num_bytes
+    assert health["bits_per_byte"].value == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
+    assert health["topk_mass"].total == pytest.approx(mass, rel=1e-4)
+    assert health["topk_mass"].count == health["tokens"]
+    assert (health["oom_retries"], health["windowed_segments"]) == (0, 0)
+
+
+def test_topk_logprobs_are_rounded_and_gold_is_not(llama):
+    table = make_stage(llama).run({"shard": shard_table(TEXTS)}).table
+    topk, gold = table["topk_logprobs"].combine_chunks().flatten().flatten(), table["gold_logprob"].combine_chunks()
+    assert np.array_equal(topk.to_numpy(), round_to_half(topk.to_numpy()))
+    exact = gold.flatten().drop_null().to_numpy()
+    assert not np.array_equal(exact, round_to_half(exact))
+
+
+def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path):
+    folder = save_model(tmp_path, architecture="llama", tokenizer_family="byte-bpe")
+    tokenizer = SegmentTokenizer.load(ModelConfig(name="m", path=folder))
+    ids = tokenizer.encode(TEXTS[3], is_last=True).ids
+    earlier = {int(token) for text in TEXTS[:3] for token in tokenizer.encode(text, is_last=True).ids}
+    position = next(index for index, token in enumerate(ids) if int(token) not in earlier)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][ids[position]] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    stage = make_stage(folder, batch_tokens=1)
+    stage.run({"shard": shard_table(TEXTS[:3])})
+    with pytest.raises(ValueError, match=rf"not finite at doc_id 103, segment 0, position {position} of {len(ids)}"):
+        stage.run({"shard": shard_table(TEXTS[:4])})
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(llama):
+    shard = shard_table(TEXTS)
+    expected = make_stage(llama).run({"shard": shard})
+    stage = make_stage(llama)
+    body, sizes = stage._body, []
+
+    def small_machine(input_ids, **arguments):
+        sizes.append(input_ids.numel())
+        if input_ids.numel() > 300:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return body(input_ids, **arguments)
+
+    stage._body = small_machine
+    output = stage.run({"shard": shard})
+    assert output.health["oom_retries"] == sum(size > 300 for size in sizes) > 0
+    assert output.table["token_ids"].equals(expected.table["token_ids"])
+    np.testing.assert_allclose(
+        output.table["gold_logprob"].combine_chunks().flatten().drop_null().to_numpy(),
+        expected.table["gold_logprob"].combine_chunks().flatten().drop_null().to_numpy(),
+        atol=3e-5,
+        rtol=1e-5,
+    )
+    sizes.clear()
+    assert stage.run({"shard": shard}).health["oom_retries"] == 0  # what was learnt stays
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("shapes do not fit")])
+def test_what_halving_does_not_help_is_raised(llama, error):
+    stage = make_stage(llama)
+
+    def body(*_, **__):
+        raise error
+
+    stage._body = body
+    with pytest.raises(type(error), match=str(error)):
+        stage.run({"shard": shard_table(TEXTS[:3])})
+
+
+def test_bfloat16_is_near_float32(llama):
+    shard = shard_table(TEXTS)
+    half, full = (make_stage(llama, dtype=dtype).run({"shard": shard}) for dtype in ("bfloat16", "float32"))
+    gap = half.health["bits_per_byte"].value - full.health["bits_per_byte"].value
+    assert abs(gap) < 0.02 * full.health["bits_per_byte"].value
+    assert half.table["token_ids"].equals(full.table["token_ids"])
+
+
+def test_a_head_that_is_laid_out_in_an_unknown_way_is_refused(llama, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self, input_ids=None, **arguments):
+        output = forward(self, input_ids=input_ids, **arguments)
+        if input_ids is not None:  # something that the head alone cannot know
+            output.logits = output.logits * 1.5
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(ValueError, match="LlamaForCausalLM"):
+        make_stage(llama)
