@@ -1,0 +1,193 @@
+"""One aligned position as text, for people: ``ptafuse inspect``."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from stages.align.segment import AlignedSegment, ModelRows, Side
+from stages.align.support import NO_ID
+from stages.contract.tokens import Vocabulary
+
+CONTEXT_TOKENS: Final = 4
+"""Target tokens shown on each side of the position."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A token with its probability (or prior)."""
+
+    text: str
+    prob: float
+
+
+@dataclass(frozen=True)
+class PairedToken:
+    """A target token and the source tokens that it is paired with.
+
+    Attributes:
+        position: the target position.
+        text: of the target token.
+        source_start: first paired source position; -1 where there is none.
+        source_texts: of the paired source tokens.
+        exact_context: the source position to take from ends at the same byte.
+    """
+
+    position: int
+    text: str
+    source_start: int
+    source_texts: tuple[str, ...]
+    exact_context: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """How a target position got its distribution; lists are empty where there was nothing to compute.
+
+    Texts can be printed: bytes that are no UTF-8 are written in hexadecimal.
+
+    Attributes:
+        doc_id: the document.
+        segment: the segment in its document.
+        position: the target position in the segment; its distribution is over the next token.
+        context: the target tokens around the position with their source tokens, in order.
+        gold_next: the next target token, None at the last position.
+        source_position: whose distribution was taken, -1 where none.
+        source_next: the source's next token there, None at its last position or without a source position.
+        exact_context: both distributions condition on the same text.
+        outcome: ``"none"``, ``"transport"``, ``"gold"`` or ``"identity"``.
+        target_topk: the target's own candidates, with full-vocabulary probabilities.
+        source_topk: the source's candidates (n), with full-vocabulary probabilities; the transported mass a is these,
+            rescaled to 1 if the tail is renormalised.
+        support: the m target candidates with their prior b.
+        cost: (n, m) edits.
+        plan: (n, m) mass.
+        projected: the distribution over the target's vocabulary.
+        tail_mass: what ``projected`` lacks of 1.
+    """
+
+    doc_id: int
+    segment: int
+    position: int
+    context: tuple[PairedToken, ...]
+    gold_next: str | None
+    source_position: int
+    source_next: str | None
+    exact_context: bool
+    outcome: str
+    target_topk: tuple[Candidate, ...]
+    source_topk: tuple[Candidate, ...]
+    support: tuple[Candidate, ...]
+    cost: np.ndarray
+    plan: np.ndarray
+    projected: tuple[Candidate, ...]
+    tail_mass: float
+
+
+def printable(vocabulary: Vocabulary, token_id: int) -> str:
+    """The token's text with bytes that are no UTF-8 escaped."""
+    return vocabulary.token_bytes[token_id].decode("utf-8", errors="backslashreplace")
+
+
+def explain_position(
+    *,
+    doc_id: int,
+    segment: int,
+    position: int,
+    outcome: str,
+    target: tuple[Side, ModelRows],
+    source: tuple[Side, ModelRows] | None,
+    aligned: AlignedSegment,
+    top_k: int,
+) -> Explanation:
+    """Lay open what ``SegmentAligner.align`` did at one target position.
+
+    Args:
+        doc_id: of the segment, handed through.
+        segment: the segment's number, handed through.
+        position: a target position of the segment.
+        outcome: the position's outcome in words.
+        target: the target's tokenizer and rows.
+        source: the source's; None where the source has no row for the segment.
+        aligned: what was computed from them.
+        top_k: the window of candidates.
+
+    Raises:
+        ValueError: the segment has no such position.
+    """
+    target_side, target_rows = target
+    if not 0 <= position < len(target_rows):
+        raise ValueError(
+            f"position {position} of segment {segment} of document {doc_id}: expected 0 to {len(target_rows) - 1}"
+        )
+    taken = int(aligned.source_position[position])
+    source_next: str | None = None
+    source_topk: tuple[Candidate, ...] = ()
+    if source is not None and taken >= 0:
+        source_side, source_rows = source
+        source_topk = _candidates(source_side.vocabulary, source_rows, taken, top_k)
+        if taken + 1 < len(source_rows):
+            source_next = printable(source_side.vocabulary, int(source_rows.token_ids[taken + 1]))
+    support, cost, plan = _problem(target_side.vocabulary, position, aligned)
+    has_next = position + 1 < len(target_rows)
+    return Explanation(
+        doc_id=doc_id,
+        segment=segment,
+        position=position,
+        context=_context(position, target, source, aligned),
+        gold_next=printable(target_side.vocabulary, int(target_rows.token_ids[position + 1])) if has_next else None,
+        source_position=taken,
+        source_next=source_next,
+        exact_context=bool(aligned.exact_context[position]),
+        outcome=outcome,
+        target_topk=_candidates(target_side.vocabulary, target_rows, position, top_k),
+        source_topk=source_topk,
+        support=support,
+        cost=cost,
+        plan=plan,
+        projected=_sparse(target_side.vocabulary, aligned.ids[position], aligned.probs[position]),
+        tail_mass=float(aligned.tail_mass[position]),
+    )
+
+
+def _sparse(vocabulary: Vocabulary, ids: np.ndarray, probs: np.ndarray) -> tuple[Candidate, ...]:
+    return tuple(
+        Candidate(printable(vocabulary, token_id), prob)
+        for token_id, prob in zip(ids.tolist(), probs.tolist(), strict=True)
+        if token_id != NO_ID
+    )
+
+
+def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, top_k: int) -> tuple[Candidate, ...]:
+    return _sparse(vocabulary, rows.topk_ids[position, :top_k], rows.topk_probs[position, :top_k])
+
+
+def _problem(
+    vocabulary: Vocabulary, position: int, aligned: AlignedSegment
+) -> tuple[tuple[Candidate, ...], np.ndarray, np.ndarray]:
+    """Support, cost and plan of the position's transport problem, pads left out."""
+    problems = aligned.problems
+    found = np.empty(0, np.int64) if problems is None else np.flatnonzero(problems.positions == position)
+    if problems is None or not len(found):
+        return (), np.zeros((0, 0)), np.zeros((0, 0))
+    index = int(found[0])
+    real = np.ix_(problems.source_ids[index] != NO_ID, problems.support_ids[index] != NO_ID)
+    support = _sparse(vocabulary, problems.support_ids[index], problems.prior[index])
+    return support, problems.cost[index][real], problems.plan[index][real]
+
+
+def _context(
+    position: int, target: tuple[Side, ModelRows], source: tuple[Side, ModelRows] | None, aligned: AlignedSegment
+) -> tuple[PairedToken, ...]:
+    target_side, target_rows = target
+    around = range(max(0, position - CONTEXT_TOKENS), min(len(target_rows), position + CONTEXT_TOKENS + 1))
+    tokens = []
+    for here in around:
+        start, end = int(aligned.pairing.start[here]), int(aligned.pairing.end[here])
+        texts: tuple[str, ...] = ()
+        if source is not None and start >= 0:
+            source_side, source_rows = source
+            texts = tuple(printable(source_side.vocabulary, i) for i in source_rows.token_ids[start:end].tolist())
+        text = printable(target_side.vocabulary, int(target_rows.token_ids[here]))
+        tokens.append(PairedToken(here, text, start, texts, bool(aligned.exact_context[here])))
+    return tuple(tokens)

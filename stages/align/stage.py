@@ -1,0 +1,289 @@
+"""The align stage: a source's logits and the target's in, the source's distributions over the target's vocabulary out."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+
+from stages.align.config import AlignConfig
+from stages.align.explain import Explanation, explain_position
+from stages.align.pairing import NO_POSITION
+from stages.align.segment import GOLD, IDENTITY, TRANSPORT, AlignedSegment, ModelRows, SegmentAligner, Side
+from stages.align.support import prefix_map, same_bytes
+from stages.contract import schemas
+from stages.contract.columns import SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
+from stages.contract.entropy import TEACHER_FLOOR
+from stages.contract.manifest import Mean
+from stages.contract.models import ModelConfig
+from stages.contract.stage import BadRecord, StageOutput
+from stages.contract.tokens import SegmentTokenizer
+
+VERSION: Final = 1
+"""Raised when this stage's code gives other rows for the same settings."""
+
+_PROBE_CONTEXTS: Final = ("", "\n", "a")
+"""Texts before a token to see which of several ids its tokenizer gives it."""
+
+_COUNTS: Final[tuple[str, ...]] = (
+    "segments",
+    "positions",
+    "covered",
+    "exact_contexts",
+    "one_to_one",
+    "one_to_many",
+    "many_to_one",
+    "unpaired",
+    "gold_fallback",
+    "problems",
+    "unconverged",
+)
+_MEANS: Final[dict[str, str]] = {
+    "marginal_error": "problems",
+    "teacher_nll": "covered",
+    "target_nll": "covered",
+    "cut_mass": "covered",
+}
+"""Means, with the count over which each is taken."""
+
+logger = logging.getLogger(__name__)
+
+
+class AlignStage:
+    """Aligns one source model with the target.
+
+    ``run`` takes the inputs ``"target"`` and ``"source"`` (tables of ``logits_schema``) and gives ``aligned_schema``: one
+    row for every target row. Rows are joined by document and segment; where the source has no such row (it was
+    quarantined there) the segment is kept without distributions and counted.
+
+    Health: ``segments``; ``positions`` (with a next token), which are the sum of ``one_to_one``, ``one_to_many`` (one
+    source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``; ``covered`` (with the
+    source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the transport;
+    ``teacher_nll``, ``target_nll`` (nats, of the gold next token at covered positions, under the projected distribution
+    and under the target's own window, renormalised); ``cut_mass``; ``missing_source_segments`` and
+    ``missing_target_segments``.
+    """
+
+    def __init__(self, config: AlignConfig, target: ModelConfig, source: ModelConfig) -> None:
+        self._config = config
+        self._models = (target, source)
+
+    def setup(self) -> None:
+        """Load the two tokenizers, map the source's vocabulary onto the target's, compile the kernels."""
+        target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
+        self._target = _side(self._models[0], target_tokenizer)
+        self._source = _side(self._models[1], source_tokenizer)
+        first_token = None
+        if self._config.support == "union":
+            first_token = prefix_map(
+                self._source.vocabulary, self._target.vocabulary, _preferred_tokens(target_tokenizer)
+            )
+        self._aligner = SegmentAligner(self._config, self._target, self._source, first_token)
+        tiny = ModelRows(
+            token_ids=np.zeros(2, np.int32),
+            byte_end=np.arange(1, 3, dtype=np.int32),
+            topk_ids=np.zeros((2, 1), np.int32),
+            topk_probs=np.ones((2, 1)),
+        )
+        self._aligner.align(tiny, tiny)
+
+    def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
+        """Align one shard; see the class."""
+        target_table, source_table = inputs["target"], inputs["source"]
+        keys = _keys(target_table)
+        source_row = {key: row for row, key in enumerate(_keys(source_table))}
+        health = _Health(missing_target_segments=len(source_row.keys() - set(keys)))
+        rows = _OutputRows(self._config)
+        quarantine: list[BadRecord] = []
+        num_tokens = 0
+        for row, key in enumerate(keys):
+            target = _model_rows(target_table, row)
+            num_tokens += len(target)
+            try:
+                if key in source_row:
+                    aligned = self._aligner.align(target, _model_rows(source_table, source_row[key]))
+                else:
+                    aligned = self._aligner.unpaired(target)
+            except ValueError as error:
+                logger.warning("document %d, segment %d: %s", *key, error)
+                quarantine.append(BadRecord(*key, type(error).__name__, str(error)))
+                continue
+            distributions = rows.add(key, aligned)
+            health.add(aligned, target, distributions, self._config.top_k, is_missing=key not in source_row)
+        if health.missing_source_segments:
+            logger.warning("%d segments have no row of %s", health.missing_source_segments, self._source.name)
+        table = rows.table(self._target.vocabulary.size)
+        return StageOutput(table, num_tokens, health.figures(), tuple(quarantine))
+
+    def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
+        """What ``run`` does at one position.
+
+        Args:
+            inputs: as for ``run``.
+            row: of the target table.
+            position: the target position in that row.
+
+        Raises:
+            ValueError: there is no such row or position, or the row cannot be aligned.
+        """
+        target_table, source_table = inputs["target"], inputs["source"]
+        if not 0 <= row < target_table.num_rows:
+            raise ValueError(f"row {row}: expected 0 to {target_table.num_rows - 1}, the rows of this shard")
+        key = _keys(target_table)[row]
+        source_row = {found: number for number, found in enumerate(_keys(source_table))}
+        target = _model_rows(target_table, row)
+        source = _model_rows(source_table, source_row[key]) if key in source_row else None
+        aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
+        return explain_position(
+            doc_id=key[0],
+            segment=key[1],
+            position=position,
+            outcome=schemas.PAIRED_BY[aligned.outcome[position]] if 0 <= position < len(target) else "none",
+            target=(self._target, target),
+            source=None if source is None else (self._source, source),
+            aligned=aligned,
+            top_k=self._config.top_k,
+        )
+
+
+@dataclass
+class _Health:
+    """The stage's figures, added up segment by segment."""
+
+    missing_target_segments: int
+    missing_source_segments: int = 0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_MEANS, 0.0))
+
+    def add(
+        self, aligned: AlignedSegment, target: ModelRows, distributions: SparseRows, top_k: int, *, is_missing: bool
+    ) -> None:
+        positions = np.arange(len(target) - 1)  # the last one has no next token
+        covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY)))
+        span = (aligned.pairing.end - aligned.pairing.start)[positions]
+        is_paired = aligned.pairing.is_paired[positions]
+        shares_source = aligned.pairing.shares_source()[positions]
+        problems = aligned.problems
+        self.missing_source_segments += is_missing
+        found = {
+            "segments": 1,
+            "positions": len(positions),
+            "covered": len(covered),
+            "exact_contexts": int(aligned.exact_context[positions].sum()),
+            "one_to_one": int((is_paired & (span == 1) & ~shares_source).sum()),
+            "one_to_many": int((is_paired & (span == 1) & shares_source).sum()),
+            "many_to_one": int((is_paired & (span > 1)).sum()),
+            "unpaired": int((~is_paired).sum()),
+            "gold_fallback": int((aligned.outcome == GOLD).sum()),
+            "problems": 0 if problems is None else len(problems.positions),
+            "unconverged": 0 if problems is None else int((~problems.converged).sum()),
+        }
+        for name, count in found.items():
+            self.counts[name] += count
+        gold = target.token_ids[covered + 1]
+        own_ids, own_probs = target.topk_ids[covered, :top_k], target.topk_probs[covered, :top_k]
+        own_probs = own_probs / np.maximum(own_probs.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+        projected = np.exp(distributions.logprobs[covered].astype(np.float64))
+        self.totals["teacher_nll"] += _negative_log(distributions.ids[covered], projected, gold)
+        self.totals["target_nll"] += _negative_log(own_ids, own_probs, gold)
+        self.totals["cut_mass"] += float(aligned.cut_mass[covered].sum())
+        if problems is not None:
+            self.totals["marginal_error"] += float(problems.marginal_error.sum())
+
+    def figures(self) -> dict[str, int | Mean]:
+        return {
+            **self.counts,
+            **{name: Mean(total=total, count=self.counts[_MEANS[name]]) for name, total in self.totals.items()},
+            "missing_source_segments": self.missing_source_segments,
+            "missing_target_segments": self.missing_target_segments,
+        }
+
+
+def _negative_log(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> float:
+    """Sum of -ln p(gold) over rows, p at least the floor."""
+    found = np.where(ids == gold[:, None], probs, 0.0).sum(axis=1)
+    return float(-np.log(np.maximum(found, TEACHER_FLOOR)).sum())
+
+
+class _OutputRows:
+    """Collects the columns of the aligned table."""
+
+    def __init__(self, config: AlignConfig) -> None:
+        self._config = config
+        self._keys: list[tuple[int, int]] = []
+        self._segments: list[AlignedSegment] = []
+        self._distributions: list[SparseRows] = []
+
+    def add(self, key: tuple[int, int], aligned: AlignedSegment) -> SparseRows:
+        """Take one segment; returns its distributions as they will be stored."""
+        with np.errstate(divide="ignore"):
+            logprobs = np.log(aligned.probs)
+        stored = np.where(aligned.probs > 0, np.minimum(round_to_half(logprobs), 0.0), -np.inf).astype(np.float32)
+        distributions = SparseRows(aligned.ids, stored)
+        self._keys.append(key)
+        self._segments.append(aligned)
+        self._distributions.append(distributions)
+        return distributions
+
+    def table(self, vocab_size: int) -> pa.Table:
+        schema = schemas.aligned_schema(vocab_size, self._config.tail)
+        segments = self._segments
+        ids, logprobs = sparse_columns(self._distributions, schemas.id_type(vocab_size))
+        columns = {
+            "doc_id": pa.array([doc_id for doc_id, _ in self._keys], pa.int64()),
+            "segment": pa.array([segment for _, segment in self._keys], pa.int32()),
+            "source_position": list_column([part.source_position for part in segments], pa.int32()),
+            "pair_start": list_column([part.pairing.start for part in segments], pa.int32()),
+            "pair_end": list_column([part.pairing.end for part in segments], pa.int32()),
+            "exact_context": list_column([part.exact_context for part in segments], pa.bool_()),
+            "outcome": list_column([part.outcome for part in segments], pa.uint8()),
+            "topk_ids": ids,
+            "topk_logprobs": logprobs,
+        }
+        if self._config.tail == "bucket":
+            columns["tail_mass"] = list_column([part.tail_mass for part in segments], pa.float32())
+        return pa.table(columns, schema=schema)
+
+
+def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
+    vocabulary = tokenizer.vocabulary
+    texts = tuple(map(vocabulary.text, range(vocabulary.size)))
+    return Side(model.name, vocabulary, tokenizer.prepends_bos, texts)
+
+
+def _preferred_tokens(tokenizer: SegmentTokenizer) -> dict[bytes, int]:
+    """Of several tokens with the same bytes, the one that the tokenizer itself gives the text."""
+    groups = [(token, set(ids)) for token, ids in same_bytes(tokenizer.vocabulary).items() if _is_utf8(token)]
+    probes = [context + token.decode() for token, _ in groups for context in _PROBE_CONTEXTS]
+    encodings = iter(tokenizer.encode_batch(probes, is_last=[False] * len(probes)))
+    preferred: dict[bytes, int] = {}
+    for token, ids in groups:
+        for encoding in [next(encodings) for _ in _PROBE_CONTEXTS]:
+            last = int(encoding.ids[-1]) if len(encoding.ids) else NO_POSITION
+            if last in ids:
+                preferred.setdefault(token, last)
+    return preferred
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _keys(table: pa.Table) -> list[tuple[int, int]]:
+    return list(zip(table["doc_id"].to_pylist(), table["segment"].to_pylist(), strict=True))
+
+
+def _model_rows(table: pa.Table, row: int) -> ModelRows:
+    topk = sparse_row(table, row)
+    return ModelRows(
+        token_ids=np.array(list_row(table, "token_ids", row), np.int32),
+        byte_end=np.array(list_row(table, "byte_end", row), np.int32),
+        topk_ids=topk.ids,
+        topk_probs=np.exp(topk.logprobs.astype(np.float64)),
+    )

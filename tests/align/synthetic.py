@@ -1,0 +1,78 @@
+"""Logits tables with real tokens and made-up distributions: peaked, over tokens of the text, the gold one among them."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from stages.contract import schemas
+from stages.contract.columns import SparseRows, list_column, round_to_half, sparse_columns
+from stages.contract.tokens import SegmentTokenizer
+
+
+def logits_table(
+    tokenizer: SegmentTokenizer,
+    documents: Sequence[Sequence[str]],
+    *,
+    top_k: int = 10,
+    gold_rate: float = 0.8,
+    seed: int = 0,
+) -> pa.Table:
+    """A table of ``logits_schema``.
+
+    Args:
+        tokenizer: the model's.
+        documents: the segments of each.
+        top_k: entries of a distribution.
+        gold_rate: how often the gold next token is among them.
+        seed: of the distributions.
+    """
+    rng = np.random.default_rng(seed)
+    keys = [(doc, number) for doc, segments in enumerate(documents) for number in range(len(segments))]
+    texts = [text for segments in documents for text in segments]
+    ends = [number == len(documents[doc]) - 1 for doc, number in keys]
+    encodings = tokenizer.encode_batch(texts, is_last=ends)
+    seen = np.concatenate([encoding.ids for encoding in encodings])
+    rows, golds = [], []
+    for encoding in encodings:
+        row, gold = _distributions(encoding.ids, seen, top_k, gold_rate, rng)
+        rows.append(row)
+        golds.append(gold)
+    size = tokenizer.vocabulary.size
+    ids, logprobs = sparse_columns(rows, schemas.id_type(size))
+    columns = {
+        "doc_id": pa.array([doc for doc, _ in keys], pa.int64()),
+        "segment": pa.array([number for _, number in keys], pa.int32()),
+        "token_ids": list_column([encoding.ids for encoding in encodings], schemas.id_type(size)),
+        "byte_end": list_column([encoding.byte_end for encoding in encodings], pa.int32()),
+        "gold_logprob": list_column(golds, pa.float32()),
+        "topk_ids": ids,
+        "topk_logprobs": logprobs,
+    }
+    return pa.table(columns, schema=schemas.logits_schema(size))
+
+
+def _distributions(
+    token_ids: np.ndarray, seen: np.ndarray, top_k: int, gold_rate: float, rng: np.random.Generator
+) -> tuple[SparseRows, np.ndarray]:
+    size = len(token_ids)
+    ids = np.full((size, top_k), -1, np.int32)
+    logprobs = np.full((size, top_k), -np.inf, np.float32)
+    gold = np.full(size, np.nan, np.float32)
+    for position in range(size):
+        drawn = np.unique(rng.choice(seen, size=2 * top_k))
+        rng.shuffle(drawn)
+        next_token = token_ids[position + 1] if position + 1 < size else -1
+        has_gold = next_token >= 0 and rng.random() < gold_rate
+        drawn = drawn[drawn != next_token][: top_k - has_gold]
+        if has_gold:
+            place = min(len(drawn), rng.geometric(0.5) - 1)
+            drawn = np.insert(drawn, place, next_token)
+        weights = np.sort(rng.gumbel(size=len(drawn)) * 2)[::-1]
+        mass = rng.uniform(0.7, 0.99)
+        values = weights - np.log(np.exp(weights).sum()) + np.log(mass)
+        ids[position, : len(drawn)] = drawn
+        logprobs[position, : len(drawn)] = round_to_half(values)
+        if next_token >= 0:
+            gold[position] = logprobs[position][ids[position] == next_token][0] if has_gold else np.log(1e-4)
+    return SparseRows(ids, logprobs), gold
