@@ -1,0 +1,1 @@
+"""The fuse stage: one distribution a position, and training blocks."""

@@ -1,0 +1,54 @@
+"""What `ptafuse inspect` shows of a fused position."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExplainedCandidate:
+    """One model's say at a position.
+
+    Attributes:
+        name: the model's.
+        cross_entropy: in the configured unit over the configured span (granularity ``token``: nats); NaN if unknown.
+        weight: its share in the fused distribution.
+        distribution: (text of a token, probability), descending; empty where the model has none here.
+        tail_mass: what the distribution lacks of 1.
+    """
+
+    name: str
+    cross_entropy: float
+    weight: float
+    distribution: tuple[tuple[str, float], ...]
+    tail_mass: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How the fused distribution of one position came about.
+
+    Attributes:
+        context: text of the tokens up to and including the position.
+        gold: text of the gold next token, None at a segment's last position.
+        candidates: the target's, then the sources'.
+        chosen: name of the candidate with the largest weight, None where there is no fused distribution.
+        fused: (text of a token, probability), descending.
+        tail_mass: what the fused distribution lacks of 1.
+        cut_mass: mass of the entries beyond top_k.
+    """
+
+    context: str
+    gold: str | None
+    candidates: tuple[ExplainedCandidate, ...]
+    chosen: str | None
+    fused: tuple[tuple[str, float], ...]
+    tail_mass: float
+    cut_mass: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of a segment."""
+
+    doc_id: int
+    segment: int
+    position: int

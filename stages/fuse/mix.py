@@ -1,0 +1,119 @@
+"""The weighted union of sparse distributions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.contract.columns import PAD_ID, SparseRows
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One model's distributions over the target vocabulary.
+
+    Attributes:
+        rows: N positions.
+        tail_mass: (N,) what each row's probabilities lack of 1; zeros where rows are rescaled to 1.
+    """
+
+    rows: SparseRows
+    tail_mass: np.ndarray
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Fused distributions.
+
+    Attributes:
+        rows: N positions, at most top_k entries each, descending; log-probabilities in float32.
+        tail_mass: (N,) float64; zeros with ``renormalise``.
+        cut_mass: (N,) float64, the mass of entries beyond top_k, before it is rescaled or joins the tail.
+    """
+
+    rows: SparseRows
+    tail_mass: np.ndarray
+    cut_mass: np.ndarray
+
+
+def as_candidate(rows: SparseRows, *, renormalise: bool) -> Candidate:
+    """A model's own top-k rows as a candidate: rescaled to 1, or as they are with their tail."""
+    mass = np.exp(rows.logprobs.astype(np.float64)).sum(axis=1)
+    if not renormalise:
+        return Candidate(rows, np.where(rows.present, np.clip(1 - mass, 0, 1), 0.0))
+    log_mass = np.log(np.where(rows.present, mass, 1.0))[:, None]
+    return Candidate(SparseRows(rows.ids, (rows.logprobs - log_mass).astype(np.float32)), np.zeros(len(rows)))
+
+
+def without(candidate: Candidate, positions: np.ndarray) -> Candidate:
+    """The candidate with no distribution at ``positions`` ((N,) bool)."""
+    ids, logprobs = candidate.rows.ids.copy(), candidate.rows.logprobs.copy()
+    ids[positions], logprobs[positions] = PAD_ID, -np.inf
+    return Candidate(SparseRows(ids, logprobs), np.where(positions, 0.0, candidate.tail_mass))
+
+
+def mix(candidates: Sequence[Candidate], weights: np.ndarray, *, top_k: int, renormalise: bool) -> Mixture:
+    """Add up the candidates' rows by weight and keep the largest entries.
+
+    Args:
+        candidates: C candidates of N positions each.
+        weights: (N, C), rows sum to 1 or are zero.
+        top_k: entries kept; ties at the border go to the smaller id.
+        renormalise: rescale what is kept to 1; else the cut mass and the candidates' tails make the row's tail mass.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if weights.shape != (len(candidates[0].rows), len(candidates)):
+        raise ValueError(
+            f"weights have shape {weights.shape}, expected {(len(candidates[0].rows), len(candidates))}: "
+            "one row a position, one column a candidate"
+        )
+    ids = np.concatenate([part.rows.ids for part in candidates], axis=1)
+    mass = np.concatenate(
+        [
+            np.exp(part.rows.logprobs.astype(np.float64)) * weights[:, [column]]
+            for column, part in enumerate(candidates)
+        ],
+        axis=1,
+    )
+    tail = sum(part.tail_mass * weights[:, column] for column, part in enumerate(candidates))
+    ids, mass = _merge(np.where(mass > 0, ids, PAD_ID), mass)
+    order = np.lexsort((ids, -mass), axis=1)
+    ids, mass = np.take_along_axis(ids, order, axis=1), np.take_along_axis(mass, order, axis=1)
+    cut = mass[:, top_k:].sum(axis=1)
+    ids, mass = ids[:, :top_k], mass[:, :top_k]
+    if renormalise:
+        kept = mass.sum(axis=1, keepdims=True)
+        mass = np.divide(mass, kept, out=np.zeros_like(mass), where=kept > 0)
+        tail = np.zeros(len(mass))
+    else:
+        tail = np.clip(tail + cut, 0, 1)
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(mass).astype(np.float32)
+    return Mixture(SparseRows(ids.astype(np.int32), logprobs), tail, cut)
+
+
+def _merge(ids: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Add up entries of one row that have the same id; entries without mass become pads.
+
+    Args:
+        ids: (N, M), ``PAD_ID`` where there is no entry.
+        mass: (N, M).
+
+    Returns:
+        ids (N, M), mass (N, M): each id once a row.
+    """
+    num_rows, width = ids.shape
+    if not width:
+        return ids, mass
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, mass = np.take_along_axis(ids, order, axis=1), np.take_along_axis(mass, order, axis=1)
+    is_new = np.ones(ids.shape, bool)
+    is_new[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    slot = (is_new.cumsum(axis=1) - 1) + np.arange(num_rows)[:, None] * width
+    total = np.bincount(slot.ravel(), mass.ravel(), minlength=num_rows * width)
+    merged = np.full(num_rows * width, PAD_ID, ids.dtype)
+    merged[slot[is_new]] = ids[is_new]
+    total[merged == PAD_ID] = 0.0
+    return merged.reshape(ids.shape), total.reshape(ids.shape)

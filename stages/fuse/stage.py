@@ -1,0 +1,360 @@
+"""The fuse stage: one distribution a position from the target's and the sources', and the training blocks."""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
+from stages.contract.entropy import CrossEntropy, cross_entropy
+from stages.contract.models import ModelConfig
+from stages.contract.schemas import Tail, fused_schema, tail_of
+from stages.contract.stage import StageOutput
+from stages.contract.tokens import SegmentTokenizer, Vocabulary
+from stages.fuse.config import FuseConfig
+from stages.fuse.explanation import ExplainedCandidate, Explanation, Place
+from stages.fuse.health import HealthCounts
+from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
+from stages.fuse.pack import Packing, pack
+from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
+
+VERSION: Final = 1
+
+_NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The input tables, and the rows of one segment in each: -1 where a source's table does not have it."""
+
+    target: pa.Table
+    logits: tuple[pa.Table, ...]
+    aligned: tuple[pa.Table, ...]
+    logits_rows: np.ndarray  # (S, sources)
+    aligned_rows: np.ndarray  # (S, sources)
+    tail: Tail
+    lengths: np.ndarray  # (S,) target tokens
+    doc_ids: np.ndarray  # (S,)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """One segment: N positions, C candidates."""
+
+    candidates: tuple[Candidate, ...]
+    gold: np.ndarray  # (N,) the next token; PAD_ID at the last position
+    cross_entropy: np.ndarray  # (N, C)
+    weights: np.ndarray  # (N, C)
+    mixture: Mixture
+
+    @property
+    def present(self) -> np.ndarray:
+        """(N,) bool: the position has a fused distribution."""
+        return self.mixture.rows.present
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """(N,) int8 index of the candidate with the largest weight, -1 where there is no fused distribution."""
+        return np.where(self.present, self.weights.argmax(axis=1), -1).astype(np.int8)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """What is written of one segment."""
+
+    rows: SparseRows
+    tail_mass: np.ndarray
+    chosen: np.ndarray
+
+
+class FuseStage:
+    """Chooses or mixes the candidates at each position, and packs segments into blocks.
+
+    Inputs: ``"logits/<name>"`` of the target and of every source, ``"align/<name>"`` of every source.
+    """
+
+    def __init__(self, config: FuseConfig, target: ModelConfig, sources: tuple[ModelConfig, ...]) -> None:
+        self.config = config
+        self.target = target
+        self.sources = sources
+        self.names = (target.name, *(source.name for source in sources))
+        self._vocabularies: tuple[Vocabulary, ...] = ()
+
+    def setup(self) -> None:
+        """Load the tokenizers: which tokens are special, and the size of the target's vocabulary."""
+        self._vocabularies = tuple(SegmentTokenizer.load(model).vocabulary for model in (self.target, *self.sources))
+
+    def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
+        """Fuse one shard.
+
+        Raises:
+            ValueError: the aligned tables disagree on their tail, or do not fit the target's positions.
+        """
+        shard = self._read(inputs)
+        packing = pack(shard.lengths, max_length=self.config.max_length)
+        piece_ce = self._piece_cross_entropy(shard, packing)
+        health = HealthCounts(self.names)
+        segments = []
+        for row in range(len(shard.lengths)):
+            fused = self._fuse_segment(shard, row, packing, piece_ce)
+            health.add(
+                fused=fused.mixture.rows,
+                target=fused.candidates[0].rows,
+                gold=fused.gold,
+                chosen=fused.chosen,
+                cut_mass=fused.mixture.cut_mass,
+            )
+            rows = fused.mixture.rows
+            rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
+            segments.append(_Output(rows, fused.mixture.tail_mass.astype(np.float32), fused.chosen))
+        return StageOutput(
+            table=_table(shard, packing, segments, fused_schema(self._vocabularies[0].size, shard.tail, self.names)),
+            num_tokens=int(shard.lengths.sum()),
+            health={
+                "segments": len(shard.lengths),
+                "blocks": packing.num_blocks,
+                **health.figures(),
+                "missing_source_segments": int((shard.aligned_rows < 0).sum()),
+            },
+        )
+
+    def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
+        """How the fused distribution of one position came about; for ``ptafuse inspect``.
+
+        Args:
+            inputs: as for ``run``.
+            row: the segment's row in the target's logits table; ``find_row`` gives it.
+            position: of the target's tokens in that segment; ``locate`` gives it for a position of a block.
+
+        Raises:
+            IndexError: there is no such row or position.
+        """
+        shard = self._read(inputs)
+        if not 0 <= row < len(shard.lengths) or not 0 <= position < shard.lengths[row]:
+            found = f"{shard.lengths[row]} tokens" if 0 <= row < len(shard.lengths) else f"{len(shard.lengths)} rows"
+            raise IndexError(f"no position {position} in row {row}: the shard has {found} there")
+        packing = pack(shard.lengths, max_length=self.config.max_length)
+        fused = self._fuse_segment(shard, row, packing, self._piece_cross_entropy(shard, packing))
+        vocabulary = self._vocabularies[0]
+        tokens = list_row(shard.target, "token_ids", row)[: position + 1]
+        context = b"".join(vocabulary.token_bytes[token] for token in tokens)
+        gold, chosen = int(fused.gold[position]), int(fused.chosen[position])
+        candidates = tuple(
+            ExplainedCandidate(
+                name=name,
+                cross_entropy=float(fused.cross_entropy[position, index]),
+                weight=float(fused.weights[position, index]),
+                distribution=_as_text(part.rows, position, vocabulary),
+                tail_mass=float(part.tail_mass[position]),
+            )
+            for index, (name, part) in enumerate(zip(self.names, fused.candidates, strict=True))
+        )
+        return Explanation(
+            context=context.decode(errors="replace"),
+            gold=None if gold == PAD_ID else vocabulary.text(gold),
+            candidates=candidates,
+            chosen=None if chosen < 0 else self.names[chosen],
+            fused=_as_text(fused.mixture.rows, position, vocabulary),
+            tail_mass=float(fused.mixture.tail_mass[position]),
+            cut_mass=float(fused.mixture.cut_mass[position]),
+        )
+
+    def _read(self, inputs: Mapping[str, pa.Table]) -> _Shard:
+        target = inputs[f"logits/{self.target.name}"]
+        logits = tuple(inputs[f"logits/{source.name}"] for source in self.sources)
+        aligned = tuple(inputs[f"align/{source.name}"] for source in self.sources)
+        tails = {source.name: tail_of(table.schema) for source, table in zip(self.sources, aligned, strict=True)}
+        if len(set(tails.values())) > 1:
+            raise ValueError(f"the sources' aligned tables have different tails: {tails}; align them with one `tail`")
+        return _Shard(
+            target=target,
+            logits=logits,
+            aligned=aligned,
+            logits_rows=_rows_of(target, logits),
+            aligned_rows=_rows_of(target, aligned),
+            tail=next(iter(tails.values()), "renormalise"),
+            lengths=pc.list_value_length(target["token_ids"]).to_numpy().astype(np.int64),
+            doc_ids=target["doc_id"].to_numpy(),
+        )
+
+    def _piece_cross_entropy(self, shard: _Shard, packing: Packing) -> np.ndarray:
+        """(P, C) the models' cross-entropy, in the configured unit and span, at each piece; NaN where unknown."""
+        if self.config.granularity == "token":  # judged at each position from the candidates themselves
+            return np.full((len(packing.segment), len(self.names)), np.nan)
+        values = np.stack([self._segment_values(shard, column) for column in range(len(self.names))], axis=1)
+        if self.config.granularity == "block":
+            return block_cross_entropy(values, packing.segment, packing.block)[packing.block]
+        return values[packing.segment]
+
+    def _segment_values(self, shard: _Shard, column: int) -> np.ndarray:
+        """(S,) one model's cross-entropy, in the configured unit, on each segment or on its whole document."""
+        table = shard.target if column == 0 else shard.logits[column - 1]
+        rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
+        is_special = self._vocabularies[column].is_special
+        parts = [_segment_cross_entropy(table, int(row), is_special) for row in rows]
+        if self.config.granularity == "document":
+            totals: dict[int, CrossEntropy] = {}
+            for doc_id, part in zip(shard.doc_ids.tolist(), parts, strict=True):
+                totals[doc_id] = totals.get(doc_id, _NO_CROSS_ENTROPY) + part
+            parts = [totals[doc_id] for doc_id in shard.doc_ids.tolist()]
+        per_byte = self.config.unit == "bits-per-byte"
+        return np.array([part.bits_per_byte if per_byte else part.nats_per_token for part in parts], np.float64)
+
+    def _fuse_segment(self, shard: _Shard, row: int, packing: Packing, piece_ce: np.ndarray) -> _Fused:
+        length = int(shard.lengths[row])
+        gold = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
+        candidates = self._candidates(shard, row)
+        if self.config.granularity == "token":
+            judged = token_cross_entropy([part.rows for part in candidates], gold)
+        else:
+            first, end = np.searchsorted(packing.segment, [row, row + 1])
+            judged = np.repeat(piece_ce[first:end], packing.length[first:end], axis=0)
+        present = np.stack([part.rows.present for part in candidates], axis=1)
+        weights = candidate_weights(judged, present, function=self.config.function)
+        mixture = mix(candidates, weights, top_k=self.config.top_k, renormalise=shard.tail == "renormalise")
+        return _Fused(candidates, gold, judged, weights, mixture)
+
+    def _candidates(self, shard: _Shard, row: int) -> tuple[Candidate, ...]:
+        """The target's own rows and each source's aligned ones; none at the last position, which has no gold token."""
+        length = int(shard.lengths[row])
+        is_last = np.arange(length) == length - 1
+        own = as_candidate(sparse_row(shard.target, row), renormalise=shard.tail == "renormalise")
+        candidates = [without(own, is_last)]
+        for source, table, aligned_row in zip(self.sources, shard.aligned, shard.aligned_rows[row], strict=True):
+            if aligned_row < 0:
+                candidates.append(without(own, np.ones(length, bool)))
+                continue
+            rows = sparse_row(table, int(aligned_row))
+            if len(rows) != length:
+                raise ValueError(
+                    f"align/{source.name} has {len(rows)} positions for document {shard.doc_ids[row]}, row {row}; the "
+                    f"target has {length} tokens there: the two were computed from different logits, run `make align`"
+                )
+            tail_mass = (
+                list_row(table, "tail_mass", int(aligned_row)).astype(np.float64)
+                if shard.tail == "bucket"
+                else np.zeros(length)
+            )
+            candidates.append(without(Candidate(rows, tail_mass), is_last))
+        return tuple(candidates)
+
+
+def locate(fused: pa.Table, block: int, position: int) -> Place:
+    """Which position of which segment a position of a training block is.
+
+    Args:
+        fused: the shard's fuse table.
+        block: the block's row.
+        position: in the block.
+
+    Raises:
+        IndexError: the shard has no such block, or the block no such position.
+    """
+    if not 0 <= block < fused.num_rows:
+        raise IndexError(f"no block {block}: the shard has {fused.num_rows} blocks, from 0")
+    length = len(fused["token_ids"][block])
+    if not 0 <= position < length:
+        raise IndexError(f"no position {position}: block {block} has {length} tokens, from 0")
+    start = list_row(fused, "piece_start", block)
+    piece = int(np.searchsorted(start, position, side="right")) - 1
+    return Place(
+        doc_id=int(list_row(fused, "piece_doc_id", block)[piece]),
+        segment=int(list_row(fused, "piece_segment", block)[piece]),
+        position=int(list_row(fused, "piece_offset", block)[piece] + position - start[piece]),
+    )
+
+
+def find_row(table: pa.Table, doc_id: int, segment: int) -> int:
+    """The row of a segment in a logits or aligned table.
+
+    Raises:
+        KeyError: the table does not have it.
+    """
+    rows = np.flatnonzero((table["doc_id"].to_numpy() == doc_id) & (table["segment"].to_numpy() == segment))
+    if not len(rows):
+        raise KeyError(f"segment {segment} of document {doc_id} is not in this shard ({table.num_rows} segments)")
+    return int(rows[0])
+
+
+def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
+    """(S, others) each target row's row in the other tables by (doc_id, segment); -1 where there is none."""
+    found = np.full((target.num_rows, len(others)), -1, np.int64)
+    keys = list(zip(target["doc_id"].to_pylist(), target["segment"].to_pylist(), strict=True))
+    for column, table in enumerate(others):
+        pairs = zip(table["doc_id"].to_pylist(), table["segment"].to_pylist(), strict=True)
+        rows = {key: row for row, key in enumerate(pairs)}
+        found[:, column] = [rows.get(key, -1) for key in keys]
+    return found
+
+
+def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray) -> CrossEntropy:
+    """Of one row of a logits table; nothing is counted where ``row`` is -1."""
+    if row < 0:
+        return _NO_CROSS_ENTROPY
+    token_ids = list_row(table, "token_ids", row)
+    return cross_entropy(
+        list_row(table, "gold_logprob", row), list_row(table, "byte_end", row), is_special[token_ids.astype(np.int64)]
+    )
+
+
+def _as_text(rows: SparseRows, position: int, vocabulary: Vocabulary) -> tuple[tuple[str, float], ...]:
+    pairs = zip(rows.ids[position].tolist(), np.exp(rows.logprobs[position]).tolist(), strict=True)
+    return tuple((vocabulary.text(token_id), prob) for token_id, prob in pairs if token_id != PAD_ID)
+
+
+def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.Schema) -> pa.Table:
+    """The blocks as a table: tokens, pieces, and the fused distributions."""
+    borders = np.flatnonzero(packing.start == 0)[1:]
+
+    def pieces(values: np.ndarray) -> list[np.ndarray]:
+        return np.split(values, borders) if packing.num_blocks else []
+
+    block_starts = np.append(0, np.cumsum(packing.length))[np.append(np.flatnonzero(packing.start == 0), -1)]
+
+    def blocks(flat: np.ndarray) -> list[np.ndarray]:
+        return [flat[start:end] for start, end in itertools.pairwise(block_starts)]
+
+    ids, logprobs = _stack_rows([part.rows for part in segments], int(packing.length.sum()))
+    sparse = [
+        SparseRows(block_ids, block_logprobs)
+        for block_ids, block_logprobs in zip(blocks(ids), blocks(logprobs), strict=True)
+    ]
+    token_ids = pc.list_flatten(shard.target["token_ids"]).to_numpy()
+    segment_ids = shard.target["segment"].to_numpy()
+    columns = {
+        "block": pa.array(np.arange(packing.num_blocks), pa.int32()),
+        "token_ids": list_column(blocks(token_ids), schema.field("token_ids").type.value_type),
+        "piece_start": list_column(pieces(packing.start), pa.int32()),
+        "piece_doc_id": list_column(pieces(shard.doc_ids[packing.segment]), pa.int64()),
+        "piece_segment": list_column(pieces(segment_ids[packing.segment]), pa.int32()),
+        "piece_offset": list_column(pieces(packing.offset), pa.int32()),
+        "chosen": list_column(blocks(_concatenate([part.chosen for part in segments], np.int8)), pa.int8()),
+    }
+    columns["topk_ids"], columns["topk_logprobs"] = sparse_columns(
+        sparse, schema.field("topk_ids").type.value_type.value_type
+    )
+    if shard.tail == "bucket":
+        tail = _concatenate([part.tail_mass for part in segments], np.float32)
+        columns["tail_mass"] = list_column(blocks(tail), pa.float32())
+    return pa.table([columns[name] for name in schema.names], schema=schema)
+
+
+def _stack_rows(parts: list[SparseRows], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of all segments one below the other, padded to the widest."""
+    width = max((part.ids.shape[1] for part in parts), default=0)
+    ids = np.full((num_rows, width), PAD_ID, np.int32)
+    logprobs = np.full((num_rows, width), -np.inf, np.float32)
+    end = 0
+    for part in parts:
+        start, end = end, end + len(part)
+        ids[start:end, : part.ids.shape[1]] = part.ids
+        logprobs[start:end, : part.ids.shape[1]] = part.logprobs
+    return ids, logprobs
+
+
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, dtype)

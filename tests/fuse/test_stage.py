@@ -1,0 +1,345 @@
+"""The fuse stage on small hand-made tables, against a position-by-position computation."""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, sparse_columns, sparse_row
+from stages.contract.entropy import TEACHER_FLOOR, CrossEntropy, cross_entropy
+from stages.contract.models import ModelConfig
+from stages.contract.schemas import aligned_schema, fused_schema, id_type, logits_schema
+from stages.contract.tokens import SegmentTokenizer
+from stages.fuse.config import FuseConfig
+from stages.fuse.stage import FuseStage, find_row, locate
+from tests.tiny_tokenizers import TEXTS, save_tokenizer
+
+SEGMENTS = [(3, 0, False), (3, 1, True), (5, 0, True), (8, 0, True)]
+"""(doc_id, segment, is_last)."""
+
+
+@dataclass
+class Inputs:
+    target: ModelConfig
+    sources: tuple[ModelConfig, ...]
+    tables: dict[str, pa.Table]
+
+    def stage(self, **settings) -> FuseStage:
+        stage = FuseStage(FuseConfig(max_length=16, **settings), self.target, self.sources)
+        stage.setup()
+        return stage
+
+
+def random_rows(rng, num_rows: int, vocab_size: int, *, empty: float, mass: float) -> SparseRows:
+    ids, logprobs = np.full((num_rows, 4), PAD_ID, np.int32), np.full((num_rows, 4), -np.inf, np.float32)
+    for row in range(num_rows):
+        width = 0 if rng.random() < empty else int(rng.integers(1, 5))
+        probs = np.sort(rng.dirichlet(np.ones(width)))[::-1] * mass if width else np.empty(0)
+        ids[row, :width] = rng.choice(vocab_size, width, replace=False)
+        logprobs[row, :width] = np.log(probs)
+    return SparseRows(ids, logprobs)
+
+
+def logits_table(rng, tokenizer: SegmentTokenizer, texts, segments) -> pa.Table:
+    size = tokenizer.vocabulary.size
+    schema = logits_schema(size)
+    encodings = [tokenizer.encode(texts[key[:2]], is_last=key[2]) for key in segments]
+    gold = [np.append(-rng.random(len(e.ids) - 1) * 5, np.nan) for e in encodings]
+    ids, logprobs = sparse_columns(
+        [random_rows(rng, len(e.ids), size, empty=0, mass=0.9) for e in encodings], id_type(size)
+    )
+    columns = [
+        pa.array([key[0] for key in segments], pa.int64()),
+        pa.array([key[1] for key in segments], pa.int32()),
+        list_column([e.ids for e in encodings], id_type(size)),
+        list_column([e.byte_end for e in encodings], pa.int32()),
+        list_column(gold, pa.float32()),
+        ids,
+        logprobs,
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def aligned_table(rng, target: pa.Table, size: int, segments, *, tail: str) -> pa.Table:
+    schema = aligned_schema(size, tail)
+    lengths = [len(target["token_ids"][find_row(target, *key[:2])]) for key in segments]
+    parts = [random_rows(rng, length, size, empty=0.3, mass=0.8 if tail == "bucket" else 1.0) for length in lengths]
+    ids, logprobs = sparse_columns(parts, id_type(size))
+    zeros = [np.zeros(length, np.int32) for length in lengths]
+    columns = [
+        pa.array([key[0] for key in segments], pa.int64()),
+        pa.array([key[1] for key in segments], pa.int32()),
+        *[list_column(zeros, pa.int32()) for _ in range(3)],
+        list_column([z.astype(bool) for z in zeros], pa.bool_()),
+        list_column(zeros, pa.uint8()),
+        ids,
+        logprobs,
+    ]
+    if tail == "bucket":
+        columns.append(list_column([np.where(part.present, 0.2, 0.0) for part in parts], pa.float32()))
+    return pa.table(columns, schema=schema)
+
+
+def make_inputs(folder, *, tail: str, missing: bool = True) -> Inputs:
+    rng = np.random.default_rng(7)
+    models = [
+        ModelConfig(name=name, path=save_tokenizer(family, folder / name))
+        for name, family in (("target", "spm-bpe"), ("one", "byte-bpe"), ("two", "unigram"))
+    ]
+    tokenizers = [SegmentTokenizer.load(model) for model in models]
+    texts = {key[:2]: TEXTS[index][: 25 + 9 * index] for index, key in enumerate(SEGMENTS)}
+    fewer = [key for key in SEGMENTS if not missing or key[:2] != (3, 1)]
+    target = logits_table(rng, tokenizers[0], texts, SEGMENTS)
+    size = tokenizers[0].vocabulary.size
+    tables = {"logits/target": target}
+    for model, tokenizer, segments in zip(models[1:], tokenizers[1:], (SEGMENTS, fewer), strict=True):
+        tables[f"logits/{model.name}"] = logits_table(rng, tokenizer, texts, segments)
+        tables[f"align/{model.name}"] = aligned_table(rng, target, size, segments[::-1], tail=tail)
+    return Inputs(models[0], tuple(models[1:]), tables)
+
+
+@pytest.fixture(scope="module", params=["renormalise", "bucket"])
+def inputs(request, tmp_path_factory) -> Inputs:
+    return make_inputs(tmp_path_factory.mktemp("fuse"), tail=request.param)
+
+
+def entries(rows: SparseRows, position: int) -> dict[int, float]:
+    return {
+        int(i): math.exp(p) for i, p in zip(rows.ids[position], rows.logprobs[position], strict=True) if i != PAD_ID
+    }
+
+
+def expected_candidates(inputs: Inputs, row: int, position: int, tail: str) -> list[dict[int, float]]:
+    """The candidates' rows; an empty one has no distribution."""
+    target = inputs.tables["logits/target"]
+    own = entries(sparse_row(target, row), position)
+    if tail == "renormalise":
+        own = {token: prob / sum(own.values()) for token, prob in own.items()}
+    found = [own]
+    key = (target["doc_id"][row].as_py(), target["segment"][row].as_py())
+    for source in inputs.sources:
+        table = inputs.tables[f"align/{source.name}"]
+        try:
+            found.append(entries(sparse_row(table, find_row(table, *key)), position))
+        except KeyError:
+            found.append({})
+    return found
+
+
+def segment_entropies(inputs: Inputs, key: tuple[int, int]) -> list[CrossEntropy]:
+    found = []
+    for model in (inputs.target, *inputs.sources):
+        table = inputs.tables[f"logits/{model.name}"]
+        is_special = SegmentTokenizer.load(model).vocabulary.is_special
+        try:
+            row = find_row(table, *key)
+        except KeyError:
+            found.append(CrossEntropy(0, 0, 0))
+            continue
+        ids = list_row(table, "token_ids", row)
+        found.append(
+            cross_entropy(list_row(table, "gold_logprob", row), list_row(table, "byte_end", row), is_special[ids])
+        )
+    return found
+
+
+def expected_entropies(inputs: Inputs, granularity: str, unit: str, max_length: int) -> dict:
+    """(row, position) -> the candidates' cross-entropies, for the granularities that do not look at tokens."""
+    target = inputs.tables["logits/target"]
+    keys = [key[:2] for key in SEGMENTS]
+    of = {key: segment_entropies(inputs, key) for key in keys}
+
+    def value(part: CrossEntropy) -> float:
+        return part.bits_per_byte if unit == "bits-per-byte" else part.nats_per_token
+
+    flat = [(row, t) for row in range(len(keys)) for t in range(len(target["token_ids"][row]))]
+    found = {}
+    for start in range(0, len(flat), max_length):
+        pieces = sorted({row for row, _ in flat[start : start + max_length]})
+        for row, position in flat[start : start + max_length]:
+            if granularity == "block":
+                values = [[value(of[keys[piece]][c]) for piece in pieces] for c in range(3)]
+                values = [[v for v in column if not math.isnan(v)] for column in values]
+                found[row, position] = [sum(v) / len(v) if v else math.nan for v in values]
+                continue
+            same = [key for key in keys if key[0] == keys[row][0]] if granularity == "document" else [keys[row]]
+            found[row, position] = [value(sum((of[key][c] for key in same), CrossEntropy(0, 0, 0))) for c in range(3)]
+    return found
+
+
+def fuse_by_hand(candidates, ces, function) -> tuple[dict[int, float], int]:
+    present = [c for c in range(len(candidates)) if candidates[c]]
+    if not present:
+        return {}, -1
+    known = [math.inf if math.isnan(ces[c]) else ces[c] for c in present]
+    if function == "min-ce":
+        weights = {present[known.index(min(known))]: 1.0}
+    else:
+        scores = [math.exp(-ce) for ce in known]
+        weights = {c: score / sum(scores) for c, score in zip(present, scores, strict=True)}
+    union: dict[int, float] = {}
+    for c, weight in weights.items():
+        for token, prob in candidates[c].items():
+            union[token] = union.get(token, 0.0) + weight * prob
+    return union, max(weights, key=lambda c: (weights[c], -c))
+
+
+@pytest.mark.parametrize(
+    ("granularity", "function", "unit"),
+    [
+        *product(("document", "segment", "block"), ("min-ce", "avg-ce"), ("bits-per-byte", "nats-per-token")),
+        *product(("token",), ("min-ce", "avg-ce"), ("bits-per-byte",)),
+    ],
+)
+def test_every_strategy_agrees_with_the_computation_by_hand(inputs, granularity, function, unit):
+    stage = inputs.stage(granularity=granularity, function=function, unit=unit, top_k=12)
+    tail = "bucket" if "tail_mass" in inputs.tables["align/one"].schema.names else "renormalise"
+    table = stage.run(inputs.tables).table
+    by_span = {} if granularity == "token" else expected_entropies(inputs, granularity, unit, 16)
+    target = inputs.tables["logits/target"]
+    for block in range(table.num_rows):
+        fused, chosen = sparse_row(table, block), list_row(table, "chosen", block)
+        for position in range(len(chosen)):
+            place = locate(table, block, position)
+            row = find_row(target, place.doc_id, place.segment)
+            tokens = list_row(target, "token_ids", row)
+            assert list_row(table, "token_ids", block)[position] == tokens[place.position]
+            if place.position == len(tokens) - 1:
+                assert not fused.present[position]
+                continue
+            candidates = expected_candidates(inputs, row, place.position, tail)
+            gold = int(tokens[place.position + 1])
+            ces = by_span.get((row, place.position)) or [
+                -math.log(max(candidate.get(gold, 0.0), TEACHER_FLOOR)) for candidate in candidates
+            ]
+            expected, winner = fuse_by_hand(candidates, ces, function)
+            assert chosen[position] == winner
+            assert entries(fused, position) == pytest.approx(expected, rel=5e-3)
+            if tail == "bucket" and expected:
+                tail_mass = list_row(table, "tail_mass", block)[position]
+                assert tail_mass == pytest.approx(1 - sum(expected.values()), abs=2e-3)
+
+
+def test_table_has_the_schema_and_every_token_once_in_order(inputs):
+    output = inputs.stage().run(inputs.tables)
+    target = inputs.tables["logits/target"]
+    size = SegmentTokenizer.load(inputs.target).vocabulary.size
+    tail = "bucket" if "tail_mass" in inputs.tables["align/one"].schema.names else "renormalise"
+    expected = fused_schema(size, tail, ("target", "one", "two"))
+    assert output.table.schema.equals(expected, check_metadata=True)
+    output.table.validate(full=True)
+    tokens = [token for row in output.table["token_ids"].to_pylist() for token in row]
+    assert tokens == [token for row in target["token_ids"].to_pylist() for token in row]
+    assert output.num_tokens == len(tokens)
+    for row in output.table.to_pylist():
+        assert row["piece_start"][0] == 0
+        assert len(row["chosen"]) == len(row["token_ids"]) == len(row["topk_ids"]) == len(row["topk_logprobs"])
+        assert len(row["piece_start"]) == len(row["piece_doc_id"]) == len(row["piece_offset"])
+
+
+def test_run_is_deterministic(inputs):
+    stage = inputs.stage(function="avg-ce")
+    assert stage.run(inputs.tables).table.equals(stage.run(inputs.tables).table)
+
+
+def test_health_counts_add_up(inputs):
+    output = inputs.stage(top_k=2, function="avg-ce").run(inputs.tables)
+    health = output.health
+    chosen = np.concatenate([list_row(output.table, "chosen", row) for row in range(output.table.num_rows)])
+    assert health["segments"] == len(SEGMENTS)
+    assert health["blocks"] == output.table.num_rows
+    assert health["positions"] == output.num_tokens == len(chosen)
+    assert health["fused"] == (chosen >= 0).sum() == len(chosen) - len(SEGMENTS)
+    assert [health[f"chosen/{name}"] for name in ("target", "one", "two")] == np.bincount(chosen[chosen >= 0]).tolist()
+    assert health["missing_source_segments"] == 1
+    assert health["teacher_nll"].count == health["target_nll"].count == health["fused"]
+    assert 0 < health["cut_mass"].value < 1
+    teacher = 0.0
+    for block in range(output.table.num_rows):
+        fused = sparse_row(output.table, block)
+        tokens = list_row(output.table, "token_ids", block)
+        for position in np.flatnonzero(fused.present):
+            place = locate(output.table, block, int(position))
+            row = find_row(inputs.tables["logits/target"], place.doc_id, place.segment)
+            gold = list_row(inputs.tables["logits/target"], "token_ids", row)[place.position + 1]
+            assert position == len(tokens) - 1 or gold == tokens[position + 1]
+            teacher -= math.log(max(entries(fused, position).get(int(gold), 0.0), TEACHER_FLOOR))
+    assert health["teacher_nll"].total == pytest.approx(teacher, rel=1e-3)
+
+
+def test_one_source_works_and_where_it_has_nothing_the_target_is_taken(inputs):
+    fewer = replace(inputs, sources=inputs.sources[1:])
+    output = fewer.stage().run(fewer.tables)
+    absent = [
+        position
+        for block in range(output.table.num_rows)
+        for position in range(len(list_row(output.table, "chosen", block)))
+        if (place := locate(output.table, block, position)).doc_id == 3
+        and place.segment == 1
+        and list_row(output.table, "chosen", block)[position] == 1
+    ]
+    assert absent == []
+    assert output.health["missing_source_segments"] == 1
+
+
+def test_sources_with_different_tails_are_refused(tmp_path):
+    made = make_inputs(tmp_path / "a", tail="bucket")
+    other = make_inputs(tmp_path / "b", tail="renormalise")
+    made.tables["align/two"] = other.tables["align/two"]
+    with pytest.raises(ValueError, match="different tails"):
+        made.stage().run(made.tables)
+
+
+def test_aligned_rows_of_other_lengths_are_refused(tmp_path):
+    made = make_inputs(tmp_path, tail="renormalise", missing=False)
+    table = made.tables["align/one"]
+    order = [1, 0, 2, 3]
+    keys = {"doc_id": table["doc_id"], "segment": table["segment"]}
+    moved = table.take(order)
+    made.tables["align/one"] = pa.table(
+        [keys.get(name, moved[name]) for name in table.schema.names], schema=table.schema
+    )
+    with pytest.raises(ValueError, match="run `make align`"):
+        made.stage().run(made.tables)
+
+
+def test_an_empty_shard_gives_an_empty_table(inputs):
+    empty = {name: table.slice(0, 0) for name, table in inputs.tables.items()}
+    output = inputs.stage().run(empty)
+    assert output.table.num_rows == output.num_tokens == 0
+    assert output.health["teacher_nll"].count == 0
+
+
+@pytest.mark.parametrize("granularity", ["document", "segment", "token", "block"])
+def test_explain_shows_what_run_wrote(inputs, granularity):
+    stage = inputs.stage(granularity=granularity, function="avg-ce")
+    table = stage.run(inputs.tables).table
+    vocabulary = SegmentTokenizer.load(inputs.target).vocabulary
+    for block, position in [(0, 0), (0, 7), (1, 3), (2, 5)]:
+        place = locate(table, block, position)
+        row = find_row(inputs.tables["logits/target"], place.doc_id, place.segment)
+        shown = stage.explain(inputs.tables, row, place.position)
+        written = entries(sparse_row(table, block), position)
+        chosen = int(list_row(table, "chosen", block)[position])
+        assert shown.chosen == (None if chosen < 0 else ("target", "one", "two")[chosen])
+        assert [prob for _, prob in shown.fused] == pytest.approx(list(written.values()), rel=5e-3)
+        assert [text for text, _ in shown.fused] == [vocabulary.text(token) for token in written]
+        assert [candidate.name for candidate in shown.candidates] == ["target", "one", "two"]
+        total = sum(candidate.weight for candidate in shown.candidates)
+        assert total == pytest.approx(1.0 if shown.fused else 0.0)
+
+
+def test_places_outside_the_shard_are_refused(inputs):
+    stage = inputs.stage()
+    table = stage.run(inputs.tables).table
+    with pytest.raises(IndexError, match="no block"):
+        locate(table, table.num_rows, 0)
+    with pytest.raises(IndexError, match="no position"):
+        locate(table, 0, 16)
+    with pytest.raises(IndexError, match="no position"):
+        stage.explain(inputs.tables, 0, 4000)
+    with pytest.raises(KeyError, match="not in this shard"):
+        find_row(inputs.tables["logits/target"], 99, 0)
