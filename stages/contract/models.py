@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
@@ -22,6 +22,11 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
+def _absolute(path: Path | None) -> Path | None:
+    """A relative path means this process's folder; a worker may run in another one."""
+    return None if path is None else path.expanduser().absolute()
+
+
 class PretrainedFiles(Settings):
     """Where files come from: a hub id with its revision, a local folder, or a GGUF file."""
 
@@ -29,7 +34,7 @@ class PretrainedFiles(Settings):
     revision: str | None = Field(
         None, description="Commit, tag or branch on the hub; required with `hub`, best a commit."
     )
-    path: Annotated[Path | None, RUNTIME] = Field(None, description="A local folder, or a .gguf file.")
+    path: Annotated[Path | None, AfterValidator(_absolute), RUNTIME] = Field(None, description="A local folder, or a .gguf file.")
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -48,9 +53,11 @@ class PretrainedFiles(Settings):
         """Arguments of transformers' ``from_pretrained``."""
         if self.path is None:
             return {"pretrained_model_name_or_path": self.hub, "revision": self.revision}
+        # Without `local_files_only` transformers would ask the hub for a folder that it does not find.
         if self.is_gguf:
-            return {"pretrained_model_name_or_path": str(self.path.parent), "gguf_file": self.path.name}
-        return {"pretrained_model_name_or_path": str(self.path)}
+            folder, name = str(self.path.parent), self.path.name
+            return {"pretrained_model_name_or_path": folder, "gguf_file": name, "local_files_only": True}
+        return {"pretrained_model_name_or_path": str(self.path), "local_files_only": True}
 
     def identity(self, patterns: tuple[str, ...]) -> str:
         """What identifies the files: hub id and revision, or the hash of the local files that match ``patterns``."""

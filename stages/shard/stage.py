@@ -1,0 +1,173 @@
+"""The shard stage: a range of documents becomes segments that fit every tokenizer of the run."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+
+from stages.contract.models import ModelConfig
+from stages.contract.schemas import SHARD
+from stages.contract.stage import BadRecord, StageOutput
+from stages.contract.tokens import SegmentTokenizer
+from stages.shard.config import ShardConfig
+from stages.shard.cut import CutError, Measure, cut_document
+
+VERSION: Final = 1
+
+_SHORT_CHARACTERS_PER_TOKEN = 8
+"""A document longer than this many characters for each of max_length tokens is not tried whole."""
+
+
+@dataclass(frozen=True)
+class _Document:
+    doc_id: int
+    text: str
+    raw: bytes
+
+
+class ShardStage:
+    """Cuts documents; the same documents always give the same rows."""
+
+    def __init__(self, config: ShardConfig, models: tuple[ModelConfig, ...]) -> None:
+        """Keep the settings; tokenizers are loaded by ``setup``.
+
+        Args:
+            config: the stage's settings.
+            models: every model of the run, the target first; only their tokenizers are used.
+        """
+        self._config = config
+        self._models = models
+        self._tokenizers: tuple[SegmentTokenizer, ...] = ()
+
+    def setup(self) -> None:
+        """Load every tokenizer.
+
+        Raises:
+            ValueError: one cannot give byte offsets.
+        """
+        self._tokenizers = tuple(SegmentTokenizer.load(model) for model in self._models)
+
+    def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
+        """Cut one shard's documents.
+
+        Args:
+            inputs: ``"documents"``: doc_id int64, text large_binary (UTF-8), null where there is none; optionally error
+                string, why a record could not be read (its text is then null).
+
+        Returns:
+            The segments in the schema ``SHARD``; ``num_tokens`` counts the first model's, ``health`` every model's. A
+            document that is empty, or white space alone, gives no row and is counted as ``empty_documents``.
+        """
+        bad: list[BadRecord] = []
+        documents = []
+        num_empty = 0
+        for document in _decode(inputs["documents"], bad):
+            if document.text.isspace() or not document.text:
+                num_empty += 1
+            else:
+                documents.append(document)
+        tokens = dict.fromkeys((model.name for model in self._models), 0)
+        segments = self._cut(documents, tokens, bad)
+        table, health = self._table(documents, segments)
+        return StageOutput(
+            table=table,
+            num_tokens=tokens[self._models[0].name],
+            health={
+                **health,
+                "empty_documents": num_empty,
+                **{f"tokens/{name}": count for name, count in tokens.items()},
+            },
+            quarantine=tuple(sorted(bad, key=lambda record: record.doc_id)),
+        )
+
+    def _cut(
+        self, documents: Sequence[_Document], tokens: dict[str, int], bad: list[BadRecord]
+    ) -> dict[int, list[str]]:
+        """Segments by doc_id; adds to ``tokens`` and to ``bad``. Documents that fit whole are only counted."""
+        measures = [_measure(tokenizer) for tokenizer in self._tokenizers]
+        whole, counts = self._fit_whole(documents)
+        segments: dict[int, list[str]] = {}
+        for document in documents:
+            if document.doc_id in whole:
+                segments[document.doc_id] = [document.text]
+                continue
+            try:
+                segments[document.doc_id] = cut_document(document.text, measures, self._config.max_length)
+            except CutError as error:
+                bad.append(BadRecord(document.doc_id, -1, "CannotCut", str(error)))
+        pieces = [
+            text for document in documents if document.doc_id not in whole for text in segments.get(document.doc_id, [])
+        ]
+        num_inner = len(pieces) - sum(doc_id not in whole for doc_id in segments)
+        for model, tokenizer, count in zip(self._models, self._tokenizers, counts, strict=True):
+            has_eos = tokenizer.vocabulary.eos_id is not None
+            tokens[model.name] = count + sum(tokenizer.count_batch(pieces)) - num_inner * has_eos
+        return segments
+
+    def _fit_whole(self, documents: Sequence[_Document]) -> tuple[set[int], list[int]]:
+        """Doc_ids of the documents that are one segment, and their tokens under each tokenizer."""
+        limit = self._config.max_length
+        short = [doc for doc in documents if len(doc.text) <= limit * _SHORT_CHARACTERS_PER_TOKEN]
+        counts = np.array(
+            [tokenizer.count_batch([doc.text for doc in short]) for tokenizer in self._tokenizers], np.int64
+        ).reshape(len(self._tokenizers), len(short))
+        fewest = np.array([tokenizer.num_special for tokenizer in self._tokenizers])[:, None]
+        fits: np.ndarray = np.all((counts <= limit) & (counts > fewest), axis=0)
+        whole = {doc.doc_id for doc, fit in zip(short, fits, strict=True) if fit}
+        return whole, counts[:, fits].sum(axis=1).tolist()
+
+    def _table(
+        self, documents: Sequence[_Document], segments: Mapping[int, list[str]]
+    ) -> tuple[pa.Table, dict[str, int]]:
+        columns: dict[str, list] = {name: [] for name in SHARD.names}
+        num_bytes = 0
+        for document in documents:
+            texts = segments.get(document.doc_id, [])
+            split = _split(document.raw, self._config.validation_fraction)
+            byte_start = 0
+            for index, text in enumerate(texts):
+                row = (document.doc_id, index, split, byte_start, index == len(texts) - 1, text)
+                for name, value in zip(SHARD.names, row, strict=True):
+                    columns[name].append(value)
+                byte_start += len(text.encode())
+            num_bytes += byte_start
+        num_train = columns["split"].count("train")
+        return pa.table(columns, schema=SHARD), {
+            "documents": len(segments),
+            "segments": len(columns["text"]),
+            "train_segments": num_train,
+            "validation_segments": len(columns["text"]) - num_train,
+            "bytes": num_bytes,
+        }
+
+
+def _decode(table: pa.Table, bad: list[BadRecord]) -> list[_Document]:
+    """The documents that are text; the others go to ``bad``."""
+    documents = []
+    errors = table["error"].to_pylist() if "error" in table.schema.names else [None] * table.num_rows
+    for doc_id, raw, error in zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), errors, strict=True):
+        if error is not None:
+            bad.append(BadRecord(doc_id, -1, "BadRecordLine", error))
+            continue
+        if raw is None:
+            bad.append(BadRecord(doc_id, -1, "NullText", "the text column is null in this record"))
+            continue
+        try:
+            documents.append(_Document(doc_id, raw.decode("utf-8"), raw))
+        except UnicodeDecodeError as problem:
+            message = f"not UTF-8 at byte {problem.start} of {len(raw)}: {raw[problem.start : problem.end]!r}, {problem.reason}"
+            bad.append(BadRecord(doc_id, -1, "InvalidUtf8", message))
+    return documents
+
+
+def _split(raw: bytes, validation_fraction: float) -> str:
+    """Which split a document is in: by its bytes alone, so equal documents never stand on both sides."""
+    share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
+    return "validation" if share < validation_fraction else "train"
+
+
+def _measure(tokenizer: SegmentTokenizer) -> Measure:
+    return lambda text: tokenizer.encode(text, is_last=False).byte_end
