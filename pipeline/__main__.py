@@ -1,0 +1,5 @@
+"""``python -m pipeline``: the command ``ptafuse`` of a checkout."""
+
+from pipeline.cli import main
+
+main()

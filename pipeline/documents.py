@@ -1,0 +1,214 @@
+"""Which documents a dataset has, in which order, and any range of them without reading the others.
+
+Documents are numbered through the dataset's files in the order of their names; a number never depends on how the
+documents are split into shards.
+"""
+
+import functools
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Self
+
+import pyarrow as pa
+
+from pipeline.dataset_files import (
+    Chunks,
+    DatasetError,
+    FileRange,
+    as_binary,
+    file_identity,
+    find_files,
+    has_documents,
+    open_parquet,
+    read_rows,
+    require_column,
+    scan_lines,
+)
+from stages.shard.config import DatasetConfig
+
+DOCUMENTS: Final = pa.schema(
+    [
+        pa.field("doc_id", pa.int64(), nullable=False),  # index of the document in the dataset
+        pa.field("text", pa.large_binary()),  # UTF-8 as it stands in the file, unchecked; null where there is none
+        pa.field("error", pa.string()),  # why the record could not be read, else null
+    ]
+)
+"""What ``read_documents`` gives and the shard stage takes."""
+
+
+@dataclass(frozen=True)
+class ShardRange:
+    """The documents of one shard, ``first_doc_id`` and on.
+
+    Attributes:
+        first_doc_id: the first document's index in the dataset.
+        num_documents: how many there are.
+        files: where they are, in order.
+    """
+
+    first_doc_id: int
+    num_documents: int
+    files: tuple[FileRange, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Read back what ``to_json`` gave."""
+        return cls(
+            values["first_doc_id"], values["num_documents"], tuple(FileRange(**part) for part in values["files"])
+        )
+
+
+def check_dataset(dataset: DatasetConfig) -> None:
+    """Refuse a dataset that cannot be read, before anything is loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or a glob matches nothing.
+        DatasetError: nothing readable in it, or no such text column (lists those found).
+    """
+    if dataset.hub is not None:
+        import datasets
+
+        builder = datasets.load_dataset_builder(dataset.hub, name=dataset.subset, revision=dataset.revision)
+        if builder.info.features is not None:
+            require_column(dataset.text_column, list(builder.info.features), dataset.hub)
+        return
+    files = find_files(dataset)
+    if files.format == "txt" or any(has_documents(files, name, dataset.text_column) for name in files.paths):
+        return
+    raise DatasetError(f"{dataset.path} holds no documents: its {len(files.paths)} file(s) have no rows")
+
+
+def dataset_identity(dataset: DatasetConfig) -> str:
+    """What identifies the dataset's contents.
+
+    Returns:
+        The hub id, revision, subset and split; or a hash of the files' names and contents (in an object store: of
+        their sizes and ETags, or what else its filesystem says of a version).
+    """
+    if dataset.hub is not None:
+        subset = f":{dataset.subset}" if dataset.subset else ""
+        return f"{dataset.hub}@{dataset.revision}{subset}:{dataset.split}"
+    files = find_files(dataset)
+    digest = hashlib.sha256()
+    for name, path in files.paths.items():
+        digest.update(f"{name}:{file_identity(files, path)}\n".encode())
+    return f"sha256:{digest.hexdigest()}"
+
+
+def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[ShardRange]:
+    """Which documents each shard has. Reads row counts of Parquet files, and counts the lines of JSON lines files.
+
+    Args:
+        dataset: where the documents are.
+        documents_per_shard: in every shard but the last, which may have fewer.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        DatasetError: no documents, or a Parquet file without the text column.
+    """
+    plan = _Plan(documents_per_shard, dataset.max_documents)
+    if dataset.hub is not None:
+        plan.add(dataset.split, len(_hub_split(dataset)), {})
+        return plan.shards(dataset.hub)
+    files = find_files(dataset)
+    for name in files.paths:
+        if plan.is_full:
+            break
+        if files.format == "parquet":
+            with files.open(name) as stream:
+                parquet = open_parquet(stream, files.paths[name], dataset.text_column)
+                plan.add(name, parquet.metadata.num_rows, {})
+        elif files.format == "txt":
+            plan.add(name, 1, {})
+        else:
+            found = scan_lines(
+                files, name, first_row=plan.num_documents, rows_per_shard=documents_per_shard, max_rows=plan.room
+            )
+            plan.add(name, *found)
+    return plan.shards(str(dataset.path))
+
+
+def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
+    """The documents of one shard.
+
+    Returns:
+        A table in the schema ``DOCUMENTS``, ``num_documents`` rows; a JSON line that cannot be read is a row with an
+        error and no text, so that it reaches quarantine under its number.
+
+    Raises:
+        FileNotFoundError: a file of the plan is gone.
+        DatasetError: a file has changed since it was planned.
+    """
+    texts: list[pa.Array] = []
+    errors: list[pa.Array] = []
+    files = None if dataset.hub is not None else find_files(dataset)
+    for part in shard_range.files:
+        found = _hub_rows(dataset, part) if files is None else read_rows(files, part, dataset.text_column)
+        for text, error in found:
+            texts.append(text)
+            errors.append(pa.nulls(len(text), pa.string()) if error is None else error)
+    ids = pa.array(range(shard_range.first_doc_id, shard_range.first_doc_id + shard_range.num_documents), pa.int64())
+    return pa.Table.from_arrays(
+        [ids, pa.chunked_array(texts, pa.large_binary()), pa.chunked_array(errors, pa.string())], schema=DOCUMENTS
+    )
+
+
+class _Plan:
+    """Fills shards with rows of files, in order."""
+
+    def __init__(self, documents_per_shard: int, max_documents: int | None) -> None:
+        self.num_documents = 0
+        self._documents_per_shard = documents_per_shard
+        self._max_documents = max_documents
+        self._shards: list[list[FileRange]] = []
+
+    @property
+    def room(self) -> int | None:
+        """How many more documents are wanted; None: all there are."""
+        return None if self._max_documents is None else self._max_documents - self.num_documents
+
+    @property
+    def is_full(self) -> bool:
+        return self.room == 0
+
+    def add(self, file: str, num_rows: int, byte_starts: dict[int, int]) -> None:
+        """Take a file's rows. ``byte_starts``: row -> where it begins in the file, for those where a shard may."""
+        if self.room is not None:
+            num_rows = min(num_rows, self.room)
+        start = 0
+        while start < num_rows:
+            filled = self.num_documents % self._documents_per_shard
+            if not filled:
+                self._shards.append([])
+            end = min(num_rows, start + self._documents_per_shard - filled)
+            self._shards[-1].append(FileRange(file, start, end, byte_starts.get(start)))
+            self.num_documents += end - start
+            start = end
+
+    def shards(self, where: str) -> list[ShardRange]:
+        if not self._shards:
+            raise DatasetError(f"{where} holds no documents")
+        sizes = [sum(part.end - part.start for part in parts) for parts in self._shards]
+        return [
+            ShardRange(index * self._documents_per_shard, size, tuple(parts))
+            for index, (size, parts) in enumerate(zip(sizes, self._shards, strict=True))
+        ]
+
+
+@functools.lru_cache(maxsize=1)
+def _hub_split(dataset: DatasetConfig) -> Any:
+    """The hub dataset's split, downloaded once a machine, mapped into memory."""
+    import datasets
+
+    split = datasets.load_dataset(dataset.hub, name=dataset.subset, revision=dataset.revision, split=dataset.split)
+    require_column(dataset.text_column, split.column_names, f"{dataset.hub}, split {dataset.split}")
+    return split
+
+
+def _hub_rows(dataset: DatasetConfig, part: FileRange) -> Chunks:
+    rows = _hub_split(dataset).with_format("arrow")[part.start : part.end]
+    return [(as_binary(chunk), None) for chunk in rows[dataset.text_column].chunks]

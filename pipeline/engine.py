@@ -1,0 +1,157 @@
+"""Runs one stage of a run: finds what is pending, hands it to a runner, and says how it ended."""
+
+import logging
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from pipeline import local_runner
+from pipeline.config import EngineConfig, RunConfig, load_config
+from pipeline.documents import check_dataset
+from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
+from pipeline.progress import StepProgress
+from pipeline.stage_table import Resources, stage_spec
+from pipeline.worker import ShardJob, ShardStatus
+from stages.contract.manifest import manifest_key
+from stages.contract.store import Store
+
+log = logging.getLogger(__name__)
+
+Runner = Callable[[ShardJob, Sequence[int], Resources, EngineConfig], Iterator[ShardStatus]]
+
+
+class StageError(RuntimeError):
+    """A stage cannot run or did not finish; the message says what to run next."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A resolved configuration and the run directory it works in."""
+
+    resolved: ResolvedRun
+    store: Store
+    console: Console
+    local: bool
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration."""
+        return self.resolved.config
+
+
+def open_run(request: Request, run_url: str, console: Console, *, local: bool) -> Run:
+    """Check a configuration's files, name its results, and record it in the run directory.
+
+    Args:
+        request: the configuration as the user asked for it.
+        run_url: the run directory, a local path or an fsspec URL.
+        console: where progress is shown.
+        local: compute in this process, without Ray.
+
+    Raises:
+        ConfigError: a file, key or value of the configuration is wrong.
+        FileNotFoundError: a model, tokenizer or dataset is missing.
+        ValueError: a dataset lacks its text column, or is of no known format.
+    """
+    config = load_config(request.config_path, request.overrides)
+    for model in config.models:
+        model.check()
+    check_dataset(config.dataset)
+    store = Store(run_url)
+    resolved = resolve(config, store, request)
+    record(resolved, store)
+    return Run(resolved, store, console, local)
+
+
+def run_stage(run: Run, stage: str) -> None:
+    """Compute every pending shard of a sharded stage.
+
+    Raises:
+        StageError: an input stage is incomplete, or shards failed.
+    """
+    if stage == "shard":
+        freeze_plan(run.resolved, run.store)
+    for step in run.resolved.of_stage(stage):
+        _run_step(run, step)
+
+
+def pending_shards(store: Store, step: Step, num_shards: int) -> list[int]:
+    """Shards without a manifest."""
+    names = set(store.names(f"{step.folder}/manifests"))
+    return [shard for shard in range(num_shards) if manifest_key("", shard).rsplit("/", 1)[-1] not in names]
+
+
+def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
+    """Refuse to go on while an input step is incomplete.
+
+    Args:
+        run: the run.
+        keys: steps that must be complete.
+        what: who asks, for the message.
+
+    Returns:
+        The number of shards.
+    """
+    plan = read_plan(run.store, run.resolved.steps["shard"].folder)
+    if plan is None:
+        raise StageError(f"{what} needs shards, and shard has not run yet: run {command(run, 'shard')}")
+    for key in keys:
+        step = run.resolved.steps[key]
+        missing = len(pending_shards(run.store, step, plan.num_shards))
+        if missing:
+            done = plan.num_shards - missing
+            raise StageError(
+                f"{key} is incomplete ({done} of {plan.num_shards} shards): run {command(run, step.stage)}"
+            )
+    return plan.num_shards
+
+
+def command(run: Run, stage: str) -> str:
+    """What the user types to run a stage of this run."""
+    return run.resolved.command(stage, run.store.url)
+
+
+def _run_step(run: Run, step: Step) -> None:
+    spec = stage_spec(step.stage)
+    num_shards = require_complete(run, list(step.inputs.values()), step.key)
+    pending = pending_shards(run.store, step, num_shards)
+    if not pending:
+        run.console.print(f"{step.key}: nothing to do ({num_shards} of {num_shards} shards are done)")
+        return
+    job = ShardJob(
+        run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
+        config_json=run.config.model_dump_json(by_alias=True),
+        step=step,
+        input_folders={name: run.resolved.steps[key].folder for name, key in step.inputs.items()},
+        shard_folder=run.resolved.steps["shard"].folder,
+        num_shards=num_shards,
+        launch=f"{int(time.time())}-{uuid.uuid4().hex[:8]}",
+        max_attempts=run.config.engine.max_attempts,
+    )
+    failed: list[ShardStatus] = []
+    with StepProgress(run.console, step.key, num_shards, num_shards - len(pending)) as progress:
+        for status in _runner(run)(job, pending, spec.resources(run.config), run.config.engine):
+            progress.add(status)
+            if status.outcome == "failed":
+                failed.append(status)
+    run.console.print(progress.summary())
+    if failed:
+        lines = "\n".join(
+            f"  shard {status.shard}: {status.message}" for status in sorted(failed, key=lambda s: s.shard)
+        )
+        raise StageError(
+            f"{step.key}: {len(failed)} of {num_shards} shards failed in {run.config.engine.max_attempts} attempts each:\n"
+            f"{lines}\nMend the cause, then `ptafuse retry {run.store.url}` and the same command again; the other "
+            f"shards are kept."
+        )
+
+
+def _runner(run: Run) -> Runner:
+    if run.local:
+        return local_runner.run_shards
+    from pipeline import ray_runner  # Ray takes seconds to import: only where shards are to be computed
+
+    return ray_runner.run_shards

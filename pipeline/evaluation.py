@@ -1,0 +1,98 @@
+"""The eval stage: bits per byte of the target before training, of each source, and of the trained model.
+
+Each figure is kept under the fingerprint of the model and the text that it speaks of, so that runs which share them
+share it.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.engine import Run, StageError, command, require_complete
+from pipeline.plan import FUSED, Step
+from pipeline.training import is_trained
+from stages.contract.models import ModelConfig
+from stages.contract.store import Store
+from train.evaluate import Segment, bits_per_byte
+
+log = logging.getLogger(__name__)
+
+
+def result_key(step: Step) -> str:
+    """Where the figure of one model is."""
+    return f"{step.folder}/bits-per-byte.json"
+
+
+def run_eval(run: Run) -> None:
+    """Evaluate every model of the run that has no figure yet on the validation split.
+
+    Raises:
+        StageError: the shard stage is incomplete, the model is not trained, or no document is held out.
+    """
+    num_shards = require_complete(run, ["shard"], "eval")
+    if not is_trained(run):
+        raise StageError(f"eval compares the trained model, and train is not complete: run {command(run, 'train')}")
+    pending = [step for step in run.resolved.of_stage("eval") if not run.store.exists(result_key(step))]
+    if not pending:
+        run.console.print("eval: nothing to do (every model has its figure)")
+        return
+    segments = validation_segments(run, num_shards)
+    for step in pending:
+        model = _evaluated_model(run, step)
+        started = time.monotonic()
+        evaluation = bits_per_byte(model, segments, run.config.eval, cpus=max(1, int(run.config.train.cpus_per_worker)))
+        total = evaluation.total
+        value: dict[str, Any] = {
+            "model": step.model,
+            "bits_per_byte": total.bits_per_byte,
+            "nats_per_token": total.nats_per_token,
+            "num_tokens": total.num_tokens,
+            "num_bytes": total.num_bytes,
+            "seconds": round(time.monotonic() - started, 1),
+            "documents": [
+                {"doc_id": doc_id, "bits_per_byte": part.bits_per_byte, "num_bytes": part.num_bytes}
+                for doc_id, part in evaluation.documents
+            ],
+            "settings": dict(step.settings),
+        }
+        run.store.create(result_key(step), (json.dumps(value, indent=1) + "\n").encode())
+        run.console.print(f"{step.key}: {total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} held-out bytes")
+
+
+def read_result(store: Store, step: Step) -> dict[str, Any] | None:
+    """The figure of one model, None when it was not evaluated."""
+    try:
+        return json.loads(store.read(result_key(step)))
+    except FileNotFoundError:
+        return None
+
+
+def validation_segments(run: Run, num_shards: int) -> list[Segment]:
+    """The held-out segments, in the order of the documents.
+
+    Raises:
+        StageError: no document is held out.
+    """
+    step = run.resolved.steps["shard"]
+    manifests = run.store.manifests(step.folder)
+    parts = [run.store.read_table(manifests[shard].data, remake="`make shard`") for shard in range(num_shards)]
+    rows = pa.concat_tables([part.filter(pc.equal(part["split"], "validation")) for part in parts]).to_pylist()
+    if not rows:
+        fraction = run.config.shard.validation_fraction
+        raise StageError(
+            f"no document is held out: shard.validation_fraction = {fraction} of few documents; raise it, then run "
+            f"{command(run, 'shard')} and the stages after it"
+        )
+    return [Segment(doc_id=row["doc_id"], text=row["text"], is_last=row["is_last"]) for row in rows]
+
+
+def _evaluated_model(run: Run, step: Step) -> ModelConfig:
+    if step.model == FUSED:
+        folder = Path(run.store.path(f"{run.resolved.steps['train'].folder}/model"))
+        return ModelConfig(name=FUSED, path=folder, bos=run.config.target.bos)
+    return next(model for model in run.config.models if model.name == step.model)

@@ -1,0 +1,215 @@
+"""The views of single positions behind ``ptafuse inspect``: computed by the same functions as the stages' results."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.engine import StageError
+from pipeline.plan import ResolvedRun, Step
+from pipeline.show import distribution_table, plan_table, side_by_side, token_line, visible
+from stages.align.explain import Candidate, Explanation, PairedToken
+from stages.align.stage import AlignStage
+from stages.contract.columns import PAD_ID, list_row, sparse_row
+from stages.contract.models import ModelConfig
+from stages.contract.schemas import PAIRED_BY
+from stages.contract.store import Store
+from stages.contract.tokens import SegmentTokenizer, Vocabulary
+from stages.fuse.stage import FuseStage, find_row, locate
+
+
+@dataclass(frozen=True)
+class Place:
+    """A row of a shard: what is looked at."""
+
+    run: ResolvedRun
+    store: Store
+    step: Step
+    shard: int
+    row: int
+
+    def model(self, name: str | None) -> ModelConfig:
+        """A model of the run by its name."""
+        return next(model for model in self.run.config.models if model.name == name)
+
+    def inputs(self) -> dict[str, pa.Table]:
+        """What the step reads for this shard, by input name."""
+        tables = {}
+        for name, key in self.step.inputs.items():
+            step = self.run.steps[key]
+            manifest = self.store.read_manifest(step.folder, self.shard)
+            assert manifest is not None, f"{key} shard {self.shard} was there when {self.step.key} was computed"
+            tables[name] = self.store.read_table(manifest.data, remake=f"`make {step.stage}`")
+        return tables
+
+
+def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+    """A segment under one model: every token's surprise, or one position's top-k."""
+    vocabulary = SegmentTokenizer.load(place.model(place.step.model)).vocabulary
+    token_ids = list_row(table, "token_ids", place.row)
+    gold = list_row(table, "gold_logprob", place.row)
+    tokens = [vocabulary.text(int(token)) for token in token_ids]
+    rows = sparse_row(table, place.row)
+    console.print(_where(table, place.row))
+    if position is None:
+        view = Table("position", "token", "byte_end", "gold logprob of the next", "likeliest next")
+        for index, byte_end in enumerate(list_row(table, "byte_end", place.row)):
+            best = f"{visible(vocabulary.text(int(rows.ids[index, 0])))} {np.exp(rows.logprobs[index, 0]):.3f}"
+            view.add_row(str(index), Text(visible(tokens[index])), str(byte_end), _logprob(gold[index]), Text(best))
+        console.print(view)
+        return
+    console.print(token_line(tokens, position))
+    following = visible(tokens[position + 1]) if position + 1 < len(tokens) else "(the segment ends)"
+    console.print(Text(f"gold next token: {following}, logprob {_logprob(gold[position])}"))
+    entries = _entries(rows.ids[position], rows.logprobs[position], vocabulary)
+    console.print(
+        distribution_table(f"{place.step.model} top {len(entries)}", entries, 1 - sum(prob for _, prob in entries))
+    )
+
+
+def show_aligned(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+    """A segment's pairing, or one position's top-k lists, transport plan and projected distribution."""
+    target, source = place.run.config.target, place.model(place.step.model)
+    inputs = place.inputs()
+    if position is None:
+        _show_pairing(place, table, inputs, console)
+        return
+    stage = AlignStage(place.run.config.align, target, source)
+    stage.setup()
+    keys = table["doc_id"][place.row].as_py(), table["segment"][place.row].as_py()
+    found = stage.explain(inputs, find_row(inputs["target"], *keys), position)
+    console.print(f"{_where(table, place.row)}, position {position} of {len(table['outcome'][place.row])}")
+    _show_context(found.context, position, target.name, source.name, console)
+    gold = visible(found.gold_next) if found.gold_next is not None else "(the segment ends)"
+    console.print(Text(f"gold next token: {gold}   outcome: {found.outcome}"))
+    lists = [
+        distribution_table(
+            f"{source.name} top {len(found.source_topk)}", _pairs(found.source_topk), _rest(found.source_topk)
+        ),
+        distribution_table(
+            f"{target.name} top {len(found.target_topk)}", _pairs(found.target_topk), _rest(found.target_topk)
+        ),
+        distribution_table("projected", _pairs(found.projected), found.tail_mass),
+    ]
+    console.print(side_by_side(*lists))
+    if found.plan.size:
+        title = f"plan, % of mass: {source.name} down, {place.run.config.target.name} across"
+        labels = [part.text for part in found.source_topk], [part.text for part in found.support]
+        console.print(plan_table(title, *labels, found.plan))
+    _check_against_stored(found, table, place, position)
+
+
+def _show_context(context: tuple[PairedToken, ...], position: int, target: str, source: str, console: Console) -> None:
+    view = Table("position", f"{target} token", f"{source} tokens", f"{source} positions", "contexts")
+    for token in context:
+        end = token.source_start + len(token.source_texts)
+        view.add_row(
+            str(token.position),
+            Text(visible(token.text)),
+            Text("|".join(visible(text) for text in token.source_texts)),
+            f"{token.source_start}..{end - 1}" if token.source_start >= 0 else "unpaired",
+            "agree" if token.exact_context else "differ",
+            style="bold" if token.position == position else "dim",
+        )
+    console.print(view)
+
+
+def _check_against_stored(found: Explanation, table: pa.Table, place: Place, position: int) -> None:
+    """What is shown is computed anew; it must be what the shard holds."""
+    stored = sparse_row(table, place.row)
+    probs = np.exp(stored.logprobs[position][stored.ids[position] != PAD_ID])
+    shown = np.array([part.prob for part in found.projected])
+    if probs.shape != shown.shape or not np.allclose(probs, shown, rtol=2e-2, atol=1e-6):
+        raise StageError(
+            f"{place.step.key} shard {place.shard} row {place.row} position {position}: the shard holds another distribution "
+            f"than its inputs give now. Run `ptafuse verify {place.store.url}`"
+        )
+
+
+def show_fused(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+    """A training block, or one position's candidates and its fused distribution."""
+    config = place.run.config
+    vocabulary = SegmentTokenizer.load(config.target).vocabulary
+    tokens = [vocabulary.text(int(token)) for token in list_row(table, "token_ids", place.row)]
+    names = config.target.name, *(model.name for model in config.sources)
+    chosen = list_row(table, "chosen", place.row)
+    if position is None:
+        starts = list_row(table, "piece_start", place.row)
+        documents = list_row(table, "piece_doc_id", place.row)
+        console.print(f"block {place.row}: {len(tokens)} tokens, {len(starts)} pieces")
+        for start, document in zip(starts, documents, strict=True):
+            console.print(f"  from position {start}: document {document}")
+        for index, name in enumerate(names):
+            console.print(f"  {name} was chosen at {np.count_nonzero(chosen == index)} positions")
+        console.print(f"  no fused distribution at {np.count_nonzero(chosen < 0)} positions")
+        console.print(token_line(tokens, -1))
+        return
+    inputs = place.inputs()
+    where = locate(table, place.row, position)
+    stage = FuseStage(config.fuse, config.target, config.sources)
+    stage.setup()
+    row = find_row(inputs[f"logits/{config.target.name}"], where.doc_id, where.segment)
+    found = stage.explain(inputs, row, where.position)
+    console.print(f"document {where.doc_id}, segment {where.segment}, position {where.position} of it")
+    console.print(token_line(tokens, position))
+    console.print(Text(f"gold next token: {visible(found.gold) if found.gold is not None else '(the segment ends)'}"))
+    view = Table("candidate", f"cross-entropy ({config.fuse.unit}, {config.fuse.granularity})", "weight")
+    for candidate in found.candidates:
+        view.add_row(candidate.name, f"{candidate.cross_entropy:.4f}", f"{candidate.weight:.3f}")
+    console.print(view)
+    console.print(f"chosen: {found.chosen or 'none: no candidate has a distribution here'}")
+    parts = [distribution_table(part.name, part.distribution, part.tail_mass) for part in found.candidates]
+    console.print(side_by_side(*parts, distribution_table("fused", found.fused, found.tail_mass)))
+
+
+def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], console: Console) -> None:
+    target = SegmentTokenizer.load(place.run.config.target).vocabulary
+    source = SegmentTokenizer.load(place.model(place.step.model)).vocabulary
+    keys = table["doc_id"][place.row].as_py(), table["segment"][place.row].as_py()
+    target_row = find_row(inputs["target"], *keys)
+    target_ids = list_row(inputs["target"], "token_ids", target_row)
+    console.print(_where(table, place.row))
+    view = Table("position", "target token", "source tokens", "from", "contexts", "outcome", "likeliest next")
+    source_ids = list_row(inputs["source"], "token_ids", find_row(inputs["source"], *keys))
+    rows = sparse_row(table, place.row)
+    columns = [
+        list_row(table, name, place.row)
+        for name in ("pair_start", "pair_end", "source_position", "exact_context", "outcome")
+    ]
+    for index, (start, end, taken, exact, outcome) in enumerate(zip(*columns, strict=True)):
+        paired = "|".join(visible(source.text(int(token))) for token in source_ids[max(start, 0) : max(end, 0)])
+        likeliest = _entries(rows.ids[index], rows.logprobs[index], target)[:1]
+        view.add_row(
+            str(index),
+            Text(visible(target.text(int(target_ids[index])))),
+            Text(paired),
+            str(taken) if taken >= 0 else "",
+            "agree" if exact else "differ",
+            PAIRED_BY[outcome],
+            Text(" ".join(f"{visible(text)} {prob:.3f}" for text, prob in likeliest)),
+        )
+    console.print(view)
+
+
+def _pairs(candidates: tuple[Candidate, ...]) -> list[tuple[str, float]]:
+    return [(part.text, part.prob) for part in candidates]
+
+
+def _rest(candidates: tuple[Candidate, ...]) -> float:
+    return 1 - sum(part.prob for part in candidates)
+
+
+def _where(table: pa.Table, row: int) -> str:
+    return f"document {table['doc_id'][row].as_py()}, segment {table['segment'][row].as_py()}"
+
+
+def _logprob(value: float) -> str:
+    return "" if np.isnan(value) else f"{value:.4f}"
+
+
+def _entries(ids: np.ndarray, logprobs: np.ndarray, vocabulary: Vocabulary) -> list[tuple[str, float]]:
+    kept = [(int(token), float(logprob)) for token, logprob in zip(ids, logprobs, strict=True) if token != PAD_ID]
+    return [(vocabulary.text(token), float(np.exp(logprob))) for token, logprob in kept]

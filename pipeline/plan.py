@@ -1,0 +1,295 @@
+"""From a configuration to the steps of a run: fingerprints, folders, and the frozen plan of shards."""
+
+import json
+import logging
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pipeline.config import RunConfig, config_id
+from pipeline.documents import ShardRange, dataset_identity, plan_documents
+from pipeline.stage_table import STAGES, StageSpec, step_key
+from stages.contract.fingerprint import fingerprint
+from stages.contract.manifest import sha256, stage_folder
+from stages.contract.models import ModelConfig
+from stages.contract.store import Store
+
+log = logging.getLogger(__name__)
+
+TRAIN_VERSION = 1
+EVAL_VERSION = 1
+FUSED = "fused"
+"""The trained model's name among the evaluated ones."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A configuration as the user asked for it: the file, and what was changed on the command line."""
+
+    config_path: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of the run directory: a stage, and its model where the stage runs once a model.
+
+    Attributes:
+        key: ``"logits/gemma3"``.
+        stage: ``"logits"``.
+        model: ``"gemma3"``, or None.
+        fingerprint: names the folder.
+        inputs: input name, as the stage knows it -> step key.
+        settings: the readable settings behind the fingerprint, with the inputs' fingerprints.
+    """
+
+    key: str
+    stage: str
+    model: str | None
+    fingerprint: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The step's folder in the run directory."""
+        return stage_folder(self.key, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A configuration with everything that names its results; recorded in the run directory for ``status``."""
+
+    config: RunConfig
+    steps: Mapping[str, Step]
+    request: Request
+
+    def command(self, stage: str, run_url: str) -> str:
+        """What the user types to run a stage of this run."""
+        sets = "".join(f" --set {shlex.quote(override)}" for override in self.request.overrides)
+        arguments = f" ARGS={shlex.quote(sets.strip())}" if sets else ""
+        path = self.request.config_path
+        return (
+            f"`make {stage} CONFIG={path} RUN={run_url}{arguments}` (or `ptafuse {stage} {path} --run {run_url}{sets}`)"
+        )
+
+    def of_stage(self, stage: str) -> list[Step]:
+        """The steps of one stage, in the order of the configuration's models."""
+        return [step for step in self.steps.values() if step.stage == stage]
+
+    @property
+    def record_key(self) -> str:
+        """Where the resolved configuration is recorded."""
+        return f"configs/{self.config.name}-{config_id(self.config)}.json"
+
+
+def resolve(config: RunConfig, store: Store, request: Request) -> ResolvedRun:
+    """Name every result of a run. Hashes local models and datasets (remembered); loads none of them."""
+    tokenizers = {model.name: model.tokenizer_identity() for model in config.models}
+    steps: dict[str, Step] = {}
+    for spec in STAGES:
+        for model in spec.models(config) or (None,):
+            step = (
+                _shard_step(spec, config, tokenizers, store)
+                if spec.name == "shard"
+                else _step(spec, config, model, steps)
+            )
+            steps[step.key] = step
+    steps["train"] = _train_step(config, steps)
+    for step in _eval_steps(config, steps):
+        steps[step.key] = step
+    return ResolvedRun(config, steps, request)
+
+
+def _step(spec: StageSpec, config: RunConfig, model: ModelConfig | None, steps: Mapping[str, Step]) -> Step:
+    inputs = dict(spec.inputs(config, model))
+    settings = spec.settings(config, model)
+    chained = {name: steps[key].fingerprint for name, key in inputs.items()}
+    return Step(
+        key=step_key(spec.name, model),
+        stage=spec.name,
+        model=model.name if model else None,
+        fingerprint=fingerprint(spec.name, spec.version, settings, chained),
+        inputs=inputs,
+        settings={**settings, "inputs": chained, "version": spec.version},
+    )
+
+
+def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str], store: Store) -> Step:
+    """Shards are cut to fit every tokenizer of the run, yet a source that is added later must not undo them.
+
+    So a plan already in the run directory, of the same text and settings, is taken up if its segments fit all
+    tokenizers of this run (a source was removed), or else all but some (one was added: its longer segments go through
+    the model in windows, and the logits stage counts them).
+    """
+    settings = spec.settings(config, None)
+    dataset = dataset_identity(config.dataset)
+    needed = sorted(set(tokenizers.values()))
+    fitted = needed
+    fingerprints = {}
+    for existing in store.names("shard"):
+        header = _plan_header(store, stage_folder("shard", existing))
+        if (
+            header
+            and header["settings"] == settings
+            and header["dataset"] == dataset
+            and header["version"] == spec.version
+        ):
+            fingerprints[existing] = header["tokenizers"]
+    own = _shard_fingerprint(spec, settings, dataset, needed)
+    if own not in fingerprints:
+        target = tokenizers[config.target.name]
+        wider = [have for have in fingerprints.values() if set(have) >= set(needed)]
+        narrower = [have for have in fingerprints.values() if set(have) < set(needed) and target in have]
+        if wider:
+            fitted = min(wider, key=lambda have: (len(have), have))
+        elif narrower:
+            fitted = max(narrower, key=lambda have: (len(have), have))
+            log.info(
+                "segments stay as they were cut for %d of this run's %d tokenizers; segments that are too long for a "
+                "model added since go through it in windows",
+                len(fitted),
+                len(needed),
+            )
+    return Step(
+        key="shard",
+        stage="shard",
+        model=None,
+        fingerprint=_shard_fingerprint(spec, settings, dataset, fitted),
+        inputs={},
+        settings={**settings, "inputs": {"dataset": dataset, "tokenizers": fitted}, "version": spec.version},
+    )
+
+
+def _shard_fingerprint(spec: StageSpec, settings: dict[str, Any], dataset: str, tokenizers: list[str]) -> str:
+    return fingerprint(spec.name, spec.version, settings, {"dataset": dataset, "tokenizers": ",".join(tokenizers)})
+
+
+def _train_step(config: RunConfig, steps: Mapping[str, Step]) -> Step:
+    settings = {"train": config.train.result_settings(), "weights": config.target.weights_identity()}
+    chained = {"fuse": steps["fuse"].fingerprint}
+    print_ = fingerprint("train", TRAIN_VERSION, settings, chained)
+    return Step("train", "train", None, print_, {"fuse": "fuse"}, {**settings, "inputs": chained})
+
+
+def _eval_steps(config: RunConfig, steps: Mapping[str, Step]) -> list[Step]:
+    """One step a model: the target before training, each source, and the trained model ("fused")."""
+    weights = {model.name: (model.weights_identity(), model.tokenizer_identity()) for model in config.models}
+    settings = {"eval": config.eval.result_settings()}
+    found = []
+    for name in (*weights, FUSED):
+        chained = {"shard": steps["shard"].fingerprint}
+        if name == FUSED:
+            chained["train"] = steps["train"].fingerprint
+        else:
+            chained["weights"], chained["tokenizer"] = weights[name]
+        print_ = fingerprint("eval", EVAL_VERSION, settings, chained)
+        found.append(Step(f"eval/{name}", "eval", name, print_, {"shard": "shard"}, {**settings, "inputs": chained}))
+    return found
+
+
+# --- the frozen plan -------------------------------------------------------------------------------------------------
+
+
+def plan_key(shard_folder: str) -> str:
+    """``shard/<fp>/plan.jsonl``."""
+    return f"{shard_folder}/plan.jsonl"
+
+
+def freeze_plan(run: ResolvedRun, store: Store) -> "Plan":
+    """The plan of a run's shards; made and frozen at the first call, read ever after."""
+    step = run.steps["shard"]
+    plan = read_plan(store, step.folder)
+    if plan is not None:
+        return plan
+    inputs = step.settings["inputs"]
+    header = {
+        "settings": {key: value for key, value in step.settings.items() if key not in ("inputs", "version")},
+        "version": step.settings["version"],
+        "dataset": inputs["dataset"],
+        "tokenizers": inputs["tokenizers"],
+    }
+    ranges = plan_documents(run.config.dataset, run.config.shard.documents_per_shard)
+    lines = [json.dumps(header, sort_keys=True), *(json.dumps(part.to_json(), sort_keys=True) for part in ranges)]
+    store.create(plan_key(step.folder), ("\n".join(lines) + "\n").encode())  # another driver's plan is as good as ours
+    plan = read_plan(store, step.folder)
+    assert plan is not None
+    return plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The frozen plan: shard number -> its fixed range of documents."""
+
+    ranges: tuple[ShardRange, ...]
+    sha256: str
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of every sharded stage of the run."""
+        return len(self.ranges)
+
+
+def read_plan(store: Store, shard_folder: str) -> Plan | None:
+    """The frozen plan, None before the shard stage first ran."""
+    try:
+        raw = store.read(plan_key(shard_folder))
+    except FileNotFoundError:
+        return None
+    lines = raw.decode().splitlines()[1:]
+    return Plan(tuple(ShardRange.from_json(json.loads(line)) for line in lines), sha256(raw))
+
+
+def _plan_header(store: Store, shard_folder: str) -> dict[str, Any] | None:
+    try:
+        raw = store.read(plan_key(shard_folder))
+    except FileNotFoundError:
+        return None
+    return json.loads(raw.split(b"\n", 1)[0])
+
+
+# --- the record of a resolved configuration -----------------------------------------------------------------------------
+
+
+def record(run: ResolvedRun, store: Store) -> None:
+    """Write the resolved configuration into the run directory, for ``status`` and for people."""
+    value = {
+        "used_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "used_at_ns": time.time_ns(),
+        "config_path": run.request.config_path,
+        "overrides": list(run.request.overrides),
+        "config": run.config.model_dump(mode="json", by_alias=True),
+        "steps": {key: asdict(step) for key, step in run.steps.items()},
+    }
+    store.replace(run.record_key, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def recorded_runs(store: Store) -> list[ResolvedRun]:
+    """The configurations that ran here, one a name (its latest), the last used one last."""
+    records = [json.loads(store.read(f"configs/{file}")) for file in store.names("configs") if file.endswith(".json")]
+    latest: dict[str, dict[str, Any]] = {}
+    for value in sorted(records, key=lambda value: value["used_at_ns"]):
+        latest.pop(value["config"]["name"], None)
+        latest[value["config"]["name"]] = value
+    return [_from_record(value) for value in latest.values()]
+
+
+def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
+    """The configuration that ran here last, or the one of that name.
+
+    Raises:
+        ValueError: nothing (of that name) was ever run here.
+    """
+    runs = [run for run in recorded_runs(store) if name in (None, run.config.name)]
+    if not runs:
+        which = "no configuration" if name is None else f"no configuration named {name!r}"
+        raise ValueError(f"{store.url}: {which} has run here; start with `make shard RUN={store.url}`")
+    return runs[-1]
+
+
+def _from_record(value: dict[str, Any]) -> ResolvedRun:
+    steps = {key: Step(**step) for key, step in value["steps"].items()}
+    request = Request(value["config_path"], tuple(value["overrides"]))
+    return ResolvedRun(RunConfig.model_validate(value["config"]), steps, request)

@@ -1,0 +1,104 @@
+"""The Ray Data runner: one row a shard, an actor pool of workers. The only file that imports ``ray.data``.
+
+The driver passes shard numbers, never data: the worker reads, computes and commits, and returns a small status row.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+import ray.data
+
+from pipeline.config import EngineConfig
+from pipeline.stage_table import Resources
+from pipeline.worker import ShardJob, ShardStatus, ShardWorker
+
+log = logging.getLogger(__name__)
+
+SCALE_UP_UTILISATION = 1.0  # with one task in flight an actor's utilisation never exceeds 1; Ray's default is 1.75
+ACTOR_INIT_DEATHS = 3  # one out-of-memory while an actor starts must not end the job
+
+
+class RayShardWorker:
+    """A ``ShardWorker`` as Ray Data calls it: a batch of one shard number in, a batch of one status out."""
+
+    def __init__(self, job: ShardJob) -> None:
+        """Called once an actor."""
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+        self._worker = ShardWorker(job)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Compute the shard."""
+        status = self._worker.run(int(batch["shard"][0]))
+        return {name: [value] for name, value in dataclasses.asdict(status).items()}
+
+
+def start_ray(num_cpus: int | None) -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names, or start a Ray on this machine; nothing if one is connected."""
+    if ray.is_initialized():
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    if address == "local":
+        # Ray's own hints would drown the progress; its log files are in /tmp/ray as always. Its core prints a warning for
+        # every actor that may be restarted, which ours may: what is lost with an actor is on disk.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    else:
+        ray.init(address=address)
+        log.info("joined the Ray cluster at %s", address)
+
+
+def run_shards(
+    job: ShardJob, pending: Sequence[int], resources: Resources, engine: EngineConfig
+) -> Iterator[ShardStatus]:
+    """Compute shards on Ray; yields each status as it comes, in any order.
+
+    Args:
+        job: what to compute.
+        pending: shard numbers.
+        resources: what each actor needs.
+        engine: how a Ray is started here, and when Ray Data gives up.
+    """
+    start_ray(engine.num_cpus)
+    context = ray.data.DataContext.get_current()
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.enable_progress_bars = False  # Ray's bars count blocks; ours count shards, tokens and time
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = engine.no_progress_timeout_seconds
+    context.max_errored_blocks = 0  # above 0 Ray drops rows with a log line only
+    context.actor_init_retry_on_errors = True
+    context.max_consecutive_actor_init_deaths = ACTOR_INIT_DEATHS
+    context.autoscaling_config.actor_pool_util_upscaling_threshold = SCALE_UP_UTILISATION
+    shards = ray.data.from_items([{"shard": shard} for shard in pending], override_num_blocks=len(pending))
+    statuses = shards.map_batches(
+        RayShardWorker,
+        batch_size=1,
+        fn_constructor_args=(job,),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=_pool_size(resources, len(pending)), max_tasks_in_flight_per_actor=1
+        ),
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus or None,
+    )  # Ray Data's default restarts a killed actor without end: the attempts on disk are what bounds it
+    for row in statuses.iter_rows():
+        yield ShardStatus(**row)
+
+
+def _pool_size(resources: Resources, num_pending: int) -> int:
+    """Actors at most: as configured, or as many as the cluster's CPUs (or GPUs) hold; never more than shards."""
+    if resources.num_workers:
+        return min(resources.num_workers, num_pending)
+    cluster = ray.cluster_resources()
+    fits = int(cluster.get("CPU", 1) / resources.cpus)
+    if resources.gpus:
+        fits = min(fits, int(cluster.get("GPU", 0) / resources.gpus))
+    return max(1, min(fits, num_pending))

@@ -1,0 +1,135 @@
+"""The sharded stages in order: what each reads, which settings shape it, how it is built, and what it needs to run.
+
+A *step* is one folder of the run directory: a stage, and its model where the stage runs once a model.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pipeline.config import RunConfig
+from stages.align import stage as align_stage
+from stages.contract.fingerprint import Settings
+from stages.contract.models import ModelConfig
+from stages.contract.stage import Stage
+from stages.fuse import stage as fuse_stage
+from stages.logits import stage as logits_stage
+from stages.shard import stage as shard_stage
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the workers of a step need; None: as many workers as fit."""
+
+    num_workers: int | None
+    cpus: float
+    gpus: float
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A row of the stage table.
+
+    Attributes:
+        name: the stage's name and its folder's.
+        version: its algorithm version, part of the fingerprint.
+        models: the models that it runs for, each a step; empty: one step without a model.
+        inputs: input name, as ``Stage.run`` knows it -> the step that gives it.
+        settings: the settings that shape a step's result, for its fingerprint and for people.
+        build: the stage for one step.
+        section: the stage's own settings.
+        train_rows_only: the rows of the validation split are left out of what it reads.
+    """
+
+    name: str
+    version: int
+    models: Callable[[RunConfig], tuple[ModelConfig, ...]]
+    inputs: Callable[[RunConfig, ModelConfig | None], Mapping[str, str]]
+    settings: Callable[[RunConfig, ModelConfig | None], dict[str, Any]]
+    build: Callable[[RunConfig, ModelConfig | None], Stage]
+    section: Callable[[RunConfig], Settings]
+    train_rows_only: bool = False
+
+    def resources(self, config: RunConfig) -> Resources:
+        """Workers, CPUs and GPUs, from the stage's settings."""
+        section: Any = self.section(config)
+        return Resources(section.num_workers, section.cpus_per_worker, getattr(section, "gpus_per_worker", 0))
+
+    def max_bad_fraction(self, config: RunConfig) -> float:
+        """The share of bad records above which a shard fails."""
+        section: Any = self.section(config)
+        return float(section.max_bad_fraction)
+
+
+def step_key(stage: str, model: ModelConfig | None) -> str:
+    """``logits/gemma3``, or ``shard``."""
+    return stage if model is None else f"{stage}/{model.name}"
+
+
+def _model(model: ModelConfig | None) -> ModelConfig:
+    assert model is not None
+    return model
+
+
+def _fuse_inputs(config: RunConfig, _: ModelConfig | None) -> dict[str, str]:
+    keys = [f"logits/{model.name}" for model in config.models] + [f"align/{model.name}" for model in config.sources]
+    return {key: key for key in keys}
+
+
+STAGES: Final[tuple[StageSpec, ...]] = (
+    StageSpec(
+        name="shard",
+        version=shard_stage.VERSION,
+        models=lambda config: (),
+        inputs=lambda config, model: {},  # documents, by the frozen plan
+        settings=lambda config, model: {
+            "dataset": config.dataset.result_settings(),
+            "shard": config.shard.result_settings(),
+        },
+        build=lambda config, model: shard_stage.ShardStage(config.shard, config.models),
+        section=lambda config: config.shard,
+    ),
+    StageSpec(
+        name="logits",
+        version=logits_stage.VERSION,
+        models=lambda config: config.models,
+        inputs=lambda config, model: {"shard": "shard"},
+        settings=lambda config, model: {
+            "logits": config.logits.result_settings(),
+            "weights": _model(model).weights_identity(),
+            "tokenizer": _model(model).tokenizer_identity(),
+        },
+        build=lambda config, model: logits_stage.LogitsStage(config.logits, _model(model)),
+        section=lambda config: config.logits,
+        train_rows_only=True,
+    ),
+    StageSpec(
+        name="align",
+        version=align_stage.VERSION,
+        models=lambda config: config.sources,
+        inputs=lambda config, model: {
+            "target": f"logits/{config.target.name}",
+            "source": f"logits/{_model(model).name}",
+        },
+        settings=lambda config, model: {"align": config.align.result_settings()},
+        build=lambda config, model: align_stage.AlignStage(config.align, config.target, _model(model)),
+        section=lambda config: config.align,
+    ),
+    StageSpec(
+        name="fuse",
+        version=fuse_stage.VERSION,
+        models=lambda config: (),
+        inputs=_fuse_inputs,
+        settings=lambda config, model: {"fuse": config.fuse.result_settings()},
+        build=lambda config, model: fuse_stage.FuseStage(config.fuse, config.target, config.sources),
+        section=lambda config: config.fuse,
+    ),
+)
+"""The order in which the stages run."""
+
+STAGE_NAMES: Final = (*(spec.name for spec in STAGES), "train", "eval")
+
+
+def stage_spec(name: str) -> StageSpec:
+    """The row of a stage."""
+    return next(spec for spec in STAGES if spec.name == name)

@@ -1,0 +1,105 @@
+"""The train stage of a run: from the fuse manifests to a trained model in the run directory."""
+
+import threading
+from pathlib import Path
+
+from rich.console import Console
+
+from pipeline.engine import Run, StageError, require_complete
+from train.job import FusedFile, TrainJob
+
+POLL_SECONDS = 2.0
+
+
+def train_job(run: Run) -> TrainJob:
+    """What the training process needs to know.
+
+    Raises:
+        StageError: fuse is incomplete, or the run directory is not on a local (or mounted) disk.
+    """
+    num_shards = require_complete(run, ["fuse"], "train")
+    if not run.store.is_local:
+        raise StageError(f"train writes its checkpoints to a local or mounted disk; {run.store.url} is not one")
+    manifests = run.store.manifests(run.resolved.steps["fuse"].folder)
+    step = run.resolved.steps["train"]
+    return TrainJob(
+        config=run.config.train,
+        model=run.config.target,
+        files=tuple(
+            FusedFile(path=run.store.full_url(manifests[shard].data.key), sha256=manifests[shard].data.sha256)
+            for shard in range(num_shards)
+        ),
+        output=run.store.path(step.folder),
+        fingerprint=step.fingerprint,
+        sources=tuple(model.name for model in run.config.sources),
+    )
+
+
+def is_trained(run: Run) -> bool:
+    """The train stage of this run is done."""
+    return run.store.exists(f"{run.resolved.steps['train'].folder}/manifest.json")
+
+
+def run_training(run: Run) -> None:
+    """Train the target model, from the newest checkpoint if there is one."""
+    if is_trained(run):
+        run.console.print("train: nothing to do (the model is trained)")
+        return
+    job = train_job(run)
+    with _StepLines(Path(job.output), run.console):
+        if run.local:
+            from train import loop
+
+            loop.train(job)
+        else:
+            from pipeline.ray_runner import start_ray
+            from train import launch
+
+            start_ray(run.config.engine.num_cpus)
+            launch.run(job)
+    run.console.print(f"train: the model is at {job.output}/model", soft_wrap=True)
+
+
+class _StepLines:
+    """Shows the training steps as they appear in the step log: training may run in another process, or on another node."""
+
+    def __init__(self, output: Path, console: Console) -> None:
+        from train.run_log import read_log
+
+        self._read = lambda: read_log(output)
+        self._console = console
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._shown = max((record.step for record in self._read()), default=0)
+        if self._shown:
+            console.print(f"train: {self._shown} steps were logged before; going on from the newest checkpoint")
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._show()
+
+    def _follow(self) -> None:
+        while not self._stop.wait(POLL_SECONDS):
+            self._show()
+
+    def _show(self) -> None:
+        for record in self._read():
+            if record.step <= self._shown:
+                continue
+            self._shown = record.step
+            parts = (
+                (name, loss)
+                for name, loss in (("gold", record.loss_clm), ("fusion", record.loss_fusion))
+                if loss is not None
+            )
+            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in parts)
+            seconds_left = (record.num_steps - record.step) * record.num_tokens / record.step / record.tokens_per_second
+            self._console.print(
+                f"train: step {record.step}/{record.num_steps}, loss {record.loss:.4f} ({losses}), "
+                f"{record.tokens_per_second:,.0f} tokens/s, ETA {seconds_left:,.0f} s",
+                soft_wrap=True,
+            )

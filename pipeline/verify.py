@@ -1,0 +1,94 @@
+"""Re-read a run directory against its manifests, and take back what cannot be trusted."""
+
+from rich.console import Console
+
+from pipeline.plan import ResolvedRun
+from pipeline.worker import read_attempts
+from stages.contract.manifest import Manifest, attempts_folder, manifest_key, sha256
+from stages.contract.store import Store
+
+SHARDED = ("shard", "logits", "align", "fuse")
+
+
+def verify_run(store: Store, console: Console, *, repair: bool) -> int:
+    """Check every file that a manifest names: it is there, and its sha256 is the manifest's.
+
+    Args:
+        store: the run directory.
+        console: each bad file is named there.
+        repair: remove the manifest of a shard with a bad file, so that its stage's command computes it again.
+
+    Returns:
+        How many shards are bad.
+    """
+    num_good, num_bad = 0, 0
+    for folder in stage_folders(store):
+        for name in store.names(f"{folder}/manifests"):
+            key = f"{folder}/manifests/{name}"
+            problem = _problem(store, key)
+            if problem is None:
+                num_good += 1
+                continue
+            num_bad += 1
+            console.print(f"{key}: {problem}", soft_wrap=True)
+            if repair:
+                store.delete(key)
+                console.print(
+                    f"{key}: taken back; run `make {folder.split('/', maxsplit=1)[0]}` to compute the shard again"
+                )
+    console.print(f"{num_good} shards are as their manifests say, {num_bad} are not")
+    return num_bad
+
+
+def stage_folders(store: Store) -> list[str]:
+    """Every folder of the run directory that holds a sharded stage's results, of any configuration."""
+    found = []
+    for stage in SHARDED:
+        for name in store.names(stage):
+            if store.names(f"{stage}/{name}/manifests"):
+                found.append(f"{stage}/{name}")
+            else:
+                inner = [f"{stage}/{name}/{part}" for part in store.names(f"{stage}/{name}")]
+                found.extend(folder for folder in inner if store.names(f"{folder}/manifests"))
+    return found
+
+
+def forget_failures(resolved: ResolvedRun, store: Store) -> int:
+    """Remove the recorded attempts of shards that failed and are not done.
+
+    Returns:
+        How many shards that were.
+    """
+    count = 0
+    for step in resolved.steps.values():
+        for name in store.names(f"{step.folder}/attempts"):
+            shard = int(name.removeprefix("shard-"))
+            failed = any(record.get("error") for record in read_attempts(store, step.folder, shard))
+            if failed and not store.exists(manifest_key(step.folder, shard)):
+                where = attempts_folder(step.folder, shard)
+                for file in store.names(where):
+                    store.delete(f"{where}/{file}")
+                count += 1
+    return count
+
+
+def _problem(store: Store, key: str) -> str | None:
+    """What is wrong with a shard, None if nothing."""
+    try:
+        manifest = Manifest.from_bytes(store.read(key))
+    except ValueError as error:
+        return f"this is not a manifest: {error}"
+    for file in (manifest.data, manifest.quarantine):
+        if file is None:
+            continue
+        try:
+            raw = store.read(file.key)
+        except FileNotFoundError:
+            return f"{file.key} is missing"
+        if sha256(raw) != file.sha256:
+            return f"{file.key} is not the file that was committed (expected {file.num_bytes} bytes, found {len(raw)})"
+    for name, reference in manifest.inputs.items():
+        current = store.read_manifest(reference.folder, manifest.shard) if name != "plan" else None
+        if current is not None and current.data.sha256 != reference.data_sha256:
+            return f"{name} has been computed again since, with another result"
+    return None

@@ -1,0 +1,268 @@
+"""One shard, from inputs to committed manifest: the same code under Ray and in-process.
+
+An attempt is recorded before it computes, so that a worker that dies (out of memory, a lost node) leaves a trace, and a
+shard that kills every worker is refused after ``max_attempts`` instead of being retried without end.
+"""
+
+import json
+import logging
+import os
+import platform
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import RunConfig
+from pipeline.documents import read_documents
+from pipeline.plan import Step, read_plan
+from pipeline.stage_table import stage_spec
+from stages.contract import schemas
+from stages.contract.manifest import (
+    DataFile,
+    InputRef,
+    Manifest,
+    attempts_folder,
+    data_key,
+    manifest_key,
+    quarantine_key,
+    sha256,
+)
+from stages.contract.stage import Stage, StageOutput
+from stages.contract.store import Store
+
+log = logging.getLogger(__name__)
+
+RECORDED_VERSIONS = ("ptafuse", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "numba", "rapidfuzz", "ray")
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Everything that a worker needs to compute shards of one step; small and picklable.
+
+    Attributes:
+        run_url: the run directory.
+        config_json: the resolved configuration.
+        step: what is computed.
+        input_folders: input name -> folder of the step that gives it, for all inputs but the documents.
+        shard_folder: folder of the shard stage, where the frozen plan is.
+        num_shards: shards of the run.
+        launch: identifies the command that started the job.
+        max_attempts: attempts at a shard before it counts as failed.
+    """
+
+    run_url: str
+    config_json: str
+    step: Step
+    input_folders: Mapping[str, str]
+    shard_folder: str
+    num_shards: int
+    launch: str
+    max_attempts: int
+
+
+@dataclass(frozen=True)
+class ShardStatus:
+    """What became of one shard; the only thing that travels from a worker to the driver."""
+
+    shard: int
+    outcome: Literal["done", "already done", "failed"]
+    num_tokens: int = 0
+    seconds: float = 0.0
+    attempt: int = 0
+    message: str = ""
+
+
+class TooManyBadRecordsError(ValueError):
+    """More records of a shard went to quarantine than ``max_bad_fraction`` allows."""
+
+
+class ShardWorker:
+    """Computes shards of one step, one after the other."""
+
+    def __init__(self, job: ShardJob) -> None:
+        """Nothing is loaded yet: the first shard that needs computing loads the models."""
+        self._job = job
+        self._store = Store(job.run_url)
+        self._config = RunConfig.model_validate_json(job.config_json)
+        self._spec = stage_spec(job.step.stage)
+        self._stage: Stage | None = None
+
+    def run(self, shard: int) -> ShardStatus:
+        """Compute and commit a shard, or find that it is done."""
+        folder = self._job.step.folder
+        while True:
+            done = self._store.read_manifest(folder, shard)  # a shard may be executed again after it was committed
+            if done is not None:
+                return ShardStatus(shard, "already done", done.num_tokens, 0.0, done.attempt)
+            attempt = Attempt.begin(self._store, folder, shard, self._job.launch, self._job.max_attempts)
+            if isinstance(attempt, str):
+                return ShardStatus(shard, "failed", message=attempt)
+            try:
+                return self._compute(shard, attempt)
+            except Exception as error:  # the one boundary: whatever fails a shard is recorded and counted
+                log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
+                attempt.fail(self._store, error)
+
+    def _compute(self, shard: int, attempt: "Attempt") -> ShardStatus:
+        started = time.monotonic()
+        if self._stage is None:
+            model = next((model for model in self._config.models if model.name == self._job.step.model), None)
+            stage = self._spec.build(self._config, model)
+            stage.setup()
+            self._stage = stage
+            started = time.monotonic()
+        tables, references = self._read_inputs(shard)
+        num_rows_in = max(table.num_rows for table in tables.values())
+        output = self._stage.run(tables)
+        self._refuse_bad_shard(shard, output, num_rows_in)
+        manifest = self._write(shard, attempt, output, references, num_rows_in, started)
+        if self._store.create(manifest_key(self._job.step.folder, shard), manifest.to_bytes()):
+            return ShardStatus(shard, "done", manifest.num_tokens, manifest.seconds, attempt.number)
+        for file in (manifest.data, manifest.quarantine):  # another attempt was faster: its files stand, ours go
+            if file is not None:
+                self._store.delete(file.key)
+        return ShardStatus(shard, "already done", manifest.num_tokens, manifest.seconds, attempt.number)
+
+    def _read_inputs(self, shard: int) -> tuple[dict[str, pa.Table], dict[str, InputRef]]:
+        if self._spec.name == "shard":
+            plan = read_plan(self._store, self._job.shard_folder)
+            assert plan is not None
+            documents = read_documents(self._config.dataset, plan.ranges[shard])
+            dataset = str(self._job.step.settings["inputs"]["dataset"])
+            reference = InputRef(folder=self._job.shard_folder, manifest_sha256=plan.sha256, data_sha256=dataset)
+            return {"documents": documents}, {"plan": reference}
+        tables, references = {}, {}
+        for name, folder in self._job.input_folders.items():
+            key = self._job.step.inputs[name]
+            raw = self._store.read(manifest_key(folder, shard))
+            data = Manifest.from_bytes(raw).data
+            table = self._store.read_table(data, remake=f"`make {key.split('/', maxsplit=1)[0]}`")
+            if self._spec.train_rows_only:
+                table = table.filter(pc.equal(table["split"], "train"))
+            tables[name] = table
+            references[name] = InputRef(folder=folder, manifest_sha256=sha256(raw), data_sha256=data.sha256)
+        return tables, references
+
+    def _refuse_bad_shard(self, shard: int, output: StageOutput, num_rows_in: int) -> None:
+        allowed = self._spec.max_bad_fraction(self._config)
+        if len(output.quarantine) > allowed * num_rows_in:
+            first = output.quarantine[0]
+            raise TooManyBadRecordsError(
+                f"{len(output.quarantine)} of {num_rows_in} records of {self._job.step.key} shard {shard} are bad, more than "
+                f"{self._spec.name}.max_bad_fraction = {allowed} allows; the first: document {first.doc_id}, segment "
+                f"{first.segment}: {first.error}: {first.message}"
+            )
+
+    def _write(
+        self,
+        shard: int,
+        attempt: "Attempt",
+        output: StageOutput,
+        references: dict[str, InputRef],
+        num_rows_in: int,
+        started: float,
+    ) -> Manifest:
+        step, num_shards = self._job.step, self._job.num_shards
+        data = self._store.write_table(data_key(step.folder, shard, num_shards, attempt.name), output.table)
+        quarantine: DataFile | None = None
+        if output.quarantine:
+            key = quarantine_key(step.folder, shard, attempt.name)
+            quarantine = self._store.write_table(key, _quarantine_table(step.key, output))
+        return Manifest(
+            stage=step.key,
+            shard=shard,
+            num_shards=num_shards,
+            fingerprint=step.fingerprint,
+            settings=dict(step.settings),
+            inputs=references,
+            data=data,
+            quarantine=quarantine,
+            num_rows_in=num_rows_in,
+            num_rows_out=output.table.num_rows,
+            num_quarantined=len(output.quarantine),
+            num_tokens=output.num_tokens,
+            health=dict(output.health),
+            seconds=round(time.monotonic() - started, 3),
+            attempt=attempt.number,
+            host=socket.gethostname(),
+            versions=library_versions(),
+        )
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a shard, with its record on disk."""
+
+    key: str
+    name: str
+    number: int
+    record: Mapping[str, Any]
+
+    @classmethod
+    def begin(cls, store: Store, folder: str, shard: int, launch: str, max_attempts: int) -> "Attempt | str":
+        """Record that an attempt starts.
+
+        Attempts that ended in an error count against the shard for ever; those that just ended (a killed worker) count
+        within the command that started them: a new command after a preemption starts afresh.
+
+        Returns:
+            The attempt, or, when there were enough, the reason why there is no further one.
+        """
+        past = read_attempts(store, folder, shard)
+        counted = [record for record in past if record.get("error") or record["launch"] == launch]
+        if len(counted) >= max_attempts:
+            errors = [record["error"] for record in counted if record.get("error")]
+            return errors[-1] if errors else "the worker died in every attempt (out of memory, or killed)"
+        number = len(past) + 1
+        name = f"{number}-{uuid.uuid4().hex[:8]}"
+        key = f"{attempts_folder(folder, shard)}/{name}.json"
+        record = {
+            "attempt": number,
+            "launch": launch,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": time.time(),
+        }
+        store.create(key, json.dumps(record).encode())
+        return cls(key, name, number, record)
+
+    def fail(self, store: Store, error: Exception) -> None:
+        """Record how the attempt ended."""
+        store.replace(self.key, json.dumps({**self.record, "error": f"{type(error).__name__}: {error}"}).encode())
+
+
+def read_attempts(store: Store, folder: str, shard: int) -> list[dict[str, Any]]:
+    """The recorded attempts at a shard, oldest first."""
+    where = attempts_folder(folder, shard)
+    records = [json.loads(store.read(f"{where}/{name}")) for name in store.names(where) if name.endswith(".json")]
+    return sorted(records, key=lambda record: record["started"])
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that a manifest records: a drift of these may change results."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            versions[name] = "not installed"
+    return versions
+
+
+def _quarantine_table(step: str, output: StageOutput) -> pa.Table:
+    records = output.quarantine
+    columns = {
+        "doc_id": [record.doc_id for record in records],
+        "segment": [record.segment for record in records],
+        "stage": [step] * len(records),
+        "error": [record.error for record in records],
+        "message": [record.message for record in records],
+    }
+    return pa.table(columns, schema=schemas.QUARANTINE)

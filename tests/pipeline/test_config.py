@@ -1,0 +1,102 @@
+"""Configurations: the shipped ones load, and a wrong one is refused with its place and the mend."""
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import ConfigError, load_config, shipped_configs
+
+MINIMAL = """
+name = "x"
+[dataset]
+path = "corpus.jsonl"
+[target]
+name = "a"
+path = "a"
+[[sources]]
+name = "b"
+path = "b"
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "x.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", shipped_configs(), ids=lambda path: path.stem)
+def test_shipped_configuration_loads(path: Path) -> None:
+    config = load_config(path)
+    assert config.sources
+    assert load_config(path.stem) == config
+
+
+def test_the_papers_run_is_complete() -> None:
+    config = load_config("llama2_7b")
+    assert config.dataset.hub == "JeanKaddour/minipile"
+    assert [model.hub for model in config.models] == [
+        "meta-llama/Llama-2-7b-hf", "openlm-research/open_llama_7b_v2", "mosaicml/mpt-7b"
+    ]  # fmt: skip
+    train, align = config.train, config.align
+    assert (train.lambda_, train.batch_size, train.learning_rate, train.warmup_ratio) == (0.8, 256, 1e-5, 0.008)
+    assert (train.adam_beta1, train.adam_beta2, train.weight_decay, train.clip_norm) == (0.9, 0.95, 0.1, 1.0)
+    assert (align.pairing, align.marginals, align.projection) == ("edit-distance", "balanced", "argmax")
+    assert (align.epsilon, align.tolerance, config.fuse.max_length) == (1 / 30, 1e-5, 2048)
+
+
+def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, MINIMAL))
+    assert config.train.lambda_ == 0.8
+    assert config.logits.top_k == 10
+
+
+@pytest.mark.parametrize(
+    ("addition", "message"),
+    [
+        ("[align]\nepsilonn = 0.1", r"align\.epsilonn: there is no such setting; known here: .*epsilon, "),
+        ("[align]\nepsilon = -1", r"align\.epsilon: Input should be greater than 0"),
+        ("[align]\nprojection = 'plan'\nmarginals = 'balanced'", "gives back the target's own distribution"),
+        ("[align]\npreset = 'papier'", r"align\.preset"),
+        ("[align]\ntop_k = 20", "asks for more candidates than logits.top_k = 10 keeps"),
+        ("[train]\nbatch_size = 3\nmicro_batch_size = 2", "does not divide"),
+        ("[logits]\nbackend = 'llama.cpp'", r"logits\.backend"),
+        ("[[sources]]\nname = 'a'\npath = 'c'", "'a' is given twice"),
+        ("[[sources]]\nname = 'c'", "give exactly one of `hub`"),
+        ("[[sources]]\nname = 'c'\nhub = 'org/x'", "`hub` and `revision` go together"),
+        ("[[sources]]\nname = 'C D'\npath = 'c'", r"sources\.1\.name"),
+        ("[[sources]]\nname = 'fused'\npath = 'c'", "cannot be named 'fused'"),
+        ("[tarin]\nseed = 1", "tarin: there is no such setting; known here: align, dataset"),
+    ],
+)
+def test_wrong_configuration_says_where_and_what(tmp_path: Path, addition: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, MINIMAL + addition))
+
+
+def test_no_source_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sources"):
+        load_config(write(tmp_path, MINIMAL.split("[[sources]]", maxsplit=1)[0]))
+
+
+def test_missing_file_names_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no such configuration: nothing\.toml.*demo, llama2_7b"):
+        load_config("nothing.toml")
+
+
+def test_broken_toml_says_where(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not TOML.*line 1"):
+        load_config(write(tmp_path, "name = \nx = 1\n"))
+
+
+def test_overrides_are_toml_values(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    config = load_config(path, ("align.epsilon=0.2", "align.preset=semi-relaxed", "train.lambda=1.0", "name=y"))
+    assert (config.align.epsilon, config.align.marginals, config.train.lambda_, config.name) == (
+        0.2,
+        "source",
+        1.0,
+        "y",
+    )
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
+        load_config(path, ("align.epsilon",))

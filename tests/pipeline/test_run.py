@@ -1,0 +1,257 @@
+"""A run from end to end: both runners, kills, changed settings, tampered files."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+
+from tests.tiny_run import (
+    NUM_DOCUMENTS,
+    REPOSITORY,
+    command,
+    data_hashes,
+    documents,
+    environment,
+    ptafuse,
+    ptafuse_process,
+    status,
+)
+
+NUM_SHARDS = NUM_DOCUMENTS // 4
+
+
+def sharded(run: Path) -> dict[str, dict[int, str]]:
+    return {folder: hashes for folder, hashes in data_hashes(run).items() if not folder.startswith("train")}
+
+
+def copy_of(run: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(run, folder / "run"))
+
+
+@pytest.mark.slow
+def test_undisturbed_run_is_complete(undisturbed_run: Path) -> None:
+    steps = status(undisturbed_run)
+    assert set(steps) == {
+        "shard", "logits/llama", "logits/neox", "align/neox", "fuse", "train", "eval/llama", "eval/neox", "eval/fused"
+    }  # fmt: skip
+    assert all(step["is_done"] for step in steps.values())
+    assert all(shard["attempts"] == 1 for shard in steps["fuse"]["shards"])
+    health = steps["align/neox"]["health"]
+    assert 0 < health["covered"] <= health["positions"]
+
+
+@pytest.mark.slow
+def test_segments_concatenate_to_the_documents(undisturbed_run: Path) -> None:
+    folder = undisturbed_run / next(folder for folder in data_hashes(undisturbed_run) if folder.startswith("shard/"))
+    texts = dict.fromkeys(range(NUM_DOCUMENTS), "")
+    for file in sorted((folder / "data").glob("*.parquet")):
+        for row in pq.read_table(file).to_pylist():
+            assert row["byte_start"] == len(texts[row["doc_id"]].encode())
+            texts[row["doc_id"]] += row["text"]
+    assert list(texts.values()) == documents()
+
+
+@pytest.mark.slow
+def test_every_train_token_is_in_a_block(undisturbed_run: Path) -> None:
+    glob = str(undisturbed_run / "{}/data/*.parquet")
+    logits = duckdb.sql(f"select sum(len(token_ids)) from '{glob.format('logits/llama/*')}'").fetchall()[0]
+    blocks = duckdb.sql(f"select sum(len(token_ids)) from '{glob.format('fuse/*')}'").fetchall()[0]
+    assert logits == blocks
+    assert logits[0] > 500
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ray_gives_the_rows_of_the_in_process_runner(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path, num_workers: int
+) -> None:
+    run = tmp_path / "run"
+    sets = [f"--set={stage}.num_workers={num_workers}" for stage in ("shard", "logits", "align", "fuse")]
+    ptafuse_process("fuse", str(tiny_config), "--run", str(run), "--upstream", *sets)
+    assert sharded(run) == sharded(undisturbed_run)
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_worker_killed_once_in_each_stage(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    fault = f"die:*:2:{tmp_path}"
+    ptafuse_process("fuse", str(tiny_config), "--run", str(run), "--upstream", PTAFUSE_FAULT=fault)
+    assert sharded(run) == sharded(undisturbed_run)
+    for key, step in status(run).items():
+        if key.startswith(("train", "eval")):
+            continue
+        assert (tmp_path / f"die-{key.replace('/', '-')}").exists()
+        attempts = {shard["shard"]: shard["attempts"] for shard in step["shards"]}
+        assert attempts[2] == 2, f"{key}: the killed attempt and the one that replaced it"
+        assert all(count == 1 for shard, count in attempts.items() if shard != 2), f"{key}: no shard computed twice"
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_driver_killed_in_each_stage(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = command("fuse", str(tiny_config), "--run", str(run), "--upstream")
+    for stage in ("shard", "logits", "align", "fuse"):
+        env = environment(PTAFUSE_FAULT=f"block:{stage}:3:{tmp_path}")
+        with subprocess.Popen(
+            arguments, cwd=REPOSITORY, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as driver:
+            _wait_for_marker(tmp_path, f"block-{stage}*", driver)
+            driver.send_signal(signal.SIGKILL)
+        done_before = {key: {s["shard"]: s for s in step["shards"] if s["sha256"]} for key, step in status(run).items()}
+    ptafuse_process("fuse", str(tiny_config), "--run", str(run), "--upstream")
+    assert sharded(run) == sharded(undisturbed_run)
+    after = {key: {s["shard"]: s for s in step["shards"]} for key, step in status(run).items()}
+    for key, shards in done_before.items():
+        for number, shard in shards.items():
+            assert after[key][number] == shard, f"{key} shard {number} was done before the kill and is untouched"
+
+
+def _wait_for_marker(folder: Path, pattern: str, driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(pattern)):
+        assert driver.poll() is None, f"the driver ended before {pattern}"
+        assert time.monotonic() < deadline, f"no {pattern} in two minutes"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_finished_stage_says_nothing_to_do(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:
+    run = copy_of(undisturbed_run, tmp_path)
+    before = data_hashes(run)
+    done = ptafuse("eval", str(tiny_config), "--run", str(run), "--upstream")  # without --local: Ray is not started
+    for key in ("shard", "logits/llama", "logits/neox", "align/neox", "fuse", "train", "eval"):
+        assert f"{key}: nothing to do" in done.stdout
+    assert data_hashes(run) == before
+
+
+@pytest.mark.slow
+def test_changed_epsilon_recomputes_align_and_fuse_alone(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    run = copy_of(undisturbed_run, tmp_path)
+    done = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", "--upstream", "--set", "align.epsilon=0.2")
+    for key in ("shard", "logits/llama", "logits/neox"):
+        assert f"{key}: nothing to do" in done.stdout
+    new = set(data_hashes(run)) - set(data_hashes(undisturbed_run))
+    assert sorted(folder.split("/")[0] for folder in new) == ["align", "fuse"]
+
+
+@pytest.mark.slow
+def test_added_source_computes_its_own_logits_and_alignment_only(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    run = copy_of(undisturbed_run, tmp_path)
+    more = tmp_path / "more.toml"
+    source = f'[[sources]]\nname = "qwen"\npath = "{tiny_config.parent}/qwen"\n\n[shard]'
+    more.write_text(tiny_config.read_text().replace("[shard]", source))
+    ptafuse("fuse", str(more), "--run", str(run), "--local", "--upstream")
+    new = set(data_hashes(run)) - set(data_hashes(undisturbed_run))
+    assert sorted(folder.rsplit("/", 1)[0] for folder in new) == ["align/qwen", "fuse", "logits/qwen"]
+    ptafuse("align", str(tiny_config), "--run", str(run), "--local")  # and without it again: nothing is lost
+    assert set(data_hashes(undisturbed_run)) < set(data_hashes(run))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["truncated", "tampered", "missing"])
+def test_damaged_file_is_noticed_and_repaired(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path, damage: str
+) -> None:
+    run = copy_of(undisturbed_run, tmp_path)
+    shutil.rmtree(run / "align")
+    victim = sorted(run.glob("logits/neox/*/data/*.parquet"))[1]
+    raw = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    else:
+        middle = len(raw) // 2
+        victim.write_bytes(raw[:-30] if damage == "truncated" else raw[:middle] + b"x" + raw[middle + 1 :])
+    refused = ptafuse("align", str(tiny_config), "--run", str(run), "--local", check=False)
+    assert refused.returncode == 1
+    assert victim.name in refused.stderr
+    assert "verify" in refused.stderr
+    found = ptafuse("verify", str(run), check=False)
+    assert found.returncode == 1
+    ptafuse("verify", str(run), "--repair")
+    ptafuse("retry", str(run))
+    ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", "--upstream")
+    assert sharded(run) == sharded(undisturbed_run)
+    assert ptafuse("verify", str(run)).returncode == 0
+
+
+@pytest.mark.slow
+def test_status_of_a_half_done_stage_names_the_next_command(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    run = copy_of(undisturbed_run, tmp_path)
+    for manifest in sorted(run.glob("align/neox/*/manifests/*.json"))[3:]:
+        manifest.unlink()
+    shown = ptafuse("status", str(run)).stdout
+    assert f"next: `make align CONFIG={tiny_config} RUN={run}`" in shown.replace("\n", "")
+    assert f"3/{NUM_SHARDS}" in shown
+    refused = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", check=False)
+    assert refused.returncode == 1
+    assert f"align/neox is incomplete (3 of {NUM_SHARDS} shards)" in refused.stderr
+
+
+@pytest.mark.slow
+def test_shard_that_always_fails_is_tried_three_times_then_named(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    run = copy_of(undisturbed_run, tmp_path)
+    shutil.rmtree(run / "fuse")
+    victim = sorted(run.glob("align/neox/*/data/*.parquet"))[0]
+    victim.write_bytes(b"not Parquet")
+    refused = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", check=False)
+    assert refused.returncode == 1
+    assert f"fuse: 1 of {NUM_SHARDS} shards failed in 3 attempts" in refused.stderr
+    assert victim.name in refused.stderr
+    step = status(run)["fuse"]
+    assert step["num_done"] == NUM_SHARDS - 1
+    failed = next(shard for shard in step["shards"] if shard["state"] == "failed")
+    assert failed["attempts"] == 3
+    again = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", check=False)
+    assert again.returncode == 1
+    assert status(run)["fuse"] == step, "a failed shard stays failed until `ptafuse retry`"
+
+
+@pytest.mark.slow
+def test_parquet_of_every_stage_opens_in_duckdb_pandas_and_datasets(undisturbed_run: Path) -> None:
+    import pandas as pd
+    from datasets import load_dataset
+
+    queries = {
+        "shard/*": "select count(*) from {} where split = 'train'",
+        "logits/llama/*": "select avg(-g) from (select unnest(gold_logprob) as g from {}) where g is not null",
+        "align/neox/*": "select count(*) from (select unnest(exact_context) as e from {}) where e",
+        "fuse/*": "select count(*) from (select unnest(topk_logprobs) as row from {}) where len(row) > 0",
+    }
+    for folder, query in queries.items():
+        value = duckdb.sql(query.format(f"'{undisturbed_run}/{folder}/data/*.parquet'")).fetchall()[0][0]
+        assert value > 0, folder
+        files = sorted(undisturbed_run.glob(f"{folder}/data/*.parquet"))
+        assert len(pd.read_parquet(files[0])) == pq.read_metadata(files[0]).num_rows
+        rows = load_dataset(
+            "parquet",
+            data_files=[str(file) for file in files],
+            split="train",
+            cache_dir=str(files[0].parent.parent / "cache"),
+        )
+        assert len(rows) == sum(pq.read_metadata(file).num_rows for file in files)
+
+
+@pytest.mark.slow
+def test_no_file_is_left_that_no_manifest_names(undisturbed_run: Path) -> None:
+    named = set()
+    for path in undisturbed_run.glob("**/manifests/shard-*.json"):
+        named.add(json.loads(path.read_text())["data"]["key"])
+    on_disk = {str(path.relative_to(undisturbed_run)) for path in undisturbed_run.glob("**/data/*")}
+    assert on_disk == named

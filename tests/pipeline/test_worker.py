@@ -1,0 +1,137 @@
+"""One shard: attempts, races, quarantine."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.engine import StageError, open_run, run_stage
+from pipeline.plan import Request, Step, freeze_plan
+from pipeline.verify import forget_failures
+from pipeline.worker import Attempt, ShardJob, ShardWorker, read_attempts
+from stages.contract.manifest import manifest_key
+from stages.contract.store import Store
+
+STEP = "shard"
+
+
+def job_for(
+    config: Path, run_url: str, *, overrides: tuple[str, ...] = (), launch: str = "one"
+) -> tuple[ShardJob, Store]:
+    run = open_run(Request(str(config), overrides), run_url, Console(quiet=True), local=True)
+    plan = freeze_plan(run.resolved, run.store)
+    step: Step = run.resolved.steps[STEP]
+    job = ShardJob(
+        run_url=run_url,
+        config_json=run.config.model_dump_json(by_alias=True),
+        step=step,
+        input_folders={},
+        shard_folder=step.folder,
+        num_shards=plan.num_shards,
+        launch=launch,
+        max_attempts=3,
+    )
+    return job, run.store
+
+
+def test_shard_is_computed_once(tiny_config: Path, tmp_path: Path) -> None:
+    job, store = job_for(tiny_config, str(tmp_path))
+    assert ShardWorker(job).run(0).outcome == "done"
+    assert ShardWorker(job).run(0).outcome == "already done"
+    assert len(read_attempts(store, job.step.folder, 0)) == 1
+
+
+def test_slower_of_two_attempts_leaves_nothing(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, store = job_for(tiny_config, str(tmp_path))
+    slow, fast = ShardWorker(job), ShardWorker(job)
+    write = ShardWorker._write
+
+    def overtaken(self, *arguments):
+        manifest = write(self, *arguments)
+        if self is slow:
+            assert fast.run(0).outcome == "done"
+        return manifest
+
+    monkeypatch.setattr(ShardWorker, "_write", overtaken)
+    assert slow.run(0).outcome == "already done"
+    manifest = store.read_manifest(job.step.folder, 0)
+    assert manifest is not None
+    assert manifest.attempt == 2
+    assert [f"{job.step.folder}/data/{name}" for name in store.names(f"{job.step.folder}/data")] == [manifest.data.key]
+
+
+def test_worker_deaths_are_counted_within_a_command(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for number in (1, 2, 3):
+        attempt = Attempt.begin(store, "f", 0, "launch-1", 3)
+        assert isinstance(attempt, Attempt)
+        assert attempt.number == number
+    assert "worker died in every attempt" in str(Attempt.begin(store, "f", 0, "launch-1", 3))
+    assert isinstance(Attempt.begin(store, "f", 0, "launch-2", 3), Attempt), "a new command starts afresh"
+
+
+def test_errors_are_counted_for_ever(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    for launch in ("a", "b", "c"):
+        attempt = Attempt.begin(store, "f", 0, launch, 3)
+        assert isinstance(attempt, Attempt)
+        attempt.fail(store, ValueError("broken record 7"))
+    assert Attempt.begin(store, "f", 0, "d", 3) == "ValueError: broken record 7"
+
+
+def corpus_with_bad_line(config: Path, folder: Path) -> Path:
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text('{"text": "good"}\n{"text": 7}\n{"text": "also good"}\n{"text": "fine"}\n')
+    toml = folder / "bad.toml"
+    toml.write_text(config.read_text().replace(str(config.parent / "corpus.jsonl"), str(corpus)))
+    return toml
+
+
+def test_bad_record_goes_to_quarantine_and_is_counted(tiny_config: Path, tmp_path: Path) -> None:
+    toml = corpus_with_bad_line(tiny_config, tmp_path)
+    job, store = job_for(toml, str(tmp_path / "run"), overrides=("shard.max_bad_fraction=0.5",))
+    assert ShardWorker(job).run(0).outcome == "done"
+    manifest = store.read_manifest(job.step.folder, 0)
+    assert manifest is not None
+    assert manifest.quarantine is not None
+    assert (manifest.num_rows_in, manifest.num_rows_out, manifest.num_quarantined) == (4, 3, 1)
+    record = store.read_table(manifest.quarantine, remake="").to_pylist()[0]
+    assert record["doc_id"] == 1
+    assert record["stage"] == "shard"
+    assert record["message"]
+
+
+def test_shard_with_too_many_bad_records_fails_and_retry_forgets_it(tiny_config: Path, tmp_path: Path) -> None:
+    toml = corpus_with_bad_line(tiny_config, tmp_path)
+    request = Request(str(toml), ("shard.max_bad_fraction=0.1",))
+    run = open_run(request, str(tmp_path / "run"), Console(quiet=True), local=True)
+    with pytest.raises(StageError, match=r"(?s)1 of 1 shards failed in 3 attempts.*1 of 4 records.*ptafuse retry"):
+        run_stage(run, "shard")
+    step = run.resolved.steps["shard"]
+    assert not run.store.exists(manifest_key(step.folder, 0))
+    assert run.store.names(f"{step.folder}/data") == []
+    assert forget_failures(run.resolved, run.store) == 1
+    assert read_attempts(run.store, step.folder, 0) == []
+
+
+def test_stage_before_its_input_names_the_command(tiny_config: Path, tmp_path: Path) -> None:
+    run = open_run(Request(str(tiny_config)), str(tmp_path / "run"), Console(quiet=True), local=True)
+    with pytest.raises(StageError, match="shard has not run yet: run `make shard CONFIG="):
+        run_stage(run, "logits")
+    run_stage(run, "shard")
+    with pytest.raises(StageError, match=r"logits/llama is incomplete \(0 of 6 shards\): run `make logits CONFIG="):
+        run_stage(run, "align")
+
+
+def test_manifest_says_what_the_shard_was_made_from(tiny_config: Path, tmp_path: Path) -> None:
+    job, store = job_for(tiny_config, str(tmp_path))
+    ShardWorker(job).run(1)
+    raw = json.loads(store.read(manifest_key(job.step.folder, 1)))
+    assert raw["fingerprint"] == job.step.fingerprint
+    assert raw["inputs"]["plan"]["folder"] == job.step.folder
+    assert raw["settings"]["shard"]["max_length"] == 64
+    assert set(raw["versions"]) >= {"python", "torch", "transformers", "pyarrow"}
+    assert raw["num_tokens"] > 0
