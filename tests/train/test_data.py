@@ -1,0 +1,161 @@
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from stages.contract.columns import PAD_ID, list_column, list_row, sparse_row
+from tests.train.fused_files import fused_table, save, text_blocks
+from train import data
+from train.data import FusedBlocks, collate, epoch_order
+from train.job import FusedFile
+from train.loss import IGNORED
+from train.schedule import Schedule
+
+V = 50
+
+
+@pytest.fixture
+def blocks_of_ids() -> list[np.ndarray]:
+    return text_blocks(np.arange(3, 40), 8, 7)
+
+
+def open_files(*files: FusedFile, bos_id: int | None = None, with_distributions: bool = True) -> FusedBlocks:
+    return FusedBlocks(files, bos_id=bos_id, with_distributions=with_distributions)
+
+
+def test_blocks_come_by_index_over_all_files_and_row_groups(tmp_path, blocks_of_ids):
+    one, two = fused_table(blocks_of_ids[:4], V), fused_table(blocks_of_ids[4:], V, seed=1)
+    opened = open_files(save(one, tmp_path / "a.parquet", row_group_size=3), save(two, tmp_path / "b.parquet"))
+    assert len(opened) == 7
+    for index in [6, 0, 3, 2, 5, 4, 1]:
+        block = opened.block(index)
+        table, row = (one, index) if index < 4 else (two, index - 4)
+        assert block.name == ("a.parquet" if index < 4 else "b.parquet") + f":{row}"
+        np.testing.assert_array_equal(block.ids, blocks_of_ids[index])
+        np.testing.assert_array_equal(block.fused.ids, sparse_row(table, row).ids)
+        np.testing.assert_array_equal(block.fused.logprobs, sparse_row(table, row).logprobs)
+    with pytest.raises(IndexError, match="no block 7"):
+        opened.block(7)
+
+
+def test_a_small_cache_reads_the_same_blocks(tmp_path, blocks_of_ids, monkeypatch):
+    monkeypatch.setattr(data, "CACHE_BYTES", 1)
+    opened = open_files(save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet", row_group_size=2))
+    for index in [5, 0, 6, 1]:
+        np.testing.assert_array_equal(opened.block(index).ids, blocks_of_ids[index])
+
+
+def test_tail_mass_is_read_where_the_table_has_it(tmp_path, blocks_of_ids):
+    table = fused_table(blocks_of_ids, V, tail="bucket")
+    opened = open_files(save(table, tmp_path / "a.parquet"))
+    np.testing.assert_array_equal(opened.block(2).tail_mass, list_row(table, "tail_mass", 2))
+    assert collate([opened.block(0), opened.block(6)]).targets.tail_mass.shape == (16,)
+
+
+def test_tokens_alone_are_read_when_distributions_are_not_needed(tmp_path, blocks_of_ids):
+    table = fused_table(blocks_of_ids, V).drop_columns(["topk_ids", "topk_logprobs"])
+    opened = open_files(save(table, tmp_path / "a.parquet"), with_distributions=False)
+    assert opened.block(0).fused is None
+    assert collate([opened.block(0)]).targets is None
+
+
+def test_labels_are_the_next_tokens_and_end_with_the_block(tmp_path, blocks_of_ids):
+    block = open_files(save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet")).block(1)
+    assert block.labels.tolist() == [*blocks_of_ids[1][1:], IGNORED]
+
+
+def test_a_bos_that_continues_a_document_is_no_label(tmp_path):
+    bos = 1
+    ids = np.array([bos, 5, 6, bos, 7, 8, bos, 9, bos])
+    table = fused_table([ids], V)
+    pieces = {  # a new document, its continuation, another document, and a continuation that begins inside its segment
+        "piece_start": [np.array([0, 3, 6, 8])],
+        "piece_doc_id": [np.array([0, 0, 1, 2])],
+        "piece_segment": [np.array([0, 1, 0, 2])],
+        "piece_offset": [np.array([0, 0, 0, 4])],
+    }
+    for name, rows in pieces.items():
+        index = table.schema.get_field_index(name)
+        table = table.set_column(
+            index, table.schema.field(name), list_column(rows, table.schema.field(name).type.value_type)
+        )
+    file = save(table, tmp_path / "a.parquet")
+    with_bos = open_files(file, bos_id=bos).block(0).labels
+    without_bos = open_files(file, bos_id=None).block(0).labels
+    assert with_bos.tolist() == [5, 6, IGNORED, 7, 8, bos, 9, bos, IGNORED]
+    assert without_bos.tolist() == [5, 6, bos, 7, 8, bos, 9, bos, IGNORED]
+
+
+def test_a_file_that_is_not_the_committed_one_is_refused(tmp_path, blocks_of_ids):
+    file = save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet")
+    raw = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:])
+    with pytest.raises(ValueError, match="run `make fuse` again"):
+        open_files(file)
+    (tmp_path / "a.parquet").unlink()
+    with pytest.raises(ValueError, match="is missing"):
+        open_files(file)
+
+
+def test_files_without_blocks_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no training block"):
+        open_files(save(fused_table([], V), tmp_path / "a.parquet"))
+
+
+def test_a_file_behind_a_url_is_read(tmp_path, blocks_of_ids):
+    file = save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet")
+    opened = open_files(FusedFile(f"file://{file.path}", file.sha256))
+    np.testing.assert_array_equal(opened.block(3).ids, blocks_of_ids[3])
+
+
+def test_collate_pads_on_the_right_and_padding_counts_nowhere(tmp_path, blocks_of_ids):
+    opened = open_files(save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet"))
+    blocks = [opened.block(0), opened.block(6)]
+    batch = collate(blocks)
+    assert batch.ids.shape == batch.labels.shape == (2, 8)
+    assert batch.num_tokens == 12
+    assert batch.ids[1, 4:].tolist() == [0] * 4
+    assert batch.labels[1, 3:].tolist() == [IGNORED] * 5
+    assert not batch.targets.present[12:].any()
+    width = blocks[1].fused.ids.shape[1]
+    np.testing.assert_array_equal(batch.targets.ids[8:12, :width], blocks[1].fused.ids)
+    torch.testing.assert_close(batch.targets.probs[8:12, :width].log(), torch.tensor(blocks[1].fused.logprobs))
+    assert (batch.targets.ids[:, width:] == PAD_ID).all() or width == batch.targets.ids.shape[1]
+
+
+def test_order_is_a_permutation_that_seed_and_epoch_decide():
+    order = epoch_order(100, seed=42, epoch=0)
+    assert sorted(order) == list(range(100))
+    np.testing.assert_array_equal(order, epoch_order(100, seed=42, epoch=0))
+    assert not np.array_equal(order, epoch_order(100, seed=42, epoch=1))
+    assert not np.array_equal(order, epoch_order(100, seed=43, epoch=0))
+    assert epoch_order(8, seed=42, epoch=0).tolist() == [
+        3,
+        4,
+        2,
+        7,
+        6,
+        1,
+        5,
+        0,
+    ]  # of every numpy: a resumed run needs it
+
+
+@pytest.mark.parametrize(("num_blocks", "batch_size", "num_epochs"), [(10, 4, 3), (8, 4, 2), (3, 10, 1)])
+def test_every_epoch_sees_every_block_once(num_blocks, batch_size, num_epochs):
+    schedule = Schedule(num_blocks, batch_size, num_epochs, seed=1)
+    seen = 0
+    for epoch in range(num_epochs):
+        steps = [step for step in range(schedule.num_steps) if schedule.epoch(step) == epoch]
+        batches = [schedule.blocks(step) for step in steps]
+        assert sorted(np.concatenate(batches)) == list(range(num_blocks))
+        for step, batch in zip(steps, batches, strict=True):
+            assert schedule.samples_before(step) == seen
+            seen += len(batch)
+    assert schedule.samples_before(schedule.num_steps) == seen == num_blocks * num_epochs
+
+
+def test_arrow_table_of_blocks_matches_the_schema(blocks_of_ids):
+    table = fused_table(blocks_of_ids, V, tail="bucket")
+    assert isinstance(table, pa.Table)
+    table.validate(full=True)

@@ -1,0 +1,206 @@
+"""Training blocks from fused Parquet files, by index, in an order that seed and epoch alone decide."""
+
+import hashlib
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
+from stages.contract.schemas import tail_of
+from train.job import FusedFile
+from train.loss import IGNORED, SparseTargets
+
+CACHE_BYTES = 2**30
+"""Decoded row groups kept in memory; a row group that does not fit is read again when it is needed."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One training sequence of N tokens.
+
+    Attributes:
+        name: ``<file>:<row>``, for messages.
+        ids: (N,) int64.
+        labels: (N,) int64, the gold next token; ``IGNORED`` where there is none.
+        fused: the fused distributions, N positions; None when they are not read.
+        tail_mass: (N,) float32; None where rows are rescaled to 1, or not read.
+    """
+
+    name: str
+    ids: np.ndarray
+    labels: np.ndarray
+    fused: SparseRows | None
+    tail_mass: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """B blocks, padded on the right to a common length T.
+
+    A causal model's states do not depend on what follows, so padding needs no mask; its labels are ``IGNORED``.
+
+    Attributes:
+        ids: (B, T) int64.
+        labels: (B, T) int64.
+        targets: of the B * T positions; None when fused distributions are not read.
+        num_tokens: tokens without padding.
+    """
+
+    ids: torch.Tensor
+    labels: torch.Tensor
+    targets: SparseTargets | None
+    num_tokens: int
+
+
+class FusedBlocks:
+    """Blocks of all files, in the files' order."""
+
+    def __init__(self, files: Sequence[FusedFile], *, bos_id: int | None, with_distributions: bool) -> None:
+        """Open the files and check each against its hash.
+
+        Args:
+            files: in the order of their shards. One behind a URL is copied to a temporary folder first.
+            bos_id: the target's BOS; where one begins the continuation of a document, it is no label.
+            with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
+
+        Raises:
+            ValueError: a file is not the one its manifest names, or there is no block at all.
+        """
+        self.bos_id = bos_id
+        self.with_distributions = with_distributions
+        self._scratch: tempfile.TemporaryDirectory | None = None
+        self._files = [self._open(file) for file in files]
+        self._groups = [
+            (file, group, opened.metadata.row_group(group).num_rows)
+            for file, opened in enumerate(self._files)
+            for group in range(opened.metadata.num_row_groups)
+        ]
+        self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
+        self._names = [Path(file.path).name for file in files]
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        if not len(self):
+            raise ValueError(
+                f"the {len(files)} fused files hold no training block: run `make status` to see what fuse made"
+            )
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def block(self, index: int) -> Block:
+        """Block ``index`` of all files' blocks in order.
+
+        Raises:
+            IndexError: there is no such block.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"no block {index}: the files hold {len(self)}, from 0")
+        position = int(np.searchsorted(self._ends, index, side="right"))
+        file, _, num_rows = self._groups[position]
+        row = index - int(self._ends[position]) + num_rows
+        table = self._row_group(position)
+        ids = list_row(table, "token_ids", row).astype(np.int64)
+        fused = tail_mass = None
+        if self.with_distributions:
+            fused = sparse_row(table, row)
+            if tail_of(table.schema) == "bucket":
+                tail_mass = list_row(table, "tail_mass", row).astype(np.float32)
+        name = f"{self._names[file]}:{int(table['block'][row].as_py())}"
+        return Block(name, ids, self._labels(table, row, ids), fused, tail_mass)
+
+    def _labels(self, table: pa.Table, row: int, ids: np.ndarray) -> np.ndarray:
+        """The next token in the block; none at its end, and none where a BOS merely continues a document."""
+        labels = np.append(ids[1:], IGNORED)
+        if self.bos_id is not None:
+            starts = list_row(table, "piece_start", row)
+            continues = (list_row(table, "piece_segment", row) > 0) & (list_row(table, "piece_offset", row) == 0)
+            starts = starts[continues & (starts > 0)]
+            labels[starts[ids[starts] == self.bos_id] - 1] = IGNORED
+        return labels
+
+    def _row_group(self, position: int) -> pa.Table:
+        if position in self._cache:
+            self._cache.move_to_end(position)
+            return self._cache[position]
+        file, group, _ = self._groups[position]
+        columns = ["block", "token_ids", "piece_start", "piece_segment", "piece_offset"]
+        if self.with_distributions:
+            columns += [
+                name
+                for name in ("topk_ids", "topk_logprobs", "tail_mass")
+                if name in self._files[file].schema_arrow.names
+            ]
+        table = self._files[file].read_row_group(group, columns=columns)
+        self._cache[position] = table
+        while len(self._cache) > 1 and sum(part.nbytes for part in self._cache.values()) > CACHE_BYTES:
+            self._cache.popitem(last=False)
+        return table
+
+    def _open(self, file: FusedFile) -> pq.ParquetFile:
+        path = Path(file.path) if "://" not in file.path else self._copy(file.path)
+        if not path.exists():
+            raise ValueError(f"{file.path} is missing: run `make fuse` again, it makes what is not there")
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != file.sha256:
+            raise ValueError(
+                f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated after "
+                "fuse committed it. Remove its manifest and run `make fuse` again"
+            )
+        return pq.ParquetFile(path, memory_map=True)
+
+    def _copy(self, url: str) -> Path:
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory(prefix="ptafuse-blocks-")
+        path = Path(self._scratch.name) / f"{len(list(Path(self._scratch.name).iterdir())):05d}.parquet"
+        filesystem, key = fsspec.core.url_to_fs(url)
+        filesystem.get_file(key, str(path))
+        return path
+
+
+def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of the blocks in one epoch, (num_blocks,) int64: a pure function of its arguments."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_blocks)
+
+
+def collate(blocks: Sequence[Block]) -> MicroBatch:
+    """Pad blocks to the longest of them."""
+    length = max(len(block.ids) for block in blocks)
+    shape = (len(blocks), length)
+    ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    for row, block in enumerate(blocks):
+        ids[row, : len(block.ids)], labels[row, : len(block.ids)] = block.ids, block.labels
+    return MicroBatch(
+        ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        targets=_targets(blocks, length),
+        num_tokens=sum(len(block.ids) for block in blocks),
+    )
+
+
+def _targets(blocks: Sequence[Block], length: int) -> SparseTargets | None:
+    fused = [block.fused for block in blocks if block.fused is not None]
+    if len(fused) < len(blocks):
+        return None
+    width = max(1, *(rows.ids.shape[1] for rows in fused))
+    ids = np.full((len(blocks), length, width), PAD_ID, np.int64)
+    probs = np.zeros((len(blocks), length, width), np.float32)
+    tail_mass = np.zeros((len(blocks), length), np.float32)
+    for row, (block, rows) in enumerate(zip(blocks, fused, strict=True)):
+        ids[row, : len(rows), : rows.ids.shape[1]] = rows.ids
+        probs[row, : len(rows), : rows.ids.shape[1]] = np.exp(rows.logprobs)
+        if block.tail_mass is not None:
+            tail_mass[row, : len(rows)] = block.tail_mass
+    has_tail = any(block.tail_mass is not None for block in blocks)
+    return SparseTargets(
+        ids=torch.from_numpy(ids.reshape(-1, width)),
+        probs=torch.from_numpy(probs.reshape(-1, width)),
+        tail_mass=torch.from_numpy(tail_mass.reshape(-1)) if has_tail else None,
+    )

@@ -1,0 +1,92 @@
+"""What a training job is given, and what it gives back."""
+
+from dataclasses import dataclass
+
+from stages.contract.models import ModelConfig
+from train.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class FusedFile:
+    """A file of training blocks.
+
+    Attributes:
+        path: a local path, or a URL that fsspec knows.
+        sha256: of its bytes, from its manifest.
+    """
+
+    path: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run; picklable.
+
+    Attributes:
+        config: the settings.
+        model: the target model.
+        files: the fused files, in the order of their shards.
+        output: local folder of this run's checkpoints, logs, model and manifest.
+        fingerprint: of everything that changes the result; checkpoints of another one are refused.
+        sources: names of the source models, for the model card.
+    """
+
+    config: TrainConfig
+    model: ModelConfig
+    files: tuple[FusedFile, ...]
+    output: str
+    fingerprint: str
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step.
+
+    Attributes:
+        step: counted from 1.
+        num_steps: of the whole job.
+        epoch: from 0.
+        loss: lambda * loss_clm + (1 - lambda) * loss_fusion, nats.
+        loss_clm: mean over the step's labelled positions; None if there are none.
+        loss_fusion: mean over the step's positions with a fused distribution; None if there are none, or lambda is 1.
+        learning_rate: of this step.
+        grad_norm: before clipping.
+        num_tokens: trained on so far, from the job's beginning.
+        tokens_per_second: of this step.
+    """
+
+    step: int
+    num_steps: int
+    epoch: int
+    loss: float
+    loss_clm: float | None
+    loss_fusion: float | None
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished job.
+
+    Attributes:
+        model_folder: loads with ``from_pretrained``.
+        fingerprint: the job's.
+        num_steps: optimizer steps.
+        num_tokens: tokens trained on.
+        loss: of the last step; ``loss_clm`` and ``loss_fusion`` likewise, None where there was none.
+        was_done: the job had been finished before; nothing was computed.
+    """
+
+    model_folder: str
+    fingerprint: str
+    num_steps: int
+    num_tokens: int
+    loss: float
+    loss_clm: float | None
+    loss_fusion: float | None
+    was_done: bool = False

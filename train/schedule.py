@@ -1,0 +1,51 @@
+"""Which blocks each optimizer step sees."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from train.data import epoch_order
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The global order of blocks, cut into optimizer steps: a pure function of its four numbers.
+
+    Every epoch sees every block once; its last step is smaller where ``batch_size`` does not divide their number.
+
+    Attributes:
+        num_blocks: in the dataset, at least 1.
+        batch_size: blocks in a step.
+        num_epochs: passes over the dataset.
+        seed: of the order.
+    """
+
+    num_blocks: int
+    batch_size: int
+    num_epochs: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one epoch."""
+        return -(-self.num_blocks // self.batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole job."""
+        return self.steps_per_epoch * self.num_epochs
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, in which step ``step`` (from 0) lies."""
+        return step // self.steps_per_epoch
+
+    def blocks(self, step: int) -> np.ndarray:
+        """Indices of the blocks of step ``step`` (from 0)."""
+        start = step % self.steps_per_epoch * self.batch_size
+        order = epoch_order(self.num_blocks, seed=self.seed, epoch=self.epoch(step))
+        return order[start : start + self.batch_size]
+
+    def samples_before(self, step: int) -> int:
+        """Blocks that the steps before ``step`` saw, all epochs together."""
+        epoch, in_epoch = divmod(step, self.steps_per_epoch)
+        return epoch * self.num_blocks + min(in_epoch * self.batch_size, self.num_blocks)
