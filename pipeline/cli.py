@@ -34,11 +34,19 @@ LocalOption = Annotated[bool, typer.Option("--local", help="Compute in this proc
 UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
 ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
 
+PLAIN_WIDTH = 100
+"""Columns of tables that go to a file or a pipe."""
+
 ORDER = ("shard", "logits", "align", "fuse", "train", "eval")
 
 
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=PLAIN_WIDTH)
+
+
 def _run_command(stage: str, config: str, run: str, sets: list[str] | None, local: bool, upstream: bool) -> None:
-    opened = open_run(Request(config, tuple(sets or ())), run, Console(), local=local)
+    opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local)
     for name in ORDER[: ORDER.index(stage)] if upstream else ():
         run_named_stage(opened, name)
     run_named_stage(opened, stage)
@@ -143,7 +151,7 @@ def status(
     if as_json:
         sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
     else:
-        print_status(found, Console())
+        print_status(found, _console())
 
 
 @app.command()
@@ -159,7 +167,7 @@ def inspect(
     from pipeline.show import show
 
     store = Store(run)
-    show(recorded_run(store, config), store, stage, number, segment, position, Console())
+    show(recorded_run(store, config), store, stage, number, segment, position, _console())
 
 
 @app.command()
@@ -172,7 +180,7 @@ def verify(
     """Re-read every file of a run directory against its manifest."""
     from pipeline.verify import verify_run
 
-    problems = verify_run(Store(run), Console(), repair=repair)
+    problems = verify_run(Store(run), _console(), repair=repair)
     if problems and not repair:
         raise StageError(f"{problems} files are not as their manifests say; run `ptafuse verify {run} --repair`")
 
@@ -184,7 +192,7 @@ def retry(run: RunArgument = DEFAULT_RUN, config: ConfigNameOption = None) -> No
 
     store = Store(run)
     count = forget_failures(recorded_run(store, config), store)
-    Console().print(f"{count} failed shards will be tried again by the next command")
+    _console().print(f"{count} failed shards will be tried again by the next command")
 
 
 @app.command()
@@ -192,7 +200,7 @@ def report(run: RunArgument = DEFAULT_RUN) -> None:
     """One table of everything evaluated in a run directory."""
     from pipeline.report import print_report
 
-    print_report(Store(run), Console())
+    print_report(Store(run), _console())
 
 
 @app.command(name="config")
@@ -216,7 +224,7 @@ def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
     """The whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
     from pipeline.demo import run_demo
 
-    run_demo(run, Console(), local=local)
+    run_demo(run, _console(), local=local)
 
 
 def main() -> None:

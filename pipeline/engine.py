@@ -121,6 +121,7 @@ def _run_step(run: Run, step: Step) -> None:
     if not pending:
         run.console.print(f"{step.key}: nothing to do ({num_shards} of {num_shards} shards are done)")
         return
+    _check_tokenizers(run, step)
     job = ShardJob(
         run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
         config_json=run.config.model_dump_json(by_alias=True),
@@ -147,6 +148,19 @@ def _run_step(run: Run, step: Step) -> None:
             f"{lines}\nMend the cause, then `ptafuse retry {run.store.url}` and the same command again; the other "
             f"shards are kept."
         )
+
+
+def _check_tokenizers(run: Run, step: Step) -> None:
+    """Load the tokenizers of a step that reads text here first: one without byte offsets is refused before any worker starts.
+
+    Raises:
+        ValueError: names the model, and says what to give instead.
+    """
+    from stages.contract.tokens import SegmentTokenizer
+
+    for model in run.config.models:
+        if step.stage == "shard" or (step.stage == "logits" and model.name == step.model):
+            SegmentTokenizer.load(model)
 
 
 def _runner(run: Run) -> Runner:

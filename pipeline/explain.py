@@ -156,7 +156,8 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
     console.print(f"document {where.doc_id}, segment {where.segment}, position {where.position} of it")
     console.print(token_line(tokens, position))
     console.print(Text(f"gold next token: {visible(found.gold) if found.gold is not None else '(the segment ends)'}"))
-    view = Table("candidate", f"cross-entropy ({config.fuse.unit}, {config.fuse.granularity})", "weight")
+    unit = "nats" if config.fuse.granularity == "token" else config.fuse.unit
+    view = Table("candidate", f"cross-entropy ({unit}, {config.fuse.granularity})", "weight")
     for candidate in found.candidates:
         view.add_row(candidate.name, f"{candidate.cross_entropy:.4f}", f"{candidate.weight:.3f}")
     console.print(view)

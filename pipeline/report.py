@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.evaluation import read_result
-from pipeline.plan import FUSED, ResolvedRun, recorded_runs
+from pipeline.plan import FUSED, ResolvedRun, Step, recorded_runs
 from pipeline.status import StepStatus, read_status
 from stages.contract.manifest import Mean
 from stages.contract.store import Store
@@ -57,12 +57,13 @@ def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) ->
 
 
 def _held_out_table(runs: list[ResolvedRun], store: Store) -> Table:
-    table = Table(title="Held-out text", title_justify="left")
-    for column in ("model", "bits per byte", "against the target before", "tokens", "bytes"):
-        table.add_column(column, justify="left" if column == "model" else "right")
-    baseline = next(
-        (found for run in runs if (found := read_result(store, run.steps[f"eval/{run.config.target.name}"]))), None
+    table = Table(
+        title="Held-out text (differences: over all bytes ± standard error over documents)", title_justify="left"
     )
+    for column in ("model", "bits per byte", "against target before", "against gold only", "bytes"):
+        table.add_column(column, justify="left" if column == "model" else "right")
+    before = _first_result([run.steps[f"eval/{run.config.target.name}"] for run in runs], store)
+    gold_only = _first_result([run.steps[f"eval/{FUSED}"] for run in runs if run.config.train.lambda_ == 1], store)
     shown: set[str] = set()
     for run in runs:
         labels = {model.name: f"source {model.name}" for model in run.config.sources}
@@ -71,10 +72,10 @@ def _held_out_table(runs: list[ResolvedRun], store: Store) -> Table:
             step = run.steps[f"eval/{name}"]
             if step.folder not in shown:
                 shown.add(step.folder)
-                _add_result(table, label, read_result(store, step), None)
+                _add_result(table, label, read_result(store, step), ())
     for run in runs:
-        label = f"after {run.config.name}: {_describe(run)}"
-        _add_result(table, label, read_result(store, run.steps[f"eval/{FUSED}"]), baseline)
+        label = f"after {run.config.name} ({_describe(run)})"
+        _add_result(table, label, read_result(store, run.steps[f"eval/{FUSED}"]), (before, gold_only))
     return table
 
 
@@ -85,17 +86,24 @@ def _describe(run: ResolvedRun) -> str:
     return f"lambda {train.lambda_}, {align.preset or align.pairing + ' ' + align.marginals}"
 
 
-def _add_result(table: Table, label: str, result: dict[str, Any] | None, baseline: dict[str, Any] | None) -> None:
+def _first_result(steps: list[Step], store: Store) -> dict[str, Any] | None:
+    return next((found for step in steps if (found := read_result(store, step)) is not None), None)
+
+
+def _add_result(
+    table: Table, label: str, result: dict[str, Any] | None, baselines: tuple[dict[str, Any] | None, ...]
+) -> None:
     if result is None:
-        table.add_row(label, "not evaluated", "", "", "")
+        table.add_row(label, "not evaluated")
         return
-    change = ""
-    if baseline is not None:
-        difference, error = paired_difference(result, baseline)
-        change = f"{difference:+.4f} ± {error:.4f}"
-    table.add_row(
-        label, f"{result['bits_per_byte']:.4f}", change, f"{result['num_tokens']:,}", f"{result['num_bytes']:,}"
-    )
+    changes = [""] * (2 - len(baselines))
+    for baseline in baselines:
+        if baseline is None or baseline == result:
+            changes.append("")
+        else:
+            difference, error = paired_difference(result, baseline)
+            changes.append(f"{difference:+.4f} ± {error:.4f}")
+    table.add_row(label, f"{result['bits_per_byte']:.4f}", *changes, f"{result['num_bytes']:,}")
 
 
 def _steps(run: ResolvedRun, store: Store) -> dict[str, StepStatus]:
@@ -104,15 +112,19 @@ def _steps(run: ResolvedRun, store: Store) -> dict[str, StepStatus]:
 
 def _teacher_table(runs: list[ResolvedRun], statuses: Mapping[str, Mapping[str, StepStatus]]) -> Table:
     table = Table(
-        title="Teacher NLL: mean -ln p(gold next token), floor 1e-4, in nats; lower is better", title_justify="left"
+        title="Teacher NLL: mean -ln p(gold next token), floor 1e-4, in nats; lower is better (steps shared by "
+        "configurations once)",
+        title_justify="left",
     )
     for column in ("configuration", "distribution", "NLL", "target's own there", "coverage", "exact contexts"):
         table.add_column(column, justify="left" if column in ("configuration", "distribution") else "right")
+    shown: set[str] = set()
     for run in runs:
         for key, step in statuses[run.config.name].items():
-            health = step.health
-            if not key.startswith(("align/", "fuse")) or not health:
+            health, folder = step.health, run.steps[key].folder
+            if not key.startswith(("align/", "fuse")) or not health or folder in shown:
                 continue
+            shown.add(folder)
             name = f"aligned {key.removeprefix('align/')}" if key.startswith("align/") else "fused"
             covered = health.get("covered", health.get("fused"))
             table.add_row(

@@ -34,7 +34,9 @@ class PretrainedFiles(Settings):
     revision: str | None = Field(
         None, description="Commit, tag or branch on the hub; required with `hub`, best a commit."
     )
-    path: Annotated[Path | None, AfterValidator(_absolute), RUNTIME] = Field(None, description="A local folder, or a .gguf file.")
+    path: Annotated[Path | None, AfterValidator(_absolute), RUNTIME] = Field(
+        None, description="A local folder, or a .gguf file."
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -84,6 +86,20 @@ class PretrainedFiles(Settings):
                 "`hub` and `revision` instead of `path`."
             )
 
+    def require(self, what: str, patterns: tuple[str, ...]) -> None:
+        """Refuse a local folder without any file of some kinds.
+
+        Raises:
+            FileNotFoundError: says what was expected and what is there.
+        """
+        if self.path is None or not self.path.is_dir():
+            return
+        if not any(next(self.path.glob(pattern), None) for pattern in patterns):
+            found = ", ".join(sorted(file.name for file in self.path.iterdir())[:8]) or "nothing"
+            raise FileNotFoundError(
+                f"{self.path} holds no {what} (expected {' or '.join(patterns)}); it holds: {found}"
+            )
+
 
 class ModelConfig(PretrainedFiles):
     """One model of the run: the target, or a source."""
@@ -113,9 +129,12 @@ class ModelConfig(PretrainedFiles):
         return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}"
 
     def check(self) -> None:
-        """Refuse a missing local path, of the weights or of the tokenizer."""
+        """Refuse a missing local path, of the weights or of the tokenizer, and a folder without them."""
         super().check()
+        self.require("model configuration", ("config.json",))
+        self.require("weights: pickled ones (*.bin) are not read", ("*.safetensors",))
         self.tokenizer_files.check()
+        self.tokenizer_files.require("tokenizer", TOKENIZER_FILES)
 
 
 def file_sha256(path: Path) -> str:
@@ -155,7 +174,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
     arguments = model.tokenizer_files.pretrained_arguments()
-    tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=model.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=model.trust_remote_code)
+    except OSError as error:  # what transformers raises for a missing file, and for a hub that it cannot reach
+        raise ValueError(f"model {model.name}: its tokenizer cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"model {model.name}: {type(tokenizer).__name__} has no fast backend, so the byte offsets of its tokens cannot "

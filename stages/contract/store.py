@@ -23,6 +23,10 @@ from fsspec.implementations.local import LocalFileSystem
 from stages.contract import schemas
 from stages.contract.manifest import DataFile, Manifest, manifest_key, sha256
 
+ROW_GROUP_BYTES = 64 * 2**20
+"""Size of a row group in memory, about: training reads one at a time."""
+MIN_ROW_GROUP_ROWS = 16
+
 
 class Store:
     """Files under one root, by key (a relative path with ``/``)."""
@@ -124,7 +128,8 @@ class Store:
         with self._local_temporary(key) as temporary:
             # The writer is given a plain local file and nothing is published until it was read back: a writer that an
             # exception closes leaves a valid but truncated Parquet file.
-            pq.write_table(table, temporary, **schemas.parquet_options(table.schema))
+            rows = max(MIN_ROW_GROUP_ROWS, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes))
+            pq.write_table(table, temporary, row_group_size=rows, **schemas.parquet_options(table.schema))
             _check_parquet(temporary, table, key)
             with temporary.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,8 @@
 """Fault injection for processes that the tests start: Python loads this file at start-up when it is on the path.
 
 ``PTAFUSE_FAULT`` is ``<what>:<stage>:<shard>:<folder>``. When a worker has written that shard's data and not yet its
-manifest, once per stage: ``die`` kills the worker; ``block`` makes it wait, so that the test can kill whom it likes.
+manifest (for ``train``: when that step's checkpoint is written), once per stage: ``die`` kills the worker; ``block``
+makes it wait, so that the test can kill whom it likes.
 ``<folder>`` is where a marker tells the test that the fault happened. A stage of ``*`` is every stage.
 """
 
@@ -15,10 +16,14 @@ from pathlib import Path
 
 
 class _Patch(importlib.abc.MetaPathFinder):
-    """Wraps ``ShardWorker._write`` right after ``pipeline.worker`` was imported."""
+    """Wraps ``ShardWorker._write``, or ``save_checkpoint``, right after their modules were imported."""
+
+    def __init__(self, name, wrap):
+        self.name = name
+        self.wrap = wrap
 
     def find_spec(self, name, path=None, target=None):
-        if name != "pipeline.worker":
+        if name != self.name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -26,32 +31,47 @@ class _Patch(importlib.abc.MetaPathFinder):
 
         def exec_module(module):
             load(module)
-            _wrap(module.ShardWorker)
+            self.wrap(module)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def _wrap(worker):
-    what, stage, shard, folder = os.environ["PTAFUSE_FAULT"].split(":", 3)
-    write = worker._write
+def _fault(here, number):
+    """Happens once at the place and number that PTAFUSE_FAULT names."""
+    what, stage, wanted, folder = os.environ["PTAFUSE_FAULT"].split(":", 3)
+    if number != int(wanted) or stage not in ("*", here.split("/")[0]):
+        return
+    try:
+        (Path(folder) / f"{what}-{here.replace('/', '-')}").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    if what == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(120)
+
+
+def _wrap_worker(module):
+    write = module.ShardWorker._write
 
     def faulty(self, number, *arguments):
         manifest = write(self, number, *arguments)
-        here = self._job.step.key
-        if number == int(shard) and stage in ("*", here.split("/")[0]):
-            marker = Path(folder) / f"{what}-{here.replace('/', '-')}"
-            try:
-                marker.touch(exist_ok=False)
-            except FileExistsError:
-                return manifest
-            if what == "die":
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(120)
+        _fault(self._job.step.key, number)
         return manifest
 
-    worker._write = faulty
+    module.ShardWorker._write = faulty
+
+
+def _wrap_training(module):
+    save = module.save_checkpoint
+
+    def faulty(output, model, optimizer, state, *, keep):
+        folder = save(output, model, optimizer, state, keep=keep)
+        _fault("train", state.step)
+        return folder
+
+    module.save_checkpoint = faulty
 
 
 if os.environ.get("PTAFUSE_FAULT"):
-    sys.meta_path.insert(0, _Patch())
+    sys.meta_path[:0] = [_Patch("pipeline.worker", _wrap_worker), _Patch("train.loop", _wrap_training)]

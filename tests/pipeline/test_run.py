@@ -1,5 +1,6 @@
 """A run from end to end: both runners, kills, changed settings, tampered files."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -78,13 +79,23 @@ def test_ray_gives_the_rows_of_the_in_process_runner(
     assert sharded(run) == sharded(undisturbed_run)
 
 
+def training_of(run: Path) -> tuple[list[tuple[int, float]], str]:
+    """(step, loss) of every logged step, and the hash of the trained weights."""
+    folder = next(run.glob("train/*"))
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    weights = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
+    return [(record["step"], record["loss"]) for record in records], weights
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_worker_killed_once_in_each_stage(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     fault = f"die:*:2:{tmp_path}"
-    ptafuse_process("fuse", str(tiny_config), "--run", str(run), "--upstream", PTAFUSE_FAULT=fault)
+    ptafuse_process("train", str(tiny_config), "--run", str(run), "--upstream", PTAFUSE_FAULT=fault)
     assert sharded(run) == sharded(undisturbed_run)
+    assert (tmp_path / "die-train").exists()
+    assert training_of(run) == training_of(undisturbed_run)
     for key, step in status(run).items():
         if key.startswith(("train", "eval")):
             continue
@@ -98,8 +109,8 @@ def test_worker_killed_once_in_each_stage(tiny_config: Path, undisturbed_run: Pa
 @pytest.mark.ray
 def test_driver_killed_in_each_stage(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = command("fuse", str(tiny_config), "--run", str(run), "--upstream")
-    for stage in ("shard", "logits", "align", "fuse"):
+    arguments = command("train", str(tiny_config), "--run", str(run), "--upstream")
+    for stage in ("shard", "logits", "align", "fuse", "train"):
         env = environment(PTAFUSE_FAULT=f"block:{stage}:3:{tmp_path}")
         with subprocess.Popen(
             arguments, cwd=REPOSITORY, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -107,8 +118,9 @@ def test_driver_killed_in_each_stage(tiny_config: Path, undisturbed_run: Path, t
             _wait_for_marker(tmp_path, f"block-{stage}*", driver)
             driver.send_signal(signal.SIGKILL)
         done_before = {key: {s["shard"]: s for s in step["shards"] if s["sha256"]} for key, step in status(run).items()}
-    ptafuse_process("fuse", str(tiny_config), "--run", str(run), "--upstream")
+    ptafuse_process("train", str(tiny_config), "--run", str(run), "--upstream")
     assert sharded(run) == sharded(undisturbed_run)
+    assert training_of(run) == training_of(undisturbed_run)
     after = {key: {s["shard"]: s for s in step["shards"]} for key, step in status(run).items()}
     for key, shards in done_before.items():
         for number, shard in shards.items():
