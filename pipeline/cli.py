@@ -230,12 +230,19 @@ def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
 def main() -> None:
     """Entry point: an error that the user can mend is a message, not a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "filelock", "ray", "datasets", "accelerate"):
+    for noisy in (
+        "httpx",
+        "filelock",
+        "ray",
+        "datasets",
+        "accelerate",
+        "train",
+    ):  # training steps are shown from their log
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app()
-    except (ConfigError, StageError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, StageError, OSError, ValueError) as error:
         if os.environ.get("PTAFUSE_TRACEBACK"):
             raise
         sys.stderr.write(f"ptafuse: {error}\n")

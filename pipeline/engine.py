@@ -1,6 +1,7 @@
 """Runs one stage of a run: finds what is pending, hands it to a runner, and says how it ended."""
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -54,12 +55,11 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool) -
     Raises:
         ConfigError: a file, key or value of the configuration is wrong.
         FileNotFoundError: a model, tokenizer or dataset is missing.
-        ValueError: a dataset lacks its text column, or is of no known format.
     """
     config = load_config(request.config_path, request.overrides)
     for model in config.models:
         model.check()
-    check_dataset(config.dataset)
+    _warn_of_branches(config)
     store = Store(run_url)
     resolved = resolve(config, store, request)
     record(resolved, store)
@@ -71,8 +71,10 @@ def run_stage(run: Run, stage: str) -> None:
 
     Raises:
         StageError: an input stage is incomplete, or shards failed.
+        ValueError: the dataset lacks its text column, or is of no known format.
     """
-    if stage == "shard":
+    if stage == "shard" and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
+        check_dataset(run.config.dataset)
         freeze_plan(run.resolved, run.store)
     for step in run.resolved.of_stage(stage):
         _run_step(run, step)
@@ -148,6 +150,14 @@ def _run_step(run: Run, step: Step) -> None:
             f"{lines}\nMend the cause, then `ptafuse retry {run.store.url}` and the same command again; the other "
             f"shards are kept."
         )
+
+
+def _warn_of_branches(config: RunConfig) -> None:
+    """A branch may move between two commands, and a fingerprint that holds its name would not notice."""
+    places = {model.name: model.revision for model in config.models} | {"dataset": config.dataset.revision}
+    for name, revision in places.items():
+        if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
+            log.warning("%s: revision %r is no commit: a later change on the hub would go unnoticed", name, revision)
 
 
 def _check_tokenizers(run: Run, step: Step) -> None:

@@ -48,7 +48,8 @@ def show(
         _show_shard(step, manifest, table, console)
         return
     if not 0 <= row < table.num_rows:
-        raise StageError(f"{step.key} shard {shard} has rows 0 to {table.num_rows - 1}, not {row}")
+        rows = f"rows 0 to {table.num_rows - 1}" if table.num_rows else "no rows"
+        raise StageError(f"{step.key} shard {shard} has {rows}, not {row}")
     if step.stage == "shard":
         _show_segment(table, row, console)
         return

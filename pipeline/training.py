@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline.engine import Run, StageError, require_complete
+from pipeline.engine import Run, StageError, command, require_complete
 from train.job import FusedFile, TrainJob
 
 POLL_SECONDS = 2.0
@@ -41,23 +41,37 @@ def is_trained(run: Run) -> bool:
 
 
 def run_training(run: Run) -> None:
-    """Train the target model, from the newest checkpoint if there is one."""
+    """Train the target model, from the newest checkpoint if there is one.
+
+    Raises:
+        StageError: fuse is incomplete, or training failed; says why.
+    """
     if is_trained(run):
         run.console.print("train: nothing to do (the model is trained)")
         return
     job = train_job(run)
-    with _StepLines(Path(job.output), run.console):
-        if run.local:
-            from train import loop
-
-            loop.train(job)
-        else:
-            from pipeline.ray_runner import start_ray
-            from train import launch
-
-            start_ray(run.config.engine.num_cpus)
-            launch.run(job)
+    try:
+        with _StepLines(Path(job.output), run.console):
+            _train(job, run)
+    except (RuntimeError, FloatingPointError) as error:
+        raise StageError(
+            f"train did not finish: {error}\nMend the cause, then run {command(run, 'train')}: it goes on from the newest "
+            "checkpoint."
+        ) from error
     run.console.print(f"train: the model is at {job.output}/model", soft_wrap=True)
+
+
+def _train(job: TrainJob, run: Run) -> None:
+    if run.local:
+        from train import loop
+
+        loop.train(job)
+        return
+    from pipeline.ray_runner import start_ray
+    from train import launch
+
+    start_ray(run.config.engine.num_cpus)
+    launch.run(job)
 
 
 class _StepLines:

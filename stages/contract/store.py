@@ -167,7 +167,9 @@ class Store:
                 f"{data.sha256[:12]}..., found {len(raw)} bytes, sha256 {found[:12]}.... Run `ptafuse verify {self.url} "
                 f"--repair`, then {remake}."
             )
-        return pq.read_table(pa.BufferReader(raw))
+        # Not pq.read_table: its scanner's threads may still hold the buffer when Python exits, which aborts the process.
+        with pq.ParquetFile(pa.BufferReader(raw)) as file:
+            return file.read(use_threads=False)
 
     def read_manifest(self, folder: str, shard: int) -> Manifest | None:
         """The manifest of a shard, None when it is not done."""
@@ -215,10 +217,10 @@ def _sync(path: Path) -> None:
 
 
 def _check_parquet(path: Path, table: pa.Table, key: str) -> None:
-    written = pq.ParquetFile(path)
-    if written.metadata.num_rows != table.num_rows:
-        raise ValueError(f"{key}: wrote {table.num_rows} rows, the file holds {written.metadata.num_rows}")
-    back = written.read()
+    with pq.ParquetFile(path) as written:
+        num_rows, back = written.metadata.num_rows, written.read(use_threads=False)
+    if num_rows != table.num_rows:
+        raise ValueError(f"{key}: wrote {table.num_rows} rows, the file holds {num_rows}")
     if not back.schema.equals(table.schema, check_metadata=False):
         raise ValueError(f"{key}: the file's schema is not the table's:\n{back.schema}\ninstead of\n{table.schema}")
     for name in back.schema.names:

@@ -1,0 +1,74 @@
+"""Status: what it warns of, and how progress is shown."""
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.plan import recorded_run, recorded_runs
+from pipeline.progress import StepProgress
+from pipeline.status import read_status
+from pipeline.worker import ShardStatus
+from stages.contract.manifest import Mean
+from stages.contract.store import Store
+
+
+@pytest.mark.slow
+def test_low_coverage_and_quarantine_are_warned_of(undisturbed_run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(undisturbed_run, tmp_path / "run"))
+    store = Store(str(run))
+    assert read_status(recorded_run(store), store).warnings == ()
+    for path in run.glob("align/neox/*/manifests/*.json"):
+        manifest = json.loads(path.read_text())
+        manifest["health"]["covered"] = manifest["health"]["positions"] // 3
+        manifest["num_quarantined"] = 1
+        path.write_text(json.dumps(manifest))
+    low, quarantined = read_status(recorded_run(store), store).warnings
+    assert "align/neox: only 33% of the positions" in low
+    assert "align/neox: 6 records are in quarantine" in quarantined
+
+
+@pytest.mark.slow
+def test_health_adds_up_over_shards(undisturbed_run: Path) -> None:
+    store = Store(str(undisturbed_run))
+    run = recorded_run(store)
+    step = next(step for step in read_status(run, store).steps if step.key == "align/neox")
+    manifests = store.manifests(run.steps["align/neox"].folder)
+    assert step.health["positions"] == sum(manifest.health["positions"] for manifest in manifests.values())
+    nll = step.health["teacher_nll"]
+    assert isinstance(nll, Mean)
+    parts = [manifest.health["teacher_nll"] for manifest in manifests.values()]
+    assert nll.value == pytest.approx(sum(part.total for part in parts) / sum(part.count for part in parts))
+
+
+@pytest.mark.slow
+def test_recorded_configuration_is_what_ran(undisturbed_run: Path, tiny_config: Path) -> None:
+    store = Store(str(undisturbed_run))
+    [run] = recorded_runs(store)
+    assert run.request.config_path == str(tiny_config)
+    assert run.config.name == "tiny"
+    with pytest.raises(ValueError, match="no configuration named 'other' has run here"):
+        recorded_run(store, "other")
+
+
+def test_status_of_an_empty_folder_says_how_to_start(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no configuration has run here; start with `make shard RUN="):
+        recorded_run(Store(str(tmp_path)))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_counts_shards_tokens_and_failures(terminal: bool) -> None:
+    out = io.StringIO()
+    with StepProgress(Console(file=out, force_terminal=terminal, width=120), "align/x", 4, 1) as progress:
+        progress.add(ShardStatus(1, "done", 1000, 0.1, 1))
+        progress.add(ShardStatus(2, "failed", message="broken"))
+        progress.add(ShardStatus(3, "done", 500, 0.1, 1))
+    assert "tokens/s" in out.getvalue()
+    assert "align/x" in out.getvalue()
+    assert progress.summary().startswith("align/x: 2 shards, 1,500 tokens in")
+    if not terminal:
+        assert "align/x: 3 of 4 shards to do" in out.getvalue()
+        assert "3/4 shards, 1 failed" in out.getvalue()
