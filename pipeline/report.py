@@ -177,7 +177,7 @@ def _training_seconds(log_key: str, store: Store) -> tuple[float, int]:
 
 
 def _mean(figure: int | Mean | None) -> str:
-    return f"{figure.value:.3f}" if isinstance(figure, Mean) else ""
+    return f"{figure.value:.3f}" if isinstance(figure, Mean) and figure.count else ""
 
 
 def _share(part: int | Mean | None, whole: int | Mean | None) -> str:

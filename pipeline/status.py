@@ -196,7 +196,9 @@ def _health_json(figure: int | Mean) -> float | None:
 
 
 def _figure(figure: int | Mean) -> str:
-    return f"{figure.value:.4g}" if isinstance(figure, Mean) else f"{figure:,}"
+    if isinstance(figure, Mean):
+        return f"{figure.value:.4g}" if figure.count else "-"
+    return f"{figure:,}"
 
 
 def _yes(step: StepStatus) -> str:
