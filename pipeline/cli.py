@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -37,19 +38,10 @@ ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of 
 PLAIN_WIDTH = 100
 """Columns of tables that go to a file or a pipe."""
 
-ORDER = ("shard", "logits", "align", "fuse", "train", "eval")
-
 
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=PLAIN_WIDTH)
-
-
-def _run_command(stage: str, config: str, run: str, sets: list[str] | None, local: bool, upstream: bool) -> None:
-    opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local)
-    for name in ORDER[: ORDER.index(stage)] if upstream else ():
-        run_named_stage(opened, name)
-    run_named_stage(opened, stage)
 
 
 def run_named_stage(run: Run, stage: str) -> None:
@@ -66,75 +58,36 @@ def run_named_stage(run: Run, stage: str) -> None:
         run_stage(run, stage)
 
 
-@app.command()
-def shard(
-    config: ConfigArgument = DEFAULT_CONFIG,
-    run: RunOption = DEFAULT_RUN,
-    sets: SetOption = None,
-    local: LocalOption = False,
-) -> None:
-    """Cut the dataset into frozen shards of segments that fit every tokenizer."""
-    _run_command("shard", config, run, sets, local, upstream=False)
+STAGE_HELP = {
+    "shard": "Cut the dataset into frozen shards of segments that fit every tokenizer.",
+    "logits": "Run each model over every shard and keep the top-k logprobs of every position.",
+    "align": "Pair each source's tokens with the target's, and move its distributions into the target's vocabulary.",
+    "fuse": "Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
+    "train": "Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
+    "eval": "Bits per byte on held-out text: the target before and after, and each source.",
+}
+"""The stages in their order."""
 
 
-@app.command()
-def logits(
-    config: ConfigArgument = DEFAULT_CONFIG,
-    run: RunOption = DEFAULT_RUN,
-    sets: SetOption = None,
-    local: LocalOption = False,
-    upstream: UpstreamOption = False,
-) -> None:
-    """Run each model over every shard and keep the top-k logprobs of every position."""
-    _run_command("logits", config, run, sets, local, upstream)
+def _stage_command(stage: str) -> Callable[..., None]:
+    def run_it(
+        config: ConfigArgument = DEFAULT_CONFIG,
+        run: RunOption = DEFAULT_RUN,
+        sets: SetOption = None,
+        local: LocalOption = False,
+        upstream: UpstreamOption = False,
+    ) -> None:
+        opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local)
+        order = list(STAGE_HELP)
+        for name in order[: order.index(stage)] if upstream else ():
+            run_named_stage(opened, name)
+        run_named_stage(opened, stage)
+
+    return run_it
 
 
-@app.command()
-def align(
-    config: ConfigArgument = DEFAULT_CONFIG,
-    run: RunOption = DEFAULT_RUN,
-    sets: SetOption = None,
-    local: LocalOption = False,
-    upstream: UpstreamOption = False,
-) -> None:
-    """Pair the tokens of each source with the target's, and move its distributions into the target's vocabulary."""
-    _run_command("align", config, run, sets, local, upstream)
-
-
-@app.command()
-def fuse(
-    config: ConfigArgument = DEFAULT_CONFIG,
-    run: RunOption = DEFAULT_RUN,
-    sets: SetOption = None,
-    local: LocalOption = False,
-    upstream: UpstreamOption = False,
-) -> None:
-    """Choose or mix the candidate distributions at each position, and pack segments into training blocks."""
-    _run_command("fuse", config, run, sets, local, upstream)
-
-
-@app.command()
-def train(
-    config: ConfigArgument = DEFAULT_CONFIG,
-    run: RunOption = DEFAULT_RUN,
-    sets: SetOption = None,
-    local: LocalOption = False,
-    upstream: UpstreamOption = False,
-) -> None:
-    """Train the target model on the gold tokens and the fused distributions; goes on from the newest checkpoint."""
-    _run_command("train", config, run, sets, local, upstream)
-
-
-@app.command(name="eval")
-def evaluate(
-    config: ConfigArgument = DEFAULT_CONFIG,
-    run: RunOption = DEFAULT_RUN,
-    sets: SetOption = None,
-    local: LocalOption = False,
-    upstream: UpstreamOption = False,
-) -> None:
-    """Bits per byte on held-out text: the target before and after, and each source."""
-    _run_command("eval", config, run, sets, local, upstream)
+for _stage, _help in STAGE_HELP.items():
+    app.command(name=_stage, help=_help)(_stage_command(_stage))
 
 
 @app.command()

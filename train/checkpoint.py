@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from stages.contract.store import sync
+
 COMMITTED = "COMMITTED"
 _FOLDER = re.compile(r"^checkpoint-(\d{6,})$")
 
@@ -213,15 +215,6 @@ def read_manifest(output: Path) -> dict[str, Any] | None:
         return json.loads((output / "manifest.json").read_text())
     except FileNotFoundError:
         return None
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -22,6 +22,18 @@ TOKENIZER_FILES = (
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
+def check_place(*, hub: str | None, revision: str | None, path: object) -> None:
+    """Refuse files that are said to be in two places or in none.
+
+    Raises:
+        ValueError: says which settings go together.
+    """
+    if (hub is None) == (path is None):
+        raise ValueError("give exactly one of `hub` (with `revision`) and `path`")
+    if (hub is None) != (revision is None):
+        raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
+
+
 def _absolute(path: Path | None) -> Path | None:
     """A relative path means this process's folder; a worker may run in another one."""
     return None if path is None else path.expanduser().absolute()
@@ -40,10 +52,7 @@ class PretrainedFiles(Settings):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if (self.hub is None) == (self.path is None):
-            raise ValueError("give exactly one of `hub` (with `revision`) and `path`")
-        if (self.hub is None) != (self.revision is None):
-            raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
+        check_place(hub=self.hub, revision=self.revision, path=self.path)
         return self
 
     @property

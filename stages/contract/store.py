@@ -98,13 +98,13 @@ class Store:
             return True
         with self._local_temporary(key) as temporary:
             temporary.write_bytes(raw)
-            _sync(temporary)
+            sync(temporary)
             final = Path(self.path(key))
             try:
                 os.link(temporary, final)
             except FileExistsError:
                 return False
-            _sync(final.parent)
+            sync(final.parent)
             return True
 
     def replace(self, key: str, raw: bytes) -> None:
@@ -114,10 +114,10 @@ class Store:
             return
         with self._local_temporary(key) as temporary:
             temporary.write_bytes(raw)
-            _sync(temporary)
+            sync(temporary)
             final = Path(self.path(key))
             temporary.replace(final)
-            _sync(final.parent)
+            sync(final.parent)
 
     def write_table(self, key: str, table: pa.Table) -> DataFile:
         """Write a table as one Parquet file, checked and hashed before it gets its name.
@@ -135,10 +135,10 @@ class Store:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             num_bytes = temporary.stat().st_size
             if self.is_local:
-                _sync(temporary)
+                sync(temporary)
                 final = Path(self.path(key))
                 temporary.replace(final)
-                _sync(final.parent)
+                sync(final.parent)
             else:
                 self._fs.put_file(str(temporary), self.path(key))
         return DataFile(key=key, sha256=digest, num_bytes=num_bytes)
@@ -207,8 +207,8 @@ class Store:
             temporary.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
-    """Force a file or a folder to the disk."""
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

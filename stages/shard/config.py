@@ -6,6 +6,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.models import check_place
 
 
 def _absolute(path: str | None) -> str | None:
@@ -28,16 +29,8 @@ class DatasetConfig(Settings):
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
-        if (self.hub is None) == (self.path is None):
-            raise ValueError("give exactly one of `hub` (with `revision`) and `path`")
-        if (self.hub is None) != (self.revision is None):
-            raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
+        check_place(hub=self.hub, revision=self.revision, path=self.path)
         return self
-
-    @property
-    def local_path(self) -> Path | None:
-        """``path``, when it is on this machine's disk."""
-        return None if self.path is None or "://" in self.path else Path(self.path)
 
 
 class ShardConfig(Settings):
