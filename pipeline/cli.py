@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from pipeline.config import ConfigError
 from pipeline.engine import Run, StageError, open_run, run_stage
 from pipeline.plan import Request, recorded_run
 from stages.contract.store import Store
@@ -32,6 +31,7 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directo
 RunOption = Annotated[str, typer.Option("--run", help="The run directory: a path, or an fsspec URL.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")]
 LocalOption = Annotated[bool, typer.Option("--local", help="Compute in this process, without Ray.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse other library versions than finished shards had.")]
 UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
 ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
 
@@ -40,8 +40,9 @@ PLAIN_WIDTH = 100
 
 
 def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal or os.environ.get("COLUMNS") else Console(width=PLAIN_WIDTH)
+    """Texts are printed as they are: an error message may hold brackets, which Rich would take for its markup."""
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
+    return Console(width=width, markup=False, highlight=False)
 
 
 def run_named_stage(run: Run, stage: str) -> None:
@@ -76,8 +77,9 @@ def _stage_command(stage: str) -> Callable[..., None]:
         sets: SetOption = None,
         local: LocalOption = False,
         upstream: UpstreamOption = False,
+        strict: StrictOption = False,
     ) -> None:
-        opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local)
+        opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local, strict=strict)
         order = list(STAGE_HELP)
         for name in order[: order.index(stage)] if upstream else ():
             run_named_stage(opened, name)
@@ -195,7 +197,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app()
-    except (ConfigError, StageError, OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError) as error:  # ConfigError and StageError among them
         if os.environ.get("PTAFUSE_TRACEBACK"):
             raise
         sys.stderr.write(f"ptafuse: {error}\n")

@@ -128,7 +128,7 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     for shipped in shipped_configs():
-        if path.name in (shipped.name, shipped.stem):
+        if path in (Path(shipped.name), Path(shipped.stem), Path("pipeline/configs") / shipped.name):
             return shipped
     names = ", ".join(shipped.stem for shipped in shipped_configs())
     raise ConfigError(

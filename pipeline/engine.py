@@ -15,8 +15,8 @@ from pipeline.documents import check_dataset
 from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
 from pipeline.stage_table import Resources, stage_spec
-from pipeline.worker import ShardJob, ShardStatus
-from stages.contract.manifest import manifest_key
+from pipeline.worker import ShardJob, ShardStatus, library_versions
+from stages.contract.manifest import Manifest, manifest_key
 from stages.contract.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Run:
     store: Store
     console: Console
     local: bool
+    strict: bool = False
 
     @property
     def config(self) -> RunConfig:
@@ -43,7 +44,7 @@ class Run:
         return self.resolved.config
 
 
-def open_run(request: Request, run_url: str, console: Console, *, local: bool) -> Run:
+def open_run(request: Request, run_url: str, console: Console, *, local: bool, strict: bool = False) -> Run:
     """Check a configuration's files, name its results, and record it in the run directory.
 
     Args:
@@ -51,6 +52,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool) -
         run_url: the run directory, a local path or an fsspec URL.
         console: where progress is shown.
         local: compute in this process, without Ray.
+        strict: refuse to go on with other library versions than finished shards were computed with.
 
     Raises:
         ConfigError: a file, key or value of the configuration is wrong.
@@ -63,7 +65,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool) -
     store = Store(run_url)
     resolved = resolve(config, store, request)
     record(resolved, store)
-    return Run(resolved, store, console, local)
+    return Run(resolved, store, console, local, strict)
 
 
 def run_stage(run: Run, stage: str) -> None:
@@ -82,7 +84,7 @@ def run_stage(run: Run, stage: str) -> None:
 
 def pending_shards(store: Store, step: Step, num_shards: int) -> list[int]:
     """Shards without a manifest."""
-    names = set(store.names(f"{step.folder}/manifests"))
+    names = set(store.manifest_names(step.folder))
     return [shard for shard in range(num_shards) if manifest_key("", shard).rsplit("/", 1)[-1] not in names]
 
 
@@ -124,6 +126,7 @@ def _run_step(run: Run, step: Step) -> None:
         run.console.print(f"{step.key}: nothing to do ({num_shards} of {num_shards} shards are done)")
         return
     _check_tokenizers(run, step)
+    _check_drift(run, step)
     job = ShardJob(
         run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
         config_json=run.config.model_dump_json(by_alias=True),
@@ -142,14 +145,18 @@ def _run_step(run: Run, step: Step) -> None:
                 failed.append(status)
     run.console.print(progress.summary())
     if failed:
-        lines = "\n".join(
-            f"  shard {status.shard}: {status.message}" for status in sorted(failed, key=lambda s: s.shard)
-        )
         raise StageError(
-            f"{step.key}: {len(failed)} of {num_shards} shards failed in {run.config.engine.max_attempts} attempts each:\n"
-            f"{lines}\nMend the cause, then `ptafuse retry {run.store.url}` and the same command again; the other "
-            f"shards are kept."
+            f"{step.key}: {len(failed)} of {num_shards} shards failed:\n{_failures(failed)}\nMend the cause, then "
+            f"`ptafuse retry {run.store.url}` and {command(run, step.stage)} again; the other shards are kept."
         )
+
+
+def _failures(failed: Sequence[ShardStatus]) -> str:
+    """One line a cause, with the shards that it struck."""
+    causes: dict[str, list[int]] = {}
+    for status in sorted(failed, key=lambda status: status.shard):
+        causes.setdefault(status.message, []).append(status.shard)
+    return "\n".join(f"  shard {', '.join(map(str, shards))}: {cause}" for cause, shards in causes.items())
 
 
 def _warn_of_branches(config: RunConfig) -> None:
@@ -158,6 +165,25 @@ def _warn_of_branches(config: RunConfig) -> None:
     for name, revision in places.items():
         if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
             log.warning("%s: revision %r is no commit: a later change on the hub would go unnoticed", name, revision)
+
+
+def _check_drift(run: Run, step: Step) -> None:
+    """Compare this machine's libraries with those that computed the shards done so far.
+
+    Raises:
+        StageError: they differ, and the command is strict.
+    """
+    done = run.store.manifest_names(step.folder)[:1]
+    if not done:
+        return
+    then = Manifest.from_bytes(run.store.read(f"{step.folder}/manifests/{done[0]}")).versions
+    drift = [f"{name} {then[name]} -> {now}" for name, now in library_versions().items() if then.get(name, now) != now]
+    if not drift:
+        return
+    message = f"{step.key}: libraries differ from those of the finished shards, results may too: {', '.join(drift)}"
+    if run.strict:
+        raise StageError(f"{message}. Install the versions of requirements.txt, or leave out --strict")
+    log.warning("%s", message)
 
 
 def _check_tokenizers(run: Run, step: Step) -> None:

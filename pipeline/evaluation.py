@@ -32,17 +32,19 @@ def run_eval(run: Run) -> None:
     """Evaluate every model of the run that has no figure yet on the validation split.
 
     Raises:
-        StageError: the shard stage is incomplete, the model is not trained, or no document is held out.
+        StageError: the shard stage is incomplete, no document is held out, or, after all other models were evaluated,
+            the target is not trained yet.
     """
     num_shards = require_complete(run, ["shard"], "eval")
-    if not is_trained(run):
-        raise StageError(f"eval compares the trained model, and train is not complete: run {command(run, 'train')}")
     pending = [step for step in run.resolved.of_stage("eval") if not run.store.exists(result_key(step))]
+    trained = is_trained(run)
     if not pending:
         run.console.print("eval: nothing to do (every model has its figure)")
         return
     segments = validation_segments(run, num_shards)
     for step in pending:
+        if step.model == FUSED and not trained:
+            continue
         model = _evaluated_model(run, step)
         started = time.monotonic()
         evaluation = bits_per_byte(model, segments, run.config.eval, cpus=max(1, int(run.config.train.cpus_per_worker)))
@@ -57,11 +59,14 @@ def run_eval(run: Run) -> None:
             "documents": [
                 {"doc_id": doc_id, "bits_per_byte": part.bits_per_byte, "num_bytes": part.num_bytes}
                 for doc_id, part in evaluation.documents
+                if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
             ],
             "settings": dict(step.settings),
         }
-        run.store.create(result_key(step), (json.dumps(value, indent=1) + "\n").encode())
+        run.store.create(result_key(step), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
         run.console.print(f"{step.key}: {total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} held-out bytes")
+    if not trained:
+        raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
 
 
 def read_result(store: Store, step: Step) -> dict[str, Any] | None:

@@ -41,7 +41,11 @@ class Place:
         for name, key in self.step.inputs.items():
             step = self.run.steps[key]
             manifest = self.store.read_manifest(step.folder, self.shard)
-            assert manifest is not None, f"{key} shard {self.shard} was there when {self.step.key} was computed"
+            if manifest is None:
+                raise StageError(
+                    f"{key} shard {self.shard} is not there any more, though {self.step.key} was computed from it: run "
+                    f"{self.run.command(step.stage, self.store.url)}"
+                )
             tables[name] = self.store.read_table(manifest.data, remake=f"`make {step.stage}`")
         return tables
 
@@ -134,7 +138,7 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
     config = place.run.config
     vocabulary = SegmentTokenizer.load(config.target).vocabulary
     tokens = [vocabulary.text(int(token)) for token in list_row(table, "token_ids", place.row)]
-    names = config.target.name, *(model.name for model in config.sources)
+    names = table.schema.metadata[b"candidates"].decode().split(",")
     chosen = list_row(table, "chosen", place.row)
     if position is None:
         starts = list_row(table, "piece_start", place.row)
@@ -174,7 +178,11 @@ def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], co
     target_ids = list_row(inputs["target"], "token_ids", target_row)
     console.print(_where(table, place.row))
     view = Table("position", "target token", "source tokens", "from", "contexts", "outcome", "likeliest next")
-    source_ids = list_row(inputs["source"], "token_ids", find_row(inputs["source"], *keys))
+    try:
+        source_ids = list_row(inputs["source"], "token_ids", find_row(inputs["source"], *keys))
+    except KeyError:
+        source_ids = np.empty(0, np.int64)
+        console.print(f"{place.step.model} has no row for this segment; see its quarantine")
     rows = sparse_row(table, place.row)
     columns = [
         list_row(table, name, place.row)

@@ -120,9 +120,10 @@ def _step(spec: StageSpec, config: RunConfig, model: ModelConfig | None, steps: 
 def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str], store: Store) -> Step:
     """Shards are cut to fit every tokenizer of the run, yet a source that is added later must not undo them.
 
-    So a plan already in the run directory, of the same text and settings, is taken up if its segments fit all
-    tokenizers of this run (a source was removed), or else all but some (one was added: its longer segments go through
-    the model in windows, and the logits stage counts them).
+    So a finished shard stage already in the run directory, of the same text and settings, is taken up if its segments
+    fit all tokenizers of this run (a source was removed), or else all but some (one was added: its longer segments go
+    through the model in windows, and the logits stage counts them). An unfinished one is not: its other shards would be
+    cut for other tokenizers than its fingerprint names.
     """
     settings = spec.settings(config, None)
     dataset = dataset_identity(config.dataset)
@@ -140,6 +141,7 @@ def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str
             fingerprints[existing] = header["tokenizers"]
     own = _shard_fingerprint(spec, settings, dataset, needed)
     if own not in fingerprints:
+        fingerprints = {name: have for name, have in fingerprints.items() if _is_complete(store, name)}
         target = tokenizers[config.target.name]
         wider = [have for have in fingerprints.values() if set(have) >= set(needed)]
         narrower = [have for have in fingerprints.values() if set(have) < set(needed) and target in have]
@@ -161,6 +163,12 @@ def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str
         inputs={},
         settings={**settings, "inputs": {"dataset": dataset, "tokenizers": fitted}, "version": spec.version},
     )
+
+
+def _is_complete(store: Store, shard_fingerprint: str) -> bool:
+    folder = stage_folder("shard", shard_fingerprint)
+    plan = read_plan(store, folder)
+    return plan is not None and len(store.manifest_names(folder)) == plan.num_shards
 
 
 def _shard_fingerprint(spec: StageSpec, settings: dict[str, Any], dataset: str, tokenizers: list[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import ray.data
+import ray.exceptions
 
 from pipeline.config import EngineConfig
 from pipeline.stage_table import Resources
@@ -69,6 +70,9 @@ def run_shards(
         engine: how a Ray is started here, and when Ray Data gives up.
     """
     start_ray(engine.num_cpus)
+    if resources.gpus is None:
+        resources = dataclasses.replace(resources, gpus=1.0 if ray.cluster_resources().get("GPU") else 0.0)
+    require_resources(job.step.key, resources.cpus, resources.gpus or 0.0)
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False  # Ray's bars count blocks; ours count shards, tokens and time
@@ -89,14 +93,41 @@ def run_shards(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
     )  # Ray Data's default restarts a killed actor without end: the attempts on disk are what bounds it
-    for row in statuses.iter_rows():
-        yield ShardStatus(**row)
+    try:
+        for row in statuses.iter_rows():
+            yield ShardStatus(**row)
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(
+            f"{job.step.key}: Ray ended the job: {error}\nFinished shards are kept; run the same command again."
+        ) from error
+
+
+def require_resources(what: str, cpus: float, gpus: float) -> None:
+    """Refuse a worker that fits on no node, which Ray would wait for in silence; a cluster may still grow, and warns.
+
+    Raises:
+        ValueError: says what is asked for and what there is.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        return
+    largest = max((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
+    message = (
+        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs a worker, and the largest node has {largest[0]:g} CPUs and "
+        f"{largest[1]:g} GPUs: lower cpus_per_worker or gpus_per_worker, or use a larger machine"
+    )
+    if os.environ.get("RAY_ADDRESS"):
+        log.warning("%s; waiting for the cluster to grow", message)
+        return
+    raise ValueError(message)
 
 
 def _pool_size(resources: Resources, num_pending: int) -> int:
-    """Actors at most: as configured, or as many as the cluster's CPUs (or GPUs) hold; never more than shards."""
+    """Actors at most: as configured, or as many as the cluster holds (without GPUs one, if it loads models)."""
     if resources.num_workers:
         return min(resources.num_workers, num_pending)
+    if resources.models and not resources.gpus:
+        return 1
     cluster = ray.cluster_resources()
     fits = int(cluster.get("CPU", 1) / resources.cpus)
     if resources.gpus:

@@ -19,11 +19,19 @@ from stages.shard import stage as shard_stage
 
 @dataclass(frozen=True)
 class Resources:
-    """What the workers of a step need; None: as many workers as fit."""
+    """What the workers of a step need.
+
+    Attributes:
+        num_workers: None: one a GPU where GPUs are used, else one a CPU slot (``models``: one).
+        cpus: of each.
+        gpus: of each; None: 1 where the cluster has a GPU.
+        models: the workers load models: without GPUs one worker takes all the memory there is to give.
+    """
 
     num_workers: int | None
     cpus: float
-    gpus: float
+    gpus: float | None
+    models: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,15 @@ class StageSpec:
     def resources(self, config: RunConfig) -> Resources:
         """Workers, CPUs and GPUs, from the stage's settings."""
         section: Any = self.section(config)
-        return Resources(section.num_workers, section.cpus_per_worker, getattr(section, "gpus_per_worker", 0))
+        models = self.name == "logits"
+        gpus = section.gpus_per_worker if models else 0
+        if models and section.device == "cpu":
+            gpus = 0
+        return Resources(section.num_workers, section.cpus_per_worker, gpus, models)
 
     def max_bad_fraction(self, config: RunConfig) -> float:
-        """The share of bad records above which a shard fails."""
-        section: Any = self.section(config)
-        return float(section.max_bad_fraction)
+        """The share of bad records above which a shard fails; fuse has none to allow."""
+        return float(getattr(self.section(config), "max_bad_fraction", 0.0))
 
 
 def step_key(stage: str, model: ModelConfig | None) -> str:
@@ -120,14 +131,15 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         version=fuse_stage.VERSION,
         models=lambda config: (),
         inputs=_fuse_inputs,
-        settings=lambda config, model: {"fuse": config.fuse.result_settings()},
+        settings=lambda config, model: {
+            "fuse": config.fuse.result_settings(),
+            "candidates": [model.name for model in config.models],  # `chosen` counts them, and ties go by their order
+        },
         build=lambda config, model: fuse_stage.FuseStage(config.fuse, config.target, config.sources),
         section=lambda config: config.fuse,
     ),
 )
 """The order in which the stages run."""
-
-STAGE_NAMES: Final = (*(spec.name for spec in STAGES), "train", "eval")
 
 
 def stage_spec(name: str) -> StageSpec:

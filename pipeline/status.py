@@ -24,7 +24,7 @@ class StepStatus:
     Attributes:
         key: the step.
         fingerprint: of its folder.
-        num_shards: shards in all, 0 while there is no plan (train and eval: 1).
+        num_shards: shards in all; 0 while there is no plan, and for train and eval.
         manifests: done shards.
         attempts: shard -> the recorded attempts, where there are any.
     """
@@ -107,7 +107,7 @@ def print_status(status: RunStatus, console: Console) -> None:
         table.add_column(column, justify="left" if column in ("step", "fingerprint") else "right")
     for step in status.steps:
         seconds = sum(manifest.seconds for manifest in step.manifests.values())
-        done = f"{len(step.manifests)}/{step.num_shards}" if step.num_shards > 1 or step.manifests else _yes(step)
+        done = f"{len(step.manifests)}/{step.num_shards}" if step.num_shards else _yes(step)
         table.add_row(
             step.key,
             step.fingerprint,
@@ -121,11 +121,11 @@ def print_status(status: RunStatus, console: Console) -> None:
     for step in status.steps:
         figures = ", ".join(f"{name} {_figure(figure)}" for name, figure in sorted(step.health.items()))
         if figures:
-            console.print(f"[bold]{step.key}[/bold]: {figures}")
+            console.print(f"{step.key}: {figures}")
         for shard, error in sorted(step.failed.items()):
-            console.print(f"[red]{step.key} shard {shard} failed[/red]: {error}", markup=True)
+            console.print(f"{step.key} shard {shard} failed: {error}", style="red")
     for warning in status.warnings:
-        console.print(f"[yellow]warning[/yellow]: {warning}")
+        console.print(f"warning: {warning}", style="yellow")
     console.print(
         "everything is done" if status.next_command is None else f"next: {status.next_command}", soft_wrap=True
     )
@@ -134,7 +134,7 @@ def print_status(status: RunStatus, console: Console) -> None:
 def _read_step(step: Step, store: Store, num_shards: int) -> StepStatus:
     if step.stage in ("train", "eval"):
         proof = f"{step.folder}/manifest.json" if step.stage == "train" else result_key(step)
-        return StepStatus(step.key, step.fingerprint, 1, {}, {}, is_done=store.exists(proof))
+        return StepStatus(step.key, step.fingerprint, 0, {}, {}, is_done=store.exists(proof))
     manifests = store.manifests(step.folder)
     tried = [int(name.removeprefix("shard-")) for name in store.names(f"{step.folder}/attempts")]
     attempts = {shard: read_attempts(store, step.folder, shard) for shard in tried}
@@ -161,12 +161,12 @@ def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
 
 def _step_json(step: StepStatus) -> dict[str, Any]:
     shards = []
-    for shard in sorted({*step.manifests, *step.attempts}):
+    for shard in range(step.num_shards):
         manifest = step.manifests.get(shard)
         shards.append(
             {
                 "shard": shard,
-                "state": "done" if manifest else ("failed" if shard in step.failed else "unfinished"),
+                "state": _state(step, shard),
                 "attempts": len(step.attempts.get(shard, [])),
                 "sha256": manifest.data.sha256 if manifest else None,
                 "data": manifest.data.key if manifest else None,
@@ -187,6 +187,14 @@ def _step_json(step: StepStatus) -> dict[str, Any]:
         "health": {name: _health_json(figure) for name, figure in step.health.items()},
         "shards": shards,
     }
+
+
+def _state(step: StepStatus, shard: int) -> str:
+    if shard in step.manifests:
+        return "done"
+    if shard in step.failed:
+        return "failed"
+    return "unfinished" if shard in step.attempts else "pending"
 
 
 def _health_json(figure: int | Mean) -> float | None:

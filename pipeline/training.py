@@ -1,5 +1,6 @@
 """The train stage of a run: from the fuse manifests to a trained model in the run directory."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -21,6 +22,11 @@ def train_job(run: Run) -> TrainJob:
     if not run.store.is_local:
         raise StageError(f"train writes its checkpoints to a local or mounted disk; {run.store.url} is not one")
     manifests = run.store.manifests(run.resolved.steps["fuse"].folder)
+    if not sum(manifest.num_rows_out for manifest in manifests.values()):
+        raise StageError(
+            "there is no training block: all documents are in the validation split, or in quarantine; see "
+            f"`ptafuse status {run.store.url}`"
+        )
     step = run.resolved.steps["train"]
     return TrainJob(
         config=run.config.train,
@@ -36,8 +42,23 @@ def train_job(run: Run) -> TrainJob:
 
 
 def is_trained(run: Run) -> bool:
-    """The train stage of this run is done."""
-    return run.store.exists(f"{run.resolved.steps['train'].folder}/manifest.json")
+    """The train stage of this run is done.
+
+    Raises:
+        StageError: its manifest says so, but files of the model are missing.
+    """
+    folder = run.resolved.steps["train"].folder
+    try:
+        manifest = json.loads(run.store.read(f"{folder}/manifest.json"))
+    except FileNotFoundError:
+        return False
+    missing = [name for name in manifest["model_files"] if not run.store.exists(f"{folder}/model/{name}")]
+    if missing:
+        raise StageError(
+            f"{run.store.url}/{folder} is said to be done, but {', '.join(missing)} of its model is missing: run "
+            f"`ptafuse verify {run.store.url} --repair`, then {command(run, 'train')}"
+        )
+    return True
 
 
 def run_training(run: Run) -> None:
@@ -67,10 +88,12 @@ def _train(job: TrainJob, run: Run) -> None:
 
         loop.train(job)
         return
-    from pipeline.ray_runner import start_ray
+    from pipeline.ray_runner import require_resources, start_ray
     from train import launch
 
     start_ray(run.config.engine.num_cpus)
+    # One CPU more is taken by Ray Train's controller on a node of its own choice; it asks for none.
+    require_resources("train", job.config.cpus_per_worker, 0.0)
     launch.run(job)
 
 

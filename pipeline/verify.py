@@ -1,5 +1,7 @@
 """Re-read a run directory against its manifests, and take back what cannot be trusted."""
 
+import json
+
 from rich.console import Console
 
 from pipeline.plan import ResolvedRun
@@ -19,11 +21,11 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
         repair: remove the manifest of a shard with a bad file, so that its stage's command computes it again.
 
     Returns:
-        How many shards are bad.
+        How many shards and trained models are bad.
     """
     num_good, num_bad = 0, 0
     for folder in stage_folders(store):
-        for name in store.names(f"{folder}/manifests"):
+        for name in store.manifest_names(folder):
             key = f"{folder}/manifests/{name}"
             problem = _problem(store, key)
             if problem is None:
@@ -36,7 +38,18 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
                 console.print(
                     f"{key}: taken back; run `make {folder.split('/', maxsplit=1)[0]}` to compute the shard again"
                 )
-    console.print(f"{num_good} shards are as their manifests say, {num_bad} are not")
+    for name in store.names("train"):
+        problem = _model_problem(store, f"train/{name}")
+        if problem is None:
+            continue
+        num_bad += 1
+        console.print(f"train/{name}: {problem}", soft_wrap=True)
+        if repair:
+            store.delete(f"train/{name}/manifest.json")
+            console.print(
+                f"train/{name}: taken back; run `make train` to write the model again from the newest checkpoint"
+            )
+    console.print(f"{num_good} shards are as their manifests say; {num_bad} shards or models are not")
     return num_bad
 
 
@@ -45,11 +58,11 @@ def stage_folders(store: Store) -> list[str]:
     found = []
     for stage in SHARDED:
         for name in store.names(stage):
-            if store.names(f"{stage}/{name}/manifests"):
+            if store.manifest_names(f"{stage}/{name}"):
                 found.append(f"{stage}/{name}")
             else:
                 inner = [f"{stage}/{name}/{part}" for part in store.names(f"{stage}/{name}")]
-                found.extend(folder for folder in inner if store.names(f"{folder}/manifests"))
+                found.extend(folder for folder in inner if store.manifest_names(folder))
     return found
 
 
@@ -70,6 +83,21 @@ def forget_failures(resolved: ResolvedRun, store: Store) -> int:
                     store.delete(f"{where}/{file}")
                 count += 1
     return count
+
+
+def _model_problem(store: Store, folder: str) -> str | None:
+    """What is wrong with a trained model, None if nothing, or if training is not done."""
+    try:
+        manifest = json.loads(store.read(f"{folder}/manifest.json"))
+    except FileNotFoundError:
+        return None
+    for name, digest in manifest["model_files"].items():
+        key = f"{folder}/model/{name}"
+        if not store.exists(key):
+            return f"{key} is missing"
+        if sha256(store.read(key)) != digest:
+            return f"{key} is not the file that was written"
+    return None
 
 
 def _problem(store: Store, key: str) -> str | None:

@@ -93,6 +93,7 @@ class ShardWorker:
         self._config = RunConfig.model_validate_json(job.config_json)
         self._spec = stage_spec(job.step.stage)
         self._stage: Stage | None = None
+        self._setup_error = ""
 
     def run(self, shard: int) -> ShardStatus:
         """Compute and commit a shard, or find that it is done."""
@@ -104,20 +105,33 @@ class ShardWorker:
             attempt = Attempt.begin(self._store, folder, shard, self._job.launch, self._job.max_attempts)
             if isinstance(attempt, str):
                 return ShardStatus(shard, "failed", message=attempt)
+            if self._stage is None and not self._set_up():
+                self._store.delete(attempt.key)  # no fault of this shard's
+                return ShardStatus(shard, "failed", message=self._setup_error)
             try:
                 return self._compute(shard, attempt)
             except Exception as error:  # the one boundary: whatever fails a shard is recorded and counted
                 log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
                 attempt.fail(self._store, error)
 
-    def _compute(self, shard: int, attempt: "Attempt") -> ShardStatus:
-        started = time.monotonic()
-        if self._stage is None:
-            model = next((model for model in self._config.models if model.name == self._job.step.model), None)
-            stage = self._spec.build(self._config, model)
+    def _set_up(self) -> bool:
+        """Load what the stage needs; False, and why in ``_setup_error``, if it cannot be had. It is tried once."""
+        if self._setup_error:
+            return False
+        model = next((model for model in self._config.models if model.name == self._job.step.model), None)
+        stage = self._spec.build(self._config, model)
+        try:
             stage.setup()
-            self._stage = stage
-            started = time.monotonic()
+        except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
+            log.exception("%s: set-up failed", self._job.step.key)
+            self._setup_error = f"set-up failed: {type(error).__name__}: {error}"
+            return False
+        self._stage = stage
+        return True
+
+    def _compute(self, shard: int, attempt: "Attempt") -> ShardStatus:
+        assert self._stage is not None
+        started = time.monotonic()
         tables, references = self._read_inputs(shard)
         num_rows_in = max(table.num_rows for table in tables.values())
         output = self._stage.run(tables)

@@ -79,6 +79,11 @@ def save_model(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, seed, num_padding_rows=vocab_padding)
     model.save_pretrained(folder)
+    reloaded = AutoTokenizer.from_pretrained(folder)  # some model types bring a tokenizer class of their own
+    if type(reloaded.backend_tokenizer.model) is not type(tokenizer.backend_tokenizer.model):
+        raise ValueError(
+            f"{architecture} makes another tokenizer of the family {tokenizer_family}: choose another pair"
+        )
     return folder
 
 

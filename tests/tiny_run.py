@@ -89,7 +89,7 @@ def save_inputs(folder: Path) -> Path:
     """
     save_model(folder / "llama", architecture="llama", tokenizer_family="spm-bpe", seed=1)
     save_model(folder / "neox", architecture="gpt_neox", tokenizer_family="byte-bpe", seed=2)
-    save_model(folder / "qwen", architecture="qwen2", tokenizer_family="unigram", seed=3)
+    save_model(folder / "gemma", architecture="gemma3", tokenizer_family="unigram", seed=3)
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents()]
     (folder / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     config = folder / "tiny.toml"

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,9 +74,8 @@ def save_checkpoint(
     Returns:
         Its folder.
     """
-    folder = checkpoint_folder(output, state.step)
-    if folder.exists():
-        shutil.rmtree(folder)  # what an interrupted attempt left, or the same step of the same job
+    final = checkpoint_folder(output, state.step)
+    folder = output / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"  # its own, should two processes train the same job
     folder.mkdir(parents=True)
     save_file(_named_tensors(model), folder / "model.safetensors")
     save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
@@ -86,9 +86,12 @@ def save_checkpoint(
     (folder / COMMITTED).write_text(f"{state.fingerprint}\n")
     sync(folder / COMMITTED)
     sync(folder)
+    if final.exists():
+        shutil.rmtree(final)  # the same step of the same job
+    folder.rename(final)
     sync(output)
     remove_old_checkpoints(output, keep=keep)
-    return folder
+    return final
 
 
 def remove_old_checkpoints(output: Path, *, keep: int) -> None:
@@ -118,6 +121,8 @@ def load_newest_checkpoint(
     Raises:
         ValueError: the checkpoint belongs to another job, or its tensors do not fit the model.
     """
+    for left_over in output.glob(".checkpoint-*.tmp"):  # a killed process was writing it
+        shutil.rmtree(left_over)
     steps = committed_steps(output)
     if not steps:
         return expected

@@ -21,12 +21,12 @@ class TrainConfig(Settings):
     micro_batch_size: Annotated[int, RUNTIME] = Field(
         1, ge=1, description="Blocks in a forward pass; divides batch_size."
     )
-    num_epochs: int = Field(1, ge=1)
+    num_epochs: int = Field(1, ge=1, description="Times every block is seen.")
     learning_rate: float = Field(1e-5, gt=0, description="Peak.")
     warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up; cosine falls to 0.")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients.")
+    adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients.")
     weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     autocast: Literal["bfloat16", "float32"] = Field(
@@ -35,7 +35,9 @@ class TrainConfig(Settings):
     gradient_checkpointing: Annotated[bool, RUNTIME] = Field(
         False, description="Recompute activations in the backward pass."
     )
-    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field("auto")
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(
+        "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
+    )
     chunk_positions: Annotated[int, RUNTIME] = Field(
         512, ge=1, description="Positions whose full logits exist at once."
     )
@@ -56,7 +58,9 @@ class EvalConfig(Settings):
 
     max_length: int = Field(2048, ge=8, description="Most tokens a model sees at once.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of the weights and activations.")
-    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field("auto")
+    attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(
+        "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
+    )
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(
         "auto", description="`auto`: a GPU if there is one."
     )

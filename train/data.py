@@ -10,6 +10,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
@@ -94,6 +95,17 @@ class FusedBlocks:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the longest block."""
+        return max(
+            max(pc.list_value_length(self._lengths(file)).to_pylist()) for file in self._files if file.metadata.num_rows
+        )
+
+    @staticmethod
+    def _lengths(file: pq.ParquetFile) -> pa.ChunkedArray:
+        return file.read(columns=["token_ids"], use_threads=False)["token_ids"]
+
     def block(self, index: int) -> Block:
         """Block ``index`` of all files' blocks in order.
 
@@ -146,13 +158,13 @@ class FusedBlocks:
     def _open(self, file: FusedFile) -> pq.ParquetFile:
         path = Path(file.path) if "://" not in file.path else self._copy(file.path)
         if not path.exists():
-            raise ValueError(f"{file.path} is missing: run `make fuse` again, it makes what is not there")
+            raise ValueError(f"{file.path} is missing: run `ptafuse verify RUN --repair`, then `make fuse`")
         with path.open("rb") as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
         if found != file.sha256:
             raise ValueError(
                 f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated after "
-                "fuse committed it. Remove its manifest and run `make fuse` again"
+                "fuse committed it. Run `ptafuse verify RUN --repair`, then `make fuse`"
             )
         return pq.ParquetFile(path, memory_map=True)
 

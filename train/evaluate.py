@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.contract.devices import attention_choices, resolve_device, set_threads
 from stages.contract.entropy import CrossEntropy, cross_entropy
 from stages.contract.heads import Body, Head, check_head, split_head
-from stages.contract.models import ModelConfig, load_model
+from stages.contract.models import ModelConfig, load_model, num_positions
 from stages.contract.tokens import Encoding, SegmentTokenizer
 from train.config import EvalConfig
-from train.device import resolve_attention, resolve_device, set_threads
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def bits_per_byte(
     set_threads(device, cpus)
     tokenizer = SegmentTokenizer.load(model)
     encodings = tokenizer.encode_batch([part.text for part in segments], is_last=[part.is_last for part in segments])
-    attention = resolve_attention(config.attention, device, half_precision=config.dtype == "bfloat16")
+    attention = attention_choices(config.attention, device, half_precision=config.dtype == "bfloat16")
     loaded = load_model(model, dtype=config.dtype, attention=attention, device=str(device))
     check_head(loaded)
     logprobs = gold_logprobs(
@@ -124,18 +124,20 @@ def gold_logprobs(
     Args:
         model: a transformers causal language model.
         encodings: the segments.
-        config: a segment longer than ``max_length`` is read in windows that overlap by half.
+        config: a segment longer than ``max_length`` (or than the model's positions) is read in windows that overlap by
+            half.
         num_ids: the tokenizer's size; embedding rows above it stand for no token and get no probability.
         num_repeated: first tokens (BOS) that stand before every window.
     """
     halves: tuple[Body, Head] = split_head(model)
     body, head = halves
     device = model.get_input_embeddings().weight.device
+    max_length = num_positions(model, config.max_length)
     found = [np.full(len(encoding.ids), np.nan, np.float32) for encoding in encodings]
     windows = [
         window
         for index, encoding in enumerate(encodings)
-        for window in _windows(index, encoding.ids, max_length=config.max_length, num_repeated=num_repeated)
+        for window in _windows(index, encoding.ids, max_length=max_length, num_repeated=num_repeated)
     ]
     for batch in _batches(windows, config.batch_tokens):
         ids = np.zeros((len(batch), max(len(window.ids) for window in batch)), np.int64)

@@ -12,7 +12,7 @@ from typing import Any
 import ray.train
 from ray.train.torch import TorchTrainer
 
-from train.device import resolve_device
+from stages.contract.devices import resolve_device
 from train.job import TrainJob, TrainResult
 from train.loop import check_job, finished, train
 
@@ -43,7 +43,10 @@ def run(job: TrainJob) -> TrainResult:
             failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(str(error)) from error
     result = finished(job)
     if result is None:
         raise RuntimeError(f"Ray Train ended without an error, but {Path(job.output)}/manifest.json is not there")

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from stages.contract.devices import attention_choices, resolve_device, set_threads
 from stages.contract.heads import Body, Head, check_head, split_head
-from stages.contract.models import load_model, load_tokenizer
+from stages.contract.models import load_model, load_tokenizer, num_positions
 from stages.contract.tokens import SegmentTokenizer
 from train.card import model_card
 from train.checkpoint import (
@@ -30,7 +31,6 @@ from train.checkpoint import (
 )
 from train.config import TrainConfig
 from train.data import Block, FusedBlocks, collate
-from train.device import resolve_attention, resolve_device, set_threads
 from train.job import StepRecord, TrainJob, TrainResult
 from train.loss import IGNORED, loss_sums
 from train.optimizer import build_optimizer, learning_rate
@@ -75,7 +75,7 @@ def train(job: TrainJob, *, on_step: OnStep | None = None) -> TrainResult:
     output.mkdir(parents=True, exist_ok=True)
     vocabulary = SegmentTokenizer.load(job.model).vocabulary
     blocks = FusedBlocks(job.files, bos_id=vocabulary.bos_id, with_distributions=config.lambda_ < 1)
-    model = _load(job, device, num_ids=vocabulary.size)
+    model = _load(job, device, blocks, num_ids=vocabulary.size)
     optimizer = build_optimizer(model, config)
     schedule = Schedule(len(blocks), config.batch_size, config.num_epochs, config.seed)
     state = load_newest_checkpoint(output, model, optimizer, expected=_first_state(job, schedule))
@@ -240,10 +240,11 @@ class _Trainer:
             )
 
 
-def _load(job: TrainJob, device: torch.device, *, num_ids: int) -> Any:
+def _load(job: TrainJob, device: torch.device, blocks: FusedBlocks, *, num_ids: int) -> Any:
     """The model with float32 master weights, ready to train."""
     config = job.config
-    attention = resolve_attention(config.attention, device, half_precision=config.autocast == "bfloat16")
+    half = config.autocast == "bfloat16"
+    attention = attention_choices(config.attention, device, half_precision=half)
     torch.manual_seed(config.seed)  # a head that the files lack would be drawn at random: then at least the same one
     model = load_model(job.model, dtype="float32", attention=attention, device=str(device))
     num_rows = model.get_input_embeddings().num_embeddings
@@ -251,7 +252,14 @@ def _load(job: TrainJob, device: torch.device, *, num_ids: int) -> Any:
         raise ValueError(
             f"model {job.model.name} has {num_rows} embeddings, its tokenizer {num_ids} ids: they do not belong together"
         )
-    check_head(model)
+    longest = blocks.max_tokens
+    if num_positions(model, longest) < longest:
+        raise ValueError(
+            f"model {job.model.name} has {num_positions(model, longest)} positions, and the training blocks are up to "
+            f"{longest} tokens long: set fuse.max_length to what the model can read, then run `make fuse`"
+        )
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):  # FlashAttention takes half precision alone
+        check_head(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -9,6 +10,8 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -195,16 +198,33 @@ def load_tokenizer(model: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_model(model: ModelConfig, *, dtype: str, attention: str | None, device: str) -> Any:
+def load_model(model: ModelConfig, *, dtype: str, attention: tuple[str, ...], device: str) -> Any:
     """The model's weights as a transformers causal language model, in eval mode on ``device``.
 
     Args:
         model: which model.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
-        attention: ``"sdpa"``, ``"eager"`` or ``"flash_attention_2"``; None: SDPA where the architecture has it, else
-            eager.
+        attention: implementations in order of preference (``devices.attention_choices``); the first that this
+            architecture supports is taken.
         device: a torch device.
     """
+    for choice in attention[:-1]:
+        try:
+            return _load_model(model, dtype=dtype, attention=choice, device=device)
+        except ValueError as error:
+            if "does not support" not in str(error):
+                raise
+            log.info("model %s: no %s attention for this architecture, trying the next", model.name, choice)
+    return _load_model(model, dtype=dtype, attention=attention[-1], device=device)
+
+
+def num_positions(loaded: Any, wanted: int) -> int:
+    """``wanted``, or the loaded model's own number of positions where that is smaller."""
+    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    return wanted if limit is None else min(wanted, int(limit))
+
+
+def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging

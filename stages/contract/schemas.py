@@ -1,7 +1,8 @@
 """Every Parquet schema of a run: columns, units, who writes them and who reads them.
 
-A row is a segment of text (``fuse``: a training block). Rows stand in the same order in every stage: row 5 of shard 17
-is the same segment in ``shard``, ``logits/*`` and ``align/*`` (which hold the rows of the train split alone).
+A row is a segment of text (``fuse``: a training block). Shard 17 of every stage speaks of the same text, in the same
+order: the rows of ``logits/*`` and ``align/*`` are the train rows of ``shard``, less what went to quarantine.
+``doc_id`` and ``segment`` say which is which.
 """
 
 from typing import Any, Final, Literal
@@ -54,9 +55,10 @@ def logits_schema(vocab_size: int) -> pa.Schema:
 
     - ``token_ids`` (N): the segment's tokens, special tokens included.
     - ``byte_end`` (N): where each token ends in the segment, bytes; BOS ends at 0; nondecreasing; the last is the length.
-    - ``gold_logprob`` (N): ln p(token t+1 | tokens <= t), full vocabulary, float32; null at the last position.
+    - ``gold_logprob`` (N): ln p(token t+1 | tokens <= t), float32; null at the last position.
     - ``topk_ids``, ``topk_logprobs`` (N, <= k): the largest entries at each position, descending; natural logs over the
-      full vocabulary, rounded to float16's precision. What they leave out of 1 is the tail mass.
+      full vocabulary (every id that the tokenizer has), rounded to float16's precision. What they leave out of 1 is the
+      tail mass.
     """
     return pa.schema(
         [

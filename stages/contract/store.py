@@ -182,11 +182,15 @@ class Store:
     def manifests(self, folder: str) -> dict[int, Manifest]:
         """All manifests of a stage's folder, by shard."""
         found = {}
-        for name in self.names(f"{folder}/manifests"):
-            if name.startswith("shard-") and name.endswith(".json"):
-                manifest = Manifest.from_bytes(self.read(f"{folder}/manifests/{name}"))
-                found[manifest.shard] = manifest
+        for name in self.manifest_names(folder):
+            manifest = Manifest.from_bytes(self.read(f"{folder}/manifests/{name}"))
+            found[manifest.shard] = manifest
         return found
+
+    def manifest_names(self, folder: str) -> list[str]:
+        """Names of the manifest files of a stage's folder; what a killed process left beside them is no manifest."""
+        names = self.names(f"{folder}/manifests")
+        return [name for name in names if name.startswith("shard-") and name.endswith(".json")]
 
     def _no_cache(self) -> dict[str, Any]:
         return {} if self.is_local else {"refresh": True}

@@ -24,4 +24,3 @@ class FuseConfig(Settings):
     top_k: int = Field(10, ge=1, le=256, description="Entries kept of a mixed row; the mass cut off is counted.")
     num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
     cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="A shard with more bad segments than this fails.")

@@ -24,11 +24,15 @@ class LogitsConfig(Settings):
     chunk_positions: Annotated[int, RUNTIME] = Field(
         512, ge=1, description="Positions whose full logits exist at once: chunk x vocabulary x 4 bytes."
     )
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="A shard with more bad segments than this fails.")
+    max_bad_fraction: Annotated[float, RUNTIME] = Field(
+        0.01, ge=0, le=1, description="A shard with more bad segments than this fails."
+    )
     num_workers: Annotated[int | None, RUNTIME] = Field(
         None, ge=1, description="Actors; by default one a GPU, else one."
     )
     cpus_per_worker: Annotated[float, RUNTIME] = Field(
         1, gt=0, description="CPUs of an actor; on a CPU also its threads."
     )
-    gpus_per_worker: Annotated[float, RUNTIME] = Field(0, ge=0, description="GPUs that Ray reserves for an actor.")
+    gpus_per_worker: Annotated[float | None, RUNTIME] = Field(
+        None, ge=0, description="GPUs that Ray reserves for an actor; by default 1 where the cluster has a GPU."
+    )

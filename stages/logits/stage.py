@@ -1,7 +1,6 @@
 """The logits stage on transformers: one model's top-k logprobs at every position of the train segments."""
 
 import gc
-import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ import pyarrow.compute as pc
 import torch
 
 from stages.contract.columns import SparseRows, list_column, round_to_half, sparse_columns
+from stages.contract.devices import attention_choices, resolve_device, set_threads
 from stages.contract.entropy import CrossEntropy, cross_entropy
 from stages.contract.heads import check_head, split_head
 from stages.contract.manifest import Health, Mean
-from stages.contract.models import ModelConfig, load_model
+from stages.contract.models import ModelConfig, load_model, num_positions
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import Encoding, SegmentTokenizer
@@ -72,13 +72,11 @@ class LogitsStage:
             ValueError: the tokenizer gives no byte offsets, or the architecture's head is laid out in an unknown way.
         """
         config = self._config
-        self._device = torch.device(
-            ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-        )
-        if self._device.type == "cpu":
-            torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+        self._device = resolve_device(config.device)
+        set_threads(self._device, config.cpus_per_worker)
         self._tokenizer = SegmentTokenizer.load(self._model)
-        model = self._load_model()
+        choices = attention_choices(config.attention, self._device, half_precision=config.dtype != "float32")
+        model = load_model(self._model, dtype=config.dtype, attention=choices, device=str(self._device))
         check_head(model)
         self._body, self._head = split_head(model)
         self._num_embeddings = model.get_input_embeddings().weight.shape[0]
@@ -112,39 +110,18 @@ class LogitsStage:
             quarantine=tuple(bad),
         )
 
-    def _load_model(self) -> Any:
-        """The model with the first attention implementation that it supports."""
-        config = self._config
-        if config.attention != "auto":
-            choices: tuple[str, ...] = (config.attention,)
-        elif self._device.type == "cuda" and config.dtype != "float32" and importlib.util.find_spec("flash_attn"):
-            choices = ("flash_attention_2", "sdpa", "eager")
-        else:
-            choices = ("sdpa", "eager")
-        for choice in choices[:-1]:
-            try:
-                return load_model(self._model, dtype=config.dtype, attention=choice, device=str(self._device))
-            except ValueError as error:
-                if "does not support" not in str(error):
-                    raise
-                logger.info(
-                    "model %s: no %s attention for this architecture, trying the next", self._model.name, choice
-                )
-        return load_model(self._model, dtype=config.dtype, attention=choices[-1], device=str(self._device))
-
     def _positions_of(self, model: Any) -> int:
         """``max_length``, or the model's own number of positions where that is smaller."""
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None or limit >= self._config.max_length:
-            return self._config.max_length
-        logger.warning(
-            "model %s has %d positions, max_length is %d: longer segments go in windows of %d tokens",
-            self._model.name,
-            limit,
-            self._config.max_length,
-            limit,
-        )
-        return int(limit)
+        limit = num_positions(model, self._config.max_length)
+        if limit < self._config.max_length:
+            logger.warning(
+                "model %s has %d positions, logits.max_length is %d: longer segments go in windows of %d tokens",
+                self._model.name,
+                limit,
+                self._config.max_length,
+                limit,
+            )
+        return limit
 
     def _encode(self, rows: pa.Table) -> tuple[list[_Segment], list[BadRecord]]:
         """Tokenize the rows; those that the model cannot be given are set apart."""

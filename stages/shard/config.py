@@ -45,6 +45,8 @@ class ShardConfig(Settings):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents held out, by hash of their text."
     )
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="A shard with more bad documents than this fails.")
+    max_bad_fraction: Annotated[float, RUNTIME] = Field(
+        0.01, ge=0, le=1, description="A shard with more bad documents than this fails."
+    )
     num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
     cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")

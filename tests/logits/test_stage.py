@@ -49,7 +49,7 @@ class Oracle:
     def __init__(self, folder):
         model = ModelConfig(name="oracle", path=folder)
         self.tokenizer = SegmentTokenizer.load(model)
-        self.model = load_model(model, dtype="float32", attention="eager", device="cpu")
+        self.model = load_model(model, dtype="float32", attention=("eager",), device="cpu")
 
     def logprobs(self, ids):
         with torch.inference_mode():
@@ -79,7 +79,7 @@ def llama(tmp_path_factory):
     [
         *((name, "byte-bpe") for name in ARCHITECTURES),
         ("llama", "spm-bpe"),
-        ("qwen2", "unigram"),
+        ("phi", "unigram"),
         ("gemma3", "wordpiece"),
     ],
 )

@@ -84,6 +84,11 @@ def test_missing_file_names_the_shipped_ones() -> None:
         load_config("nothing.toml")
 
 
+def test_missing_file_in_a_folder_is_not_replaced_by_a_shipped_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such configuration"):
+        load_config(tmp_path / "demo.toml")
+
+
 def test_broken_toml_says_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML.*line 1"):
         load_config(write(tmp_path, "name = \nx = 1\n"))

@@ -90,7 +90,7 @@ def test_a_file_that_is_not_the_committed_one_is_refused(tmp_path, blocks_of_ids
     file = save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet")
     raw = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:])
-    with pytest.raises(ValueError, match="run `make fuse` again"):
+    with pytest.raises(ValueError, match="verify RUN --repair`, then `make fuse`"):
         open_files(file)
     (tmp_path / "a.parquet").unlink()
     with pytest.raises(ValueError, match="is missing"):

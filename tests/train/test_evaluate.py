@@ -34,7 +34,7 @@ def plain_loss(model: ModelConfig, segment: Segment) -> tuple[float, int, int]:
     """Nats, tokens and bytes of a segment by the model's own loss, one token at a time."""
     tokenizer = SegmentTokenizer.load(model)
     encoding = tokenizer.encode(segment.text, is_last=segment.is_last)
-    loaded = load_model(model, dtype="float32", attention="eager", device="cpu")
+    loaded = load_model(model, dtype="float32", attention=("eager",), device="cpu")
     nats, tokens, num_bytes = 0.0, 0, 0
     if len(encoding.ids) < 2:
         return nats, tokens, num_bytes
@@ -74,7 +74,7 @@ def test_padded_embedding_rows_get_no_probability(tmp_path):
     folder = save_model(tmp_path, tokenizer_family="spm-bpe", vocab_padding=9)
     model = ModelConfig(name="padded", path=folder)
     tokenizer = SegmentTokenizer.load(model)
-    loaded = load_model(model, dtype="float32", attention="eager", device="cpu")
+    loaded = load_model(model, dtype="float32", attention=("eager",), device="cpu")
     encoding = tokenizer.encode(TEXTS[0], is_last=True)
     ids = torch.tensor(encoding.ids, dtype=torch.int64)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_padded_embedding_rows_get_no_probability(tmp_path):
 
 def test_a_long_segment_is_scored_once_everywhere_in_overlapping_windows(model):
     tokenizer = SegmentTokenizer.load(model)
-    loaded = load_model(model, dtype="float32", attention="eager", device="cpu")
+    loaded = load_model(model, dtype="float32", attention=("eager",), device="cpu")
     encoding = tokenizer.encode(TEXTS[0], is_last=True)
     repeated = int(tokenizer.prepends_bos)
     config = CONFIG.model_copy(update={"max_length": 9})

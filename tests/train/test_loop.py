@@ -64,7 +64,7 @@ def test_first_loss_is_the_models_own(tiny_job, tmp_path):
     """With lambda = 1 and one step over everything, the loss is the plain cross-entropy of the untrained model."""
     train(job_in(tiny_job, tmp_path, **{"lambda": 1.0}, batch_size=100, micro_batch_size=5, num_epochs=1))
     record = read_log(tmp_path)[0]
-    model = load_model(tiny_job.model, dtype="float32", attention="sdpa", device="cpu")
+    model = load_model(tiny_job.model, dtype="float32", attention=("sdpa",), device="cpu")
     blocks = FusedBlocks(tiny_job.files, bos_id=None, with_distributions=False)
     total, count = 0.0, 0
     with torch.no_grad():
@@ -252,6 +252,6 @@ def test_a_last_block_of_one_token_is_a_step_without_effect(tiny_job, tmp_path):
     result = train(replace(job_in(tiny_job, tmp_path / "out", num_epochs=1), files=(file,)))
     assert result.loss == 0.0
     assert result.loss_clm is None
-    original = load_model(tiny_job.model, dtype="float32", attention="sdpa", device="cpu")
+    original = load_model(tiny_job.model, dtype="float32", attention=("sdpa",), device="cpu")
     for name, value in weights(result.model_folder).items():
         torch.testing.assert_close(value, original.get_parameter(name), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Where a model runs, and with which attention."""
+"""Where a model runs, and with which attention: one answer for logits, training and evaluation."""
 
 import importlib.util
 
@@ -18,12 +18,19 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_attention(attention: str, device: torch.device, *, half_precision: bool) -> str | None:
-    """``auto`` is FlashAttention 2 where it is installed and can be used, else what transformers picks (None)."""
+def attention_choices(attention: str, device: torch.device, *, half_precision: bool) -> tuple[str, ...]:
+    """Attention implementations to try, best first; ``auto`` begins with FlashAttention 2 where it can be used.
+
+    Args:
+        attention: as configured.
+        device: where the model runs.
+        half_precision: activations are float16 or bfloat16, which FlashAttention needs.
+    """
     if attention != "auto":
-        return attention
-    is_usable = device.type == "cuda" and half_precision and importlib.util.find_spec("flash_attn") is not None
-    return "flash_attention_2" if is_usable else None
+        return (attention,)
+    if device.type == "cuda" and half_precision and importlib.util.find_spec("flash_attn") is not None:
+        return ("flash_attention_2", "sdpa", "eager")
+    return ("sdpa", "eager")
 
 
 def set_threads(device: torch.device, cpus: float) -> None:

@@ -1,0 +1,105 @@
+"""A model's input embeddings, without the rest of the model where its files allow that."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from stages.contract.models import ModelConfig, load_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_input_embeddings(model: ModelConfig) -> np.ndarray:
+    """The rows that the model's input layer looks up.
+
+    Only that tensor is read where it stands in safetensors under its own name; weights of another form (GGUF, names that
+    transformers changes as it loads) are loaded whole, once, and let go.
+
+    Args:
+        model: which model.
+
+    Returns:
+        (V, H) float16, V the model's vocabulary with its padding.
+
+    Raises:
+        ValueError: the model's files cannot be had.
+    """
+    found = None if model.is_gguf else _read_tensor(model)
+    if found is None:
+        logger.info("model %s: its input embeddings do not stand alone in its files; loading the model", model.name)
+        whole = load_model(model, dtype="float32", attention=("eager",), device="cpu")
+        found = whole.get_input_embeddings().weight.detach()
+    return found.to(torch.float16).numpy()
+
+
+def _read_tensor(model: ModelConfig) -> torch.Tensor | None:
+    from safetensors import safe_open
+
+    skeleton = _skeleton(model)
+    name, shape = _embedding_name(skeleton)
+    place = _file_of(model, _checkpoint_names(name, skeleton))
+    if place is None:
+        return None
+    file, stored_name = place
+    with safe_open(str(file), framework="pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(stored_name)
+    return tensor if tensor.shape == shape else None
+
+
+def _skeleton(model: ModelConfig) -> Any:
+    """The model's modules without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    arguments = model.pretrained_arguments()
+    try:
+        config = AutoConfig.from_pretrained(**arguments, trust_remote_code=model.trust_remote_code)
+    except OSError as error:  # what transformers raises for a missing file, and for a hub that it cannot reach
+        raise ValueError(f"model {model.name}: its configuration cannot be loaded: {error}") from error
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+
+
+def _embedding_name(skeleton: Any) -> tuple[str, torch.Size]:
+    weight = skeleton.get_input_embeddings().weight
+    names = (name for name, parameter in skeleton.named_parameters(remove_duplicate=False) if parameter is weight)
+    return next(names), weight.shape
+
+
+def _checkpoint_names(name: str, skeleton: Any) -> list[str]:
+    """Names under which the tensor may be stored: some checkpoints hold the body alone, without its prefix."""
+    prefix = f"{skeleton.base_model_prefix}."
+    return [name, name.removeprefix(prefix)] if name.startswith(prefix) else [name]
+
+
+def _file_of(model: ModelConfig, names: list[str]) -> tuple[Path, str] | None:
+    """The safetensors file that holds one of these tensors, and the tensor's name there."""
+    from safetensors import safe_open
+
+    index = _cached_file(model, "model.safetensors.index.json")
+    if index is not None:
+        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        stored = next((name for name in names if name in weight_map), None)
+        file = None if stored is None else _cached_file(model, weight_map[stored])
+        return None if file is None or stored is None else (file, stored)
+    file = _cached_file(model, "model.safetensors")
+    if file is None:
+        return None
+    with safe_open(str(file), framework="pt") as tensors:
+        keys = set(tensors.keys())
+    stored = next((name for name in names if name in keys), None)
+    return None if stored is None else (file, stored)
+
+
+def _cached_file(model: ModelConfig, name: str) -> Path | None:
+    """One of the model's files: in its folder, or fetched from the hub (or its cache)."""
+    from transformers.utils.hub import cached_file
+
+    if model.path is not None:
+        file = model.path / name
+        return file if file.exists() else None
+    found = cached_file(model.hub, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)
