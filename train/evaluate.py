@@ -1,18 +1,19 @@
 """Bits per byte of a model on held-out text, comparable between tokenizers."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from stages.contract.batches import NO_GOLD, padded_batch, token_batches
 from stages.contract.devices import attention_choices, resolve_device, set_threads
 from stages.contract.entropy import CrossEntropy, cross_entropy
 from stages.contract.heads import Body, Head, check_head, split_head
 from stages.contract.models import ModelConfig, load_model, num_positions
 from stages.contract.tokens import Encoding, SegmentTokenizer
+from stages.contract.windows import windows
 from train.config import EvalConfig
 
 
@@ -47,23 +48,6 @@ class Evaluation:
     def bits_per_byte(self) -> float:
         """Of all documents together."""
         return self.total.bits_per_byte
-
-
-@dataclass(frozen=True)
-class _Window:
-    """A model input and where its predictions go.
-
-    Attributes:
-        segment: index of the segment.
-        ids: (n,) what the model sees.
-        scored: positions of ``ids`` whose next token is scored, half-open, at the window's end.
-        at: where in the segment the first scored position lies.
-    """
-
-    segment: int
-    ids: np.ndarray
-    scored: tuple[int, int]
-    at: int
 
 
 def bits_per_byte(
@@ -129,65 +113,32 @@ def gold_logprobs(
         num_ids: the tokenizer's size; embedding rows above it stand for no token and get no probability.
         num_repeated: first tokens (BOS) that stand before every window.
     """
+    max_length = num_positions(model, config.max_length)
     halves: tuple[Body, Head] = split_head(model)
     body, head = halves
     device = model.get_input_embeddings().weight.device
-    max_length = num_positions(model, config.max_length)
-    found = [np.full(len(encoding.ids), np.nan, np.float32) for encoding in encodings]
-    windows = [
-        window
-        for index, encoding in enumerate(encodings)
-        for window in _windows(index, encoding.ids, max_length=max_length, num_repeated=num_repeated)
+    sequences = [encoding.ids for encoding in encodings]
+    starts = np.append(0, np.cumsum([len(ids) for ids in sequences], dtype=np.int64))
+    found = np.full(starts[-1], np.nan, np.float32)
+    inputs = [
+        (index, window)
+        for index, ids in enumerate(sequences)
+        for window in (windows(len(ids), max_length=max_length, num_bos=num_repeated) if len(ids) else ())
     ]
-    for batch in _batches(windows, config.batch_tokens):
-        ids = np.zeros((len(batch), max(len(window.ids) for window in batch)), np.int64)
-        scored = np.zeros(ids.shape, np.bool_)
-        for row, window in enumerate(batch):  # padded on the right: a causal model's states do not depend on it
-            ids[row, : len(window.ids)] = window.ids
-            scored[row, slice(*window.scored)] = True
-        gold = torch.from_numpy(np.roll(ids, -1, axis=1)[scored]).to(device)
-        hidden = body(torch.from_numpy(ids).to(device))[torch.from_numpy(scored).to(device)]
-        chunks = zip(hidden.split(config.chunk_positions), gold.split(config.chunk_positions), strict=True)
-        flat = torch.cat([_gold(head(states), ids_, num_ids) for states, ids_ in chunks]).cpu().numpy()
-        ends = np.cumsum(scored.sum(axis=1))
-        for window, values in zip(batch, np.split(flat, ends[:-1]), strict=True):
-            found[window.segment][window.at : window.at + len(values)] = values
-    return found
+    for indices in token_batches([len(window) for _, window in inputs], max_tokens=config.batch_tokens):
+        batch = padded_batch([inputs[index] for index in indices], sequences, starts)
+        hidden = body(
+            torch.from_numpy(batch.input_ids).to(device), attention_mask=torch.from_numpy(batch.mask).to(device)
+        )
+        wanted = batch.gold_ids != NO_GOLD
+        states = hidden[torch.from_numpy(batch.taken).to(device)][torch.from_numpy(wanted).to(device)]
+        gold = torch.from_numpy(batch.gold_ids[wanted]).to(device)
+        chunks = zip(states.split(config.chunk_positions), gold.split(config.chunk_positions), strict=True)
+        parts = [_gold(head(part), ids, num_ids) for part, ids in chunks]
+        found[batch.rows[wanted]] = torch.cat(parts).cpu().numpy()
+    return np.split(found, starts[1:-1])
 
 
 def _gold(logits: torch.Tensor, gold: torch.Tensor, num_ids: int) -> torch.Tensor:
     logits = logits[:, :num_ids].float()
     return logits.gather(1, gold[:, None]).squeeze(1) - logits.logsumexp(dim=1)
-
-
-def _windows(segment: int, ids: np.ndarray, *, max_length: int, num_repeated: int) -> Iterator[_Window]:
-    """One window if the segment fits, else windows that overlap by half; each position is scored once."""
-    if len(ids) < 2:
-        return
-    if len(ids) <= max_length:
-        yield _Window(segment, ids, (0, len(ids) - 1), 0)
-        return
-    prefix, rest = ids[:num_repeated], ids[num_repeated:]
-    room = max_length - num_repeated
-    stride = math.ceil(room / 2)
-    done = 0  # positions of the segment whose next token is scored
-    for start in range(0, len(rest), stride):
-        part = rest[start : start + room]
-        first = done - start if start else 0
-        last = len(prefix) + len(part) - 1
-        yield _Window(segment, np.concatenate([prefix, part]), (first, last), done)
-        done += last - first
-        if start + room >= len(rest):
-            return
-
-
-def _batches(windows: Sequence[_Window], batch_tokens: int) -> Iterator[list[_Window]]:
-    """Windows of similar length together, longest first; at most ``batch_tokens`` with padding, or one window."""
-    batch: list[_Window] = []
-    for window in sorted(windows, key=lambda window: -len(window.ids)):
-        if batch and (len(batch) + 1) * len(batch[0].ids) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from stages.contract.batches import NO_GOLD, padded_batch, token_batches
 from stages.contract.columns import SparseRows, list_column, round_to_half, sparse_columns
 from stages.contract.devices import attention_choices, resolve_device, set_threads
 from stages.contract.entropy import CrossEntropy, cross_entropy
@@ -20,10 +21,9 @@ from stages.contract.models import ModelConfig, load_model, num_positions
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import Encoding, SegmentTokenizer
-from stages.logits.batches import token_batches
+from stages.contract.windows import Window, windows
 from stages.logits.config import LogitsConfig
-from stages.logits.topk import NO_GOLD, topk_logprobs
-from stages.logits.windows import Window, windows
+from stages.logits.topk import topk_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -193,38 +193,26 @@ class LogitsStage:
     @torch.inference_mode()
     def _run_batch(self, segments: Sequence[_Segment], batch: Sequence[tuple[int, Window]], result: _Result) -> None:
         """One forward pass, padded on the right; the head sees the taken positions alone."""
-        length = max(len(window) for _, window in batch)
-        input_ids = np.zeros((len(batch), length), np.int64)
-        mask = np.zeros((len(batch), length), np.int64)
-        taken = np.zeros((len(batch), length), bool)
-        rows, gold = [], []
-        for row, (index, window) in enumerate(batch):
-            ids = segments[index].encoding.ids
-            input_ids[row, : len(window)] = window.tokens(ids)
-            mask[row, : len(window)] = 1
-            taken[row, window.taken] = True
-            rows.append(result.starts[index] + np.arange(window.take_start, window.end))
-            gold.append(np.append(ids[1:], NO_GOLD)[window.take_start : window.end])
+        inputs = padded_batch(batch, [segment.encoding.ids for segment in segments], result.starts)
 
         def on_device(array: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(array).to(self._device)
 
-        hidden = self._body(on_device(input_ids), attention_mask=on_device(mask))
-        gold_ids = np.concatenate(gold).astype(np.int64)
+        hidden = self._body(on_device(inputs.input_ids), attention_mask=on_device(inputs.mask))
         top = topk_logprobs(
-            hidden[on_device(taken)],
+            hidden[on_device(inputs.taken)],
             self._head,
-            on_device(gold_ids),
+            on_device(inputs.gold_ids),
             top_k=self._config.top_k,
             num_valid=self._tokenizer.vocabulary.size,
             chunk_positions=self._chunk_positions,
         )
-        target = np.concatenate(rows)
+        target = inputs.rows
         result.topk_ids[target] = top.ids.cpu().numpy()
         result.topk_logprobs[target] = top.logprobs.cpu().numpy()
         result.gold_logprob[target] = top.gold_logprob.cpu().numpy()
         finite = np.isfinite(result.topk_logprobs[target]).all(axis=1)
-        finite &= np.isfinite(result.gold_logprob[target]) | (gold_ids == NO_GOLD)
+        finite &= np.isfinite(result.gold_logprob[target]) | (inputs.gold_ids == NO_GOLD)
         if not finite.all():
             raise ValueError(self._not_finite(segments, result.starts, int(target[np.argmin(finite)])))
 

@@ -7,7 +7,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-NO_GOLD: Final = -1
+from stages.contract.batches import NO_GOLD
+
 _BLOCKS: Final = (512, 64, 16)
 """Block widths of ``stable_topk``. Measured on one core, (512, 262,144) float32, k = 10: 40 ms; a whole ``torch.topk``,
 which promises nothing about ties, 90 ms; (512, 50,277): 24 and 25 ms; (512, 32,000): 16 and 16 ms."""

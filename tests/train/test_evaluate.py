@@ -95,14 +95,15 @@ def test_a_long_segment_is_scored_once_everywhere_in_overlapping_windows(model):
     (found,) = gold_logprobs(loaded, [encoding], config, **arguments)
     ids, size = torch.tensor(encoding.ids, dtype=torch.int64), tokenizer.vocabulary.size
     assert np.isfinite(found[:-1]).all()
-    room = 9 - repeated
-    stride = -(-room // 2)
     for position in range(len(ids) - 1):
-        # The window that scores a position is the first in which its next token lies.
-        start = 0 if position + 1 < 9 else -(-(position + 2 - 9) // stride) * stride
-        window = torch.cat([ids[:repeated], ids[repeated + start : repeated + start + room]])
+        # The first window has 9 tokens; each further one ends 4 tokens on, and begins with BOS where the model uses it.
+        start, end, prefix = 0, min(9, len(ids)), 0
+        if position >= 9:
+            end = min(len(ids), 9 + 4 * ((position - 9) // 4 + 1))
+            start, prefix = end - (9 - repeated), repeated
+        window = torch.cat([ids[:prefix], ids[start:end]])
         with torch.no_grad():
-            logits = loaded(input_ids=window[None]).logits[0, position - start, :size]
+            logits = loaded(input_ids=window[None]).logits[0, prefix + position - start, :size]
         assert found[position] == pytest.approx(logits.log_softmax(0)[ids[position + 1]].item(), rel=1e-4, abs=1e-5)
 
 
