@@ -1,6 +1,6 @@
 """Settings of the align stage."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,11 +27,33 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon": 0.5,
     },
 }
-"""``paper``: PTA-LLM as published. ``semi-relaxed``: the source decides, the target is a prior; lowest teacher NLL."""
+"""What a preset fills in where the configuration says nothing.
+
+``paper``: PTA-LLM as published: every position of the edit-distance pairing, balanced transport into the target's own
+top-k, each source candidate to one column. Good for reproducing the paper's figures. A token that is not in the target's
+window gets nothing, and none can rise above the target's own share before rescaling, so its distributions stay close to
+what the target already says: a high teacher NLL.
+
+``semi-relaxed``: positions that condition on the same text alone; the source's mass goes where its text is, also to
+tokens outside the target's window, and the target's probabilities are a prior. Good for learning from the source: a low
+teacher NLL, no iteration, and a tail that keeps the source's own confidence. It leaves out the positions inside a
+source token, which ``paper`` covers: between unlike tokenizers up to a quarter of them.
+"""
+
+TRANSPORT_SETTINGS: Final = ("cost", "marginals", "support", "projection", "epsilon", "tolerance", "max_iterations")
+"""What ``method = "transport"`` alone reads."""
+
+_SINKHORN_SETTINGS: Final = ("tolerance", "max_iterations")
+_LATER_SETTINGS: Final = ("method", "cost", "top_p")
 
 
 class AlignConfig(Settings):
-    """How a source's distributions move into the target's vocabulary (algorithm: pairing, transport, projection)."""
+    """How a source's distributions move into the target's vocabulary (algorithm: pairing, transport, projection).
+
+    Pairing, ``inexact``, the window (``top_k``, ``top_p``) and ``tail`` mean the same for every method. The settings of
+    ``TRANSPORT_SETTINGS`` are read by ``method = "transport"`` alone; a preset may fill them beside another method, where
+    they change neither rows nor fingerprint.
+    """
 
     preset: Annotated[Literal["paper", "semi-relaxed"] | None, RUNTIME] = Field(
         None, description="Fills what is not given here: `paper` (PTA-LLM as published) or `semi-relaxed`."
@@ -43,6 +65,18 @@ class AlignConfig(Settings):
         "transport",
         description="A position whose contexts differ, or without partner: transport it all the same (without a partner: "
         "mask), put all mass on the gold next token, or leave it out.",
+    )
+    method: Literal["transport", "min-edit", "exact"] = Field(
+        "transport",
+        description="Optimal transport; or baselines that send each source candidate whole to one token: the nearest of "
+        "the whole target vocabulary in edits (FuseLLM), or the token of the same text (candidates without one are left "
+        "out: to the tail, or made up by the rest).",
+    )
+    cost: Literal["edit-distance", "prefix", "semantic"] = Field(
+        "edit-distance",
+        description="Transport: what moving mass between two tokens costs, in edits: the Levenshtein distance of their "
+        "texts; 0.1 a byte of difference where one text begins with the other; or the cosine distance of the target "
+        "model's input embeddings, scaled to edits.",
     )
     marginals: Literal["balanced", "source"] = Field(
         "balanced", description="Which marginals bind: both (Sinkhorn), or the source's alone (closed form)."
@@ -62,9 +96,18 @@ class AlignConfig(Settings):
         2000, ge=1, description="Balanced: cap on Sinkhorn iterations; unconverged are counted."
     )
     top_k: int = Field(10, ge=1, le=256, description="Source candidates used, and entries kept of a projected row.")
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Narrows both models' windows to the smallest prefix of the top-k that holds this probability (all of "
+        "the top-k where it holds less).",
+    )
     num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
     cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
-    max_bad_fraction: float = Field(0.01, ge=0, le=1, description="A shard with more bad segments than this fails.")
+    max_bad_fraction: Annotated[float, RUNTIME] = Field(
+        0.01, ge=0, le=1, description="A shard with more bad segments than this fails."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -75,9 +118,33 @@ class AlignConfig(Settings):
 
     @model_validator(mode="after")
     def _refuse_empty_choice(self) -> Self:
-        if self.marginals == "balanced" and self.projection == "plan":
+        if self.method != "transport":
+            if self.cost != "edit-distance":
+                raise ValueError(
+                    f"cost = {self.cost!r} is a cost of transport, and method = {self.method!r} moves nothing by it: leave "
+                    "`cost` out, or choose method = 'transport'"
+                )
+        elif self.marginals == "balanced" and self.projection == "plan":
             raise ValueError(
                 "marginals = 'balanced' with projection = 'plan' gives back the target's own distribution (the plan's column "
                 "sums are its target marginal): choose projection = 'argmax', or marginals = 'source'"
             )
         return self
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings that change results with this method and these marginals.
+
+        What another method alone reads is left out; of Sinkhorn's settings, which the closed form of
+        ``marginals = "source"`` does not read, the defaults are given. A setting that was added later is left out while
+        it has its default, under which rows are what they were before: folders keep their names.
+        """
+        settings = super().result_settings()
+        defaults = type(self).model_fields
+        for name in _LATER_SETTINGS:
+            if settings[name] == defaults[name].default:
+                del settings[name]
+        if self.method != "transport":
+            return {name: value for name, value in settings.items() if name not in TRANSPORT_SETTINGS}
+        if self.marginals == "source":
+            settings.update({name: defaults[name].default for name in _SINKHORN_SETTINGS})
+        return settings

@@ -5,8 +5,11 @@ from typing import Final
 
 import numpy as np
 
-from stages.align.segment import AlignedSegment, ModelRows, Side
+from stages.align.config import AlignConfig
+from stages.align.rows import ModelRows, Side
+from stages.align.segment import AlignedSegment
 from stages.align.support import NO_ID
+from stages.align.window import narrow
 from stages.contract.tokens import Vocabulary
 
 CONTEXT_TOKENS: Final = 4
@@ -59,7 +62,7 @@ class Explanation:
         target_topk: the target's own candidates, with full-vocabulary probabilities.
         source_topk: the source's candidates (n), with full-vocabulary probabilities; the transported mass a is these,
             rescaled to 1 if the tail is renormalised.
-        support: the m target candidates with their prior b.
+        support: the m target candidates with their prior b; for a hard mapping the tokens that it chose, without prior.
         cost: (n, m) edits.
         plan: (n, m) mass.
         projected: the distribution over the target's vocabulary.
@@ -98,7 +101,7 @@ def explain_position(
     target: tuple[Side, ModelRows],
     source: tuple[Side, ModelRows] | None,
     aligned: AlignedSegment,
-    top_k: int,
+    config: AlignConfig,
 ) -> Explanation:
     """Lay open what ``SegmentAligner.align`` did at one target position.
 
@@ -110,7 +113,7 @@ def explain_position(
         target: the target's tokenizer and rows.
         source: the source's; None where the source has no row for the segment.
         aligned: what was computed from them.
-        top_k: the window of candidates.
+        config: the settings; its window of candidates is shown.
 
     Raises:
         ValueError: the segment has no such position.
@@ -125,7 +128,7 @@ def explain_position(
     source_topk: tuple[Candidate, ...] = ()
     if source is not None and taken >= 0:
         source_side, source_rows = source
-        source_topk = _candidates(source_side.vocabulary, source_rows, taken, top_k)
+        source_topk = _candidates(source_side.vocabulary, source_rows, taken, config)
         if taken + 1 < len(source_rows):
             source_next = printable(source_side.vocabulary, int(source_rows.token_ids[taken + 1]))
     support, cost, plan = _problem(target_side.vocabulary, position, aligned)
@@ -140,7 +143,7 @@ def explain_position(
         source_next=source_next,
         exact_context=bool(aligned.exact_context[position]),
         outcome=outcome,
-        target_topk=_candidates(target_side.vocabulary, target_rows, position, top_k),
+        target_topk=_candidates(target_side.vocabulary, target_rows, position, config),
         source_topk=source_topk,
         support=support,
         cost=cost,
@@ -158,8 +161,10 @@ def _sparse(vocabulary: Vocabulary, ids: np.ndarray, probs: np.ndarray) -> tuple
     )
 
 
-def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, top_k: int) -> tuple[Candidate, ...]:
-    return _sparse(vocabulary, rows.topk_ids[position, :top_k], rows.topk_probs[position, :top_k])
+def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, config: AlignConfig) -> tuple[Candidate, ...]:
+    here = slice(position, position + 1)
+    ids, probs = narrow(rows.topk_ids[here], rows.topk_probs[here], top_k=config.top_k, top_p=config.top_p)
+    return _sparse(vocabulary, ids[0], probs[0])
 
 
 def _problem(

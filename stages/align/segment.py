@@ -1,25 +1,19 @@
 """One segment: from the two models' rows to a distribution over the target's vocabulary at each target position."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from stages.align.config import AlignConfig
-from stages.align.distance import PairDistances
-from stages.align.pairing import (
-    NO_POSITION,
-    ROLE_TEXTS,
-    Pairing,
-    Role,
-    boundary_pairing,
-    choose_source,
-    edit_distance_pairing,
-    token_roles,
-)
+from stages.align.cost import Costs
+from stages.align.pairing import NO_POSITION, Pairing, Role, boundary_pairing, choose_source, edit_distance_pairing
+from stages.align.problems import MassMover, Problems
 from stages.align.projection import column_mass, keep_largest
-from stages.align.support import NO_ID, target_support, union_support
-from stages.align.transport import semi_relaxed, sinkhorn
+from stages.align.rows import ModelRows, Side
+from stages.align.support import NO_ID
+from stages.align.window import narrow
 from stages.contract.tokens import Vocabulary
 
 NONE: Final = 0
@@ -27,102 +21,6 @@ TRANSPORT: Final = 1
 GOLD: Final = 2
 IDENTITY: Final = 3
 """Outcomes of a position: indices into ``schemas.PAIRED_BY``."""
-
-
-@dataclass(frozen=True, eq=False)
-class ModelRows:
-    """What one model says about a segment of N tokens.
-
-    Attributes:
-        token_ids: (N,) int32.
-        byte_end: (N,) int32, nondecreasing.
-        topk_ids: (N, k) int32, descending by probability; -1 at pads.
-        topk_probs: (N, k) float64; 0 at pads.
-    """
-
-    token_ids: np.ndarray
-    byte_end: np.ndarray
-    topk_ids: np.ndarray
-    topk_probs: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """One model's tokenizer, as far as aligning needs it.
-
-    Attributes:
-        name: of the model, for messages.
-        vocabulary: V tokens.
-        prepends_bos: its segments begin with BOS.
-        texts: (V,) each token's text, decoded.
-    """
-
-    name: str
-    vocabulary: Vocabulary
-    prepends_bos: bool
-    texts: tuple[str, ...]
-
-    def roles(self, token_ids: np.ndarray) -> np.ndarray:
-        """(N,) the role of each token of a segment."""
-        vocabulary = self.vocabulary
-        return token_roles(
-            token_ids, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id, prepends_bos=self.prepends_bos
-        )
-
-    def pairing_texts(self, token_ids: np.ndarray, roles: np.ndarray) -> list[str]:
-        """Texts for the pairing's edit distance: without marker, special tokens by role."""
-        return [
-            self.vocabulary.pairing_text(token_id) if role == Role.TEXT else ROLE_TEXTS[Role(role)]
-            for token_id, role in zip(token_ids.tolist(), roles.tolist(), strict=True)
-        ]
-
-    def check(self, rows: ModelRows) -> None:
-        """Refuse rows that another tokenizer must have made.
-
-        Raises:
-            ValueError: an id that this vocabulary does not have, or tokens that go back in the text.
-        """
-        for what, ids in (("token", rows.token_ids), ("candidate", rows.topk_ids)):
-            largest = int(ids.max(initial=NO_ID))
-            if largest >= self.vocabulary.size:
-                raise ValueError(
-                    f"{self.name}: {what} id {largest}, but its tokenizer has {self.vocabulary.size} tokens; were the logits "
-                    "made with another tokenizer?"
-                )
-        if (np.diff(rows.byte_end) < 0).any():
-            raise ValueError(
-                f"{self.name}: byte_end decreases at token {int(np.argmax(np.diff(rows.byte_end) < 0)) + 1}"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class Problems:
-    """The transport problems of a segment, P of them, and their solutions.
-
-    Attributes:
-        positions: (P,) target positions.
-        source_ids: (P, n) source candidates; -1 at pads.
-        source_mass: (P, n) a, the source marginal.
-        support_ids: (P, m) target candidates; -1 at pads.
-        prior: (P, m) b, the target marginal or prior; sums to 1.
-        cost: (P, n, m) edits.
-        plan: (P, n, m).
-        marginal_error: (P,) largest violation of a marginal that binds, relative to the source's mass.
-        converged: (P,) bool.
-    """
-
-    positions: np.ndarray
-    source_ids: np.ndarray
-    source_mass: np.ndarray
-    support_ids: np.ndarray
-    prior: np.ndarray
-    cost: np.ndarray
-    plan: np.ndarray
-    marginal_error: np.ndarray
-    converged: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +36,9 @@ class AlignedSegment:
         probs: (M, k) float64; 0 at pads.
         tail_mass: (M,) float64; what a row lacks of 1 (0 without a distribution).
         cut_mass: (M,) float64; mass beyond the k largest.
-        problems: the transport problems; None where none was needed.
+        mass_moved: (M,) float64; share of what landed that is on a token of another text.
+        mass_unmapped: (M,) float64; share of the source's mass whose candidates a hard mapping has no token for.
+        problems: how the mass moved; None where the source's distributions were copied or none was taken.
     """
 
     pairing: Pairing
@@ -149,6 +49,8 @@ class AlignedSegment:
     probs: np.ndarray
     tail_mass: np.ndarray
     cut_mass: np.ndarray
+    mass_moved: np.ndarray
+    mass_unmapped: np.ndarray
     problems: Problems | None
 
 
@@ -160,18 +62,28 @@ class SegmentAligner:
         target: the target's tokenizer.
         source: the source's tokenizer.
         first_token: (V of the source,) from ``support.prefix_map``; only a union support reads it.
+        preferred: bytes -> id, where several target tokens have the same bytes; only hard mappings read it.
+        semantic: costs by the target's embeddings; only ``cost = "semantic"`` reads it.
     """
 
-    def __init__(self, config: AlignConfig, target: Side, source: Side, first_token: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        config: AlignConfig,
+        target: Side,
+        source: Side,
+        first_token: np.ndarray | None,
+        *,
+        preferred: Mapping[bytes, int] | None = None,
+        semantic: Costs | None = None,
+    ) -> None:
         self._config = config
         self._target = target
         self._source = source
-        self._first_token = first_token
         self.is_identity = same_vocabulary(target.vocabulary, source.vocabulary)
         if not self.is_identity:
-            if config.support == "union" and first_token is None:
-                raise ValueError("support = 'union' needs the prefix map of the two vocabularies")
-            self._distances = PairDistances(source.texts, target.texts)
+            self._mover = MassMover(
+                config, target, source, first_token=first_token, preferred=preferred or {}, semantic=semantic
+            )
 
     def align(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment.
@@ -189,21 +101,29 @@ class SegmentAligner:
         taken = has_next & (partner != NO_POSITION) & (exact | (config.inexact == "transport"))
         source_ids, source_mass = self._source_candidates(source, partner[taken])
         usable = source_mass.sum(axis=1) > 0
-        if not self.is_identity:
+        if not self.is_identity and config.method == "transport":
             usable &= target.topk_probs[taken, : config.top_k].sum(axis=1) > 0
         taken[taken] = usable
+        source_ids, source_mass = source_ids[usable], source_mass[usable]
         problems = None
         if self.is_identity:
-            moved = keep_largest(source_ids[usable], source_mass[usable], top_k=config.top_k, tail=config.tail)
+            moved = keep_largest(source_ids, source_mass, top_k=config.top_k, tail=config.tail)
         else:
-            problems = self._transport(target, np.flatnonzero(taken), source_ids[usable], source_mass[usable])
-            mass = column_mass(problems.plan, config.projection)
+            problems = self._mover.move(target, np.flatnonzero(taken), source_ids, source_mass)
+            mass = column_mass(problems.plan, self._mover.projection)
             moved = keep_largest(problems.support_ids, mass, top_k=config.top_k, tail=config.tail)
+        # A hard mapping may have no token for any of a position's candidates.
+        landed = moved.ids[:, 0] != NO_ID
+        taken[taken] = landed
         result = _without_distributions(pairing, exact, config.top_k, problems)
         result.source_position[taken] = partner[taken]
         result.outcome[taken] = IDENTITY if self.is_identity else TRANSPORT
-        result.ids[taken], result.probs[taken] = moved.ids, moved.probs
-        result.tail_mass[taken], result.cut_mass[taken] = moved.tail_mass, moved.cut_mass
+        result.ids[taken], result.probs[taken] = moved.ids[landed], moved.probs[landed]
+        result.tail_mass[taken], result.cut_mass[taken] = moved.tail_mass[landed], moved.cut_mass[landed]
+        if problems is not None:
+            result.mass_moved[taken] = problems.mass_moved[landed]
+            if config.method != "transport":
+                result.mass_unmapped[taken] = problems.unmapped_share()[landed]
         if config.inexact == "gold":
             gold = np.flatnonzero(has_next & ~taken)
             result.outcome[gold] = GOLD
@@ -241,42 +161,14 @@ class SegmentAligner:
 
     def _source_candidates(self, source: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The source's window at these positions: ids (P, n) and the mass a that is moved (P, n)."""
-        window = slice(self._config.top_k)
-        ids, probs = source.topk_ids[positions, window], source.topk_probs[positions, window]
+        config = self._config
+        ids, probs = narrow(
+            source.topk_ids[positions], source.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
+        )
         total = probs.sum(axis=1, keepdims=True)
         # Rounded logprobs of a peaked row can sum to a little more than 1.
-        scale = total if self._config.tail == "renormalise" else np.maximum(total, 1.0)
+        scale = total if config.tail == "renormalise" else np.maximum(total, 1.0)
         return ids, np.divide(probs, scale, out=np.zeros_like(probs), where=scale > 0)
-
-    def _transport(
-        self, target: ModelRows, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray
-    ) -> Problems:
-        config = self._config
-        window = slice(config.top_k)
-        target_ids, target_probs = target.topk_ids[positions, window], target.topk_probs[positions, window]
-        if config.support == "union":
-            assert self._first_token is not None
-            support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
-        else:
-            support_ids, prior = target_support(target_ids, target_probs)
-        cost = self._distances.costs(source_ids, support_ids)
-        total = source_mass.sum(axis=1)
-        share = source_mass / total[:, None]
-        if config.marginals == "balanced":
-            plan, error, converged, _ = sinkhorn(
-                cost,
-                share,
-                prior,
-                epsilon=config.epsilon,
-                tolerance=config.tolerance,
-                max_iterations=config.max_iterations,
-            )
-        else:
-            plan = semi_relaxed(cost, share, prior, epsilon=config.epsilon)
-            error = np.abs(plan.sum(axis=2) - share).max(axis=1, initial=0.0)
-            converged = np.ones(len(positions), np.bool_)
-        plan = plan * total[:, None, None]
-        return Problems(positions, source_ids, source_mass, support_ids, prior, cost, plan, error, converged)
 
 
 def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:
@@ -311,5 +203,7 @@ def _without_distributions(
         probs=np.zeros((size, top_k)),
         tail_mass=np.zeros(size),
         cut_mass=np.zeros(size),
+        mass_moved=np.zeros(size),
+        mass_unmapped=np.zeros(size),
         problems=problems,
     )

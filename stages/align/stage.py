@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -10,13 +9,16 @@ import pyarrow as pa
 
 from stages.align.config import AlignConfig
 from stages.align.explain import Explanation, explain_position
+from stages.align.health import AlignHealth
+from stages.align.mapping import exact_map
 from stages.align.pairing import NO_POSITION
-from stages.align.segment import GOLD, IDENTITY, TRANSPORT, AlignedSegment, ModelRows, SegmentAligner, Side
+from stages.align.rows import ModelRows, Side
+from stages.align.segment import AlignedSegment, SegmentAligner, same_vocabulary
+from stages.align.semantic import SemanticCosts, spell
 from stages.align.support import prefix_map, same_bytes
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
-from stages.contract.entropy import TEACHER_FLOOR
-from stages.contract.manifest import Mean
+from stages.contract.embeddings import load_input_embeddings
 from stages.contract.models import ModelConfig
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import SegmentTokenizer
@@ -26,27 +28,6 @@ VERSION: Final = 1
 
 _PROBE_CONTEXTS: Final = ("", "\n", "a")
 """Texts before a token to see which of several ids its tokenizer gives it."""
-
-_COUNTS: Final[tuple[str, ...]] = (
-    "segments",
-    "positions",
-    "covered",
-    "exact_contexts",
-    "one_to_one",
-    "one_to_many",
-    "many_to_one",
-    "unpaired",
-    "gold_fallback",
-    "problems",
-    "unconverged",
-)
-_MEANS: Final[dict[str, str]] = {
-    "marginal_error": "problems",
-    "teacher_nll": "covered",
-    "target_nll": "covered",
-    "cut_mass": "covered",
-}
-"""Means, with the count over which each is taken."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +42,14 @@ class AlignStage:
     Health: ``segments``; ``positions`` (with a next token), which are the sum of ``one_to_one``, ``one_to_many`` (one
     source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``; ``covered`` (with the
     source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the transport;
-    ``teacher_nll``, ``target_nll`` (nats, of the gold next token at covered positions, under the projected distribution
-    and under the target's own window, renormalised); ``cut_mass``; ``missing_source_segments`` and
-    ``missing_target_segments``.
+    ``missing_source_segments`` and ``missing_target_segments``. Means over covered positions:
+
+    - ``teacher_nll``, ``target_nll``, nats, of the gold next token under the projected distribution and under the
+      target's own window, renormalised; ``source_nll``, nats, of the source's own gold next token over its full
+      vocabulary at the source position that was taken (where a token follows there). All floored at 1e-4.
+    - ``source_entropy``, ``aligned_entropy``, nats, of the source's window and of the projected row, both renormalised.
+    - ``mass_moved``: share of what landed that is on a token of another text; ``mass_unmapped``: share of the source's
+      mass whose candidates a hard mapping has no token for; ``cut_mass``: mass beyond a row's k largest.
     """
 
     def __init__(self, config: AlignConfig, target: ModelConfig, source: ModelConfig) -> None:
@@ -75,12 +61,7 @@ class AlignStage:
         target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
         self._target = _side(self._models[0], target_tokenizer)
         self._source = _side(self._models[1], source_tokenizer)
-        first_token = None
-        if self._config.support == "union":
-            first_token = prefix_map(
-                self._source.vocabulary, self._target.vocabulary, _preferred_tokens(target_tokenizer)
-            )
-        self._aligner = SegmentAligner(self._config, self._target, self._source, first_token)
+        self._aligner = self._build_aligner(target_tokenizer)
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
             byte_end=np.arange(1, 3, dtype=np.int32),
@@ -89,12 +70,33 @@ class AlignStage:
         )
         self._aligner.align(tiny, tiny)
 
+    def _build_aligner(self, target_tokenizer: SegmentTokenizer) -> SegmentAligner:
+        config, target, source = self._config, self._target, self._source
+        if same_vocabulary(target.vocabulary, source.vocabulary):
+            return SegmentAligner(config, target, source, None)
+        first_token, semantic = None, None
+        preferred: dict[bytes, int] = {}
+        if config.method != "transport" or config.support == "union" or config.cost == "semantic":
+            preferred = _preferred_tokens(target_tokenizer)
+        if config.method == "transport" and config.support == "union":
+            first_token = prefix_map(source.vocabulary, target.vocabulary, preferred)
+        if config.method == "transport" and config.cost == "semantic":
+            pieces = spell(
+                source.vocabulary,
+                target.vocabulary,
+                exact=exact_map(source.vocabulary, target.vocabulary, preferred),
+                encode=lambda texts: target_tokenizer.encode_batch(texts, is_last=[False] * len(texts)),
+            )
+            embeddings = load_input_embeddings(self._models[0])
+            semantic = SemanticCosts(embeddings, pieces, target.vocabulary, target.texts)
+        return SegmentAligner(config, target, source, first_token, preferred=preferred, semantic=semantic)
+
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Align one shard; see the class."""
         target_table, source_table = inputs["target"], inputs["source"]
         keys = _keys(target_table)
         source_row = {key: row for row, key in enumerate(_keys(source_table))}
-        health = _Health(missing_target_segments=len(source_row.keys() - set(keys)))
+        health = AlignHealth(self._config, missing_target_segments=len(source_row.keys() - set(keys)))
         rows = _OutputRows(self._config)
         quarantine: list[BadRecord] = []
         num_tokens = 0
@@ -102,16 +104,13 @@ class AlignStage:
             target = _model_rows(target_table, row)
             num_tokens += len(target)
             try:
-                if key in source_row:
-                    aligned = self._aligner.align(target, _model_rows(source_table, source_row[key]))
-                else:
-                    aligned = self._aligner.unpaired(target)
+                source = _model_rows(source_table, source_row[key]) if key in source_row else None
+                aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
             except ValueError as error:
                 logger.warning("document %d, segment %d: %s", *key, error)
                 quarantine.append(BadRecord(*key, type(error).__name__, str(error)))
                 continue
-            distributions = rows.add(key, aligned)
-            health.add(aligned, target, distributions, self._config.top_k, is_missing=key not in source_row)
+            health.add(aligned, target, source, rows.add(key, aligned))
         if health.missing_source_segments:
             logger.warning("%d segments have no row of %s", health.missing_source_segments, self._source.name)
         table = rows.table(self._target.vocabulary.size)
@@ -144,67 +143,8 @@ class AlignStage:
             target=(self._target, target),
             source=None if source is None else (self._source, source),
             aligned=aligned,
-            top_k=self._config.top_k,
+            config=self._config,
         )
-
-
-@dataclass
-class _Health:
-    """The stage's figures, added up segment by segment."""
-
-    missing_target_segments: int
-    missing_source_segments: int = 0
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
-    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(_MEANS, 0.0))
-
-    def add(
-        self, aligned: AlignedSegment, target: ModelRows, distributions: SparseRows, top_k: int, *, is_missing: bool
-    ) -> None:
-        positions = np.arange(len(target) - 1)  # the last one has no next token
-        covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY)))
-        span = (aligned.pairing.end - aligned.pairing.start)[positions]
-        is_paired = aligned.pairing.is_paired[positions]
-        shares_source = aligned.pairing.shares_source()[positions]
-        problems = aligned.problems
-        self.missing_source_segments += is_missing
-        found = {
-            "segments": 1,
-            "positions": len(positions),
-            "covered": len(covered),
-            "exact_contexts": int(aligned.exact_context[positions].sum()),
-            "one_to_one": int((is_paired & (span == 1) & ~shares_source).sum()),
-            "one_to_many": int((is_paired & (span == 1) & shares_source).sum()),
-            "many_to_one": int((is_paired & (span > 1)).sum()),
-            "unpaired": int((~is_paired).sum()),
-            "gold_fallback": int((aligned.outcome == GOLD).sum()),
-            "problems": 0 if problems is None else len(problems.positions),
-            "unconverged": 0 if problems is None else int((~problems.converged).sum()),
-        }
-        for name, count in found.items():
-            self.counts[name] += count
-        gold = target.token_ids[covered + 1]
-        own_ids, own_probs = target.topk_ids[covered, :top_k], target.topk_probs[covered, :top_k]
-        own_probs = own_probs / np.maximum(own_probs.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        projected = np.exp(distributions.logprobs[covered].astype(np.float64))
-        self.totals["teacher_nll"] += _negative_log(distributions.ids[covered], projected, gold)
-        self.totals["target_nll"] += _negative_log(own_ids, own_probs, gold)
-        self.totals["cut_mass"] += float(aligned.cut_mass[covered].sum())
-        if problems is not None:
-            self.totals["marginal_error"] += float(problems.marginal_error.sum())
-
-    def figures(self) -> dict[str, int | Mean]:
-        return {
-            **self.counts,
-            **{name: Mean(total=total, count=self.counts[_MEANS[name]]) for name, total in self.totals.items()},
-            "missing_source_segments": self.missing_source_segments,
-            "missing_target_segments": self.missing_target_segments,
-        }
-
-
-def _negative_log(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> float:
-    """Sum of -ln p(gold) over rows, p at least the floor."""
-    found = np.where(ids == gold[:, None], probs, 0.0).sum(axis=1)
-    return float(-np.log(np.maximum(found, TEACHER_FLOOR)).sum())
 
 
 class _OutputRows:
@@ -286,4 +226,5 @@ def _model_rows(table: pa.Table, row: int) -> ModelRows:
         byte_end=np.array(list_row(table, "byte_end", row), np.int32),
         topk_ids=topk.ids,
         topk_probs=np.exp(topk.logprobs.astype(np.float64)),
+        gold_logprob=np.array(list_row(table, "gold_logprob", row), np.float32),
     )

@@ -60,12 +60,7 @@ def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes,
     Returns:
         (V,) int32; -1 where no target token begins the text.
     """
-    texts: dict[bytes, int] = {}
-    specials: dict[bytes, int] = {}
-    for token_id, token in enumerate(target.token_bytes):
-        if token:
-            (specials if target.is_special[token_id] else texts)[token] = token_id
-    texts.update(preferred)
+    texts, specials = text_ids(target, preferred), special_ids(target)
     longest = max(map(len, texts), default=0)
     found = np.full(source.size, NO_ID, np.int32)
     for token_id, token in enumerate(source.token_bytes):
@@ -78,6 +73,25 @@ def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes,
                 found[token_id] = match
                 break
     return found
+
+
+def text_ids(vocabulary: Vocabulary, preferred: Mapping[bytes, int]) -> dict[bytes, int]:
+    """Each text of a vocabulary's ordinary tokens, as bytes, with one id: the preferred one where several have the text."""
+    texts = {
+        token: token_id
+        for token_id, token in enumerate(vocabulary.token_bytes)
+        if token and not vocabulary.is_special[token_id]
+    }
+    return {**texts, **preferred}
+
+
+def special_ids(vocabulary: Vocabulary) -> dict[bytes, int]:
+    """Each special token's name (BOS's and EOS's role) with its id."""
+    return {
+        token: token_id
+        for token_id, token in enumerate(vocabulary.token_bytes)
+        if token and vocabulary.is_special[token_id]
+    }
 
 
 def same_bytes(vocabulary: Vocabulary) -> dict[bytes, list[int]]:

@@ -5,16 +5,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 from numba import njit
 
-_SCALING: Final = 0.35
-"""Factor between successive epsilons on the way down: small enough that each dual starts near its solution."""
-_STAGE_TOLERANCE: Final = 1e-3
-"""Marginal violation at which a larger epsilon has done its work, relative to the mass."""
-_ARMIJO: Final = 1e-4
-_MAX_HALVINGS: Final = 12
-_MAX_STEP: Final = 40.0
-"""Longest Newton step of a potential, in epsilons: beyond it the quadratic model says nothing."""
-_MAX_RISE: Final = 400.0
-"""Largest rise of a potential by column scaling, in epsilons: a column that underflowed to zero gives no ratio."""
+from stages.align.balanced import solve_batch
+
 _MASS_TOLERANCE: Final = 1e-6
 
 
@@ -64,7 +56,7 @@ def sinkhorn(
         difference > _MASS_TOLERANCE * np.maximum(a.sum(axis=1), b.sum(axis=1)),
         "the marginals' sums differ by more than 1e-6; rescale one of them",
     )
-    return SinkhornResult(*_solve_batch(cost, a, b, epsilon, tolerance, max_iterations))
+    return SinkhornResult(*solve_batch(cost, a, b, epsilon, tolerance, max_iterations))
 
 
 def semi_relaxed(cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, epsilon: float) -> np.ndarray:
@@ -136,178 +128,3 @@ def _semi_relaxed_batch(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon:
             for y in range(m):
                 plan[problem, x, y] *= mass / total
     return plan
-
-
-@njit(cache=True)
-def _solve_batch(
-    cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, tolerance: float, max_iterations: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    num_problems = len(cost)
-    plan = np.zeros(cost.shape)
-    error = np.zeros(num_problems)
-    converged = np.ones(num_problems, np.bool_)
-    iterations = np.zeros(num_problems, np.int64)
-    for problem in range(num_problems):
-        rows = np.flatnonzero(a[problem])  # only what has mass takes part: no logarithm of zero
-        columns = np.flatnonzero(b[problem])
-        if len(rows) == 0 or len(columns) == 0:
-            continue
-        part = np.empty((len(rows), len(columns)))
-        for i in range(len(rows)):
-            for j in range(len(columns)):
-                part[i, j] = cost[problem, rows[i], columns[j]]
-        solved, iterations[problem] = _solve(
-            part, a[problem][rows], b[problem][columns], epsilon, tolerance, max_iterations
-        )
-        for i in range(len(rows)):
-            for j in range(len(columns)):
-                plan[problem, rows[i], columns[j]] = solved[i, j]
-        error[problem] = max(
-            np.abs(plan[problem].sum(axis=1) - a[problem]).max(), np.abs(plan[problem].sum(axis=0) - b[problem]).max()
-        )
-        converged[problem] = error[problem] <= tolerance
-    return plan, error, converged, iterations
-
-
-@njit(cache=True)
-def _solve(
-    cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, tolerance: float, max_iterations: int
-) -> tuple[np.ndarray, int]:
-    """One problem without zeros in its marginals: the plan, rows exact, and the iterations used."""
-    n, m = cost.shape
-    plan = np.empty((n, m))
-    trial_plan = np.empty((n, m))
-    columns = np.empty(m)
-    trial_columns = np.empty(m)
-    potential = np.zeros(m)  # of the columns, in units of cost
-    trial = np.empty(m)
-    direction = np.empty(m)
-    hessian = np.empty((m, m))
-    mass = a.sum()
-    used = 0
-    current = max(epsilon, cost.max())
-    while True:
-        is_final = current <= epsilon
-        goal = tolerance if is_final else max(tolerance, _STAGE_TOLERANCE * mass)
-        dual = _rescale_rows(cost, a, b, potential, current, plan, columns)
-        while used < max_iterations:
-            error = np.abs(columns - b).max()
-            # Rounding leaves a little in the row sums too: aim below the tolerance that is checked afterwards.
-            if error <= 0.5 * goal:
-                break
-            used += 1
-            # A column scaling first: it never lowers the dual, and sets right the columns that are wrong by orders of
-            # magnitude, for which Newton's quadratic model would shorten everybody's step.
-            for y in range(m):
-                rise = np.log(b[y] / columns[y]) if columns[y] > 0 else _MAX_RISE
-                potential[y] += current * min(rise, _MAX_RISE)
-            dual = _rescale_rows(cost, a, b, potential, current, plan, columns)
-            error = np.abs(columns - b).max()
-            if error <= 0.5 * goal or not _newton_direction(plan, columns, a, b, hessian, direction):
-                continue
-            slope = (direction * (b - columns)).sum()
-            size = min(1.0, _MAX_STEP / max(np.abs(direction).max(), 1e-300))
-            for _ in range(_MAX_HALVINGS):
-                for y in range(m):
-                    trial[y] = potential[y] + size * current * direction[y]
-                trial_dual = _rescale_rows(cost, a, b, trial, current, trial_plan, trial_columns)
-                is_closer = np.abs(trial_columns - b).max() < 0.25 * error  # near the end the dual's digits run out
-                if is_closer or trial_dual >= dual + _ARMIJO * size * current * slope:
-                    potential, trial = trial, potential
-                    plan, trial_plan = trial_plan, plan
-                    columns, trial_columns = trial_columns, columns
-                    break
-                size *= 0.5
-        if is_final:
-            return plan, used
-        current = max(epsilon, _SCALING * current)
-
-
-@njit(cache=True)
-def _rescale_rows(
-    cost: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    potential: np.ndarray,
-    epsilon: float,
-    plan: np.ndarray,
-    columns: np.ndarray,
-) -> float:
-    """Write the plan whose rows are exact for these column potentials, and its column sums; return the dual's value."""
-    n, m = cost.shape
-    dual = 0.0
-    for y in range(m):
-        columns[y] = 0.0
-        dual += potential[y] * b[y]
-    inverse = 1.0 / epsilon
-    for x in range(n):
-        largest = -np.inf
-        for y in range(m):
-            exponent = (potential[y] - cost[x, y]) * inverse
-            plan[x, y] = exponent
-            largest = max(largest, exponent)
-        total = 0.0
-        for y in range(m):
-            weight = np.exp(plan[x, y] - largest)
-            plan[x, y] = weight
-            total += weight
-        scale = a[x] / total
-        for y in range(m):
-            plan[x, y] *= scale
-            columns[y] += plan[x, y]
-        dual += epsilon * a[x] * (np.log(scale) - largest)
-    return dual
-
-
-@njit(cache=True)
-def _newton_direction(
-    plan: np.ndarray, columns: np.ndarray, a: np.ndarray, b: np.ndarray, laplacian: np.ndarray, direction: np.ndarray
-) -> bool:
-    """Newton's step of the column potentials, in epsilons, with the last one held; False if it cannot be had.
-
-    The dual's Hessian is minus the Laplacian of the graph in which two columns are as near as the rows that they share.
-    """
-    n, m = plan.shape
-    laplacian[:] = 0.0
-    for x in range(n):
-        for y in range(m):
-            share = plan[x, y] / a[x]
-            if share > 0:
-                for z in range(y):
-                    laplacian[y, z] += share * plan[x, z]
-    for y in range(m):
-        direction[y] = b[y] - columns[y]
-        for z in range(y):
-            laplacian[z, y] = laplacian[y, z]
-    return _solve_laplacian(laplacian, direction)
-
-
-@njit(cache=True)
-def _solve_laplacian(weights: np.ndarray, values: np.ndarray) -> bool:
-    """Solve L x = values in place for a graph's Laplacian, x[-1] = 0; False if the graph falls apart.
-
-    Only the off-diagonal entries are used, as positive weights: each pivot is summed from what is left of its row, so
-    nothing is ever subtracted, and links of 1e-13 beside links of 1 keep their digits (Grassmann, Taksar and Heyman's
-    elimination). Such weak links are the rule at small epsilon.
-    """
-    m = len(values)
-    for pivot in range(m - 1):
-        degree = 0.0
-        for z in range(pivot + 1, m):
-            degree += weights[pivot, z]
-        if degree <= 0:
-            return False
-        weights[pivot, pivot] = degree
-        for y in range(pivot + 1, m):
-            factor = weights[y, pivot] / degree
-            if factor > 0:
-                values[y] += factor * values[pivot]
-                for z in range(pivot + 1, m):
-                    weights[y, z] += factor * weights[pivot, z]
-    values[m - 1] = 0.0
-    for pivot in range(m - 2, -1, -1):
-        value = values[pivot]
-        for z in range(pivot + 1, m):
-            value += weights[pivot, z] * values[z]
-        values[pivot] = value / weights[pivot, pivot]
-    return True

@@ -3,12 +3,14 @@
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from stages.contract.models import ModelConfig, load_model
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +35,10 @@ def load_input_embeddings(model: ModelConfig) -> np.ndarray:
         logger.info("model %s: its input embeddings do not stand alone in its files; loading the model", model.name)
         whole = load_model(model, dtype="float32", attention=("eager",), device="cpu")
         found = whole.get_input_embeddings().weight.detach()
-    return found.to(torch.float16).numpy()
+    return found.half().numpy()
 
 
-def _read_tensor(model: ModelConfig) -> torch.Tensor | None:
+def _read_tensor(model: ModelConfig) -> "torch.Tensor | None":
     from safetensors import safe_open
 
     skeleton = _skeleton(model)
@@ -52,18 +54,19 @@ def _read_tensor(model: ModelConfig) -> torch.Tensor | None:
 
 def _skeleton(model: ModelConfig) -> Any:
     """The model's modules without weights."""
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     arguments = model.pretrained_arguments()
     try:
         config = AutoConfig.from_pretrained(**arguments, trust_remote_code=model.trust_remote_code)
-    except OSError as error:  # what transformers raises for a missing file, and for a hub that it cannot reach
+    except (OSError, ValueError) as error:  # transformers: no such file, an unreachable hub, an unknown architecture
         raise ValueError(f"model {model.name}: its configuration cannot be loaded: {error}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
 
 
-def _embedding_name(skeleton: Any) -> tuple[str, torch.Size]:
+def _embedding_name(skeleton: Any) -> "tuple[str, torch.Size]":
     weight = skeleton.get_input_embeddings().weight
     names = (name for name, parameter in skeleton.named_parameters(remove_duplicate=False) if parameter is weight)
     return next(names), weight.shape

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages.contract.columns import SparseRows
+from stages.contract.columns import PAD_ID, SparseRows
 from stages.contract.manifest import Mean
 from stages.fuse.weights import gold_probability
 
@@ -42,20 +42,21 @@ class HealthCounts:
         """
         present = fused.present
         both = present & target.present
-        self.num_positions += len(present)
+        self.num_positions += int((gold != PAD_ID).sum())
         self.num_fused += int(present.sum())
         self.chosen += np.bincount(chosen[present], minlength=len(self.names))
         self.teacher_nats -= float(np.log(gold_probability(fused, gold))[present].sum())
-        self.target_nats -= float(np.log(gold_probability(target, gold))[both].sum())
+        self.target_nats -= float(np.log(gold_probability(_rescaled(target), gold))[both].sum())
         self.num_target += int(both.sum())
         self.cut_mass += float(cut_mass[present].sum())
 
     def figures(self) -> dict[str, int | Mean]:
         """By name.
 
-        ``positions``: target tokens; ``fused``: those with a fused distribution; ``chosen/<name>``: how often each
-        candidate has the largest weight; ``teacher_nll`` and ``target_nll``: -ln of what the fused and the target's own
-        top-k distribution give the gold next token, floor ``TEACHER_FLOOR``, on positions with a fused distribution;
+        ``positions``: target positions with a next token in their segment; ``fused``: those with a fused distribution;
+        ``chosen/<name>``: how often each candidate has the largest weight; ``teacher_nll`` and ``target_nll``: -ln of
+        what the fused distribution as stored, and the target's own top-k rescaled to 1 (as in align's figure), give the
+        gold next token, floor ``TEACHER_FLOOR``, on positions with a fused distribution;
         ``cut_mass``: what top_k cut off.
         """
         return {
@@ -66,3 +67,9 @@ class HealthCounts:
             "target_nll": Mean(total=self.target_nats, count=self.num_target),
             "cut_mass": Mean(total=self.cut_mass, count=self.num_fused),
         }
+
+
+def _rescaled(rows: SparseRows) -> SparseRows:
+    """The same with each row's probabilities summing to 1."""
+    mass = np.exp(rows.logprobs.astype(np.float64)).sum(axis=1, keepdims=True)
+    return SparseRows(rows.ids, (rows.logprobs - np.log(np.where(mass > 0, mass, 1.0))).astype(np.float32))

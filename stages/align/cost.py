@@ -1,0 +1,154 @@
+"""Costs of moving mass between candidates that are not plain edit distances, and which candidates are the same text."""
+
+from typing import Final, Protocol
+
+import numpy as np
+from numba import njit
+
+from stages.align.support import NO_ID
+from stages.contract.tokens import Vocabulary
+
+EDITS_PER_BYTE: Final = 0.1
+"""What a byte of difference costs where one text begins with the other."""
+
+UNKNOWN_TEXT: Final = -1
+
+
+class Costs(Protocol):
+    """What gives the cost matrices of a batch of transport problems."""
+
+    def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
+        """(P, n, m) float64, >= 0, of candidates (P, n) and (P, m); 0 at pads (-1)."""
+
+
+class PrefixCosts:
+    """0.1 per byte of difference where one text begins with the other, else the edit distance.
+
+    A source that says `` inter`` does not contradict `` international``: it has the same text to come, cut elsewhere.
+    A special token is no prefix of anything and nothing is one of it.
+
+    Args:
+        source: vocabulary of the source.
+        target: vocabulary of the target.
+        distances: their edit distances.
+    """
+
+    def __init__(self, source: Vocabulary, target: Vocabulary, distances: Costs) -> None:
+        self._distances = distances
+        self._source = _flat_texts(source)
+        self._target = _flat_texts(target)
+
+    def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
+        """See ``Costs``."""
+        costs = np.array(self._distances.costs(source_ids, target_ids), np.float64)
+        _lower_prefixes(costs, source_ids, target_ids, *self._source, *self._target)
+        return costs
+
+
+def text_numbers(source: Vocabulary, target: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of both vocabularies' texts: two tokens have the same number where they stand for the same.
+
+    That is the same bytes, or the same role or name of a special token. Ids without a token have the number -1.
+
+    Returns:
+        (V of the source,) and (V of the target,) int32.
+    """
+    numbers: dict[tuple[bytes, bool], int] = {}
+
+    def of(vocabulary: Vocabulary) -> np.ndarray:
+        keys = zip(vocabulary.token_bytes, vocabulary.is_special.tolist(), strict=True)
+        found = [numbers.setdefault(key, len(numbers)) if key[0] else UNKNOWN_TEXT for key in keys]
+        return np.array(found, np.int32)
+
+    return of(source), of(target)
+
+
+def moved_share(
+    plan: np.ndarray,
+    source_numbers: np.ndarray,
+    support_numbers: np.ndarray,
+    *,
+    largest_only: bool,
+) -> np.ndarray:
+    """The share of each plan's mass that lands on a token of another text.
+
+    Args:
+        plan: (P, n, m) >= 0.
+        source_numbers: (P, n) from ``text_numbers``.
+        support_numbers: (P, m).
+        largest_only: only each row's largest entry lands, as under ``projection = "argmax"``.
+
+    Returns:
+        (P,) in [0, 1]; 0 where nothing lands.
+    """
+    return _moved_share(plan, source_numbers, support_numbers, largest_only)
+
+
+def _flat_texts(vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """All ordinary tokens' bytes end to end, and where each begins (V + 1); special tokens have none."""
+    texts = [
+        b"" if is_special else token
+        for token, is_special in zip(vocabulary.token_bytes, vocabulary.is_special.tolist(), strict=True)
+    ]
+    starts = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=starts[1:])
+    return np.frombuffer(b"".join(texts), np.uint8), starts
+
+
+@njit(cache=True)
+def _lower_prefixes(
+    costs: np.ndarray,
+    source_ids: np.ndarray,
+    target_ids: np.ndarray,
+    source_bytes: np.ndarray,
+    source_starts: np.ndarray,
+    target_bytes: np.ndarray,
+    target_starts: np.ndarray,
+) -> None:
+    num_problems, n, m = costs.shape
+    for problem in range(num_problems):
+        for x in range(n):
+            source = source_ids[problem, x]
+            if source == NO_ID:
+                continue
+            source_start = source_starts[source]
+            source_length = source_starts[source + 1] - source_start
+            for y in range(m):
+                target = target_ids[problem, y]
+                if target == NO_ID:
+                    continue
+                target_start = target_starts[target]
+                target_length = target_starts[target + 1] - target_start
+                shared = min(source_length, target_length)
+                if shared == 0:
+                    continue
+                same = 0
+                while same < shared and source_bytes[source_start + same] == target_bytes[target_start + same]:
+                    same += 1
+                if same == shared:
+                    costs[problem, x, y] = EDITS_PER_BYTE * abs(source_length - target_length)
+
+
+@njit(cache=True)
+def _moved_share(
+    plan: np.ndarray, source_numbers: np.ndarray, support_numbers: np.ndarray, largest_only: bool
+) -> np.ndarray:
+    num_problems, n, m = plan.shape
+    share = np.zeros(num_problems)
+    for problem in range(num_problems):
+        landed = 0.0
+        moved = 0.0
+        for x in range(n):
+            first, last = 0, m
+            if largest_only:
+                for y in range(1, m):
+                    if plan[problem, x, y] > plan[problem, x, first]:
+                        first = y
+                last = first + 1
+            for y in range(first, last):
+                landed += plan[problem, x, y]
+                if source_numbers[problem, x] != support_numbers[problem, y]:
+                    moved += plan[problem, x, y]
+        if landed > 0:
+            share[problem] = moved / landed
+    return share

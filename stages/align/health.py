@@ -1,0 +1,138 @@
+"""The align stage's health figures, added up segment by segment."""
+
+from typing import Final
+
+import numpy as np
+
+from stages.align.config import AlignConfig
+from stages.align.rows import ModelRows
+from stages.align.segment import GOLD, IDENTITY, TRANSPORT, AlignedSegment
+from stages.align.teacher import distribution_nll, own_nll
+from stages.align.window import narrow
+from stages.contract.columns import SparseRows
+from stages.contract.manifest import Mean
+
+_COUNTS: Final[tuple[str, ...]] = (
+    "segments",
+    "positions",
+    "covered",
+    "exact_contexts",
+    "one_to_one",
+    "one_to_many",
+    "many_to_one",
+    "unpaired",
+    "gold_fallback",
+    "problems",
+    "unconverged",
+    "missing_source_segments",
+)
+_MEANS: Final[tuple[str, ...]] = (
+    "marginal_error",
+    "teacher_nll",
+    "target_nll",
+    "source_nll",
+    "source_entropy",
+    "aligned_entropy",
+    "mass_moved",
+    "mass_unmapped",
+    "cut_mass",
+)
+
+
+class AlignHealth:
+    """Counts and means of a shard; ``AlignStage`` says what each is.
+
+    Args:
+        config: the settings.
+        missing_target_segments: segments that the source has and the target has not.
+    """
+
+    def __init__(self, config: AlignConfig, *, missing_target_segments: int) -> None:
+        self._config = config
+        self._missing_target_segments = missing_target_segments
+        self._counts = dict.fromkeys(_COUNTS, 0)
+        self._means = dict.fromkeys(_MEANS, Mean(total=0.0, count=0))
+
+    @property
+    def missing_source_segments(self) -> int:
+        """Segments that the target has and the source has not, so far."""
+        return self._counts["missing_source_segments"]
+
+    def add(
+        self, aligned: AlignedSegment, target: ModelRows, source: ModelRows | None, distributions: SparseRows
+    ) -> None:
+        """Take in one segment.
+
+        Args:
+            aligned: what was computed.
+            target: from the target's rows.
+            source: and the source's; None where the source has none.
+            distributions: the projected distributions as they are stored.
+        """
+        covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY)))
+        self._count(aligned, len(target) - 1, len(covered), is_missing=source is None)
+        gold = target.token_ids[covered + 1]
+        projected = np.exp(distributions.logprobs[covered].astype(np.float64))
+        self._add_mean("teacher_nll", distribution_nll(distributions.ids[covered], projected, gold))
+        own_ids, own_probs = self._window(target, covered)
+        self._add_mean("target_nll", distribution_nll(own_ids, own_probs, gold))
+        self._add_mean("aligned_entropy", _entropy(_renormalised(aligned.probs[covered])))
+        self._add_mean("mass_moved", aligned.mass_moved[covered])
+        self._add_mean("mass_unmapped", aligned.mass_unmapped[covered])
+        self._add_mean("cut_mass", aligned.cut_mass[covered])
+        if source is not None:
+            taken = aligned.source_position[covered]
+            self._add_mean("source_entropy", _entropy(self._window(source, taken)[1]))
+            if source.gold_logprob is not None:
+                self._add_mean("source_nll", own_nll(source.gold_logprob, taken))
+        if aligned.problems is not None and self._config.method == "transport":
+            self._add_mean("marginal_error", aligned.problems.marginal_error)
+
+    def figures(self) -> dict[str, int | Mean]:
+        """The figures for the manifest."""
+        return {**self._counts, **self._means, "missing_target_segments": self._missing_target_segments}
+
+    def _count(self, aligned: AlignedSegment, num_positions: int, num_covered: int, *, is_missing: bool) -> None:
+        positions = slice(max(0, num_positions))  # the last one has no next token
+        span = (aligned.pairing.end - aligned.pairing.start)[positions]
+        is_paired = aligned.pairing.is_paired[positions]
+        shares_source = aligned.pairing.shares_source()[positions]
+        problems = aligned.problems if self._config.method == "transport" else None
+        found = {
+            "segments": 1,
+            "positions": len(span),
+            "covered": num_covered,
+            "exact_contexts": int(aligned.exact_context[positions].sum()),
+            "one_to_one": int((is_paired & (span == 1) & ~shares_source).sum()),
+            "one_to_many": int((is_paired & (span == 1) & shares_source).sum()),
+            "many_to_one": int((is_paired & (span > 1)).sum()),
+            "unpaired": int((~is_paired).sum()),
+            "gold_fallback": int((aligned.outcome == GOLD).sum()),
+            "problems": 0 if problems is None else len(problems.positions),
+            "unconverged": 0 if problems is None else int((~problems.converged).sum()),
+            "missing_source_segments": int(is_missing),
+        }
+        for name, count in found.items():
+            self._counts[name] += count
+
+    def _window(self, rows: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """A model's candidates at these positions, with probabilities that sum to 1."""
+        config = self._config
+        ids, probs = narrow(
+            rows.topk_ids[positions], rows.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
+        )
+        return ids, _renormalised(probs)
+
+    def _add_mean(self, name: str, values: np.ndarray) -> None:
+        """Add finite values; NaN says that a position has none."""
+        finite = values[np.isfinite(values)]
+        self._means[name] += Mean(total=float(finite.sum()), count=len(finite))
+
+
+def _renormalised(probs: np.ndarray) -> np.ndarray:
+    return probs / np.maximum(probs.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def _entropy(probs: np.ndarray) -> np.ndarray:
+    """(P,) nats; zeros count nothing."""
+    return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(axis=1)

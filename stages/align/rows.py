@@ -1,0 +1,81 @@
+"""What the align stage reads of a model: its rows for a segment, and its tokenizer."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stages.align.pairing import ROLE_TEXTS, Role, token_roles
+from stages.align.support import NO_ID
+from stages.contract.tokens import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class ModelRows:
+    """What one model says about a segment of N tokens.
+
+    Attributes:
+        token_ids: (N,) int32.
+        byte_end: (N,) int32, nondecreasing.
+        topk_ids: (N, k) int32, descending by probability; -1 at pads.
+        topk_probs: (N, k) float64; 0 at pads.
+        gold_logprob: (N,) ln p(token t+1 | tokens <= t) over the full vocabulary, NaN at the last position; only figures
+            read it; None: they leave it out.
+    """
+
+    token_ids: np.ndarray
+    byte_end: np.ndarray
+    topk_ids: np.ndarray
+    topk_probs: np.ndarray
+    gold_logprob: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One model's tokenizer, as far as aligning needs it.
+
+    Attributes:
+        name: of the model, for messages.
+        vocabulary: V tokens.
+        prepends_bos: its segments begin with BOS.
+        texts: (V,) each token's text, decoded.
+    """
+
+    name: str
+    vocabulary: Vocabulary
+    prepends_bos: bool
+    texts: tuple[str, ...]
+
+    def roles(self, token_ids: np.ndarray) -> np.ndarray:
+        """(N,) the role of each token of a segment."""
+        vocabulary = self.vocabulary
+        return token_roles(
+            token_ids, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id, prepends_bos=self.prepends_bos
+        )
+
+    def pairing_texts(self, token_ids: np.ndarray, roles: np.ndarray) -> list[str]:
+        """Texts for the pairing's edit distance: without marker, special tokens by role."""
+        return [
+            self.vocabulary.pairing_text(token_id) if role == Role.TEXT else ROLE_TEXTS[Role(role)]
+            for token_id, role in zip(token_ids.tolist(), roles.tolist(), strict=True)
+        ]
+
+    def check(self, rows: ModelRows) -> None:
+        """Refuse rows that another tokenizer must have made.
+
+        Raises:
+            ValueError: an id that this vocabulary does not have, or tokens that go back in the text.
+        """
+        for what, ids in (("token", rows.token_ids), ("candidate", rows.topk_ids)):
+            largest = int(ids.max(initial=NO_ID))
+            if largest >= self.vocabulary.size:
+                raise ValueError(
+                    f"{self.name}: {what} id {largest}, but its tokenizer has {self.vocabulary.size} tokens; were the logits "
+                    "made with another tokenizer?"
+                )
+        if (np.diff(rows.byte_end) < 0).any():
+            raise ValueError(
+                f"{self.name}: byte_end decreases at token {int(np.argmax(np.diff(rows.byte_end) < 0)) + 1}"
+            )
