@@ -1,20 +1,55 @@
-"""Run every benchmark; one JSON object a line on standard output, text for people on standard error."""
+"""Run the benchmarks, all or those whose names begin with an argument (``align.pairing``).
+
+One JSON object a line on standard output, text for people on standard error.
+"""
 
 import json
 import sys
+from collections.abc import Callable
 
-from tests.benchmarks import engine
+from tests.benchmarks import align, compilation, engine, workers
+from tests.benchmarks.figure import Figure
+from tests.benchmarks.measure import SkippedError, say, say_versions
 
-BENCHMARKS = (engine.overhead_per_shard,)
+BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
+    align.pairing_vs_python,
+    align.sinkhorn_vs_pot,
+    align.convergence,
+    align.paper,
+    align.semi_relaxed_tokens_per_second,
+    align.bytes_per_token,
+    workers.two_workers_vs_one,
+    workers.memory_growth,
+    compilation.compile_seconds,
+    engine.overhead_per_shard,
+)
 
 
-def main() -> None:
+def name_of(benchmark: Callable[[], list[Figure]]) -> str:
+    """``align.paper``."""
+    return f"{benchmark.__module__.rsplit('.', 1)[-1]}.{benchmark.__name__}"
+
+
+def main(chosen: tuple[str, ...]) -> None:
+    """Run them; a benchmark that lacks its inputs is told and left out."""
+    unknown = [prefix for prefix in chosen if not any(name_of(one).startswith(prefix) for one in BENCHMARKS)]
+    if unknown:
+        names = ", ".join(map(name_of, BENCHMARKS))
+        raise SystemExit(f"no benchmark begins with {unknown[0]!r}; there are {names}")
+    say_versions()
     for benchmark in BENCHMARKS:
-        sys.stderr.write(f"{benchmark.__module__}.{benchmark.__name__}: {(benchmark.__doc__ or '').splitlines()[0]}\n")
-        for figure in benchmark():
+        if chosen and not name_of(benchmark).startswith(chosen):
+            continue
+        sys.stderr.write(f"{name_of(benchmark)}: {(benchmark.__doc__ or '').splitlines()[0]}\n")
+        try:
+            figures = benchmark()
+        except SkippedError as reason:
+            say(f"skipped: {reason}")
+            continue
+        for figure in figures:
             sys.stdout.write(json.dumps(figure.to_json()) + "\n")
             sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    main(tuple(sys.argv[1:]))

@@ -1,0 +1,253 @@
+"""Alignment: its kernels against plain Python and POT, and the whole stage, Parquet to Parquet, on real distributions."""
+
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+
+import numpy as np
+import ot
+import pyarrow as pa
+
+from stages.align import pairing
+from stages.align.stage import AlignStage
+from stages.align.transport import sinkhorn as solve
+from stages.contract import schemas
+from stages.contract.store import Store
+from stages.contract.tokens import SegmentTokenizer
+from tests.benchmarks import align_data, limits, reference
+from tests.benchmarks.figure import Figure
+from tests.benchmarks.measure import ROUNDS, cpu_seconds, one_core, say
+
+EPSILON, TOLERANCE, MAX_ITERATIONS = 1 / 30, 1e-5, 2000
+SEGMENT_TOKENS = 2048
+
+
+def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
+    return Figure(f"align.{name}", value, unit, goal, f"python -m tests.benchmarks align.{benchmark}")
+
+
+def pairing_vs_python() -> list[Figure]:
+    """Edit-distance pairing of a 2,048-token segment against a plain dynamic program with a Levenshtein call a cell."""
+    text = align_data.text_of_tokens(SEGMENT_TOKENS)
+    target = _texts("llama2", text)
+    figures = []
+    with one_core():
+        for name in ("mpt-7b", "qwen3"):
+            source = _texts(name, text)
+            found = pairing.edit_distance_pairing(source, target)
+            cost, path = reference.pair(source, target)
+            assert cost == found.cost
+            assert path == _path(found)
+            ours = cpu_seconds(lambda source=source: pairing.edit_distance_pairing(source, target), 25)
+            plain = cpu_seconds(lambda source=source: reference.pair(source, target))
+            say(
+                f"{name}: {len(source)} by {len(target)} tokens, same path of cost {cost}; {ours * 1e3:.2f} ms "
+                f"({ours / len(target) * 1e6:.2f} us a target token) against {plain:.2f} s"
+            )
+            suffix = "" if name == "mpt-7b" else "_qwen3"
+            figures.append(
+                _figure("pairing_vs_python", f"pairing_vs_python{suffix}", plain / ours, "times faster", ">= 400")
+            )
+    return figures
+
+
+def _texts(name: str, text: str) -> list[str]:
+    tokenizer = align_data.tokenizer(name)
+    return reference.texts(tokenizer, tokenizer.encode(text, is_last=True).ids.tolist())
+
+
+def _path(found: pairing.Pairing) -> list[tuple[int, int]]:
+    """Every pair: a path of steps (1, 1), (1, 0) and (0, 1) is its columns' spans."""
+    return [(k, j) for j in range(len(found.start)) for k in range(found.start[j], found.end[j])]
+
+
+def sinkhorn_vs_pot() -> list[Figure]:
+    """Balanced Sinkhorn on real distributions, epsilon 1/30, tolerance 1e-5: ``ot.sinkhorn`` one by one, and ``ot.batch``."""
+    cost, a, b = align_data.problems()
+    chosen = np.random.default_rng(0).permutation(len(cost))
+    with one_core():
+        ours = cpu_seconds(lambda: _solve(cost, a, b)) / len(cost)
+        few = chosen[:40]
+        one_by_one = cpu_seconds(lambda: [_pot(cost[i], a[i], b[i], TOLERANCE) for i in few]) / len(few)
+        many = chosen[:200]
+        found = _pot_batch(cost[many], a[many], b[many])
+        difference = np.abs(found - _solve(cost[many], a[many], b[many]).plan).max()
+        assert difference < 1e-3, f"plans differ by {difference}"
+        batch = cpu_seconds(lambda: _pot_batch(cost[many], a[many], b[many])) / len(many)
+    say(
+        f"{len(cost)} problems: {ours * 1e6:.1f} us each; ot.sinkhorn (stabilised) {one_by_one * 1e3:.2f} ms, ot.batch "
+        f"{batch * 1e3:.2f} ms; plans of ot.batch differ by at most {difference:.1e}"
+    )
+    return [
+        _figure("sinkhorn_vs_pot", "sinkhorn_vs_pot", one_by_one / ours, "times faster", ">= 100"),
+        _figure("sinkhorn_vs_pot", "sinkhorn_vs_pot_batch", batch / ours, "times faster", ">= 50"),
+    ]
+
+
+def convergence() -> list[Figure]:
+    """Share of real problems that reach the tolerance, and the largest difference to POT's plans run to 1e-9."""
+    cost, a, b = align_data.problems()
+    found = _solve(cost, a, b)
+    chosen = np.random.default_rng(1).permutation(len(cost))[:300]
+    expected = np.stack([_pot(cost[i], a[i], b[i], 1e-9) for i in chosen])
+    reached = np.abs(expected.sum(axis=1) - b[chosen]).max(axis=1) < 1e-8
+    difference = np.abs(found.plan[chosen][reached] - expected[reached]).max()
+    say(
+        f"{len(cost)} problems, {found.iterations.mean():.1f} iterations each, at most {found.iterations.max()}; compared "
+        f"with POT on {reached.sum()} of {len(chosen)} drawn, the others POT did not finish in 100,000 iterations"
+    )
+    return [
+        _figure("convergence", "converged_share", float(found.converged.mean()), "of problems", ">= 0.999"),
+        _figure("convergence", "plan_difference_vs_pot", float(difference), "largest entry", "<= 0.0001"),
+    ]
+
+
+def _solve(cost: np.ndarray, a: np.ndarray, b: np.ndarray):
+    return solve(cost, a, b, epsilon=EPSILON, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
+
+
+def _pot(cost: np.ndarray, a: np.ndarray, b: np.ndarray, tolerance: float) -> np.ndarray:
+    """POT's fastest solver that does not underflow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of problems that it leaves unfinished
+        return ot.sinkhorn(
+            a,
+            b,
+            cost,
+            EPSILON,
+            method="sinkhorn_stabilized",
+            stopThr=tolerance,
+            numItermax=100_000 if tolerance < 1e-6 else 20_000,
+        )
+
+
+def _pot_batch(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """POT's fastest batched solver; its log-domain one takes six times as long."""
+    return ot.batch.solve_batch(cost, EPSILON, a, b, max_iter=20_000, tol=TOLERANCE, method="sinkhorn").plan
+
+
+def paper() -> list[Figure]:
+    """The stage with the ``paper`` preset, Parquet to Parquet, on one core; against the plain Python pipeline."""
+    with one_core():
+        rate, made = _stage_rate("paper")
+        plain = _plain_rate(made, reference.sinkhorn, ROUNDS)
+        in_logs = _plain_rate(made, reference.sinkhorn_log, 3)
+        iterations = _solve(*align_data.problems()).iterations.mean()
+        limits.say_limit(1e6 / rate, iterations, align_data.TOP_K, _mean_source_tokens())
+    return [
+        _figure("paper", "paper_tokens_per_second", rate, "target tokens/s on one core", ">= 25000"),
+        _figure("paper", "paper_vs_python", rate / plain, "times faster", ">= 250"),
+        _figure("paper", "paper_vs_python_log_domain", rate / in_logs, "times faster", ">= 250"),
+    ]
+
+
+def semi_relaxed_tokens_per_second() -> list[Figure]:
+    """The stage with the ``semi-relaxed`` preset, Parquet to Parquet, on one core."""
+    with one_core():
+        rate, _ = _stage_rate("semi-relaxed")
+    name = "semi_relaxed_tokens_per_second"
+    return [_figure(name, name, rate, "target tokens/s on one core", ">= 60000")]
+
+
+def _stage_rate(preset: str) -> tuple[float, AlignStage]:
+    """Target tokens a CPU second, warm; what the first call costs more is told."""
+    started = time.process_time()
+    made = align_data.stage(preset)
+    setup = time.process_time() - started
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        pairs = align_data.shards()
+        tokens = [0]
+
+        def run_all() -> None:
+            tokens[0] = sum(align_shard(made, store, number, pair) for number, pair in enumerate(pairs))
+
+        wall = time.perf_counter()
+        started = time.process_time()
+        run_all()
+        first = time.process_time() - started
+        seconds = cpu_seconds(run_all)
+        wall = time.perf_counter() - wall
+    say(
+        f"{preset}: {tokens[0]} target tokens in {len(pairs)} shards, {seconds / tokens[0] * 1e6:.1f} us of CPU time each; "
+        f"setup (tokenizers, kernels) {setup:.1f} s, the first pass {first:.2f} s against {seconds:.2f} s"
+    )
+    say(f"{preset}: wall {wall:.1f} s for {ROUNDS + 2} passes")
+    return tokens[0] / seconds, made
+
+
+def align_shard(made: AlignStage, store: Store, number: int, pair) -> int:
+    """Read, align and write one shard; returns its target tokens."""
+    output = made.run({"target": align_data.read(pair[0]), "source": align_data.read(pair[1])})
+    store.write_table(f"shard-{number}.parquet", output.table)
+    return output.num_tokens
+
+
+def _plain_rate(made: AlignStage, solver: Callable, num_segments: int) -> float:
+    """Target tokens a CPU second of the plain pipeline, the median of segments; they are compared with the stage's."""
+    tokenizers = [SegmentTokenizer.load(model) for model in align_data.models()]
+    aligner = reference.PlainAligner(tokenizers[0], tokenizers[1], solver)
+    pair = align_data.shards()[0]
+    started = time.process_time()
+    target, source = (align_data.read(data).to_pylist() for data in pair)
+    reading = (time.process_time() - started) / sum(len(row["token_ids"]) for row in target)
+    aligned = made.run({"target": align_data.read(pair[0]), "source": align_data.read(pair[1])}).table.to_pylist()
+    by_key = {(row["doc_id"], row["segment"]): row for row in source}
+    rates, apart, compared = [], 0, 0
+    for row, ours in list(zip(target, aligned, strict=True))[:num_segments]:
+        started = time.process_time()
+        result = aligner.align(row, by_key[row["doc_id"], row["segment"]])
+        json.dumps(result)
+        rates.append(len(result) / (time.process_time() - started + reading * len(result)))
+        for expected, ids, logprobs in zip(result, ours["topk_ids"], ours["topk_logprobs"], strict=True):
+            found = dict(zip(ids, np.exp(logprobs), strict=True))
+            compared += 1
+            apart += any(abs(found.get(token, 0) - part) > 0.01 for token, part in (expected or {}).items())
+    say(
+        f"plain Python ({solver.__name__}): {statistics.median(rates):.1f} target tokens/s; of its {compared} problems "
+        f"{aligner.num_unconverged} were not done after {MAX_ITERATIONS} rounds, and {apart} of its distributions differ "
+        "from the stage's by over 0.01"
+    )
+    assert apart <= 0.02 * compared + aligner.num_unconverged, "the plain pipeline and the stage do not agree"
+    return statistics.median(rates)
+
+
+def _mean_source_tokens() -> float:
+    rows = align_data.read(align_data.shards()[0][1])["token_ids"].to_pylist()
+    return float(np.mean([len(row) for row in rows]))
+
+
+def bytes_per_token() -> list[Figure]:
+    """Bytes a target token of an aligned shard at k = 10; ids of the run folded into a vocabulary of 32,000."""
+    import duckdb
+
+    figures = []
+    for preset, tail in (("paper", "renormalise"), ("semi-relaxed", "bucket")):
+        made = align_data.stage(preset)
+        tables = [
+            made.run({"target": align_data.read(pair[0]), "source": align_data.read(pair[1])}).table
+            for pair in align_data.shards()
+        ]
+        table = _folded(pa.concat_tables(tables), 32_000, tail)
+        with tempfile.TemporaryDirectory() as folder:
+            data = Store(folder).write_table("shard.parquet", table)
+            query = f"select count(*), sum(len(topk_ids)) from '{folder}/shard.parquet'"
+            rows, tokens = duckdb.sql(query).fetchall()[0]
+        assert rows == table.num_rows
+        say(f"{preset}: {data.num_bytes} bytes, {rows} rows, {tokens} tokens as DuckDB counts them")
+        name = "bytes_per_token" if preset == "paper" else "bytes_per_token_semi_relaxed"
+        figures.append(_figure("bytes_per_token", name, data.num_bytes / tokens, "bytes", "<= 30"))
+    return figures
+
+
+def _folded(table: pa.Table, size: int, tail: schemas.Tail) -> pa.Table:
+    schema = schemas.aligned_schema(size, tail)
+    ids = table["topk_ids"].combine_chunks()
+    leaf = pa.array(np.asarray(ids.values.values) % size, schemas.id_type(size))
+    inner = pa.ListArray.from_arrays(ids.values.offsets, leaf)
+    folded = pa.ListArray.from_arrays(ids.offsets, inner)
+    columns = [folded if name == "topk_ids" else table[name] for name in schema.names]
+    return pa.Table.from_arrays(columns, schema=schema)

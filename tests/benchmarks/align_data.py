@@ -1,0 +1,128 @@
+"""Real inputs of the align benchmarks: tokenizers and text from ``PTAFUSE_DATA``, distributions from ``PTAFUSE_RUN``."""
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from stages.align.config import AlignConfig
+from stages.align.distance import PairDistances
+from stages.align.stage import AlignStage
+from stages.contract.manifest import DataFile
+from stages.contract.models import ModelConfig
+from stages.contract.store import Store
+from stages.contract.tokens import SegmentTokenizer
+from tests.benchmarks.measure import SkippedError
+
+TARGET, SOURCE = "smollm2", "gemma3"
+TOP_K = 10
+
+
+def data_folder() -> Path:
+    """The folder of reference data.
+
+    Raises:
+        SkippedError: it is not given.
+    """
+    folder = os.environ.get("PTAFUSE_DATA")
+    if not folder:
+        raise SkippedError("set PTAFUSE_DATA to a folder with tokenizers/{llama2,mpt-7b,qwen3} and text/mixed.jsonl")
+    return Path(folder)
+
+
+@cache
+def tokenizer(name: str) -> SegmentTokenizer:
+    """One of ``PTAFUSE_DATA``'s tokenizers."""
+    return SegmentTokenizer.load(ModelConfig(name=name, path=data_folder() / "tokenizers" / name))
+
+
+def text_of_tokens(num_tokens: int) -> str:
+    """The beginning of the longest document, so many Llama-2 tokens long (special ones included)."""
+    lines = (data_folder() / "text" / "mixed.jsonl").read_text(encoding="utf-8").splitlines()
+    text = max((json.loads(line)["text"] for line in lines), key=len)
+    end = tokenizer("llama2").encode(text, is_last=True).byte_end[num_tokens - 2]
+    return text.encode()[:end].decode(errors="ignore")
+
+
+def run_folder() -> Path:
+    """A finished demo run.
+
+    Raises:
+        SkippedError: it is not given, or is not one.
+    """
+    folder = Path(os.environ.get("PTAFUSE_RUN") or "runs/demo")
+    for name in (TARGET, SOURCE):
+        if not (folder / "logits" / name).is_dir():
+            raise SkippedError(f"{folder} has no logits/{name}: `make demo` first, or set PTAFUSE_RUN to a demo run")
+    return folder
+
+
+def logits_files(name: str) -> dict[int, DataFile]:
+    """The committed logits of one of the run's models, by shard."""
+    store = Store(str(run_folder()))
+    found = [store.manifests(f"logits/{name}/{fingerprint}") for fingerprint in store.names(f"logits/{name}")]
+    return {shard: manifest.data for shard, manifest in sorted(max(found, key=len, default={}).items())}
+
+
+def shards() -> list[tuple[DataFile, DataFile]]:
+    """The run's shards: the target's file and the source's."""
+    target, source = logits_files(TARGET), logits_files(SOURCE)
+    return [(target[shard], source[shard]) for shard in target if shard in source]
+
+
+def read(data: DataFile) -> pa.Table:
+    """A table of the run."""
+    return Store(str(run_folder())).read_table(data, remake="make demo")
+
+
+def models() -> tuple[ModelConfig, ModelConfig]:
+    """The run's two models."""
+    configs = sorted((run_folder() / "configs").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    config = json.loads(configs[-1].read_text())["config"]
+    found = {model["name"]: model for model in (config["target"], *config["sources"])}
+    return ModelConfig.model_validate(found[TARGET]), ModelConfig.model_validate(found[SOURCE])
+
+
+def stage(preset: str) -> AlignStage:
+    """The align stage of the run's models, set up."""
+    made = AlignStage(AlignConfig.model_validate({"preset": preset, "top_k": TOP_K}), *models())
+    made.setup()
+    return made
+
+
+@cache
+def problems() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Transport problems of the run: positions that end at the same byte; cost (P, 10, 10), a and b (P, 10)."""
+    target, source = (SegmentTokenizer.load(model) for model in models())
+    distances = PairDistances(
+        [source.vocabulary.text(token) for token in range(source.vocabulary.size)],
+        [target.vocabulary.text(token) for token in range(target.vocabulary.size)],
+    )
+    parts = [_shared_boundaries(*(read(data).to_pylist() for data in pair)) for pair in shards()]
+    source_ids, a, target_ids, b = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return distances.costs(source_ids, target_ids), a, b
+
+
+def _shared_boundaries(target_rows: list[dict], source_rows: list[dict]) -> tuple[np.ndarray, ...]:
+    ids: tuple[list, list] = ([], [])
+    probs: tuple[list, list] = ([], [])
+    by_key = {(row["doc_id"], row["segment"]): row for row in source_rows}
+    for target in target_rows:
+        source = by_key.get((target["doc_id"], target["segment"]))
+        if source is None:
+            continue
+        at = {end: k for k, end in enumerate(source["byte_end"])}
+        for j, end in enumerate(target["byte_end"][:-1]):
+            if end not in at:
+                continue
+            sides = ((source, at[end]), (target, j))
+            if any(len(row["topk_ids"][place]) < TOP_K for row, place in sides):
+                continue
+            for side, (row, place) in enumerate(sides):
+                weights = np.exp(row["topk_logprobs"][place][:TOP_K])
+                ids[side].append(row["topk_ids"][place][:TOP_K])
+                probs[side].append(weights / weights.sum())
+    return np.array(ids[0]), np.array(probs[0]), np.array(ids[1]), np.array(probs[1])

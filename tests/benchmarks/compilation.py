@@ -1,0 +1,42 @@
+"""What compiling the align kernels costs: once a machine, then read from numba's cache."""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+from tests.benchmarks.figure import Figure
+from tests.benchmarks.measure import say
+
+_PROGRAM = """
+import time
+import numpy as np
+from stages.align.pairing import edit_distance_pairing
+from stages.align.transport import semi_relaxed, sinkhorn
+started = time.perf_counter()
+one = np.ones((1, 1))
+edit_distance_pairing(["a"], ["a"])
+semi_relaxed(np.ones((1, 1, 1)), one, one, epsilon=1.0)
+sinkhorn(np.ones((1, 1, 1)), one, one, epsilon=1.0, tolerance=1e-5, max_iterations=1)
+print(time.perf_counter() - started)
+"""
+
+
+def compile_seconds() -> list[Figure]:
+    """Seconds until the pairing and transport kernels have answered once: without a cache, and with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+        cold, warm = (
+            float(
+                subprocess.run(
+                    [sys.executable, "-c", _PROGRAM], check=True, stdout=subprocess.PIPE, env=environment
+                ).stdout
+            )
+            for _ in range(2)
+        )
+    say(f"kernels compiled in {cold:.1f} s, loaded from the cache in {warm:.2f} s")
+    command = "python -m tests.benchmarks compilation"
+    return [
+        Figure("align.compile_seconds", cold, "s, once a machine", "reported", command),
+        Figure("align.cached_compile_seconds", warm, "s a worker", "reported", command),
+    ]
