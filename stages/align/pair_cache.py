@@ -52,14 +52,23 @@ class PairCache:
             part = keys[start : start + limit]
             # Counted exactly only when the table could get too full.
             if self._num_used + len(part) > limit and self._num_used + len(np.unique(part)) > limit:
-                self._keys.fill(NO_PAIR)
-                self._num_used = 0
+                self._clear()
             slots, missing = _find_slots(self._keys, part)
             if len(missing):
-                self._values[slots[missing]] = compute(part[missing])
+                is_computed = False
+                try:
+                    self._values[slots[missing]] = compute(part[missing])
+                    is_computed = True
+                finally:
+                    if not is_computed:  # the keys are claimed already: they must not keep what their slots held before
+                        self._clear()
                 self._num_used += len(missing)
             found[start : start + limit] = np.where(slots < 0, 0.0, self._values[slots])
         return found
+
+    def _clear(self) -> None:
+        self._keys.fill(NO_PAIR)
+        self._num_used = 0
 
 
 @njit(cache=True)

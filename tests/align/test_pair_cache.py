@@ -39,3 +39,15 @@ def test_no_keys_have_no_values():
 def test_a_number_of_slots_that_is_no_power_of_two_is_refused():
     with pytest.raises(ValueError, match="power of two"):
         PairCache(12)
+
+
+def test_a_failed_computation_leaves_no_wrong_value_behind():
+    cache = PairCache(64)
+    keys = np.arange(10)
+
+    def fail(_):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        cache.lookup(keys, fail)
+    assert cache.lookup(keys, lambda missing: missing * 2.0 + 1).tolist() == (keys * 2.0 + 1).tolist()
