@@ -23,7 +23,7 @@ from stages.contract.models import ModelConfig
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import SegmentTokenizer
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Raised when this stage's code gives other rows for the same settings."""
 
 _PROBE_CONTEXTS: Final = ("", "\n", "a")
@@ -183,7 +183,7 @@ class _OutputRows:
             "topk_logprobs": logprobs,
         }
         if self._config.tail == "bucket":
-            columns["tail_mass"] = list_column([part.tail_mass for part in segments], pa.float32())
+            columns["tail_mass"] = list_column([round_to_half(part.tail_mass) for part in segments], pa.float32())
         return pa.table(columns, schema=schema)
 
 

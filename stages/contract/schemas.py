@@ -85,7 +85,8 @@ def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
     - ``outcome`` (N): index into ``PAIRED_BY``.
     - ``topk_ids``, ``topk_logprobs`` (N, 0..k): the projected distribution over the target's vocabulary, natural logs,
       descending; empty where there is none. With ``tail = "renormalise"`` the probabilities of a row sum to 1.
-    - ``tail_mass`` (N), only with ``tail = "bucket"``: what the row's probabilities lack of 1.
+    - ``tail_mass`` (N), only with ``tail = "bucket"``: what the row's probabilities lack of 1, rounded to float16's
+      precision as the logprobs are.
     """
     return pa.schema(
         [

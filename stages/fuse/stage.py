@@ -22,7 +22,7 @@ from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 
@@ -110,7 +110,7 @@ class FuseStage:
             )
             rows = fused.mixture.rows
             rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
-            segments.append(_Output(rows, fused.mixture.tail_mass.astype(np.float32), fused.chosen))
+            segments.append(_Output(rows, round_to_half(fused.mixture.tail_mass), fused.chosen))
         return StageOutput(
             table=_table(shard, packing, segments, fused_schema(self._vocabularies[0].size, shard.tail, self.names)),
             num_tokens=int(shard.lengths.sum()),
