@@ -73,6 +73,12 @@ class Encoding:
     byte_end: np.ndarray
 
 
+MAX_LOADED: Final = 8
+"""Tokenizers that a process remembers."""
+
+_LOADED: Final[dict[Any, Any]] = {}
+
+
 class SegmentTokenizer:
     """A model's tokenizer: BOS if the model uses it, the text's tokens, EOS where a document ends.
 
@@ -101,16 +107,20 @@ class SegmentTokenizer:
 
     @classmethod
     def load(cls, model: ModelConfig) -> Self:
-        """Load a model's tokenizer; never its weights.
+        """Load a model's tokenizer; never its weights. The last few are remembered: large vocabularies take seconds.
 
         Raises:
             ValueError: the tokenizer cannot give byte offsets; names the model.
         """
-        tokenizer = load_tokenizer(model)
-        try:
-            return cls(tokenizer, bos=model.bos)
-        except ValueError as error:
-            raise ValueError(f"model {model.name}: {error}") from error
+        key = (cls, model.model_dump_json(), model.tokenizer_identity())
+        if key not in _LOADED:
+            try:
+                _LOADED[key] = cls(load_tokenizer(model), bos=model.bos)
+            except ValueError as error:
+                raise ValueError(f"model {model.name}: {error}") from error
+            while len(_LOADED) > MAX_LOADED:
+                del _LOADED[next(iter(_LOADED))]
+        return _LOADED[key]
 
     def encode(self, text: str, *, is_last: bool) -> Encoding:
         """Tokenize one text; see ``encode_batch``."""

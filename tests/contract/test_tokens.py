@@ -392,3 +392,13 @@ def test_real_tokenizers_on_real_text(name: str) -> None:
 def _folded(piece: bytes) -> str:
     text = unicodedata.normalize("NFKD", piece.decode("utf-8", errors="replace").lower())
     return "".join(character for character in text if not character.isspace() and not unicodedata.combining(character))
+
+
+def test_a_loaded_tokenizer_is_remembered_until_its_files_change(tmp_path):
+    folder = save_tokenizer("byte-bpe", tmp_path / "one")
+    model = ModelConfig(name="one", path=folder)
+    first = SegmentTokenizer.load(model)
+    assert SegmentTokenizer.load(model) is first
+    assert SegmentTokenizer.load(ModelConfig(name="one", path=folder, bos=False)) is not first
+    save_tokenizer("spm-bpe", folder)
+    assert SegmentTokenizer.load(model).vocabulary.token_bytes != first.vocabulary.token_bytes
