@@ -50,8 +50,9 @@ logits align fuse train eval: $(VENV)/.installed $(DEMO_DATA)  ## a stage, and t
 status: $(VENV)/.installed  ## what is done, and what to run next
 	$(PTAFUSE) status $(RUN) $(ARGS)
 
-report: $(VENV)/.installed  ## the tables of everything evaluated in RUN
-	$(PTAFUSE) report $(RUN) $(ARGS)
+HTML ?= report.html
+report: $(VENV)/.installed  ## the tables of everything evaluated in RUN, and the same with plots and a viewer as the page HTML=
+	$(PTAFUSE) report $(RUN) --html $(HTML) $(ARGS)
 
 verify: $(VENV)/.installed  ## re-read every file of RUN against its manifest
 	$(PTAFUSE) verify $(RUN) $(ARGS)

@@ -151,11 +151,22 @@ def retry(run: RunArgument = DEFAULT_RUN, config: ConfigNameOption = None) -> No
 
 
 @app.command()
-def report(run: RunArgument = DEFAULT_RUN) -> None:
-    """One table of everything evaluated in a run directory."""
-    from pipeline.report import print_report
+def report(
+    run: RunArgument = DEFAULT_RUN,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine's loopback address.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8700,
+) -> None:
+    """What came out of a run directory: tables, or a page with plots and a viewer of documents, token by token."""
+    from pipeline.report import print_report, serve_page, write_page
 
-    print_report(Store(run), _console())
+    store = Store(run)
+    if serve:
+        serve_page(store, _console(), port=port)
+        return
+    print_report(store, _console())
+    if html is not None:
+        write_page(store, html, _console())
 
 
 @app.command(name="config")

@@ -119,7 +119,7 @@ def print_status(status: RunStatus, console: Console) -> None:
         )
     console.print(table)
     for step in status.steps:
-        figures = ", ".join(f"{name} {_figure(figure)}" for name, figure in sorted(step.health.items()))
+        figures = ", ".join(f"{name} {shown_figure(figure)}" for name, figure in sorted(step.health.items()))
         if figures:
             console.print(f"{step.key}: {figures}")
         for shard, error in sorted(step.failed.items()):
@@ -203,7 +203,8 @@ def _health_json(figure: int | Mean) -> float | None:
     return figure
 
 
-def _figure(figure: int | Mean) -> str:
+def shown_figure(figure: int | Mean) -> str:
+    """A health figure for people."""
     if isinstance(figure, Mean):
         return f"{figure.value:.4g}" if figure.count else "-"
     return f"{figure:,}"

@@ -1,7 +1,7 @@
 """The align stage: a source's logits and the target's in, the source's distributions over the target's vocabulary out."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 import numpy as np
@@ -127,6 +127,15 @@ class AlignStage:
         Raises:
             ValueError: there is no such row or position, or the row cannot be aligned.
         """
+        return self._explain(inputs, row)(position)
+
+    def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
+        """What ``run`` does at every position of a row of the target table; see ``explain``."""
+        explain = self._explain(inputs, row)
+        return [explain(position) for position in range(len(inputs["target"]["token_ids"][row]))]
+
+    def _explain(self, inputs: Mapping[str, pa.Table], row: int) -> Callable[[int], Explanation]:
+        """Align one row; the result explains any of its positions."""
         target_table, source_table = inputs["target"], inputs["source"]
         if not 0 <= row < target_table.num_rows:
             raise ValueError(f"row {row}: expected 0 to {target_table.num_rows - 1}, the rows of this shard")
@@ -135,16 +144,20 @@ class AlignStage:
         target = _model_rows(target_table, row)
         source = _model_rows(source_table, source_row[key]) if key in source_row else None
         aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
-        return explain_position(
-            doc_id=key[0],
-            segment=key[1],
-            position=position,
-            outcome=schemas.PAIRED_BY[aligned.outcome[position]] if 0 <= position < len(target) else "none",
-            target=(self._target, target),
-            source=None if source is None else (self._source, source),
-            aligned=aligned,
-            config=self._config,
-        )
+
+        def at(position: int) -> Explanation:
+            return explain_position(
+                doc_id=key[0],
+                segment=key[1],
+                position=position,
+                outcome=schemas.PAIRED_BY[aligned.outcome[position]] if 0 <= position < len(target) else "none",
+                target=(self._target, target),
+                source=None if source is None else (self._source, source),
+                aligned=aligned,
+                config=self._config,
+            )
+
+        return at
 
 
 class _OutputRows:

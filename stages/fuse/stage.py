@@ -137,8 +137,19 @@ class FuseStage:
         if not 0 <= row < len(shard.lengths) or not 0 <= position < shard.lengths[row]:
             found = f"{shard.lengths[row]} tokens" if 0 <= row < len(shard.lengths) else f"{len(shard.lengths)} rows"
             raise IndexError(f"no position {position} in row {row}: the shard has {found} there")
+        return self._explained(shard, row, self._fuse_row(shard, row), position)
+
+    def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
+        """How the fused distributions of a segment came about, position by position; see ``explain``."""
+        shard = self._read(inputs)
+        fused = self._fuse_row(shard, row)
+        return [self._explained(shard, row, fused, position) for position in range(int(shard.lengths[row]))]
+
+    def _fuse_row(self, shard: _Shard, row: int) -> _Fused:
         packing = pack(shard.lengths, max_length=self.config.max_length)
-        fused = self._fuse_segment(shard, row, packing, self._piece_cross_entropy(shard, packing))
+        return self._fuse_segment(shard, row, packing, self._piece_cross_entropy(shard, packing))
+
+    def _explained(self, shard: _Shard, row: int, fused: _Fused, position: int) -> Explanation:
         vocabulary = self._vocabularies[0]
         tokens = list_row(shard.target, "token_ids", row)[: position + 1]
         context = b"".join(vocabulary.token_bytes[token] for token in tokens)

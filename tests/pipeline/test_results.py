@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from pipeline.report import paired_difference
+from pipeline.results import paired_difference
 
 
 def evaluation(figures: list[float], sizes: list[int]) -> dict:

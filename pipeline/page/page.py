@@ -1,0 +1,151 @@
+"""``ptafuse report --html``: everything that a run directory knows, as one HTML file that opens from disk."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata, resources
+from typing import Any, Final
+
+import jinja2
+
+from pipeline.page.plots import Bar, bars, curves
+from pipeline.page.viewer import viewer_data
+from pipeline.plan import ResolvedRun, recorded_runs
+from pipeline.results import (
+    HeldOutRow,
+    ResultTable,
+    TeacherRow,
+    held_out,
+    held_out_table,
+    teacher_rows,
+    teacher_table,
+    time_table,
+    training_log,
+)
+from pipeline.status import RunStatus, StepStatus, read_status, shown_figure
+from stages.contract.store import Store
+
+DEFAULT_POSITIONS: Final = 6000
+"""Positions in the document viewer, about 0.8 kB each."""
+SECTIONS: Final = ("Summary", "Teacher", "Training", "Stages", "Documents", "Settings")
+
+
+def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
+    """The page of a run directory: tables, plots and a document viewer; refers to nothing outside of itself.
+
+    Args:
+        store: the run directory.
+        max_positions: target positions in the document viewer, over all configurations.
+
+    Raises:
+        ValueError: nothing has run there.
+    """
+    runs = recorded_runs(store)
+    if not runs:
+        raise ValueError(
+            f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
+        )
+    statuses = {run.config.name: read_status(run, store) for run in runs}
+    results = held_out(runs, store)
+    teachers = teacher_rows(runs, statuses)
+    viewer = viewer_data(runs, store, max_positions=max_positions)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.from_string(_asset("template.html")).render(
+        title=store.url.rstrip("/").rsplit("/", 1)[-1],
+        url=store.url,
+        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        version=metadata.version("ptafuse"),
+        sections=SECTIONS,
+        warnings=list(dict.fromkeys(warning for status in statuses.values() for warning in status.warnings)),
+        runs=[_described(run, statuses[run.config.name]) for run in runs],
+        held_out=held_out_table(results),
+        held_out_plot=_held_out_plot(results),
+        teacher=teacher_table(teachers),
+        teacher_plot=_teacher_plot(teachers),
+        loss_plot=_loss_plot(runs, store),
+        times=time_table(runs, statuses, store),
+        stage_health=_health_tables(runs, statuses),
+        has_documents=bool(viewer["views"]),
+        viewer=_embedded(viewer),
+        css=_asset("page.css"),
+        js=_asset("page.js"),
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("pipeline.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _embedded(value: Mapping[str, Any]) -> str:
+    """JSON that cannot end the script element which holds it."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _described(run: ResolvedRun, status: RunStatus) -> dict[str, Any]:
+    done = sum(step.is_done for step in status.steps)
+    state = "everything is done" if status.next_command is None else f"next: {status.next_command}"
+    return {
+        "name": run.config.name,
+        "target": run.config.target.name,
+        "sources": ", ".join(model.name for model in run.config.sources),
+        "state": f"{done} of {len(status.steps)} steps done; {state}",
+        "steps": ResultTable(
+            "Where its results lie",
+            ("step", "folder"),
+            tuple((step.key, step.folder) for step in run.steps.values()),
+            text_columns=(0, 1),
+        ),
+        "settings": run.config.model_dump_json(indent=1, by_alias=True),
+    }
+
+
+def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
+    """Differences to training on the gold tokens alone, which is the comparison that matters."""
+    entries = [
+        Bar(row.label, row.against_gold_only.mean, row.against_gold_only.error, group=index)
+        for index, row in enumerate(rows)
+        if row.against_gold_only is not None
+    ]
+    return bars(entries, axis="bits per byte, difference") if entries else ""
+
+
+def _teacher_plot(rows: Sequence[TeacherRow]) -> str:
+    entries = []
+    for row in rows:
+        for group, (label, value) in enumerate(
+            (
+                (f"{row.run}: {row.name}", row.nll),
+                ("target's own there", row.target_nll),
+                ("source itself", row.source_nll),
+            )
+        ):
+            if value is not None:
+                entries.append(Bar(label, value, group=group))
+    return bars(entries, axis="nats") if entries else ""
+
+
+def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:
+    panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
+    for run in runs:
+        records = training_log(run, store)
+        for field, title in (("loss_clm", "gold tokens, L_CLM"), ("loss_fusion", "fused distributions, L_fusion")):
+            points = [(record["step"], record[field]) for record in records if record[field] is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                panels.setdefault(title, {})[run.config.name] = (list(x), list(y))
+    return curves(panels, axis="optimizer step") if panels else ""
+
+
+def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus]) -> list[ResultTable]:
+    found: dict[str, ResultTable] = {}
+    for run in runs:
+        for step in statuses[run.config.name].steps:
+            if step.health:
+                found.setdefault(run.steps[step.key].folder, _health_table(run, step))
+    return list(found.values())
+
+
+def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:
+    rows = [(name, shown_figure(figure)) for name, figure in sorted(step.health.items())]
+    done = f"{len(step.manifests)} of {step.num_shards} shards"
+    return ResultTable(f"{step.key} of {run.config.name}: {done}", ("figure", "value"), tuple(rows), text_columns=(0,))

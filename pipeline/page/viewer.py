@@ -1,0 +1,208 @@
+"""What the document viewer shows: every position of a few documents, laid open by the stages themselves.
+
+Everything is written as small JSON: texts by index into one table, probabilities as integers in units of 1e-4, lists of
+(text, probability) flattened. ``page.js`` reads it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.explain import Place
+from pipeline.plan import ResolvedRun, Step, read_plan
+from stages.align import explain as aligned
+from stages.align.explain import printable
+from stages.align.stage import AlignStage
+from stages.contract.columns import list_row
+from stages.contract.store import Store
+from stages.contract.tokens import SegmentTokenizer
+from stages.fuse import explanation as fused
+from stages.fuse.stage import FuseStage
+
+UNIT: Final = 10_000
+"""A probability of 1 in the JSON; what is smaller than half a unit shows as 0."""
+
+
+class TextTable:
+    """Texts by index, each stored once."""
+
+    def __init__(self) -> None:
+        self._index: dict[str, int] = {}
+
+    def __call__(self, text: str) -> int:
+        """The text's index; bytes that are no UTF-8 (surrogate escapes) are written in hexadecimal."""
+        shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        return self._index.setdefault(shown, len(self._index))
+
+    @property
+    def texts(self) -> list[str]:
+        """In the order of their indices."""
+        return list(self._index)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """A segment to show: its row in the target's logits of a shard."""
+
+    shard: int
+    row: int
+    doc_id: int
+    number: int
+    num_tokens: int
+
+
+def viewer_data(runs: Sequence[ResolvedRun], store: Store, *, max_positions: int) -> dict[str, Any]:
+    """The viewer's data: for every configuration with a fused shard the same documents, one shared table of texts.
+
+    Args:
+        runs: recorded configurations; those that share their fused distributions are shown once.
+        store: the run directory.
+        max_positions: target positions in all; documents from evenly spread shards are taken until they would exceed it.
+
+    Returns:
+        ``{"texts": [...], "views": [{"name", "target", "sources", "documents"}]}``; see ``page.js``.
+    """
+    texts = TextTable()
+    distinct = {run.steps["fuse"].folder: run for run in reversed(runs)}.values()
+    ready = [(run, shards) for run in distinct if (shards := _finished_shards(run, store))]
+    views = [
+        {
+            "name": run.config.name,
+            "target": run.config.target.name,
+            "sources": [model.name for model in run.config.sources],
+            "documents": _documents(run, store, _choose(run, store, shards, max_positions // len(ready)), texts),
+        }
+        for run, shards in ready
+    ]
+    return {"unit": UNIT, "texts": texts.texts, "views": views}
+
+
+def _finished_shards(run: ResolvedRun, store: Store) -> list[int]:
+    """Shards whose fused distributions and everything before them are there."""
+    plan = read_plan(store, run.steps["shard"].folder)
+    if plan is None:
+        return []
+    steps = [step for step in run.steps.values() if step.stage in ("logits", "align", "fuse")]
+    done = [set(store.manifest_names(step.folder)) for step in steps]
+    names = set.intersection(*done)
+    return sorted(int(name.removeprefix("shard-").removesuffix(".json")) for name in names)
+
+
+def _choose(run: ResolvedRun, store: Store, shards: Sequence[int], max_positions: int) -> list[list[_Segment]]:
+    """Whole documents: the first of every shard, then the second of every shard, while they fit; at least one."""
+    pending = [_segments_by_document(run, store, shard) for shard in _spread(shards)]
+    chosen: list[list[_Segment]] = []
+    left = max_positions
+    for rank in range(max(map(len, pending))):
+        for documents in pending:
+            size = sum(segment.num_tokens for segment in documents[rank]) if rank < len(documents) else 0
+            if size and (size <= left or not chosen):
+                chosen.append(documents[rank])
+                left -= size
+    return sorted(chosen, key=lambda segments: (segments[0].shard, segments[0].row))
+
+
+def _documents(
+    run: ResolvedRun, store: Store, chosen: Sequence[Sequence[_Segment]], texts: TextTable
+) -> list[dict[str, Any]]:
+    target = run.config.target
+    fuse = FuseStage(run.config.fuse, target, run.config.sources)
+    fuse.setup()
+    aligns = {model.name: AlignStage(run.config.align, target, model) for model in run.config.sources}
+    for stage in aligns.values():
+        stage.setup()
+    vocabulary = SegmentTokenizer.load(target).vocabulary
+    found = []
+    shard, inputs = -1, {}
+    for segments in chosen:
+        if segments[0].shard != shard:
+            shard = segments[0].shard
+            inputs = Place(run, store, run.steps["fuse"], shard, 0).inputs()
+        own = inputs[f"logits/{target.name}"]
+        parts = []
+        for segment in segments:
+            candidates = [
+                stage.explain_row({"target": own, "source": inputs[f"logits/{name}"]}, segment.row)
+                for name, stage in aligns.items()
+            ]
+            positions = zip(fuse.explain_row(inputs, segment.row), *candidates, strict=True)
+            token_ids = list_row(own, "token_ids", segment.row).tolist()
+            parts.append(
+                {
+                    "segment": segment.number,
+                    "tokens": [texts(printable(vocabulary, token_id)) for token_id in token_ids],
+                    "positions": [_position(place, sources, texts) for place, *sources in positions],
+                }
+            )
+        found.append({"doc": segments[0].doc_id, "shard": shard, "segments": parts})
+    return found
+
+
+MAX_SHARDS: Final = 8
+"""Shards from which documents are shown."""
+
+
+def _spread(shards: Sequence[int]) -> list[int]:
+    """At most ``MAX_SHARDS`` of them, evenly spaced."""
+    picks = np.linspace(0, len(shards) - 1, min(len(shards), MAX_SHARDS)).round().astype(int)
+    return [shards[index] for index in dict.fromkeys(picks.tolist())]
+
+
+def _segments_by_document(run: ResolvedRun, store: Store, shard: int) -> list[list[_Segment]]:
+    table = _table(store, run.steps[f"logits/{run.config.target.name}"], shard)
+    found: dict[int, list[_Segment]] = {}
+    columns = (table["doc_id"].to_pylist(), table["segment"].to_pylist(), table["token_ids"])
+    for row, (doc_id, number, tokens) in enumerate(zip(*columns, strict=True)):
+        found.setdefault(doc_id, []).append(_Segment(shard, row, doc_id, number, len(tokens)))
+    return list(found.values())
+
+
+def _table(store: Store, step: Step, shard: int) -> pa.Table:
+    manifest = store.read_manifest(step.folder, shard)
+    assert manifest is not None  # _finished_shards saw it
+    return store.read_table(manifest.data, remake=f"`make {step.stage}`")
+
+
+def _position(place: fused.Explanation, sources: Sequence[aligned.Explanation], texts: TextTable) -> dict[str, Any]:
+    """One position; empty parts are left out."""
+    target = sources[0].target_topk if sources else ()
+    return {
+        "g": -1 if place.gold is None else texts(place.gold),
+        "t": _flat(((part.text, part.prob) for part in target), texts),
+        "w": -1 if place.chosen is None else [part.name for part in place.candidates].index(place.chosen),
+        "c": [[_rounded(part.cross_entropy), round(part.weight, 4)] for part in place.candidates],
+        "f": _flat(place.fused, texts),
+        "z": _units(place.tail_mass),
+        "s": [_source(part, texts) for part in sources],
+    }
+
+
+def _source(part: aligned.Explanation, texts: TextTable) -> dict[str, Any]:
+    here = next(token for token in part.context if token.position == part.position)
+    found: dict[str, Any] = {
+        "o": part.outcome,
+        "e": int(part.exact_context),
+        "p": [here.source_start, [texts(text) for text in here.source_texts]],
+        "k": _flat(((entry.text, entry.prob) for entry in part.source_topk), texts),
+        "r": _flat(((entry.text, entry.prob) for entry in part.projected), texts),
+        "z": _units(part.tail_mass),
+    }
+    if part.plan.size:
+        found["u"] = [texts(entry.text) for entry in part.support]
+        found["m"] = [[_units(mass) for mass in row] for row in part.plan.tolist()]
+    return found
+
+
+def _flat(entries: Iterable[tuple[str, float]], texts: TextTable) -> list[int]:
+    return [number for text, prob in entries for number in (texts(text), _units(prob))]
+
+
+def _units(prob: float) -> int:
+    return round(prob * UNIT)
+
+
+def _rounded(value: float) -> float | None:
+    return None if np.isnan(value) else round(float(value), 4)

@@ -1,0 +1,295 @@
+"""What came out of a run directory, as rows: shown by ``ptafuse report`` in the terminal and in the HTML page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from pipeline.evaluation import read_result
+from pipeline.plan import FUSED, ResolvedRun, Step
+from pipeline.status import RunStatus, StepStatus
+from stages.contract.manifest import Mean
+from stages.contract.standard_error import Estimate, weighted_mean
+from stages.contract.store import Store
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table as people read it.
+
+    Attributes:
+        title: what it says, in which units.
+        columns: their names.
+        rows: cells, one a column.
+        text_columns: indices of the columns that hold words, not numbers.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    text_columns: tuple[int, ...] = (0,)
+
+
+# --- held-out text ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeldOutRow:
+    """One model on the held-out text.
+
+    Attributes:
+        label: which model.
+        bits_per_byte: over all documents; None if it was not evaluated.
+        num_bytes: of text.
+        against_before: difference to the target before training; None for the target itself and for sources.
+        against_gold_only: difference to training on the gold tokens alone; None without such a run, and for that run.
+    """
+
+    label: str
+    bits_per_byte: float | None
+    num_bytes: int = 0
+    against_before: Estimate | None = None
+    against_gold_only: Estimate | None = None
+
+
+def held_out(runs: Sequence[ResolvedRun], store: Store) -> list[HeldOutRow]:
+    """Every evaluated model once: sources and target, then what each configuration trained."""
+    before = _first_result([run.steps[f"eval/{run.config.target.name}"] for run in runs], store)
+    gold_only = _first_result([run.steps[f"eval/{FUSED}"] for run in runs if run.config.train.lambda_ == 1], store)
+    rows: list[HeldOutRow] = []
+    shown: set[str] = set()
+    for run in runs:
+        labels = {model.name: f"source {model.name}" for model in run.config.sources}
+        labels[run.config.target.name] = f"target {run.config.target.name} before"
+        for name, label in labels.items():
+            step = run.steps[f"eval/{name}"]
+            if step.folder not in shown:
+                shown.add(step.folder)
+                rows.append(_held_out_row(label, read_result(store, step), None, None))
+    for run in runs:
+        label = f"after {run.config.name} ({_describe(run)})"
+        rows.append(_held_out_row(label, read_result(store, run.steps[f"eval/{FUSED}"]), before, gold_only))
+    return rows
+
+
+def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
+    """The rows for people."""
+    return ResultTable(
+        "Held-out text (differences: over all bytes ± standard error over documents)",
+        ("model", "bits per byte", "against target before", "against gold only", "bytes"),
+        tuple(
+            (row.label, "not evaluated", "", "", "")
+            if row.bits_per_byte is None
+            else (
+                row.label,
+                f"{row.bits_per_byte:.4f}",
+                _difference(row.against_before),
+                _difference(row.against_gold_only),
+                f"{row.num_bytes:,}",
+            )
+            for row in rows
+        ),
+    )
+
+
+def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> Estimate:
+    """Difference in bits per byte on the same documents, and its standard error over documents.
+
+    Args:
+        result: an evaluation, as ``read_result`` gives it.
+        baseline: the evaluation it is compared with.
+
+    Returns:
+        result - baseline over all bytes (negative: better), and the standard error of that difference, from the
+        documents' differences weighted by their bytes (the ratio estimator); NaN for fewer than two documents.
+    """
+    before = {part["doc_id"]: part for part in baseline["documents"]}
+    pairs = [(part, before[part["doc_id"]]) for part in result["documents"] if part["doc_id"] in before]
+    differences = np.array([part["bits_per_byte"] - other["bits_per_byte"] for part, other in pairs])
+    return weighted_mean(differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64))
+
+
+def _held_out_row(
+    label: str, result: dict[str, Any] | None, before: dict[str, Any] | None, gold_only: dict[str, Any] | None
+) -> HeldOutRow:
+    if result is None:
+        return HeldOutRow(label, None)
+    differences = [
+        None if baseline is None or baseline == result else paired_difference(result, baseline)
+        for baseline in (before, gold_only)
+    ]
+    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], *differences)
+
+
+def _describe(run: ResolvedRun) -> str:
+    train, align = run.config.train, run.config.align
+    if train.lambda_ == 1:
+        return "gold tokens only"
+    return f"lambda {train.lambda_}, {align.preset or align.pairing + ' ' + align.marginals}"
+
+
+def _first_result(steps: list[Step], store: Store) -> dict[str, Any] | None:
+    return next((found for step in steps if (found := read_result(store, step)) is not None), None)
+
+
+def _difference(estimate: Estimate | None) -> str:
+    return "" if estimate is None else f"{estimate.mean:+.4f} ± {estimate.error:.4f}"
+
+
+# --- teacher NLL -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TeacherRow:
+    """What one align or fuse step made; means in nats over the positions that it covers, None where nothing was counted.
+
+    Attributes:
+        run: the configuration.
+        name: ``aligned <source>`` or ``fused``.
+        nll: of the gold next token under the distribution.
+        target_nll: under the target's own top-k at the same positions.
+        source_nll: of the source's own next token under the source; None for fused rows.
+        coverage: share of positions with a distribution.
+        exact_contexts: share of positions where both models condition on the same text.
+        mass_moved: share of the mass that landed on a token of another text.
+        source_entropy: of the source's window; ``aligned_entropy``: of what came of it.
+    """
+
+    run: str
+    name: str
+    nll: float | None
+    target_nll: float | None
+    source_nll: float | None
+    coverage: float | None
+    exact_contexts: float | None
+    mass_moved: float | None
+    source_entropy: float | None
+    aligned_entropy: float | None
+
+
+def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus]) -> list[TeacherRow]:
+    """One row for every align and fuse folder that has figures."""
+    rows, shown = [], set()
+    for run in runs:
+        for step in statuses[run.config.name].steps:
+            key, health, folder = step.key, step.health, run.steps[step.key].folder
+            if not key.startswith(("align/", "fuse")) or not health or folder in shown:
+                continue
+            shown.add(folder)
+            means = {name: _mean(health.get(name)) for name in _TEACHER_MEANS}
+            rows.append(
+                TeacherRow(
+                    run=run.config.name,
+                    name=f"aligned {key.removeprefix('align/')}" if key.startswith("align/") else "fused",
+                    nll=means["teacher_nll"],
+                    target_nll=means["target_nll"],
+                    source_nll=means["source_nll"],
+                    coverage=_share(health.get("covered", health.get("fused")), health.get("positions")),
+                    exact_contexts=_share(health.get("exact_contexts"), health.get("positions")),
+                    mass_moved=means["mass_moved"],
+                    source_entropy=means["source_entropy"],
+                    aligned_entropy=means["aligned_entropy"],
+                )
+            )
+    return rows
+
+
+_TEACHER_MEANS: Final = ("teacher_nll", "target_nll", "source_nll", "mass_moved", "source_entropy", "aligned_entropy")
+
+
+def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
+    """The rows for people."""
+    return ResultTable(
+        "Teacher NLL: mean -ln p(gold next token), floor 1e-4, in nats; lower is better (steps shared by "
+        "configurations once)",
+        (
+            "configuration",
+            "distribution",
+            "NLL",
+            "target's own there",
+            "source itself",
+            "coverage",
+            "exact contexts",
+            "mass moved",
+            "entropy before, after",
+        ),
+        tuple(
+            (
+                row.run,
+                row.name,
+                _nats(row.nll),
+                _nats(row.target_nll),
+                _nats(row.source_nll),
+                _percent(row.coverage),
+                _percent(row.exact_contexts),
+                _percent(row.mass_moved),
+                "" if row.source_entropy is None else f"{_nats(row.source_entropy)}, {_nats(row.aligned_entropy)}",
+            )
+            for row in rows
+        ),
+        text_columns=(0, 1),
+    )
+
+
+def _mean(figure: int | Mean | None) -> float | None:
+    return figure.value if isinstance(figure, Mean) and figure.count else None
+
+
+def _share(part: int | Mean | None, whole: int | Mean | None) -> float | None:
+    return part / whole if isinstance(part, int) and isinstance(whole, int) and whole else None
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], store: Store) -> ResultTable:
+    """Seconds and tokens of every step that computed something."""
+    rows, shown = [], set()
+    for run in runs:
+        for step in statuses[run.config.name].steps:
+            folder = run.steps[step.key].folder
+            if folder in shown:
+                continue
+            shown.add(folder)
+            seconds, tokens = _seconds(step, run, store)
+            if seconds:
+                rows.append((step.key, run.config.name, f"{seconds:.1f}", f"{tokens:,}", f"{tokens / seconds:,.0f}"))
+    return ResultTable(
+        "Seconds of computing (start-up left out), shared steps once",
+        ("step", "configuration", "seconds", "tokens", "tokens/s"),
+        tuple(rows),
+        text_columns=(0, 1),
+    )
+
+
+def _seconds(status: StepStatus, run: ResolvedRun, store: Store) -> tuple[float, int]:
+    step = run.steps[status.key]
+    if step.stage == "eval":
+        result = read_result(store, step) or {}
+        return result.get("seconds", 0.0), result.get("num_tokens", 0)
+    if step.stage == "train":
+        seconds, before = 0.0, 0
+        for record in training_log(run, store):
+            seconds += (record["num_tokens"] - before) / record["tokens_per_second"]
+            before = record["num_tokens"]
+        return seconds, before
+    return sum(manifest.seconds for manifest in status.manifests.values()), status.num_tokens
+
+
+def training_log(run: ResolvedRun, store: Store) -> list[dict[str, Any]]:
+    """The step records of a run's training, in order; a last line that a killed process left half written is skipped."""
+    try:
+        lines = store.read(f"{run.steps['train'].folder}/log.jsonl").decode().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,0 +1,43 @@
+"""Means of many documents' figures with the uncertainty that comes from having read these documents and no others."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Estimate(NamedTuple):
+    """A mean, and its standard error over documents (NaN for fewer than two)."""
+
+    mean: float
+    error: float
+
+
+def weighted_mean(figures: np.ndarray, weights: np.ndarray) -> Estimate:
+    """The mean of documents' figures, and its standard error by the ratio estimator.
+
+    Args:
+        figures: (D,) each document's own mean.
+        weights: (D,) > 0: bytes, positions, whatever each figure is a mean over.
+
+    Returns:
+        The mean over all bytes or positions; NaN without documents.
+    """
+    if not len(figures):
+        return Estimate(math.nan, math.nan)
+    mean = float(np.average(figures, weights=weights))
+    if len(figures) < 2:
+        return Estimate(mean, math.nan)
+    spread = weights / weights.sum() * (figures - mean)
+    return Estimate(mean, float(np.sqrt(len(figures) / (len(figures) - 1) * (spread**2).sum())))
+
+
+def clustered_mean(values: np.ndarray, documents: np.ndarray) -> Estimate:
+    """The mean of single positions' values. Those of one document are not independent, so the error is over documents.
+
+    Args:
+        values: (P,) finite.
+        documents: (P,) the document that each position is in.
+    """
+    _, place, counts = np.unique(documents, return_inverse=True, return_counts=True)
+    return weighted_mean(np.bincount(place, values) / counts, counts.astype(np.float64))
