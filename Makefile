@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data shard logits align fuse train eval status inspect report verify test test-fast check format bench clean
+.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect report verify test test-fast check format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ shard: $(VENV)/.installed $(DEMO_DATA)  ## cut the dataset into frozen shards
 
 logits align fuse train eval: $(VENV)/.installed $(DEMO_DATA)  ## a stage, and the stages before it where they are incomplete
 	$(PTAFUSE) $@ $(CONFIG) --run $(RUN) --upstream $(ARGS)
+
+sweep: $(VENV)/.installed $(DEMO_DATA)  ## SWEEP=file.toml: many settings and seeds, one table
+	$(PTAFUSE) sweep $(SWEEP) --run $(RUN) $(ARGS)
 
 status: $(VENV)/.installed  ## what is done, and what to run next
 	$(PTAFUSE) status $(RUN) $(ARGS)

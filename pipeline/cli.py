@@ -59,6 +59,12 @@ def run_named_stage(run: Run, stage: str) -> None:
         run_stage(run, stage)
 
 
+def run_all_stages(run: Run) -> None:
+    """Run every stage of a configuration, in order."""
+    for stage in STAGE_HELP:
+        run_named_stage(run, stage)
+
+
 STAGE_HELP = {
     "shard": "Cut the dataset into frozen shards of segments that fit every tokenizer.",
     "logits": "Run each model over every shard and keep the top-k logprobs of every position.",
@@ -167,6 +173,21 @@ def report(
     print_report(store, _console())
     if html is not None:
         write_page(store, html, _console())
+
+
+@app.command()
+def sweep(
+    path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A TOML file: what is varied, and the seeds.")],
+    run: RunOption = DEFAULT_RUN,
+    local: LocalOption = False,
+) -> None:
+    """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
+    from pipeline.report import as_rich
+    from pipeline.sweep import load_sweep, run_sweep, sweep_results, sweep_table
+
+    loaded, console = load_sweep(path), _console()
+    run_sweep(loaded, run, console, local=local, run_stages=run_all_stages)
+    console.print(as_rich(sweep_table(loaded, sweep_results(loaded, Store(run)))))
 
 
 @app.command(name="config")

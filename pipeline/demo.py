@@ -7,7 +7,7 @@ from typing import Final
 
 from rich.console import Console
 
-from pipeline.cli import STAGE_HELP, run_named_stage
+from pipeline.cli import run_all_stages
 from pipeline.demo_data import prepare
 from pipeline.engine import open_run
 from pipeline.plan import Request
@@ -41,7 +41,6 @@ def run_demo(run_url: str, console: Console, *, local: bool) -> None:
     for variant in VARIANTS:
         console.rule(f"{variant.name}: {', '.join(variant.overrides)}", align="left")
         run = open_run(Request(DEMO_CONFIG, variant.overrides), run_url, console, local=local)
-        for stage in STAGE_HELP:
-            run_named_stage(run, stage)
+        run_all_stages(run)
     print_report(Store(run_url), console)
     console.print(f"make demo took {time.monotonic() - started:.0f} s after the downloads")

@@ -105,10 +105,15 @@ def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) ->
         result - baseline over all bytes (negative: better), and the standard error of that difference, from the
         documents' differences weighted by their bytes (the ratio estimator); NaN for fewer than two documents.
     """
+    return weighted_mean(*document_differences(result, baseline))
+
+
+def document_differences(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Each document's difference in bits per byte, (D,), and its bytes, (D,): the documents that both evaluations have."""
     before = {part["doc_id"]: part for part in baseline["documents"]}
     pairs = [(part, before[part["doc_id"]]) for part in result["documents"] if part["doc_id"] in before]
     differences = np.array([part["bits_per_byte"] - other["bits_per_byte"] for part, other in pairs])
-    return weighted_mean(differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64))
+    return differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64)
 
 
 def _held_out_row(

@@ -1,6 +1,7 @@
 """The train stage of a run: from the fuse manifests to a trained model in the run directory."""
 
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -59,6 +60,17 @@ def is_trained(run: Run) -> bool:
             f"`ptafuse verify {run.store.url} --repair`, then {command(run, 'train')}"
         )
     return True
+
+
+def discard_model(run: Run) -> None:
+    """Remove a trained model and its checkpoints, which are large; its step log stays.
+
+    The step counts as not done afterwards, so the manifest goes first.
+    """
+    folder = Path(run.store.path(run.resolved.steps["train"].folder))
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for part in (*folder.glob("model"), *folder.glob("checkpoint-*")):
+        shutil.rmtree(part)
 
 
 def run_training(run: Run) -> None:

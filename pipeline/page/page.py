@@ -23,11 +23,12 @@ from pipeline.results import (
     training_log,
 )
 from pipeline.status import RunStatus, StepStatus, read_status, shown_figure
+from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name, sweep_results, sweep_table
 from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000
 """Positions in the document viewer, about 0.8 kB each."""
-SECTIONS: Final = ("Summary", "Teacher", "Training", "Stages", "Documents", "Settings")
+SECTIONS: Final = ("Summary", "Teacher", "Training", "Sweeps", "Stages", "Documents", "Settings")
 
 
 def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
@@ -45,6 +46,11 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         raise ValueError(
             f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
         )
+    sweeps = recorded_sweeps(store)
+    swept = {
+        run_name(sweep.name, cell.name, seed) for sweep in sweeps for cell in cells_of(sweep) for seed in sweep.seeds
+    }
+    runs = [run for run in runs if run.config.name not in swept] or runs[-1:]
     statuses = {run.config.name: read_status(run, store) for run in runs}
     results = held_out(runs, store)
     teachers = teacher_rows(runs, statuses)
@@ -63,6 +69,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         teacher=teacher_table(teachers),
         teacher_plot=_teacher_plot(teachers),
         loss_plot=_loss_plot(runs, store),
+        sweeps=[_described_sweep(sweep, store) for sweep in sweeps],
         times=time_table(runs, statuses, store),
         stage_health=_health_tables(runs, statuses),
         has_documents=bool(viewer["views"]),
@@ -122,6 +129,17 @@ def _teacher_plot(rows: Sequence[TeacherRow]) -> str:
             if value is not None:
                 entries.append(Bar(label, value, group=group))
     return bars(entries, axis="nats") if entries else ""
+
+
+def _described_sweep(sweep: SweepConfig, store: Store) -> dict[str, Any]:
+    results = sweep_results(sweep, store)
+    entries = [
+        Bar(result.name, result.against_baseline.mean, result.against_baseline.error)
+        for result in results
+        if result.against_baseline is not None
+    ]
+    plot = bars(entries, axis=f"bits per byte, difference to {sweep.baseline}") if entries else ""
+    return {"name": sweep.name, "table": sweep_table(sweep, results), "plot": plot}
 
 
 def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:

@@ -1,0 +1,127 @@
+"""``ptafuse sweep``: cells, sharing of stages, going on after a stop, and figures against their definitions."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, sweep_results, sweep_table
+from stages.contract.store import Store
+from tests.tiny_run import data_hashes, ptafuse
+
+SWEEP = """
+name = "lambda"
+config = "{config}"
+seeds = [1, 2]
+baseline = "gold"
+
+[set]
+"train.batch_size" = 8
+
+[[variants]]
+name = "gold"
+set = {{ "train.lambda" = 1.0 }}
+
+[[variants]]
+name = "fused"
+set = {{ "train.lambda" = [0.8, 0.2] }}
+"""
+
+
+@pytest.fixture
+def sweep_file(tiny_config: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP.format(config=tiny_config))
+    return path
+
+
+def test_lists_of_values_are_combined() -> None:
+    sweep = SweepConfig.model_validate(
+        {
+            "name": "s",
+            "config": "demo",
+            "set": {"train.num_epochs": 2},
+            "variants": [
+                {"name": "plain"},
+                {"name": "grid", "set": {"align.epsilon": [0.1, 0.5], "align.cost": ["prefix", "semantic"]}},
+            ],
+        }
+    )
+    cells = {cell.name: cell.overrides for cell in cells_of(sweep)}
+    assert list(cells) == [
+        "plain",
+        *(f"grid-epsilon-{epsilon}-cost-{cost}" for epsilon in (0.1, 0.5) for cost in ("prefix", "semantic")),
+    ]
+    assert cells["plain"] == ("train.num_epochs=2",)
+    assert set(cells["grid-epsilon-0.5-cost-prefix"]) == {
+        "train.num_epochs=2",
+        "align.epsilon=0.5",
+        'align.cost="prefix"',
+    }
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (
+            'baseline = "gold"',
+            'baseline = "silver"',
+            "baseline = 'silver' is none of the cells: gold, fused-lambda-0.8",
+        ),
+        ("[0.8, 0.2]", "[0.8, 0.8]", "'fused-lambda-0.8' is there twice"),
+        ("[0.8, 0.2]", "[0.8, 7.5]", "cell fused-lambda-7.5"),
+        ('"train.batch_size"', '"train.batchsize"', "there is no such setting"),
+        ("seeds", "sedes", "Extra inputs are not permitted"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_anything_runs(sweep_file: Path, before: str, after: str, message: str) -> None:
+    text = sweep_file.read_text()
+    assert before in text
+    sweep_file.write_text(text.replace(before, after))
+    with pytest.raises(ConfigError, match=message):
+        load_sweep(sweep_file)
+
+
+@pytest.mark.slow
+def test_a_stopped_sweep_goes_on_and_computes_nothing_twice(sweep_file: Path, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    whole = sweep_file.read_text()
+    sweep_file.write_text(whole.replace("seeds = [1, 2]", "seeds = [1]"))
+    ptafuse("sweep", str(sweep_file), "--run", str(run), "--local")
+    before = data_hashes(run)
+    figures = {path: path.read_bytes() for path in run.glob("eval/fused/*/*.json")}
+    manifests = {path: path.stat().st_mtime_ns for path in run.glob("**/manifests/*.json")}
+    assert len(figures) == 3
+    assert len({folder for folder in before if folder.startswith("fuse")}) == 1  # all cells share what is before train
+    assert not list(run.glob("train/*/model"))  # removed when they were evaluated
+
+    sweep_file.write_text(whole)
+    shown = ptafuse("sweep", str(sweep_file), "--run", str(run), "--local").stdout
+    assert shown.count("nothing to do\n") >= 3
+    assert {path: path.stat().st_mtime_ns for path in run.glob("**/manifests/*.json")} == manifests
+    assert all(path.read_bytes() == value for path, value in figures.items())
+    assert len(list(run.glob("eval/fused/*/*.json"))) == 6
+
+    store = Store(str(run))
+    (sweep,) = recorded_sweeps(store)
+    results = {result.name: result for result in sweep_results(sweep, store)}
+    assert results["gold"].against_baseline is None
+    by_name = {
+        record["config"]["name"]: json.loads((run / "eval" / "fused" / name / "bits-per-byte.json").read_text())
+        for record in (json.loads(path.read_text()) for path in run.glob("configs/*.json"))
+        for name in [record["steps"]["eval/fused"]["fingerprint"]]
+    }
+    differences = [
+        by_name[f"lambda-fused-lambda-0.2-seed{seed}"]["bits_per_byte"]
+        - by_name[f"lambda-gold-seed{seed}"]["bits_per_byte"]
+        for seed in (1, 2)
+    ]
+    found = results["fused-lambda-0.2"]
+    assert found.against_baseline.mean == pytest.approx(np.mean(differences), abs=1e-6)
+    assert found.seed_error == pytest.approx(abs(differences[0] - differences[1]) / 2, abs=1e-6)
+    assert not math.isnan(found.against_baseline.error)
+    table = sweep_table(sweep, list(results.values()))
+    assert [row[:2] for row in table.rows] == [("gold", "2"), ("fused-lambda-0.8", "2"), ("fused-lambda-0.2", "2")]
