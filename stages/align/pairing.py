@@ -10,6 +10,7 @@ from enum import IntEnum
 import numpy as np
 from numba import njit
 
+from stages.align.cheapest_path import cheapest_path
 from stages.align.distance import levenshtein_matrix
 
 NO_POSITION = -1
@@ -25,8 +26,6 @@ class Role(IntEnum):
 
 ROLE_TEXTS = {Role.BOS: "<bos>", Role.EOS: "<eos>"}
 """What a special token's text is for the edit distance, whatever its tokenizer calls it."""
-
-_DIAGONAL, _SOURCE_STEP, _TARGET_STEP = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,13 @@ def token_roles(token_ids: np.ndarray, *, bos_id: int | None, eos_id: int | None
     return roles
 
 
-def edit_distance_pairing(source_texts: Sequence[str], target_texts: Sequence[str]) -> Pairing:
+def edit_distance_pairing(
+    source_texts: Sequence[str],
+    target_texts: Sequence[str],
+    *,
+    source_byte_end: np.ndarray,
+    target_byte_end: np.ndarray,
+) -> Pairing:
     """The paper's dynamic token pairing, exact.
 
     ``f(k, j) = c(B_k, A_j) + min(f(k-1, j-1), f(k-1, j), f(k, j-1))`` from the first pair to the last, with c the
@@ -92,9 +97,11 @@ def edit_distance_pairing(source_texts: Sequence[str], target_texts: Sequence[st
     Args:
         source_texts: B, (N), without word-boundary markers; a special token's is its role's.
         target_texts: A, (M).
+        source_byte_end: (N,) nondecreasing; where the search begins, never what it finds.
+        target_byte_end: (M,) the same.
 
     Returns:
-        The pairing; without any pair when a side is empty. Time and memory O(N M), one byte a cell.
+        The pairing; without any pair when a side is empty. Time and memory as of ``cheapest_path``.
 
     Source: PTA-LLM, "Dynamic token pairing".
     """
@@ -103,8 +110,9 @@ def edit_distance_pairing(source_texts: Sequence[str], target_texts: Sequence[st
     if not source_unique or not target_unique:
         return _no_pairs(len(target_index))
     distances = levenshtein_matrix(source_unique, target_unique)
-    start, end, cost = _cheapest_path(distances, source_index, target_index)
-    return Pairing(start, end, int(cost))
+    return Pairing(
+        *cheapest_path(distances, source_index, target_index, source_end=source_byte_end, target_end=target_byte_end)
+    )
 
 
 def boundary_pairing(
@@ -169,50 +177,6 @@ def _unique(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
 def _no_pairs(num_target: int) -> Pairing:
     nothing = np.full(num_target, NO_POSITION, np.int32)
     return Pairing(nothing, nothing.copy(), 0)
-
-
-@njit(cache=True)
-def _cheapest_path(
-    distances: np.ndarray, source_index: np.ndarray, target_index: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Spans of the cheapest path through the (N, M) grid, and its cost; distances are between unique texts."""
-    num_source, num_target = len(source_index), len(target_index)
-    step = np.empty((num_source, num_target), np.uint8)
-    before = np.empty(num_target, np.int64)  # f(k-1, .)
-    here = np.empty(num_target, np.int64)  # f(k, .)
-    for k in range(num_source):
-        row = distances[source_index[k]]
-        for j in range(num_target):
-            cost = np.int64(row[target_index[j]])
-            if k == 0 and j == 0:
-                best, move = np.int64(0), _DIAGONAL
-            elif k == 0:
-                best, move = here[j - 1], _TARGET_STEP
-            elif j == 0:
-                best, move = before[j], _SOURCE_STEP
-            else:
-                best, move = before[j - 1], _DIAGONAL
-                if before[j] < best:
-                    best, move = before[j], _SOURCE_STEP
-                if here[j - 1] < best:
-                    best, move = here[j - 1], _TARGET_STEP
-            here[j] = cost + best
-            step[k, j] = move
-        before, here = here, before
-    start = np.empty(num_target, np.int32)
-    end = np.empty(num_target, np.int32)
-    k, j = num_source - 1, num_target - 1
-    end[j] = num_source
-    while k > 0 or j > 0:
-        start[j] = k  # the path goes back, so the last one written is the span's first
-        move = step[k, j]
-        if move != _TARGET_STEP:
-            k -= 1
-        if move != _SOURCE_STEP:
-            j -= 1
-            end[j] = k + 1
-    start[0] = 0
-    return start, end, before[num_target - 1]
 
 
 @njit(cache=True)

@@ -153,6 +153,8 @@ class SegmentAligner:
             pairing = edit_distance_pairing(
                 self._source.pairing_texts(source.token_ids, source_roles),
                 self._target.pairing_texts(target.token_ids, target_roles),
+                source_byte_end=source.byte_end,
+                target_byte_end=target.byte_end,
             )
         partner, exact = choose_source(
             pairing, source.byte_end, target.byte_end, source_roles=source_roles, target_roles=target_roles

@@ -16,6 +16,15 @@ from tests.align.test_distance import levenshtein
 WORDS = st.lists(st.sampled_from(["", "a", "b", "ab", "the", "them", "日本", "日", "<bos>"]), min_size=1, max_size=5)
 
 
+def pair(source, target) -> Pairing:
+    """As if each token's text stood in the segment as it is."""
+    return edit_distance_pairing(source, target, source_byte_end=ends(source), target_byte_end=ends(target))
+
+
+def ends(texts) -> np.ndarray:
+    return np.cumsum([len(text.encode()) for text in texts], dtype=np.int32)
+
+
 def monotone_paths(n: int, m: int, at: tuple[int, int] = (0, 0)):
     """Every path from ``at`` to (n - 1, m - 1) by steps (1, 1), (1, 0) and (0, 1)."""
     if at == (n - 1, m - 1):
@@ -54,7 +63,7 @@ def spans(path, num_target) -> list[tuple[int, int]]:
 @settings(max_examples=60, deadline=None)
 @given(WORDS, WORDS)
 def test_edit_distance_pairing_equals_the_best_of_all_paths(source, target):
-    pairing = edit_distance_pairing(source, target)
+    pairing = pair(source, target)
     cost, path = brute_force(source, target)
     assert pairing.cost == cost
     assert list(zip(pairing.start.tolist(), pairing.end.tolist(), strict=True)) == spans(path, len(target))
@@ -66,7 +75,7 @@ def test_edit_distance_pairing_equals_the_best_of_all_paths(source, target):
     st.lists(st.text("abc", max_size=3), min_size=1, max_size=30),
 )
 def test_edit_distance_pairing_is_monotone_and_covers_both_ends(source, target):
-    pairing = edit_distance_pairing(source, target)
+    pairing = pair(source, target)
     assert pairing.start[0] == 0
     assert pairing.end[-1] == len(source)
     assert (pairing.end > pairing.start).all()
@@ -88,7 +97,7 @@ def test_edit_distance_pairing_is_monotone_and_covers_both_ends(source, target):
     ],
 )
 def test_edit_distance_pairing_of_known_sequences(source, target, start, end):
-    pairing = edit_distance_pairing(source, target)
+    pairing = pair(source, target)
     assert pairing.start.tolist() == start
     assert pairing.end.tolist() == end
 
@@ -96,20 +105,20 @@ def test_edit_distance_pairing_of_known_sequences(source, target, start, end):
 def test_a_tie_steps_along_the_source_before_the_target():
     # Two paths cost 2: over (a, b) (a, a) (b, b) (a, b) and over (a, b) (b, b) (a, a) (a, b), source first. At the last
     # pair both (k-1, j) and (k, j-1) have cost 1; the former is taken, so the last target token has two source tokens.
-    pairing = edit_distance_pairing(["a", "b", "a"], ["b", "a", "b"])
+    pairing = pair(["a", "b", "a"], ["b", "a", "b"])
     assert pairing.cost == 2
     assert list(zip(pairing.start.tolist(), pairing.end.tolist(), strict=True)) == [(0, 1), (0, 1), (1, 3)]
 
 
 @pytest.mark.parametrize(("source", "target"), [([], ["a"]), (["a"], []), ([], [])])
 def test_an_empty_side_pairs_nothing(source, target):
-    pairing = edit_distance_pairing(source, target)
+    pairing = pair(source, target)
     assert pairing.start.tolist() == pairing.end.tolist() == [-1] * len(target)
     assert not pairing.is_paired.any()
 
 
 def test_long_tokens_pair_by_their_whole_text():
-    pairing = edit_distance_pairing([" " * 300, "x"], ["x", " " * 299, "x"])
+    pairing = pair([" " * 300, "x"], ["x", " " * 299, "x"])
     assert pairing.start.tolist() == [0, 0, 1]
     assert pairing.cost == 300 + 1
 

@@ -32,16 +32,22 @@ def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Fi
 def pairing_vs_python() -> list[Figure]:
     """Edit-distance pairing of a 2,048-token segment against a plain dynamic program with a Levenshtein call a cell."""
     text = align_data.text_of_tokens(SEGMENT_TOKENS)
-    target = _texts("llama2", text)
+    target, target_end = _tokens("llama2", text)
     figures = []
     with one_core():
         for name in ("mpt-7b", "qwen3"):
-            source = _texts(name, text)
-            found = pairing.edit_distance_pairing(source, target)
+            source, source_end = _tokens(name, text)
+
+            def ours_once(source: list[str] = source, source_end: np.ndarray = source_end) -> pairing.Pairing:
+                return pairing.edit_distance_pairing(
+                    source, target, source_byte_end=source_end, target_byte_end=target_end
+                )
+
+            found = ours_once()
             cost, path = reference.pair(source, target)
             assert cost == found.cost
             assert path == _path(found)
-            ours = cpu_seconds(lambda source=source: pairing.edit_distance_pairing(source, target), 25)
+            ours = cpu_seconds(ours_once, 25)
             plain = cpu_seconds(lambda source=source: reference.pair(source, target))
             say(
                 f"{name}: {len(source)} by {len(target)} tokens, same path of cost {cost}; {ours * 1e3:.2f} ms "
@@ -54,9 +60,11 @@ def pairing_vs_python() -> list[Figure]:
     return figures
 
 
-def _texts(name: str, text: str) -> list[str]:
+def _tokens(name: str, text: str) -> tuple[list[str], np.ndarray]:
+    """A tokenizer's tokens as the pairing compares them, and where each ends."""
     tokenizer = align_data.tokenizer(name)
-    return reference.texts(tokenizer, tokenizer.encode(text, is_last=True).ids.tolist())
+    encoding = tokenizer.encode(text, is_last=True)
+    return reference.texts(tokenizer, encoding.ids.tolist()), encoding.byte_end
 
 
 def _path(found: pairing.Pairing) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from stages.align.pairing import edit_distance_pairing
 from stages.align.transport import semi_relaxed, sinkhorn
 started = time.perf_counter()
 one = np.ones((1, 1))
-edit_distance_pairing(["a"], ["a"])
+edit_distance_pairing(["a"], ["a"], source_byte_end=np.ones(1), target_byte_end=np.ones(1))
 semi_relaxed(np.ones((1, 1, 1)), one, one, epsilon=1.0)
 sinkhorn(np.ones((1, 1, 1)), one, one, epsilon=1.0, tolerance=1e-5, max_iterations=1)
 print(time.perf_counter() - started)
