@@ -25,10 +25,6 @@ EPSILON, TOLERANCE, MAX_ITERATIONS = 1 / 30, 1e-5, 2000
 SEGMENT_TOKENS = 2048
 
 
-def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
-    return Figure(f"align.{name}", value, unit, goal, f"python -m tests.benchmarks align.{benchmark}")
-
-
 def pairing_vs_python() -> list[Figure]:
     """Edit-distance pairing of a 2,048-token segment against a plain dynamic program with a Levenshtein call a cell."""
     text = align_data.text_of_tokens(SEGMENT_TOKENS)
@@ -54,9 +50,7 @@ def pairing_vs_python() -> list[Figure]:
                 f"({ours / len(target) * 1e6:.2f} us a target token) against {plain:.2f} s"
             )
             suffix = "" if name == "mpt-7b" else "_qwen3"
-            figures.append(
-                _figure("pairing_vs_python", f"pairing_vs_python{suffix}", plain / ours, "times faster", ">= 400")
-            )
+            figures.append(Figure(f"align.pairing_vs_python{suffix}", plain / ours, "times faster", ">= 400"))
     return figures
 
 
@@ -90,8 +84,8 @@ def sinkhorn_vs_pot() -> list[Figure]:
         f"{batch * 1e3:.2f} ms; plans of ot.batch differ by at most {difference:.1e}"
     )
     return [
-        _figure("sinkhorn_vs_pot", "sinkhorn_vs_pot", one_by_one / ours, "times faster", ">= 100"),
-        _figure("sinkhorn_vs_pot", "sinkhorn_vs_pot_batch", batch / ours, "times faster", ">= 50"),
+        Figure("align.sinkhorn_vs_pot", one_by_one / ours, "times faster", ">= 100"),
+        Figure("align.sinkhorn_vs_pot_batch", batch / ours, "times faster", ">= 50"),
     ]
 
 
@@ -108,8 +102,8 @@ def convergence() -> list[Figure]:
         f"with POT on {reached.sum()} of {len(chosen)} drawn, the others POT did not finish in 100,000 iterations"
     )
     return [
-        _figure("convergence", "converged_share", float(found.converged.mean()), "of problems", ">= 0.999"),
-        _figure("convergence", "plan_difference_vs_pot", float(difference), "largest entry", "<= 0.0001"),
+        Figure("align.converged_share", float(found.converged.mean()), "of problems", ">= 0.999"),
+        Figure("align.plan_difference_vs_pot", float(difference), "largest entry", "<= 0.0001"),
     ]
 
 
@@ -144,11 +138,11 @@ def paper() -> list[Figure]:
         plain = _plain_rate(made, reference.sinkhorn, ROUNDS)
         in_logs = _plain_rate(made, reference.sinkhorn_log, 3)
         iterations = _solve(*align_data.problems()).iterations.mean()
-        limits.say_limit(1e6 / rate, iterations, align_data.TOP_K, _mean_source_tokens())
+        limits.say_limit(1e6 / rate, iterations, align_data.TOP_K)
     return [
-        _figure("paper", "paper_tokens_per_second", rate, "target tokens/s on one core", ">= 25000"),
-        _figure("paper", "paper_vs_python", rate / plain, "times faster", ">= 250"),
-        _figure("paper", "paper_vs_python_log_domain", rate / in_logs, "times faster", ">= 250"),
+        Figure("align.paper_tokens_per_second", rate, "target tokens/s on one core", ">= 25000"),
+        Figure("align.paper_vs_python", rate / plain, "times faster", ">= 250"),
+        Figure("align.paper_vs_python_log_domain", rate / in_logs, "times faster", ">= 250"),
     ]
 
 
@@ -156,8 +150,7 @@ def semi_relaxed_tokens_per_second() -> list[Figure]:
     """The stage with the ``semi-relaxed`` preset, Parquet to Parquet, on one core."""
     with one_core():
         rate, _ = _stage_rate("semi-relaxed")
-    name = "semi_relaxed_tokens_per_second"
-    return [_figure(name, name, rate, "target tokens/s on one core", ">= 60000")]
+    return [Figure("align.semi_relaxed_tokens_per_second", rate, "target tokens/s on one core", ">= 60000")]
 
 
 def _stage_rate(preset: str) -> tuple[float, AlignStage]:
@@ -223,11 +216,6 @@ def _plain_rate(made: AlignStage, solver: Callable, num_segments: int) -> float:
     return statistics.median(rates)
 
 
-def _mean_source_tokens() -> float:
-    rows = align_data.read(align_data.shards()[0][1])["token_ids"].to_pylist()
-    return float(np.mean([len(row) for row in rows]))
-
-
 def bytes_per_token() -> list[Figure]:
     """Bytes a target token of an aligned shard at k = 10; ids of the run folded into a vocabulary of 32,000."""
     import duckdb
@@ -247,7 +235,7 @@ def bytes_per_token() -> list[Figure]:
         assert rows == table.num_rows
         say(f"{preset}: {data.num_bytes} bytes, {rows} rows, {tokens} tokens as DuckDB counts them")
         name = "bytes_per_token" if preset == "paper" else "bytes_per_token_semi_relaxed"
-        figures.append(_figure("bytes_per_token", name, data.num_bytes / tokens, "bytes", "<= 30"))
+        figures.append(Figure(f"align.{name}", data.num_bytes / tokens, "bytes", "<= 30"))
     return figures
 
 

@@ -13,14 +13,14 @@ class Figure:
         value: what was measured.
         unit: of the value.
         goal: what it should be, in words that a program can compare: ``"<= 50"``.
-        command: what measures it again.
+        command: what measures it again; the program fills it in.
     """
 
     name: str
     value: float
     unit: str
     goal: str
-    command: str = "make bench"
+    command: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As printed; the value with four significant digits."""

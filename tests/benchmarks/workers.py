@@ -28,9 +28,7 @@ def two_workers_vs_one() -> list[Figure]:
             if number:  # the first round fills caches
                 ratios.append(2 * one / two)
                 say(f"one worker {one:.2f} s, two with as much each {two:.2f} s")
-    name = "two_workers_vs_one"
-    value = sorted(ratios)[len(ratios) // 2]
-    return [Figure(f"align.{name}", value, "times", ">= 1.8", f"python -m tests.benchmarks workers.{name}")]
+    return [Figure("align.two_workers_vs_one", sorted(ratios)[len(ratios) // 2], "times", ">= 1.8")]
 
 
 def memory_growth() -> list[Figure]:
@@ -48,9 +46,7 @@ def memory_growth() -> list[Figure]:
         f"peak resident memory {few / 2**10:.0f} MB after {SMALL_SHARDS[0]} shards, {many / 2**10:.0f} MB after "
         f"{SMALL_SHARDS[1]}"
     )
-    name = "memory_growth"
-    value = 100 * (many / few - 1)
-    return [Figure(f"align.{name}", value, "%", "<= 5", f"python -m tests.benchmarks workers.{name}")]
+    return [Figure("align.memory_growth", 100 * (many / few - 1), "%", "<= 5")]
 
 
 @contextmanager
