@@ -57,10 +57,15 @@ class Side:
 
     def pairing_texts(self, token_ids: np.ndarray, roles: np.ndarray) -> list[str]:
         """Texts for the pairing's edit distance: without marker, special tokens by role."""
-        return [
-            self.vocabulary.pairing_text(token_id) if role == Role.TEXT else ROLE_TEXTS[Role(role)]
-            for token_id, role in zip(token_ids.tolist(), roles.tolist(), strict=True)
+        texts = self.texts  # decoded once, not once a token
+        is_marked = self.vocabulary.is_marked[token_ids].tolist()
+        found = [
+            texts[token_id][1:] if marked else texts[token_id]
+            for token_id, marked in zip(token_ids.tolist(), is_marked, strict=True)
         ]
+        for position in np.flatnonzero(roles != Role.TEXT):
+            found[position] = ROLE_TEXTS[Role(roles[position])]
+        return found
 
     def check(self, rows: ModelRows) -> None:
         """Refuse rows that another tokenizer must have made.
