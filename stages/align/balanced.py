@@ -8,10 +8,12 @@ Between two evaluations of an exponential the plan is only ever multiplied, by f
 a step needs as many exponentials as there are columns, not as there are entries.
 """
 
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 from numba import njit
+
+from stages.align.lanes import Lanes, new_lanes
 
 NUM_LANES: Final = 32
 """Wide enough for any vector unit, and little enough that 10 by 10 problems stay in a core's second-level cache."""
@@ -40,42 +42,30 @@ _SHIFT: Final = 1.5 * 2.0**52
 """Added to a number, it leaves the nearest integer in the low bits of the sum."""
 
 
-class _Lanes(NamedTuple):
-    """The problems being solved; the last axis is the lane."""
-
-    a: np.ndarray  # (n, L)
-    b: np.ndarray  # (m, L)
-    inverse_a: np.ndarray  # (n, L), 0 where a is
-    plan: np.ndarray  # (n, m, L), rows exact
-    columns: np.ndarray  # (m, L) column sums of the plan
-    potential: np.ndarray  # (m, L) of the columns at the last exponential, in units of cost
-    factor: np.ndarray  # (m, L) by which the columns were multiplied since, up to the rows' rescaling
-    trial: np.ndarray  # (m, L) factors of a step
-    trial_columns: np.ndarray  # (m, L)
-    row_scale: np.ndarray  # (n, L)
-    laplacian: np.ndarray  # (m, m, L)
-    direction: np.ndarray  # (m, L) Newton's step, in epsilons
-    error: np.ndarray  # (L,) largest violation of a column's marginal
-    trial_error: np.ndarray  # (L,)
-    epsilon: np.ndarray  # (L,) on its way down
-    goal: np.ndarray  # (L,) error at which this epsilon has done its work
-    size: np.ndarray  # (L,) share of Newton's step that is tried
-    problem: np.ndarray  # (L,) int64, which one; -1: the lane has no more
-    used: np.ndarray  # (L,) int64 iterations
-
-
-@njit(cache=True)
 def solve_batch(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Solve B checked problems; arguments and results as of ``transport.sinkhorn``."""
     num_problems, n, m = cost.shape
+    return _solve(new_lanes(n, m, min(NUM_LANES, num_problems)), cost, a, b, epsilon, tolerance, max_iterations)
+
+
+@njit(cache=True)
+def _solve(
+    lanes: Lanes,
+    cost: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    epsilon: float,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    num_problems = len(cost)
+    num_lanes = len(lanes.problem)
     plan = np.zeros(cost.shape)
     error = np.zeros(num_problems)
     converged = np.ones(num_problems, np.bool_)
     iterations = np.zeros(num_problems, np.int64)
-    num_lanes = min(NUM_LANES, num_problems)
-    lanes = _new_lanes(n, m, num_lanes)
     following = 0
     for lane in range(num_lanes):
         following = _take(lanes, lane, cost, a, b, following, epsilon, tolerance)
@@ -104,33 +94,8 @@ def solve_batch(
 
 
 @njit(cache=True)
-def _new_lanes(n: int, m: int, num_lanes: int) -> _Lanes:
-    return _Lanes(
-        np.zeros((n, num_lanes)),
-        np.zeros((m, num_lanes)),
-        np.zeros((n, num_lanes)),
-        np.zeros((n, m, num_lanes)),
-        np.zeros((m, num_lanes)),
-        np.zeros((m, num_lanes)),
-        np.ones((m, num_lanes)),
-        np.ones((m, num_lanes)),
-        np.zeros((m, num_lanes)),
-        np.zeros((n, num_lanes)),
-        np.zeros((m, m, num_lanes)),
-        np.zeros((m, num_lanes)),
-        np.zeros(num_lanes),
-        np.zeros(num_lanes),
-        np.ones(num_lanes),
-        np.ones(num_lanes),
-        np.ones(num_lanes),
-        np.full(num_lanes, -1, np.int64),
-        np.zeros(num_lanes, np.int64),
-    )
-
-
-@njit(cache=True)
 def _take(
-    lanes: _Lanes,
+    lanes: Lanes,
     lane: int,
     cost: np.ndarray,
     a: np.ndarray,
@@ -164,7 +129,7 @@ def _take(
 
 
 @njit(cache=True)
-def _set_epsilon(lanes: _Lanes, lane: int, cost: np.ndarray, current: float, last: float, tolerance: float) -> None:
+def _set_epsilon(lanes: Lanes, lane: int, cost: np.ndarray, current: float, last: float, tolerance: float) -> None:
     mass = 0.0
     for x in range(len(lanes.a)):
         mass += lanes.a[x, lane]
@@ -175,20 +140,20 @@ def _set_epsilon(lanes: _Lanes, lane: int, cost: np.ndarray, current: float, las
 
 
 @njit(cache=True)
-def _lower_epsilon(lanes: _Lanes, lane: int, cost: np.ndarray, last: float, tolerance: float) -> None:
+def _lower_epsilon(lanes: Lanes, lane: int, cost: np.ndarray, last: float, tolerance: float) -> None:
     _absorb_factors(lanes, lane)
     _set_epsilon(lanes, lane, cost, max(last, _SCALING * lanes.epsilon[lane]), last, tolerance)
 
 
 @njit(cache=True)
-def _absorb_factors(lanes: _Lanes, lane: int) -> None:
+def _absorb_factors(lanes: Lanes, lane: int) -> None:
     for y in range(len(lanes.b)):
         lanes.potential[y, lane] += lanes.epsilon[lane] * np.log(lanes.factor[y, lane])
         lanes.factor[y, lane] = 1.0
 
 
 @njit(cache=True)
-def _evaluate(lanes: _Lanes, lane: int, cost: np.ndarray) -> None:
+def _evaluate(lanes: Lanes, lane: int, cost: np.ndarray) -> None:
     """A lane's plan from its potentials, rows exact, its column sums and its error."""
     n, m = len(lanes.a), len(lanes.b)
     inverse = 1.0 / lanes.epsilon[lane]
@@ -259,7 +224,7 @@ def _exponential(exponents: np.ndarray) -> np.ndarray:
 
 
 @njit(cache=True)
-def _put(lanes: _Lanes, lane: int, plan: np.ndarray) -> float:
+def _put(lanes: Lanes, lane: int, plan: np.ndarray) -> float:
     """Write a lane's plan; returns the largest violation of a marginal."""
     n, m = plan.shape
     error = 0.0
@@ -278,7 +243,7 @@ def _put(lanes: _Lanes, lane: int, plan: np.ndarray) -> float:
 
 
 @njit(cache=True)
-def _scale_columns(lanes: _Lanes) -> None:
+def _scale_columns(lanes: Lanes) -> None:
     """One of Sinkhorn's iterations in every lane.
 
     It never lowers the dual, and sets right the columns that are wrong by orders of magnitude, for which Newton's
@@ -298,7 +263,7 @@ def _scale_columns(lanes: _Lanes) -> None:
 
 
 @njit(cache=True)
-def _evaluate_trial(lanes: _Lanes) -> None:
+def _evaluate_trial(lanes: Lanes) -> None:
     """For columns multiplied by ``trial``: what the rows are multiplied with then, the column sums and the error."""
     n, m, num_lanes = lanes.plan.shape
     plan, trial, row_scale, trial_columns = lanes.plan, lanes.trial, lanes.row_scale, lanes.trial_columns
@@ -321,7 +286,7 @@ def _evaluate_trial(lanes: _Lanes) -> None:
 
 
 @njit(cache=True)
-def _accept_trial(lanes: _Lanes) -> None:
+def _accept_trial(lanes: Lanes) -> None:
     n, m, num_lanes = lanes.plan.shape
     plan, trial, row_scale = lanes.plan, lanes.trial, lanes.row_scale
     for x in range(n):
@@ -335,7 +300,7 @@ def _accept_trial(lanes: _Lanes) -> None:
 
 
 @njit(cache=True)
-def _newton_direction(lanes: _Lanes) -> None:
+def _newton_direction(lanes: Lanes) -> None:
     """Newton's step of the column potentials, in epsilons, with one column of each connected part held.
 
     The dual's Hessian is minus the Laplacian of the graph in which two columns are as near as the rows that they share.
@@ -403,7 +368,7 @@ def _inverse_degree(links: np.ndarray, inverse: np.ndarray) -> None:
 
 
 @njit(cache=True)
-def _try_step(lanes: _Lanes) -> None:
+def _try_step(lanes: Lanes) -> None:
     """Take a share of Newton's step where it brings the columns closer or raises the dual; else try less next time."""
     n, m, num_lanes = lanes.plan.shape
     longest = np.zeros(num_lanes)
@@ -443,7 +408,7 @@ def _try_step(lanes: _Lanes) -> None:
 
 
 @njit(cache=True)
-def _gain(lanes: _Lanes, lane: int, step: float) -> float:
+def _gain(lanes: Lanes, lane: int, step: float) -> float:
     """What a step adds to a lane's dual, in epsilons."""
     gain = 0.0
     for y in range(len(lanes.b)):
@@ -455,7 +420,7 @@ def _gain(lanes: _Lanes, lane: int, step: float) -> float:
 
 
 @njit(cache=True)
-def _refresh_overflowing(lanes: _Lanes, cost: np.ndarray) -> None:
+def _refresh_overflowing(lanes: Lanes, cost: np.ndarray) -> None:
     """Compute a lane's plan anew from its potentials before its factors leave the range of floating-point numbers."""
     m, num_lanes = lanes.factor.shape
     for i in range(num_lanes):
