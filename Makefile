@@ -15,7 +15,7 @@ export PYTHONDONTWRITEBYTECODE :=
 DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect report verify test test-fast check format bench clean
+.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare report verify test test-fast check format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +52,9 @@ sweep: $(VENV)/.installed $(DEMO_DATA)  ## SWEEP=file.toml: many settings and se
 
 status: $(VENV)/.installed  ## what is done, and what to run next
 	$(PTAFUSE) status $(RUN) $(ARGS)
+
+compare: $(VENV)/.installed $(DEMO_DATA)  ## from finished logits: teacher NLL of every way of aligning, on the same positions
+	$(PTAFUSE) compare $(CONFIG) --run $(RUN) $(ARGS)
 
 HTML ?= report.html
 report: $(VENV)/.installed  ## the tables of everything evaluated in RUN, and the same with plots and a viewer as the page HTML=

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,15 @@ LocalOption = Annotated[bool, typer.Option("--local", help="Compute in this proc
 StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse other library versions than finished shards had.")]
 UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
 ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+TailOption = Annotated[
+    Literal["bucket", "renormalise"],
+    typer.Option(
+        help="What every row does with the mass outside its top-k. `bucket`: nothing, a probability is what the row gives "
+        "the token, so that confidence it does not have earns nothing. `renormalise`: each row is rescaled to 1, as the "
+        "paper does; a row that knows little of the mass then gains most."
+    ),
+]
 
 PLAIN_WIDTH = 100
 """Columns of tables that go to a file or a pipe."""
@@ -101,7 +110,7 @@ for _stage, _help in STAGE_HELP.items():
 @app.command()
 def status(
     run: RunArgument = DEFAULT_RUN,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: JsonOption = False,
     config: ConfigNameOption = None,
 ) -> None:
     """What is done, pending and failed, and what to run next. Reads storage only."""
@@ -188,6 +197,35 @@ def sweep(
     loaded, console = load_sweep(path), _console()
     run_sweep(loaded, run, console, local=local, run_stages=run_all_stages)
     console.print(as_rich(sweep_table(loaded, sweep_results(loaded, Store(run)))))
+
+
+@app.command()
+def compare(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    source: Annotated[str | None, typer.Option(help="One of the sources; all of them by default.")] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(min=1, help="Read this many, evenly spread; by default as many as hold 100,000 tokens."),
+    ] = None,
+    epsilon: Annotated[list[float] | None, typer.Option(help="A further epsilon for both presets; repeat it.")] = None,
+    tail: TailOption = "bucket",
+    as_json: JsonOption = False,
+) -> None:
+    """Teacher NLL of every way of aligning, on the same positions, from finished logits; writes nothing."""
+    from pipeline.compare import compare as compare_run
+    from pipeline.compare import print_comparison, to_json
+
+    request = Request(config, tuple(sets or ()))
+    loaded, found = compare_run(
+        request, run, source=source, num_shards=shards, epsilons=tuple(epsilon or ()), tail=tail
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(to_json(loaded, found, tail), indent=1) + "\n")
+        return
+    for part in found:
+        print_comparison(loaded, part, tail, _console())
 
 
 @app.command(name="config")

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import pyarrow as pa
 from rich.console import Console
 
 from pipeline import local_runner
@@ -111,6 +112,24 @@ def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
                 f"{key} is incomplete ({done} of {plan.num_shards} shards): run {command(run, step.stage)}"
             )
     return plan.num_shards
+
+
+def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[str, pa.Table]:
+    """What a step reads for a shard, by input name.
+
+    Raises:
+        StageError: an input is not done, or not there any more.
+    """
+    tables = {}
+    for name, key in step.inputs.items():
+        manifest = store.read_manifest(run.steps[key].folder, shard)
+        if manifest is None:
+            raise StageError(
+                f"{key} shard {shard}, which {step.key} is computed from, is not there: run "
+                f"{run.command(run.steps[key].stage, store.url)}"
+            )
+        tables[name] = store.read_table(manifest.data, remake=f"`make {run.steps[key].stage}`")
+    return tables
 
 
 def command(run: Run, stage: str) -> str:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.engine import StageError
+from pipeline.engine import StageError, read_inputs
 from pipeline.plan import ResolvedRun, Step
 from pipeline.show import distribution_table, plan_table, side_by_side, token_line, visible
 from stages.align.explain import Candidate, Explanation, PairedToken
@@ -37,17 +37,7 @@ class Place:
 
     def inputs(self) -> dict[str, pa.Table]:
         """What the step reads for this shard, by input name."""
-        tables = {}
-        for name, key in self.step.inputs.items():
-            step = self.run.steps[key]
-            manifest = self.store.read_manifest(step.folder, self.shard)
-            if manifest is None:
-                raise StageError(
-                    f"{key} shard {self.shard} is not there any more, though {self.step.key} was computed from it: run "
-                    f"{self.run.command(step.stage, self.store.url)}"
-                )
-            tables[name] = self.store.read_table(manifest.data, remake=f"`make {step.stage}`")
-        return tables
+        return read_inputs(self.run, self.store, self.step, self.shard)
 
 
 def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:

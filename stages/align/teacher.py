@@ -7,11 +7,13 @@ positions that all of them have.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 
+from stages.align.window import narrow
 from stages.contract.entropy import TEACHER_FLOOR
+from stages.contract.standard_error import Estimate, clustered_mean
 
 MAX_NLL: Final = -math.log(TEACHER_FLOOR)
 """What a position costs at most, in nats: a candidate list that misses the gold token."""
@@ -48,44 +50,99 @@ def own_nll(gold_logprob: np.ndarray, positions: np.ndarray) -> np.ndarray:
     return np.where(positions >= 0, np.minimum(-gold_logprob.astype(np.float64)[positions], MAX_NLL), np.nan)
 
 
+def window_nll(
+    ids: np.ndarray,
+    probs: np.ndarray,
+    gold: np.ndarray,
+    *,
+    top_k: int,
+    top_p: float | None,
+    tail: Literal["renormalise", "bucket"],
+) -> np.ndarray:
+    """``distribution_nll`` of a model's own window, its tail treated as an aligned row's is.
+
+    Args:
+        ids: (P, k) the model's largest entries, descending; -1 at pads.
+        probs: (P, k) their probabilities over the full vocabulary; 0 at pads.
+        gold: (P,) the model's own next tokens; negative: there is none.
+        top_k: the most entries that count.
+        top_p: probability that the entries must hold; see ``window.narrow``.
+        tail: ``"renormalise"``: the window is rescaled to 1. ``"bucket"``: its probabilities stay as they are.
+    """
+    ids, probs = narrow(ids, probs, top_k=top_k, top_p=top_p)
+    if tail == "renormalise":
+        total = probs.sum(axis=1, keepdims=True)
+        probs = np.divide(probs, total, out=np.zeros_like(probs), where=total > 0)
+    return distribution_nll(ids, probs, gold)
+
+
+@dataclass(frozen=True)
+class ComparedNll:
+    """One entry of a comparison; means in nats, with standard errors over documents.
+
+    Attributes:
+        nll: on the shared positions.
+        difference: from the baseline there, paired.
+        num_positions: that this entry has.
+        coverage: as a share of all.
+        own_difference: from the baseline, paired, on all positions that this entry has: what it is worth where the
+            others have nothing is in this figure alone.
+    """
+
+    nll: Estimate
+    difference: Estimate
+    num_positions: int
+    coverage: float
+    own_difference: Estimate
+
+
 @dataclass(frozen=True)
 class SharedNll:
     """A comparison on the same positions.
 
     Attributes:
         num_positions: positions that every entry has.
-        means: mean NLL of each entry there, in nats, in the order given; NaN without positions.
-        coverage: share of all positions that each entry has by itself.
+        num_documents: documents that those are in.
+        entries: in the order given; means are NaN where there are no positions.
     """
 
     num_positions: int
-    means: dict[str, float]
-    coverage: dict[str, float]
+    num_documents: int
+    entries: dict[str, ComparedNll]
 
 
-def compare_shared(nll: Mapping[str, np.ndarray]) -> SharedNll:
+def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, baseline: str) -> SharedNll:
     """Compare several distributions on the positions that all of them have.
 
     To compare ways of aligning: run ``AlignStage`` with each configuration on the same inputs; for each, join the
-    segments' ``distribution_nll`` in the order of the target's rows. The source itself is ``own_nll`` at an alignment's
-    ``source_position``, the target itself ``distribution_nll`` of its window, or ``own_nll`` at all its positions.
+    segments' ``distribution_nll`` in the order of the target's rows. The target itself and the source itself (at an
+    alignment's ``source_position``) are their ``window_nll``.
 
     Args:
         nll: name -> (P,) nats, NaN where an entry has no distribution; the same P positions in each.
+        documents: (P,) the document that each position is in.
+        baseline: the entry that the others are compared with.
 
     Raises:
-        ValueError: nothing to compare, or entries of different lengths: they cannot be of the same positions.
+        ValueError: nothing to compare, no such baseline, or entries of different lengths: they cannot be of the same
+            positions.
     """
-    lengths = {name: len(values) for name, values in nll.items()}
-    if len(set(lengths.values())) != 1:
+    lengths = {**{name: len(values) for name, values in nll.items()}, "documents": len(documents)}
+    if not nll or len(set(lengths.values())) != 1:
         raise ValueError(f"numbers of positions {lengths}: expected one number, of at least one entry")
-    values = np.stack([np.asarray(entry, np.float64) for entry in nll.values()])
-    shared = np.isfinite(values).all(axis=0)
-    num_shared = int(shared.sum())
-    means = values[:, shared].mean(axis=1) if num_shared else np.full(len(values), np.nan)
-    coverage = np.isfinite(values).mean(axis=1) if values.shape[1] else np.full(len(values), np.nan)
-    return SharedNll(
-        num_positions=num_shared,
-        means=dict(zip(nll, means.tolist(), strict=True)),
-        coverage=dict(zip(nll, coverage.tolist(), strict=True)),
-    )
+    if baseline not in nll:
+        raise ValueError(f"there is no entry {baseline!r} to compare with, only {', '.join(nll)}")
+    present = {name: np.isfinite(values) for name, values in nll.items()}
+    shared = np.logical_and.reduce(list(present.values()))
+    entries = {}
+    for name, values in nll.items():
+        own = present[name] & present[baseline]
+        difference = values - nll[baseline]
+        entries[name] = ComparedNll(
+            nll=clustered_mean(values[shared], documents[shared]),
+            difference=clustered_mean(difference[shared], documents[shared]),
+            num_positions=int(present[name].sum()),
+            coverage=float(present[name].mean()) if len(values) else math.nan,
+            own_difference=clustered_mean(difference[own], documents[own]),
+        )
+    return SharedNll(int(shared.sum()), len(np.unique(documents[shared])), entries)

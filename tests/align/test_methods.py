@@ -362,16 +362,18 @@ def test_ways_of_aligning_are_compared_on_the_same_positions(align, tables):
     nll: dict[str, np.ndarray] = {}
     for name, pairing in itertools.product(("exact", "min-edit", "transport"), ("boundary", "edit-distance")):
         table = align(method=name, pairing=pairing).table
-        parts, own = [], []
+        parts, own, documents = [], [], []
         for row in range(table.num_rows):
             gold = np.append(list_row(tables[TARGET], "token_ids", row)[1:].astype(int), -1)
             rows = sparse_row(table, row)
             parts.append(distribution_nll(rows.ids, np.exp(rows.logprobs.astype(float)), gold))
             own.append(own_nll(list_row(tables[SOURCE], "gold_logprob", row), list_row(table, "source_position", row)))
+            documents.append(np.full(len(rows), table["doc_id"][row].as_py()))
         nll[f"{name}, {pairing}"] = np.concatenate(parts)
         nll[f"source, {name}, {pairing}"] = np.concatenate(own)
-    found = compare_shared(nll)
+    found = compare_shared(nll, documents=np.concatenate(documents), baseline="exact, boundary")
+    entries = found.entries
     assert 0 < found.num_positions < sum(len(part) for part in tables[TARGET]["token_ids"])
-    assert found.means["source, exact, boundary"] == found.means["source, min-edit, boundary"]
-    assert found.means["exact, boundary"] != found.means["min-edit, boundary"]
-    assert found.coverage["transport, edit-distance"] > found.coverage["transport, boundary"]
+    assert entries["source, exact, boundary"].nll == entries["source, min-edit, boundary"].nll
+    assert entries["min-edit, boundary"].difference.mean != 0
+    assert entries["transport, edit-distance"].coverage > entries["transport, boundary"].coverage

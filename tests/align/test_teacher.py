@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.align.teacher import MAX_NLL, compare_shared, distribution_nll, own_nll
+from stages.align.teacher import MAX_NLL, compare_shared, distribution_nll, own_nll, window_nll
 
 
 def test_nll_is_of_the_gold_token_and_floored():
@@ -19,26 +19,69 @@ def test_own_nll_is_taken_at_the_source_positions():
     assert np.isnan(own_nll(np.empty(0, np.float32), np.array([-1]))).all()
 
 
+def test_a_window_is_judged_with_its_tail_as_it_is_or_rescaled():
+    ids, probs = np.array([[5, 6, 7], [5, -1, -1], [-1, -1, -1]]), np.array([[0.5, 0.2, 0.1], [0.4, 0, 0], [0, 0, 0]])
+    gold = np.array([6, 5, 5])
+
+    def nll(**settings):
+        return window_nll(ids, probs, gold, **{"top_k": 3, "top_p": None, "tail": "bucket", **settings})
+
+    np.testing.assert_allclose(nll(), [-math.log(0.2), -math.log(0.4), np.nan])
+    np.testing.assert_allclose(nll(tail="renormalise"), [-math.log(0.25), 0, np.nan])
+    np.testing.assert_allclose(nll(tail="renormalise", top_k=2), [-math.log(2 / 7), 0, np.nan])
+    np.testing.assert_allclose(nll(top_p=0.45), [MAX_NLL, -math.log(0.4), np.nan])
+
+
+def compare(nll, documents=None, baseline="a"):
+    size = len(next(iter(nll.values()), []))
+    return compare_shared(nll, documents=np.arange(size) if documents is None else documents, baseline=baseline)
+
+
 def test_means_are_of_the_positions_that_all_have():
-    found = compare_shared(
+    found = compare(
         {"a": np.array([1.0, 2.0, np.nan, 4.0]), "b": np.array([3.0, np.nan, np.nan, 5.0]), "c": np.full(4, 2.0)}
     )
-    assert found.num_positions == 2
-    assert found.means == {"a": 2.5, "b": 4.0, "c": 2.0}
-    assert found.coverage == {"a": 0.75, "b": 0.5, "c": 1.0}
+    assert (found.num_positions, found.num_documents) == (2, 2)
+    assert {name: entry.nll.mean for name, entry in found.entries.items()} == {"a": 2.5, "b": 4.0, "c": 2.0}
+    assert {name: entry.coverage for name, entry in found.entries.items()} == {"a": 0.75, "b": 0.5, "c": 1.0}
+    assert {name: entry.num_positions for name, entry in found.entries.items()} == {"a": 3, "b": 2, "c": 4}
+    assert found.entries["c"].difference.mean == -0.5
+    assert found.entries["c"].own_difference.mean == pytest.approx(-1 / 3)  # where a and c are, b or not
+
+
+def test_differences_are_paired():
+    rng = np.random.default_rng(0)
+    level = rng.normal(3, 1, 30)
+    change = rng.normal(-0.1, 0.01, 30)
+    found = compare({"a": level, "b": level + change})
+    assert found.entries["b"].difference == pytest.approx((change.mean(), change.std(ddof=1) / math.sqrt(30)))
+    assert found.entries["b"].nll.error > 10 * found.entries["b"].difference.error
+    assert found.entries["a"].difference == (0, 0)
+
+
+def test_errors_are_over_documents():
+    values = np.array([1.0, 1.0, 1.0, 3.0, 3.0, 3.0])
+    together = compare({"a": values}, documents=np.array([7, 7, 7, 9, 9, 9]))
+    assert together.num_documents == 2
+    assert together.entries["a"].nll.error == pytest.approx(1.0)
+    assert compare({"a": values}).entries["a"].nll.error < 0.5
 
 
 def test_nothing_shared_has_no_mean():
-    found = compare_shared({"a": np.array([1.0, np.nan]), "b": np.array([np.nan, 1.0])})
-    assert found.num_positions == 0
-    assert all(math.isnan(mean) for mean in found.means.values())
-    empty = compare_shared({"a": np.empty(0)})
+    found = compare({"a": np.array([1.0, np.nan]), "b": np.array([np.nan, 1.0])})
+    assert (found.num_positions, found.num_documents) == (0, 0)
+    assert all(math.isnan(entry.nll.mean) for entry in found.entries.values())
+    empty = compare({"a": np.empty(0)})
     assert empty.num_positions == 0
-    assert math.isnan(empty.coverage["a"])
+    assert math.isnan(empty.entries["a"].coverage)
 
 
 def test_entries_of_other_positions_are_refused():
     with pytest.raises(ValueError, match="'b': 3"):
-        compare_shared({"a": np.zeros(2), "b": np.zeros(3)})
+        compare({"a": np.zeros(2), "b": np.zeros(3)})
+    with pytest.raises(ValueError, match="'documents': 3"):
+        compare({"a": np.zeros(2)}, documents=np.zeros(3))
     with pytest.raises(ValueError, match="at least one"):
-        compare_shared({})
+        compare({})
+    with pytest.raises(ValueError, match="no entry 'z'"):
+        compare({"a": np.zeros(2)}, baseline="z")
