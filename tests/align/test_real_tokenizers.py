@@ -1,3 +1,4 @@
+import json
 import os
 from pathlib import Path
 
@@ -61,3 +62,45 @@ def test_llama_2_spells_every_token_of_other_families(load, name):
     for token_id in np.flatnonzero(~source.is_special):
         joined = b"".join(target.token_bytes[piece] for piece in pieces.row(token_id))
         assert joined == source.token_bytes[token_id]
+
+
+VECTORS = {"llama2": "llama2", "mpt-7b": "mpt-7b", "qwen2": "qwen3", "bert-base-uncased": "bert-base-uncased"}
+"""Vectors -> the tokenizer here that has the same vocabulary of text."""
+
+
+@pytest.mark.parametrize("vectors", sorted(VECTORS))
+def test_ids_are_those_of_the_reference_vectors(load, vectors):
+    folder = Path(os.environ["PTAFUSE_DATA"]) / "tokenizer-vectors"
+    *texts, after_the_last = (folder / f"{vectors}.inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    assert after_the_last == ""
+    wanted = [[int(token) for token in line.split()] for line in (folder / f"{vectors}.out").read_text().splitlines()]
+    tokenizer = load(VECTORS[vectors])
+    encodings = tokenizer.encode_batch(texts, is_last=[False] * len(texts))
+    skip = int(tokenizer.prepends_bos)
+    found = [encoding.ids[skip:].tolist() for encoding in encodings]
+    assert len(found) == len(wanted) > 30
+    for text, ids, expected in zip(texts, found, wanted, strict=True):
+        assert ids == expected, text
+    for text, encoding in zip(texts, encodings, strict=True):
+        ends = encoding.byte_end[skip:]
+        assert (np.diff(ends) >= 0).all()
+        assert not len(ends) or ends[-1] == len(text.encode())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2", "openllama-v1", "mpt-7b", "qwen3", "t5-small", "bert-base-uncased"])
+def test_byte_end_of_all_real_text_never_falls_and_ends_at_its_length(load, name):
+    with (Path(os.environ["PTAFUSE_DATA"]) / "text" / "mixed.jsonl").open(encoding="utf-8") as lines:
+        documents = [json.loads(line)["text"] for line in lines]
+    tokenizer = load(name)
+    num_tokens = 0
+    for text, found in zip(documents, tokenizer.encode_batch(documents, is_last=[True] * len(documents)), strict=True):
+        assert found.byte_end[0] >= 0
+        assert (np.diff(found.byte_end) >= 0).all()
+        assert found.byte_end[-1] == len(text.encode())
+        assert len(found.ids) == len(found.byte_end)
+        assert found.ids[-1] == tokenizer.vocabulary.eos_id
+        assert found.byte_end[-2] == len(text.encode())  # EOS has no bytes: the last text token ends the document
+        num_tokens += len(found.ids)
+    assert len(documents) == 338
+    assert num_tokens > 500_000

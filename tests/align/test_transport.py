@@ -44,6 +44,17 @@ def test_plan_equals_pot_s_sinkhorn(epsilon, shape):
         assert reached < 1e-4
 
 
+@pytest.mark.parametrize("method", ["sinkhorn", "log_sinkhorn"])
+@pytest.mark.parametrize(("epsilon", "shape"), [(0.2, (10, 10)), (0.5, (10, 20)), (1.0, (3, 7)), (1.0, (1, 4))])
+def test_plans_equal_pot_s_batched_solver(epsilon, shape, method):
+    cost, a, b = problems(40, *shape, seed=12, peakedness=1.0)
+    found = solve(cost, a, b, epsilon=epsilon, tolerance=1e-10)
+    assert found.converged.all()
+    expected = ot.batch.solve_batch(cost, epsilon, a, b, max_iter=20_000, tol=1e-10, method=method).plan
+    np.testing.assert_allclose(expected.sum(axis=1), b, atol=1e-7)  # POT has solved them too
+    np.testing.assert_allclose(found.plan, expected, atol=1e-7)
+
+
 def test_plan_approaches_the_exact_optimum_as_epsilon_falls():
     cost, a, b = problems(10, 8, 9, seed=1, peakedness=1.0)
     exact = np.array([(ot.emd(a[i], b[i], cost[i]) * cost[i]).sum() for i in range(len(cost))])
