@@ -323,11 +323,13 @@ def print_comparison(config: RunConfig, found: Comparison, tail: Tail, console: 
         "documents",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        show_edge=False,
+        padding=0,
     )
     for column in ("distribution", "pairing"):
         table.add_column(column, no_wrap=True)
-    for column in ("epsilon", "NLL", "against target", "coverage", "against target,\nall it covers"):
+    columns = ("epsilon", "NLL", "against target", "mixed with it", "coverage", "against target,\nall it covers")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for label, way in _rows(found):
         entry = shared.entries[label]
@@ -337,16 +339,18 @@ def print_comparison(config: RunConfig, found: Comparison, tail: Tail, console: 
             f"{way.name}{' *' if way.is_configured else ''}" if way else label,
             way.settings.pairing if way else "",
             "" if epsilon is None else f"{epsilon:.3g}",
-            f"{entry.nll.mean:.3f} ± {entry.nll.error:.3f}",
+            f"{entry.nll.mean:.3f}",
             "" if is_target else _signed(entry.difference),
+            "" if is_target else _signed(entry.mixed_difference),
             f"{entry.coverage:.1%}",
             "" if is_target else _signed(entry.own_difference),
         )
     console.print(table)
     console.print(
         f"The models themselves: their own top {config.align.top_k}, each for its own next token (the source's is another "
-        "event where its token is longer or shorter). * as the configuration says, but for `inexact` and `tail`, which "
-        "all rows share."
+        "event where its token is longer or shorter). Mixed with it: the best mixture of a row and the target, against the "
+        "target; a row that only leans to a target better than itself gains in NLL, and nothing here. * as the "
+        "configuration says, but for `inexact` and `tail`, which all rows share."
     )
 
 

@@ -18,6 +18,8 @@ from stages.contract.standard_error import Estimate, clustered_mean
 MAX_NLL: Final = -math.log(TEACHER_FLOOR)
 """What a position costs at most, in nats: a candidate list that misses the gold token."""
 
+_SHARES: Final = np.linspace(0, 1, 41)
+
 
 def distribution_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> np.ndarray:
     """-ln p(gold next token) under sparse distributions, at most ``MAX_NLL``.
@@ -76,6 +78,23 @@ def window_nll(
     return distribution_nll(ids, probs, gold)
 
 
+def mixture_nll(nll: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray]:
+    """The NLL of the mixture of two distributions that knows the gold tokens best, one share for all positions.
+
+    Args:
+        nll: (P,) nats, finite.
+        other: (P,) at the same positions.
+
+    Returns:
+        The other's share, in steps of 1/40, and the mixture's (P,) nats. The share is chosen on these very positions: with
+        a few hundred of them that flatters the mixture by less than its standard error.
+    """
+    probs, others = np.exp(-nll), np.exp(-other)
+    mixtures = (-np.log((1 - share) * probs + share * others) for share in _SHARES)
+    best, found = min(enumerate(mixtures), key=lambda mixture: float(mixture[1].sum()))
+    return float(_SHARES[best]), found
+
+
 @dataclass(frozen=True)
 class ComparedNll:
     """One entry of a comparison; means in nats, with standard errors over documents.
@@ -83,6 +102,9 @@ class ComparedNll:
     Attributes:
         nll: on the shared positions.
         difference: from the baseline there, paired.
+        mixed_difference: of the best mixture of entry and baseline there from the baseline, paired. An entry that merely
+            leans to a baseline better than itself has a lower NLL, and nothing here: this is what it adds.
+        mixed_share: the baseline's share in that mixture.
         num_positions: that this entry has.
         coverage: as a share of all.
         own_difference: from the baseline, paired, on all positions that this entry has: what it is worth where the
@@ -91,6 +113,8 @@ class ComparedNll:
 
     nll: Estimate
     difference: Estimate
+    mixed_difference: Estimate
+    mixed_share: float
     num_positions: int
     coverage: float
     own_difference: Estimate
@@ -138,9 +162,12 @@ def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, base
     for name, values in nll.items():
         own = present[name] & present[baseline]
         difference = values - nll[baseline]
+        share, mixed = mixture_nll(values[shared], nll[baseline][shared])
         entries[name] = ComparedNll(
             nll=clustered_mean(values[shared], documents[shared]),
             difference=clustered_mean(difference[shared], documents[shared]),
+            mixed_difference=clustered_mean(mixed - nll[baseline][shared], documents[shared]),
+            mixed_share=share,
             num_positions=int(present[name].sum()),
             coverage=float(present[name].mean()) if len(values) else math.nan,
             own_difference=clustered_mean(difference[own], documents[own]),

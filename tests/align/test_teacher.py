@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.align.teacher import MAX_NLL, compare_shared, distribution_nll, own_nll, window_nll
+from stages.align.teacher import MAX_NLL, compare_shared, distribution_nll, mixture_nll, own_nll, window_nll
 
 
 def test_nll_is_of_the_gold_token_and_floored():
@@ -57,6 +57,27 @@ def test_differences_are_paired():
     assert found.entries["b"].difference == pytest.approx((change.mean(), change.std(ddof=1) / math.sqrt(30)))
     assert found.entries["b"].nll.error > 10 * found.entries["b"].difference.error
     assert found.entries["a"].difference == (0, 0)
+
+
+def test_the_best_mixture_is_that_of_a_fine_search():
+    rng = np.random.default_rng(1)
+    nll = [rng.gamma(2, 1, 500) for _ in range(2)]
+    share, found = mixture_nll(*nll)
+    fine = [-np.log((1 - x) * np.exp(-nll[0]) + x * np.exp(-nll[1])).mean() for x in np.linspace(0, 1, 1001)]
+    assert found.mean() == pytest.approx(min(fine), abs=1e-4)
+    assert share == pytest.approx(np.argmin(fine) / 1000, abs=0.02)
+    assert found.mean() < min(part.mean() for part in nll)
+
+
+def test_leaning_to_the_baseline_lowers_the_nll_and_adds_nothing():
+    rng = np.random.default_rng(2)
+    good, poor = rng.gamma(2, 1, 400), rng.gamma(4, 1, 400)
+    leaning = -np.log(0.5 * np.exp(-good) + 0.5 * np.exp(-poor))
+    entries = compare({"a": good, "poor": poor, "leaning": leaning}).entries
+    assert entries["leaning"].nll.mean < entries["poor"].nll.mean - 0.3
+    assert entries["leaning"].mixed_difference.mean == pytest.approx(entries["poor"].mixed_difference.mean, abs=1e-3)
+    assert entries["poor"].mixed_difference.mean < 0
+    assert entries["a"].mixed_difference == pytest.approx((0, 0))
 
 
 def test_errors_are_over_documents():

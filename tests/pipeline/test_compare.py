@@ -109,6 +109,7 @@ def test_figures_are_those_of_the_committed_rows(undisturbed_run: Path, tiny_con
     # Boundary pairing decides what is shared, and `exact` leaves out a position of which it has nothing.
     assert found["num_shared_positions"] <= len(source)
     assert found["num_shared_positions"] == min(row["num_positions"] for row in found["rows"])
+    assert row["mixed_difference"]["mean"] <= min(0, row["difference"]["mean"])
     assert row["nll"]["mean"] - models[0]["nll"]["mean"] == pytest.approx(row["difference"]["mean"])
 
 
