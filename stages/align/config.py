@@ -24,7 +24,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "support": "union",
         "projection": "plan",
         "tail": "bucket",
-        "epsilon": 0.5,
+        "cost": "prefix",
+        "epsilon": 0.2,
     },
 }
 """What a preset fills in where the configuration says nothing.
@@ -37,22 +38,23 @@ what the target already says: a high teacher NLL.
 ``semi-relaxed``: positions that condition on the same text alone; the source's mass goes where its text is, also to
 tokens outside the target's window, and the target's probabilities are a prior. Good for learning from the source: a low
 teacher NLL, no iteration, and a tail that keeps the source's own confidence. It leaves out the positions inside a
-source token, which ``paper`` covers: between unlike tokenizers up to a quarter of them.
+source token, which ``paper`` covers: between unlike tokenizers up to a quarter of them. Its cost and epsilon were chosen on
+news and checked on documentation, Python source and six languages, in both directions between two models: in the best
+mixture with the target, which rewards what a row adds to it, ``prefix`` at 0.2 beat ``edit-distance`` at 0.5 on all
+eight. ``edit-distance`` charges 4 between a line break and the same with four blanks, so nothing moves there.
 """
 
 TRANSPORT_SETTINGS: Final = ("cost", "marginals", "support", "projection", "epsilon", "tolerance", "max_iterations")
 """What ``method = "transport"`` alone reads."""
 
 _SINKHORN_SETTINGS: Final = ("tolerance", "max_iterations")
-_LATER_SETTINGS: Final = ("method", "cost", "top_p")
 
 
 class AlignConfig(Settings):
     """How a source's distributions move into the target's vocabulary (algorithm: pairing, transport, projection).
 
     Pairing, ``inexact``, the window (``top_k``, ``top_p``) and ``tail`` mean the same for every method. The settings of
-    ``TRANSPORT_SETTINGS`` are read by ``method = "transport"`` alone; a preset may fill them beside another method, where
-    they change neither rows nor fingerprint.
+    ``TRANSPORT_SETTINGS`` are read by ``method = "transport"`` alone; beside another method a preset does not fill them.
     """
 
     preset: Annotated[Literal["paper", "semi-relaxed"] | None, RUNTIME] = Field(
@@ -113,7 +115,10 @@ class AlignConfig(Settings):
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("preset") in PRESETS:
-            return {**PRESETS[values["preset"]], **values}
+            preset = PRESETS[values["preset"]]
+            if values.get("method", "transport") != "transport":
+                preset = {name: value for name, value in preset.items() if name not in TRANSPORT_SETTINGS}
+            return {**preset, **values}
         return values
 
     @model_validator(mode="after")
@@ -135,14 +140,10 @@ class AlignConfig(Settings):
         """The settings that change results with this method and these marginals.
 
         What another method alone reads is left out; of Sinkhorn's settings, which the closed form of
-        ``marginals = "source"`` does not read, the defaults are given. A setting that was added later is left out while
-        it has its default, under which rows are what they were before: folders keep their names.
+        ``marginals = "source"`` does not read, the defaults are given.
         """
         settings = super().result_settings()
         defaults = type(self).model_fields
-        for name in _LATER_SETTINGS:
-            if settings[name] == defaults[name].default:
-                del settings[name]
         if self.method != "transport":
             return {name: value for name, value in settings.items() if name not in TRANSPORT_SETTINGS}
         if self.marginals == "source":

@@ -36,9 +36,7 @@ def test_sinkhorn_s_settings_belong_to_balanced_marginals():
     assert name_of() != name_of(max_iterations=7)
 
 
-def test_settings_that_came_later_leave_older_fingerprints_as_they_were():
-    for preset in PRESETS:
-        assert not {"method", "cost", "top_p"} & set(AlignConfig(preset=preset).result_settings())
+def test_every_setting_of_the_method_names_another_folder():
     names = [name_of(), name_of(cost="prefix"), name_of(cost="semantic"), name_of(top_p=0.9), name_of(method="exact")]
     assert len(set(names)) == len(names)
 
@@ -52,6 +50,15 @@ def test_what_is_recorded_reads_back_as_the_same(settings):
     assert AlignConfig(**recorded).result_settings() == recorded
     copied = AlignConfig.model_validate_json(AlignConfig(**settings).model_dump_json())
     assert copied.result_settings() == recorded
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("method", ["min-edit", "exact"])
+def test_a_preset_lends_another_method_what_all_methods_read(preset, method):
+    settings = AlignConfig(preset=preset, method=method)
+    assert settings.pairing == PRESETS[preset]["pairing"]
+    assert settings.tail == PRESETS[preset]["tail"]
+    assert settings.cost == "edit-distance"
 
 
 @pytest.mark.parametrize("method", ["min-edit", "exact"])

@@ -18,7 +18,7 @@ from stages.contract.entropy import TEACHER_FLOOR
 from stages.contract.models import ModelConfig
 from stages.contract.tokens import SegmentTokenizer
 from tests.align.synthetic import HALF, logits_table
-from tests.align.test_distance import levenshtein
+from tests.align.test_distance import levenshtein, prefix_cost
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
 
@@ -270,15 +270,11 @@ def test_top_p_uses_the_smallest_window_that_holds_it(align, tables, method):
 
 
 def test_prefix_cost_equals_its_formula_position_by_position(align, tables, tokenizers):
-    output = align(preset="semi-relaxed", support="target", cost="prefix")
+    output = align(preset="semi-relaxed", support="target", cost="prefix", epsilon=0.5)
     one, other = tokenizers[SOURCE].vocabulary, tokenizers[TARGET].vocabulary
 
     def cost(x: int, y: int) -> float:
-        first, second = one.token_bytes[x], other.token_bytes[y]
-        is_text = not one.is_special[x] and not other.is_special[y]
-        if is_text and (first.startswith(second) or second.startswith(first)):
-            return 0.1 * abs(len(first) - len(second))
-        return levenshtein(one.text(x), other.text(y))
+        return prefix_cost(one, x, other, y)
 
     assert_semi_relaxed(list(positions(output.table, tables))[::5], cost, epsilon=0.5)
 
@@ -298,7 +294,7 @@ def assert_semi_relaxed(found_positions, cost, epsilon: float) -> None:
 
 
 def test_semantic_cost_equals_its_formula_position_by_position(align, tables, tokenizers, models):
-    output = align(preset="semi-relaxed", support="target", cost="semantic")
+    output = align(preset="semi-relaxed", support="target", cost="semantic", epsilon=0.5)
     one, other = tokenizers[SOURCE].vocabulary, tokenizers[TARGET].vocabulary
     embeddings = load_input_embeddings(models[TARGET])
     assert len(embeddings) == other.size + 5

@@ -24,9 +24,9 @@ def test_every_method_has_a_row_with_both_pairings() -> None:
         for name in ("exact", "min-edit", "paper", "semi-relaxed")
         for pairing in ("edit-distance", "boundary")
     ]
-    assert [way.label for way in ways if way.is_configured] == ["semi-relaxed, boundary, epsilon 0.5"]
+    assert [way.label for way in ways if way.is_configured] == ["semi-relaxed, boundary, epsilon 0.2"]
     assert len({way.label for way in ways}) == len(ways)
-    assert [way.epsilon for way in ways] == [None] * 4 + [1 / 30] * 2 + [0.5] * 2
+    assert [way.epsilon for way in ways] == [None] * 4 + [1 / 30] * 2 + [0.2] * 2
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])
@@ -41,10 +41,10 @@ def test_all_rows_share_tail_window_and_what_inexact_pairs_get(tail: Any) -> Non
 
 
 def test_further_epsilons_are_rows_of_both_presets() -> None:
-    ways = ways_of(AlignConfig(preset="paper"), tail="bucket", epsilons=(2.0, 0.5, 0.1))
+    ways = ways_of(AlignConfig(preset="paper"), tail="bucket", epsilons=(2.0, 0.2, 0.1))
     found = {name: [way.epsilon for way in ways if way.name == name] for name in ("paper", "semi-relaxed", "exact")}
-    assert found["paper"] == [epsilon for epsilon in (1 / 30, 0.1, 0.5, 2.0) for _ in range(2)]
-    assert found["semi-relaxed"] == [epsilon for epsilon in (0.1, 0.5, 2.0) for _ in range(2)]
+    assert found["paper"] == [epsilon for epsilon in (1 / 30, 0.1, 0.2, 2.0) for _ in range(2)]
+    assert found["semi-relaxed"] == [epsilon for epsilon in (0.1, 0.2, 2.0) for _ in range(2)]
     assert found["exact"] == [None, None]
     with pytest.raises(ValueError, match=r"--epsilon 0\.0: expected a number above 0"):
         ways_of(AlignConfig(), tail="bucket", epsilons=(0.0,))
@@ -98,7 +98,7 @@ def test_figures_are_those_of_the_committed_rows(undisturbed_run: Path, tiny_con
     found = compare(tiny_config, undisturbed_run)
     aligned, target, source, num_positions = committed_nll(undisturbed_run)
     assert found["num_positions"] == num_positions
-    row = rows_of(found)["semi-relaxed", "boundary", 0.5]  # what the run itself computed
+    row = rows_of(found)["semi-relaxed", "boundary", 0.2]  # what the run itself computed
     assert row["is_configured"]
     assert row["num_positions"] == len(aligned) > 100
     assert row["coverage"] == pytest.approx(len(aligned) / num_positions)
