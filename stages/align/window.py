@@ -3,6 +3,7 @@
 import numpy as np
 
 from stages.align.support import NO_ID
+from stages.contract.nucleus import outside_nucleus
 
 
 def narrow(ids: np.ndarray, probs: np.ndarray, *, top_k: int, top_p: float | None) -> tuple[np.ndarray, np.ndarray]:
@@ -22,7 +23,5 @@ def narrow(ids: np.ndarray, probs: np.ndarray, *, top_k: int, top_p: float | Non
     ids, probs = ids[:, :top_k], probs[:, :top_k]
     if top_p is None:
         return ids, probs
-    before = np.cumsum(probs, axis=1) - probs
-    outside = before >= top_p
-    outside[:, :1] = False
+    outside = outside_nucleus(probs, top_p)
     return np.where(outside, NO_ID, ids).astype(ids.dtype), np.where(outside, 0.0, probs)
