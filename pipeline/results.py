@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
 from pipeline.status import RunStatus, StepStatus
-from stages.contract.manifest import Mean
+from stages.contract.manifest import Figure, Mean
 from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
 
@@ -238,11 +238,11 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
     )
 
 
-def _mean(figure: int | Mean | None) -> float | None:
+def _mean(figure: Figure | None) -> float | None:
     return figure.value if isinstance(figure, Mean) and figure.count else None
 
 
-def _share(part: int | Mean | None, whole: int | Mean | None) -> float | None:
+def _share(part: Figure | None, whole: Figure | None) -> float | None:
     return part / whole if isinstance(part, int) and isinstance(whole, int) and whole else None
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline.evaluation import result_key
 from pipeline.plan import ResolvedRun, Step, read_plan
 from pipeline.worker import read_attempts
-from stages.contract.manifest import Manifest, Mean
+from stages.contract.manifest import Figure, Manifest, Mean
 from stages.contract.store import Store
 
 LOW_COVERAGE = 0.5
@@ -52,9 +52,9 @@ class StepStatus:
         return sum(manifest.num_tokens for manifest in self.manifests.values())
 
     @property
-    def health(self) -> dict[str, int | Mean]:
+    def health(self) -> dict[str, Figure]:
         """Health figures of the done shards, added up."""
-        total: dict[str, int | Mean] = {}
+        total: dict[str, Figure] = {}
         for manifest in self.manifests.values():
             for name, figure in manifest.health.items():
                 before = total.get(name)
@@ -63,6 +63,16 @@ class StepStatus:
                 else:
                     total[name] = before + figure  # type: ignore[operator]  # one name is always of one kind
         return total
+
+    @property
+    def figures(self) -> dict[str, Figure]:
+        """The health figures, and what follows from the seconds of a stage that runs models: its speed, the models' share."""
+        figures = self.health
+        seconds, forward = (figures.get(name) for name in ("stage_seconds", "forward_seconds"))
+        if isinstance(seconds, float) and isinstance(forward, float) and seconds:
+            figures["forward_share"] = forward / seconds
+            figures["tokens_per_second_per_worker"] = self.num_tokens / seconds
+        return figures
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ def print_status(status: RunStatus, console: Console) -> None:
         )
     console.print(table)
     for step in status.steps:
-        figures = ", ".join(f"{name} {shown_figure(figure)}" for name, figure in sorted(step.health.items()))
+        figures = ", ".join(f"{name} {shown_figure(figure)}" for name, figure in sorted(step.figures.items()))
         if figures:
             console.print(f"{step.key}: {figures}")
         for shard, error in sorted(step.failed.items()):
@@ -184,7 +194,7 @@ def _step_json(step: StepStatus) -> dict[str, Any]:
         "is_done": step.is_done,
         "num_shards": step.num_shards,
         "num_done": len(step.manifests),
-        "health": {name: _health_json(figure) for name, figure in step.health.items()},
+        "health": {name: _health_json(figure) for name, figure in step.figures.items()},
         "shards": shards,
     }
 
@@ -197,16 +207,18 @@ def _state(step: StepStatus, shard: int) -> str:
     return "unfinished" if shard in step.attempts else "pending"
 
 
-def _health_json(figure: int | Mean) -> float | None:
+def _health_json(figure: Figure) -> float | None:
     if isinstance(figure, Mean):
         return figure.value if figure.count else None
     return figure
 
 
-def shown_figure(figure: int | Mean) -> str:
+def shown_figure(figure: Figure) -> str:
     """A health figure for people."""
     if isinstance(figure, Mean):
         return f"{figure.value:.4g}" if figure.count else "-"
+    if isinstance(figure, float):
+        return f"{figure:,.4g}"
     return f"{figure:,}"
 
 

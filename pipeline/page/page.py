@@ -164,6 +164,6 @@ def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus
 
 
 def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:
-    rows = [(name, shown_figure(figure)) for name, figure in sorted(step.health.items())]
+    rows = [(name, shown_figure(figure)) for name, figure in sorted(step.figures.items())]
     done = f"{len(step.manifests)} of {step.num_shards} shards"
     return ResultTable(f"{step.key} of {run.config.name}: {done}", ("figure", "value"), tuple(rows), text_columns=(0,))

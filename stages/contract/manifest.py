@@ -35,8 +35,11 @@ class Mean(BaseModel):
         return Mean(total=self.total + other.total, count=self.count + other.count)
 
 
-Health = Mapping[str, int | Mean]
-"""A stage's health figures, by name: a count (int) or a ``Mean``; both add up over shards."""
+Figure = int | float | Mean
+"""A health figure: a count (int), seconds (float) or a mean; all add up over shards."""
+
+Health = Mapping[str, Figure]
+"""A stage's health figures, by name."""
 
 
 class DataFile(BaseModel):
@@ -67,7 +70,7 @@ class Manifest(BaseModel):
     num_rows_out: int
     num_quarantined: int
     num_tokens: int
-    health: dict[str, int | Mean]
+    health: dict[str, Figure]
     seconds: float = Field(description="Reading, computing and writing this shard, without start-up.")
     attempt: int
     host: str
@@ -110,6 +113,11 @@ def data_key(folder: str, shard: int, num_shards: int, attempt: str) -> str:
 def quarantine_key(folder: str, shard: int, attempt: str) -> str:
     """``<folder>/quarantine/shard-00017.<attempt>.parquet``."""
     return f"{folder}/quarantine/shard-{shard:05d}.{attempt}.parquet"
+
+
+def choices_key(folder: str) -> str:
+    """``<folder>/choices.json``: what "auto" settings came to for the whole folder; see ``pipeline.worker``."""
+    return f"{folder}/choices.json"
 
 
 def attempts_folder(folder: str, shard: int) -> str:
