@@ -56,6 +56,10 @@ class RunConfig(Settings):
             raise ValueError(
                 f"align.top_k = {self.align.top_k} asks for more candidates than logits.top_k = {self.logits.top_k} keeps"
             )
+        if self.align.top_p is not None and self.align.top_p > self.logits.top_p:
+            raise ValueError(
+                f"align.top_p = {self.align.top_p} asks for more probability than logits.top_p = {self.logits.top_p} keeps"
+            )
         if self.train.batch_size % self.train.micro_batch_size:
             raise ValueError(
                 f"train.micro_batch_size = {self.train.micro_batch_size} does not divide "

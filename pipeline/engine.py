@@ -19,6 +19,7 @@ from pipeline.stage_table import Resources, stage_spec
 from pipeline.worker import ShardJob, ShardStatus, library_versions
 from stages.contract.manifest import Manifest, manifest_key
 from stages.contract.store import Store
+from stages.logits.vllm_backend import vllm_version
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,8 @@ def _check_drift(run: Run, step: Step) -> None:
     if not done:
         return
     then = Manifest.from_bytes(run.store.read(f"{step.folder}/manifests/{done[0]}")).versions
-    drift = [f"{name} {then[name]} -> {now}" for name, now in library_versions().items() if then.get(name, now) != now]
+    here = library_versions() | ({"vllm": vllm_version()} if "vllm" in then else {})
+    drift = [f"{name} {then[name]} -> {now}" for name, now in here.items() if then.get(name, now) != now]
     if not drift:
         return
     message = f"{step.key}: libraries differ from those of the finished shards, results may too: {', '.join(drift)}"

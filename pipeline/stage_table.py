@@ -4,7 +4,7 @@ A *step* is one folder of the run directory: a stage, and its model where the st
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pipeline.config import RunConfig
@@ -14,6 +14,7 @@ from stages.contract.models import ModelConfig
 from stages.contract.stage import Stage
 from stages.fuse import stage as fuse_stage
 from stages.logits import stage as logits_stage
+from stages.logits.choice import choose_backend
 from stages.shard import stage as shard_stage
 
 
@@ -47,6 +48,7 @@ class StageSpec:
         build: the stage for one step.
         section: the stage's own settings.
         train_rows_only: the rows of the validation split are left out of what it reads.
+        choices: settings of its section that are "auto" and change results -> what they come to on this machine.
     """
 
     name: str
@@ -57,6 +59,7 @@ class StageSpec:
     build: Callable[[RunConfig, ModelConfig | None], Stage]
     section: Callable[[RunConfig], Settings]
     train_rows_only: bool = False
+    choices: Callable[[RunConfig, ModelConfig | None], Mapping[str, str]] = field(default=lambda config, model: {})
 
     def resources(self, config: RunConfig) -> Resources:
         """Workers, CPUs and GPUs, from the stage's settings."""
@@ -65,6 +68,8 @@ class StageSpec:
         gpus = section.gpus_per_worker if models else 0
         if models and section.device == "cpu":
             gpus = 0
+        if gpus is None and section.tensor_parallel_size > 1:
+            gpus = section.tensor_parallel_size
         return Resources(section.num_workers, section.cpus_per_worker, gpus, models)
 
     def max_bad_fraction(self, config: RunConfig) -> float:
@@ -80,6 +85,10 @@ def step_key(stage: str, model: ModelConfig | None) -> str:
 def _model(model: ModelConfig | None) -> ModelConfig:
     assert model is not None
     return model
+
+
+def _logits_choices(config: RunConfig, model: ModelConfig | None) -> dict[str, str]:
+    return {"backend": choose_backend(config.logits, _model(model))} if config.logits.backend == "auto" else {}
 
 
 def _fuse_inputs(config: RunConfig, _: ModelConfig | None) -> dict[str, str]:
@@ -113,6 +122,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         build=lambda config, model: logits_stage.LogitsStage(config.logits, _model(model)),
         section=lambda config: config.logits,
         train_rows_only=True,
+        choices=_logits_choices,
     ),
     StageSpec(
         name="align",

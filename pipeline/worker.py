@@ -29,6 +29,7 @@ from stages.contract.manifest import (
     InputRef,
     Manifest,
     attempts_folder,
+    choices_key,
     data_key,
     manifest_key,
     quarantine_key,
@@ -119,8 +120,8 @@ class ShardWorker:
         if self._setup_error:
             return False
         model = next((model for model in self._config.models if model.name == self._job.step.model), None)
-        stage = self._spec.build(self._config, model)
         try:
+            stage = self._spec.build(settle_choices(self._job, self._store, self._config), model)
             stage.setup()
         except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
             log.exception("%s: set-up failed", self._job.step.key)
@@ -206,8 +207,30 @@ class ShardWorker:
             seconds=round(time.monotonic() - started, 3),
             attempt=attempt.number,
             host=socket.gethostname(),
-            versions=library_versions(),
+            versions={**library_versions(), **output.versions},
         )
+
+
+def settle_choices(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
+    """The configuration with a step's "auto" settings as the first worker of its folder found them.
+
+    Workers on other machines, and later commands, would perhaps choose otherwise, and one folder would hold the results
+    of two ways of computing. So what the first one finds is recorded there, and all follow it, or fail in ``setup``.
+    """
+    spec = stage_spec(job.step.stage)
+    model = next((model for model in config.models if model.name == job.step.model), None)
+    choices = spec.choices(config, model)
+    if not choices:
+        return config
+    key = choices_key(job.step.folder)
+    store.create(key, json.dumps(choices).encode())
+    recorded = json.loads(store.read(key))
+    for name, value in recorded.items():
+        if choices.get(name) != value:
+            log.warning(
+                "%s: %s is %r in this folder; here auto would be %r", job.step.key, name, value, choices.get(name)
+            )
+    return config.model_copy(update={spec.name: spec.section(config).model_copy(update=recorded)})
 
 
 @dataclass(frozen=True)
@@ -260,7 +283,7 @@ def read_attempts(store: Store, folder: str, shard: int) -> list[dict[str, Any]]
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that a manifest records: a drift of these may change results."""
+    """Versions that every manifest records: a drift of these may change results."""
     versions = {"python": platform.python_version()}
     for name in RECORDED_VERSIONS:
         try:

@@ -218,9 +218,22 @@ def load_model(model: ModelConfig, *, dtype: str, attention: tuple[str, ...], de
     return _load_model(model, dtype=dtype, attention=attention[-1], device=device)
 
 
+def load_config(model: ModelConfig) -> Any:
+    """The model's transformers configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(**model.pretrained_arguments(), trust_remote_code=model.trust_remote_code)
+
+
 def num_positions(loaded: Any, wanted: int) -> int:
-    """``wanted``, or the loaded model's own number of positions where that is smaller."""
-    limit = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
+    """``wanted``, or the model's own number of positions where that is smaller.
+
+    Args:
+        loaded: a transformers model, or its configuration.
+        wanted: as configured.
+    """
+    config = getattr(loaded, "config", loaded)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return wanted if limit is None else min(wanted, int(limit))
 
 

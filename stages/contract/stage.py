@@ -38,12 +38,14 @@ class StageOutput:
         num_tokens: tokens processed; the unit of progress and of rates.
         health: counts and means for the manifest, by name; finite.
         quarantine: the records that could not be processed.
+        versions: what decides the numbers besides the libraries that every manifest records.
     """
 
     table: pa.Table
     num_tokens: int
     health: Health = field(default_factory=dict)
     quarantine: tuple[BadRecord, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 class Stage(Protocol):

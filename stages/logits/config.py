@@ -1,8 +1,8 @@
 """Settings of the logits stage."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
@@ -10,19 +10,45 @@ from stages.contract.fingerprint import RUNTIME, Settings
 class LogitsConfig(Settings):
     """How each model's top-k logprobs are computed."""
 
-    top_k: int = Field(10, ge=1, le=256, description="Entries kept at each position.")
+    top_k: int = Field(10, ge=1, le=256, description="Entries kept at each position, at most.")
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="A position keeps the smallest prefix of its top-k that holds this probability; 1: always all k.",
+    )
     max_length: int = Field(2048, ge=8, description="Most tokens a model sees at once; longer segments go in windows.")
-    backend: Literal["transformers"] = Field("transformers", description="What runs the model.")
+    backend: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What runs the model. `auto`: vLLM where it is installed and a GPU is visible, else transformers; what the "
+        "first worker of a folder finds stands for all of it, since the two agree to 1e-2 only.",
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Of the weights and activations.")
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(
-        "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
+        "auto",
+        description="Of transformers (vLLM chooses its own). `auto`: FlashAttention 2 where it is installed and a GPU is used, "
+        "else SDPA.",
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(
         "auto", description="`auto`: a GPU if there is one."
     )
-    batch_tokens: Annotated[int, RUNTIME] = Field(8192, ge=1, description="Token budget of a batch, padding included.")
+    batch_tokens: Annotated[int, RUNTIME] = Field(
+        8192, ge=1, description="Token budget of a batch, padding included; with vLLM tokens of an engine step."
+    )
     chunk_positions: Annotated[int, RUNTIME] = Field(
-        512, ge=1, description="Positions whose full logits exist at once: chunk x vocabulary x 4 bytes."
+        512,
+        ge=1,
+        description="Positions whose full logits exist at once with transformers: chunk x vocabulary x 4 bytes.",
+    )
+    gpu_memory_utilization: Annotated[float, RUNTIME] = Field(
+        0.8,
+        gt=0,
+        lt=1,
+        description="Share of a GPU's memory that vLLM plans for. The logits of one window, about 10 bytes x its tokens x "
+        "vocabulary, come on top.",
+    )
+    tensor_parallel_size: Annotated[int, RUNTIME] = Field(
+        1, ge=1, description="GPUs that share one model, with vLLM alone: for models that do not fit one GPU."
     )
     max_bad_fraction: Annotated[float, RUNTIME] = Field(
         0.01, ge=0, le=1, description="A shard with more bad segments than this fails."
@@ -34,5 +60,16 @@ class LogitsConfig(Settings):
         1, gt=0, description="CPUs of an actor; on a CPU also its threads."
     )
     gpus_per_worker: Annotated[float | None, RUNTIME] = Field(
-        None, ge=0, description="GPUs that Ray reserves for an actor; by default 1 where the cluster has a GPU."
+        None,
+        ge=0,
+        description="GPUs that Ray reserves for an actor; by default tensor_parallel_size where the cluster has GPUs.",
     )
+
+    @model_validator(mode="after")
+    def _one_gpu_with_transformers(self) -> Self:
+        if self.backend == "transformers" and self.tensor_parallel_size > 1:
+            raise ValueError(
+                f"tensor_parallel_size = {self.tensor_parallel_size} splits a model with vLLM alone: set backend = 'vllm', or "
+                "tensor_parallel_size = 1"
+            )
+        return self

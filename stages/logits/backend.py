@@ -1,0 +1,168 @@
+"""What runs a model for the logits stage: the interface, what every backend gives back, and what they share.
+
+A backend is handed token ids and gives arrays. Text, tokenizers and Arrow are the stage's.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+
+from stages.contract.batches import token_batches
+from stages.contract.windows import Window
+
+log = logging.getLogger(__name__)
+
+_MEMORY_MESSAGES: Final = ("out of memory", "can't allocate memory")
+
+
+class NotFiniteError(ValueError):
+    """A model gave a logprob that is not a finite number.
+
+    Attributes:
+        sequence: index of the sequence.
+        position: in the sequence.
+    """
+
+    def __init__(self, sequence: int, position: int) -> None:
+        super().__init__(f"logprobs are not finite at position {position} of sequence {sequence}")
+        self.sequence = sequence
+        self.position = position
+
+
+@dataclass
+class Predictions:
+    """All positions of S sequences, end to end: P in all; and what it took.
+
+    Attributes:
+        starts: (S + 1,) int64, where each sequence's positions lie.
+        topk_ids: (P, k) int32, descending probability, equal ones in ascending order of id.
+        topk_logprobs: (P, k) float32, natural logs, normalised over the ids that the tokenizer has.
+        gold_logprob: (P,) float32 of the next token; NaN at the last position of each sequence.
+        forward_seconds: time inside the model, head and top-k included.
+        oom_retries: how often memory ran out and a smaller budget went on.
+    """
+
+    starts: np.ndarray
+    topk_ids: np.ndarray
+    topk_logprobs: np.ndarray
+    gold_logprob: np.ndarray
+    forward_seconds: float = 0.0
+    oom_retries: int = 0
+
+    @classmethod
+    def empty(cls, lengths: Sequence[int], *, width: int) -> "Predictions":
+        """Room for sequences of these lengths, ``width`` entries a position."""
+        starts = np.zeros(len(lengths) + 1, np.int64)
+        np.cumsum(lengths, out=starts[1:])
+        return cls(
+            starts=starts,
+            topk_ids=np.zeros((starts[-1], width), np.int32),
+            topk_logprobs=np.zeros((starts[-1], width), np.float32),
+            gold_logprob=np.full(starts[-1], np.nan, np.float32),
+        )
+
+    def part(self, sequence: int) -> slice:
+        """Where a sequence's positions lie."""
+        return slice(self.starts[sequence], self.starts[sequence + 1])
+
+    def put(self, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, gold_logprob: np.ndarray) -> None:
+        """Take in some positions.
+
+        Args:
+            rows: (N,) their places among all P.
+            ids: (N, k).
+            logprobs: (N, k).
+            gold_logprob: (N,); not looked at where the position is the last of its sequence.
+
+        Raises:
+            NotFiniteError: a logprob is not finite; of several the first.
+        """
+        is_last = np.isin(rows + 1, self.starts)
+        finite = np.isfinite(logprobs).all(axis=1) & (np.isfinite(gold_logprob) | is_last)
+        if not finite.all():
+            row = int(rows[~finite].min())
+            sequence = int(np.searchsorted(self.starts, row, side="right")) - 1
+            raise NotFiniteError(sequence, row - int(self.starts[sequence]))
+        self.topk_ids[rows] = ids
+        self.topk_logprobs[rows] = logprobs
+        self.gold_logprob[rows] = np.where(is_last, np.nan, gold_logprob)
+
+
+class Backend(Protocol):
+    """One loaded model.
+
+    Attributes:
+        max_length: most tokens of a window: ``logits.max_length``, or the model's positions where they are fewer.
+        num_embeddings: ids at or above it cannot be given to the model.
+        versions: what the manifest records of the backend: its name, and what decides its numbers.
+    """
+
+    max_length: int
+    num_embeddings: int
+    versions: Mapping[str, str]
+
+    def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
+        """Run the model over sequences.
+
+        Args:
+            sequences: (N,) token ids each, below ``num_embeddings``.
+            cuts: the windows of each sequence, of at most ``max_length`` tokens.
+
+        Raises:
+            NotFiniteError: the model gave a number that is not finite.
+            RuntimeError: memory ran out although the budgets are as small as they get.
+        """
+
+
+def run_batches(
+    lengths: np.ndarray,
+    *,
+    budget: Callable[[], int],
+    run: Callable[[np.ndarray], None],
+    can_shrink: Callable[[int], bool],
+    shrink: Callable[[np.ndarray], None],
+) -> int:
+    """Run windows in batches under a token budget; where memory runs out, go on with a smaller one.
+
+    Args:
+        lengths: (W,) tokens of each window.
+        budget: most tokens of a batch, as it is now.
+        run: runs a batch, given as indices into ``lengths``.
+        can_shrink: whether a batch of so many windows that did not fit could be tried in smaller pieces.
+        shrink: makes the budget smaller, after a batch that did not fit.
+
+    Returns:
+        How often memory ran out.
+    """
+    pending = token_batches(lengths, max_tokens=budget())
+    oom_retries = 0
+    while pending:
+        if _fits(pending[0], run=run, can_shrink=can_shrink):
+            pending = pending[1:]
+            continue
+        oom_retries += 1
+        shrink(pending[0])  # here, where no exception is being handled: its traceback would hold the batch's tensors
+        left = np.concatenate(pending)
+        pending = [left[batch] for batch in token_batches(lengths[left], max_tokens=budget())]
+    return oom_retries
+
+
+def _fits(batch: np.ndarray, *, run: Callable[[np.ndarray], None], can_shrink: Callable[[int], bool]) -> bool:
+    try:
+        run(batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or not can_shrink(len(batch)):
+            raise
+        log.warning("out of memory: %s", str(error).split("\n", 1)[0])
+        return False
+    return True
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Torch's own class on a GPU; a plain RuntimeError of the CPU's allocator, and of a process that ran out elsewhere."""
+    text = str(error).lower()
+    return isinstance(error, torch.OutOfMemoryError) or any(message in text for message in _MEMORY_MESSAGES)

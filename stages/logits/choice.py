@@ -1,0 +1,41 @@
+"""Which backend runs a model, where the configuration leaves it open."""
+
+from typing import Literal
+
+import torch
+
+from stages.contract.models import ModelConfig
+from stages.logits.config import LogitsConfig
+from stages.logits.vllm_backend import is_installed, knows_architecture
+
+
+def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transformers", "vllm"]:
+    """The backend that a worker on this machine takes: what is configured; ``auto``: vLLM where it can run the model.
+
+    Raises:
+        ValueError: ``auto`` comes to transformers, and ``tensor_parallel_size`` asks for more than one GPU.
+    """
+    if config.backend != "auto":
+        return config.backend
+    obstacle = _obstacle(config, model)
+    if obstacle is None:
+        return "vllm"
+    if config.tensor_parallel_size > 1:
+        raise ValueError(
+            f"model {model.name}: logits.tensor_parallel_size = {config.tensor_parallel_size} needs vLLM, which cannot be "
+            f"taken here: {obstacle}"
+        )
+    return "transformers"
+
+
+def _obstacle(config: LogitsConfig, model: ModelConfig) -> str | None:
+    """Why vLLM cannot be taken, the cheapest question first; None if it can."""
+    if config.device == "cpu" or not torch.cuda.is_available():
+        return "no GPU is used"
+    if not is_installed():
+        return "it is not installed"
+    if model.is_gguf:
+        return "the weights are a GGUF file"
+    if not knows_architecture(model):
+        return "it does not know this architecture"
+    return None

@@ -1,0 +1,108 @@
+"""The transformers backend: the model's body, then its head over chunks of positions; the oracle of the others."""
+
+import gc
+import logging
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from stages.contract.batches import padded_batch
+from stages.contract.devices import attention_choices, resolve_device, set_threads
+from stages.contract.heads import check_head, split_head
+from stages.contract.models import ModelConfig, load_model, num_positions
+from stages.contract.windows import Window
+from stages.logits.backend import Predictions, run_batches
+from stages.logits.config import LogitsConfig
+from stages.logits.topk import topk_logprobs
+
+log = logging.getLogger(__name__)
+
+
+class TransformersBackend:
+    """A transformers causal language model on one device; see ``backend.Backend``.
+
+    Only [chunk, vocabulary] logits exist at once. Where memory runs out, the token budget of a batch and the chunk are
+    halved; what was learnt stays for the shards that follow.
+    """
+
+    versions: Mapping[str, str] = {"backend": "transformers"}  # transformers' own version is recorded for every stage
+
+    def __init__(self, config: LogitsConfig, model: ModelConfig, *, num_valid: int) -> None:
+        """Load the model, and check that its head is applied as the model itself does.
+
+        Args:
+            config: the stage's settings.
+            model: which model.
+            num_valid: the tokenizer's length; ids at or above it are no tokens.
+
+        Raises:
+            ValueError: the architecture's head is laid out in an unknown way.
+        """
+        self._config = config
+        self._name = model.name
+        self._num_valid = num_valid
+        self._batch_tokens = config.batch_tokens
+        self._chunk_positions = config.chunk_positions
+        self._device = resolve_device(config.device)
+        set_threads(self._device, config.cpus_per_worker)
+        choices = attention_choices(config.attention, self._device, half_precision=config.dtype != "float32")
+        loaded = load_model(model, dtype=config.dtype, attention=choices, device=str(self._device))
+        check_head(loaded)
+        self._body, self._head = split_head(loaded)
+        self.num_embeddings = int(loaded.get_input_embeddings().weight.shape[0])
+        self.max_length = num_positions(loaded, config.max_length)
+
+    def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
+        """Run all windows in batches of similar length; see ``backend.Backend.predict``."""
+        width = min(self._config.top_k, self._num_valid)
+        predictions = Predictions.empty([len(sequence) for sequence in sequences], width=width)
+        inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
+        lengths = np.array([len(window) for _, window in inputs], np.int64)
+        predictions.oom_retries = run_batches(
+            lengths,
+            budget=lambda: self._batch_tokens,
+            run=lambda batch: self._run(sequences, [inputs[index] for index in batch], predictions),
+            can_shrink=lambda num_windows: num_windows > 1 or self._chunk_positions > 1,
+            shrink=lambda batch: self._shrink(len(batch) * int(lengths[batch].max())),
+        )
+        return predictions
+
+    @torch.inference_mode()
+    def _run(
+        self, sequences: Sequence[np.ndarray], batch: Sequence[tuple[int, Window]], predictions: Predictions
+    ) -> None:
+        """One forward pass, padded on the right; the head sees the taken positions alone."""
+        inputs = padded_batch(batch, sequences, predictions.starts)
+
+        def on_device(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(array).to(self._device)
+
+        started = time.perf_counter()
+        hidden = self._body(on_device(inputs.input_ids), attention_mask=on_device(inputs.mask))
+        top = topk_logprobs(
+            hidden[on_device(inputs.taken)],
+            self._head,
+            on_device(inputs.gold_ids),
+            top_k=self._config.top_k,
+            num_valid=self._num_valid,
+            chunk_positions=self._chunk_positions,
+        )
+        ids, logprobs, gold_logprob = (part.cpu().numpy() for part in (top.ids, top.logprobs, top.gold_logprob))
+        predictions.forward_seconds += time.perf_counter() - started  # the copies waited for the device
+        predictions.put(inputs.rows, ids, logprobs, gold_logprob)
+
+    def _shrink(self, size: int) -> None:
+        """Halve the budgets of what follows, after a batch of ``size`` tokens that did not fit."""
+        self._batch_tokens = max(1, min(self._batch_tokens, size) // 2)
+        self._chunk_positions = max(1, self._chunk_positions // 2)
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+        log.warning(
+            "model %s: going on with batches of %d tokens, chunks of %d positions",
+            self._name,
+            self._batch_tokens,
+            self._chunk_positions,
+        )
