@@ -83,11 +83,11 @@ def sparse_row(table: pa.Table, row: int) -> SparseRows:
     return SparseRows(ids, logprobs)
 
 
-def round_to_half(logprobs: np.ndarray) -> np.ndarray:
+def round_to_half(values: np.ndarray) -> np.ndarray:
     """Round to float16's precision, in float32: half the bytes on disk after compression, read by every tool.
 
-    Values below float16's range are held at its smallest finite one.
+    For logprobs and tail masses; NaN stays. Values below float16's range are held at its smallest finite one.
     """
     info = np.finfo(np.float16)
     with np.errstate(over="ignore"):
-        return np.clip(logprobs, info.min, info.max).astype(np.float16).astype(np.float32)
+        return np.clip(values, info.min, info.max).astype(np.float16).astype(np.float32)

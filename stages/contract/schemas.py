@@ -55,10 +55,13 @@ def logits_schema(vocab_size: int) -> pa.Schema:
 
     - ``token_ids`` (N): the segment's tokens, special tokens included.
     - ``byte_end`` (N): where each token ends in the segment, bytes; BOS ends at 0; nondecreasing; the last is the length.
-    - ``gold_logprob`` (N): ln p(token t+1 | tokens <= t), float32; null at the last position.
+    - ``gold_logprob`` (N): ln p(token t+1 | tokens <= t), whether that token is in the top-k or not; null at the last
+      position.
     - ``topk_ids``, ``topk_logprobs`` (N, <= k): the largest entries at each position, descending; natural logs over the
-      full vocabulary (every id that the tokenizer has), rounded to float16's precision. What they leave out of 1 is the
-      tail mass.
+      full vocabulary (every id that the tokenizer has). What they leave out of 1 is the tail mass.
+
+    Logprobs are rounded to float16's precision, to the nearest: a token's gold logprob moves by at most 1 part in 2,048,
+    the mean over a thousand tokens by about 1e-5 nats.
     """
     return pa.schema(
         [
@@ -140,22 +143,42 @@ def tail_of(schema: pa.Schema) -> Tail:
     return "bucket" if "tail_mass" in schema.names else "renormalise"
 
 
-def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How a table of this schema is written: zstd, dictionaries on ids and texts, byte-stream-split on floats.
+CODES: Final = (pa.int8(), pa.uint8())
+"""Types of columns that hold one of a few values."""
+FLOAT_LEVEL: Final = 19
+LEVEL: Final = 17
+"""zstd levels of floats and of all else. Top-k lists are alike in ways that only zstd's slow searches find: against level
+6, 14 % fewer bytes of logprobs for 7 us a token at k = 10, and 1 % fewer of ids for 2 us. No reader is slower for it."""
 
-    Byte-stream-split of float32 that holds float16 values compresses to 2 bytes a value and less, and DuckDB, pandas,
-    polars and datasets read it.
+
+def parquet_options(schema: pa.Schema) -> dict[str, Any]:
+    """How a table of this schema is written: zstd over the encoding that suits each column.
+
+    - numbers of 32 bits and more: byte-stream-split. Floats hold values rounded to 16 bits, so two of their four streams
+      are nearly empty; the high bytes of ids and positions compress. A dictionary would pack its indices at odd widths,
+      which zstd cannot see through.
+    - ``byte_end``, which never decreases: deltas.
+    - strings and codes of a few values: dictionaries.
+
+    DuckDB, pandas, polars and datasets read all of them.
     """
     dictionary: list[str] = []
-    split: list[str] = []
+    encodings: dict[str, str] = {}
+    levels: dict[str, int] = {}
     for field in schema:
         path, kind = field.name, field.type
         while pa.types.is_list(kind):
             path, kind = f"{path}.list.element", kind.value_type
-        (split if pa.types.is_floating(kind) else dictionary).append(path)
+        levels[path] = FLOAT_LEVEL if pa.types.is_floating(kind) else LEVEL
+        if field.name == "byte_end":
+            encodings[path] = "DELTA_BINARY_PACKED"
+        elif pa.types.is_string(kind) or kind in CODES:
+            dictionary.append(path)
+        elif not pa.types.is_boolean(kind):
+            encodings[path] = "BYTE_STREAM_SPLIT"
     return {
         "compression": "zstd",
-        "compression_level": 3,
-        "use_dictionary": dictionary,
-        "column_encoding": dict.fromkeys(split, "BYTE_STREAM_SPLIT"),
+        "compression_level": levels,
+        "use_dictionary": dictionary or False,
+        "column_encoding": encodings,
     }

@@ -27,7 +27,7 @@ from stages.logits.vllm_backend import VllmBackend
 
 logger = logging.getLogger(__name__)
 
-VERSION: Final = 1
+VERSION: Final = 2
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,7 @@ class LogitsStage:
         vocab_size = self._tokenizer.vocabulary.size
         parts = [predictions.part(index) for index in range(len(segments))]
         rounded = round_to_half(predictions.topk_logprobs)
+        gold = round_to_half(predictions.gold_logprob)
         ids, logprobs = sparse_columns(
             [SparseRows(predictions.topk_ids[part], rounded[part]) for part in parts], id_type(vocab_size)
         )
@@ -175,7 +176,7 @@ class LogitsStage:
                 pa.array([segment.index for segment in segments], pa.int32()),
                 list_column([segment.encoding.ids for segment in segments], id_type(vocab_size)),
                 list_column([segment.encoding.byte_end for segment in segments], pa.int32()),
-                list_column([predictions.gold_logprob[part] for part in parts], pa.float32()),
+                list_column([gold[part] for part in parts], pa.float32()),
                 ids,
                 logprobs,
             ],

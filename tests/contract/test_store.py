@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from stages.contract import schemas
@@ -110,15 +109,6 @@ def test_sparse_columns_come_back_padded() -> None:
     assert rows.logprobs[1, 1] == -np.inf
     assert rows.present.tolist() == [True, True]
     assert np.isnan(list_row(table, "gold_logprob", 0)[1])
-
-
-def test_float_columns_are_byte_stream_split_and_ids_have_dictionaries(tmp_path: Path) -> None:
-    store = Store(str(tmp_path))
-    store.write_table("a.parquet", logits_table())
-    group = pq.ParquetFile(tmp_path / "a.parquet").metadata.row_group(0)
-    encodings = {group.column(i).path_in_schema: group.column(i).encodings for i in range(group.num_columns)}
-    assert "BYTE_STREAM_SPLIT" in encodings["topk_logprobs.list.element.list.element"]
-    assert "RLE_DICTIONARY" in encodings["topk_ids.list.element.list.element"]
 
 
 def test_read_only_folder_is_an_error_not_a_loss(tmp_path: Path) -> None:

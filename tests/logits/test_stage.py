@@ -60,7 +60,7 @@ class Oracle:
 def assert_row_agrees(table, row, ids, logprobs):
     assert np.array_equal(list_row(table, "token_ids", row), ids)
     gold = list_row(table, "gold_logprob", row)
-    np.testing.assert_allclose(gold[:-1], logprobs[np.arange(len(ids) - 1), ids[1:]], atol=3e-5, rtol=1e-5)
+    np.testing.assert_allclose(gold[:-1], logprobs[np.arange(len(ids) - 1), ids[1:]], atol=3e-5, rtol=1e-3)
     assert np.isnan(gold[-1])
     sparse = sparse_row(table, row)
     expected = -np.sort(-logprobs, axis=1)[:, :TOP_K]
@@ -170,7 +170,7 @@ def test_a_model_with_fewer_positions_than_max_length_gets_windows(tmp_path):
     ids = list_row(output.table, "token_ids", 0)
     assert output.health["windowed_segments"] == 2
     gold = list_row(output.table, "gold_logprob", 0)
-    np.testing.assert_allclose(gold[:23], oracle.logprobs(ids[:24])[np.arange(23), ids[1:24]], atol=3e-5)
+    np.testing.assert_allclose(gold[:23], oracle.logprobs(ids[:24])[np.arange(23), ids[1:24]], atol=3e-5, rtol=1e-3)
 
 
 def test_one_token_has_a_distribution_and_no_gold(tmp_path):
@@ -219,12 +219,18 @@ def test_health_agrees_with_the_rows(llama):
     assert (health["oom_retries"], health["windowed_segments"]) == (0, 0)
 
 
-def test_topk_logprobs_are_rounded_and_gold_is_not(llama):
-    table = make_stage(llama).run({"shard": shard_table(TEXTS)}).table
-    topk, gold = table["topk_logprobs"].combine_chunks().flatten().flatten(), table["gold_logprob"].combine_chunks()
-    assert np.array_equal(topk.to_numpy(), round_to_half(topk.to_numpy()))
-    exact = gold.flatten().drop_null().to_numpy()
-    assert not np.array_equal(exact, round_to_half(exact))
+def test_logprobs_are_stored_in_half_precision_and_cross_entropy_stays(llama):
+    output = make_stage(llama).run({"shard": shard_table(TEXTS)})
+    for name in ("topk_logprobs", "gold_logprob"):
+        values = np.concatenate([flat(output.table, name, row) for row in range(output.table.num_rows)])
+        assert np.array_equal(values, round_to_half(values), equal_nan=True)
+    oracle = Oracle(llama)
+    exact, stored = [], []
+    for row in range(output.table.num_rows):
+        ids = list_row(output.table, "token_ids", row)
+        exact.append(oracle.logprobs(ids)[np.arange(len(ids) - 1), ids[1:]])
+        stored.append(list_row(output.table, "gold_logprob", row)[:-1])
+    assert np.mean(np.concatenate(stored)) == pytest.approx(np.mean(np.concatenate(exact)), abs=1e-4)
 
 
 def test_numbers_that_are_not_finite_are_refused_with_their_place(tmp_path):
