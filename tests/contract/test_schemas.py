@@ -56,7 +56,7 @@ def table_of(schema: pa.Schema, vocab_size: int) -> pa.Table:
     rng = np.random.default_rng(0)
     ids, logprobs = sparse(rng, vocab_size)
     own = {"topk_ids": ids, "topk_logprobs": logprobs}
-    columns = [own.get(field.name, None) for field in schema]
+    columns = [own.get(field.name) for field in schema]
     return pa.Table.from_arrays(
         [
             values_of(field, rng, vocab_size) if made is None else made
@@ -125,7 +125,7 @@ def test_each_column_has_the_encoding_that_suits_it(tmp_path: Path, name: str) -
 
 
 def expected_encoding(path: str) -> set[str]:
-    name = path.split(".")[0]
+    name = path.split(".", maxsplit=1)[0]
     if name == "byte_end":
         return {"DELTA_BINARY_PACKED"}
     if name in ("split", "text", "stage", "error", "message", "outcome", "chosen"):
