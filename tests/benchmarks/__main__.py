@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from tests.benchmarks import align, compilation, engine, workers
+from tests.benchmarks import align, compilation, engine, logits, logits_files, workers
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import SkippedError, say, say_versions
 
@@ -21,6 +21,12 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     align.bytes_per_token,
     workers.two_workers_vs_one,
     workers.memory_growth,
+    logits.peak_memory_vs_plain,
+    logits.speed_vs_plain,
+    logits.time_outside_forward,
+    logits_files.bytes_per_token,
+    logits_files.float16_nll_cost,
+    logits_files.bits_per_byte_vs_plain,
     compilation.compile_seconds,
     engine.overhead_per_shard,
 )

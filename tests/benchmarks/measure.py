@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROUNDS = 5
-LIBRARIES = ("numpy", "numba", "rapidfuzz", "POT", "pyarrow", "tokenizers")
+LIBRARIES = ("numpy", "numba", "rapidfuzz", "POT", "pyarrow", "tokenizers", "torch", "transformers")
 
 
 class SkippedError(Exception):

@@ -1,0 +1,181 @@
+"""The logits stage's files, on the real logits of the finished run ``PTAFUSE_RUN``: their size, and what rounding costs."""
+
+import math
+import tempfile
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from pipeline.plan import ResolvedRun, recorded_run
+from stages.contract import schemas
+from stages.contract.batches import NO_GOLD
+from stages.contract.columns import list_row, round_to_half
+from stages.contract.entropy import TEACHER_FLOOR, cross_entropy
+from stages.contract.heads import split_head
+from stages.contract.models import ModelConfig, load_model
+from stages.contract.store import Store
+from stages.contract.tokens import SegmentTokenizer
+from stages.logits.topk import topk_logprobs
+from tests.benchmarks import align_data
+from tests.benchmarks.figure import Figure
+from tests.benchmarks.measure import say
+
+VOCABULARIES = {align_data.TARGET: ("32k", 32_000, 28), align_data.SOURCE: ("152k", 151_936, 36)}
+TOP_K = 10
+NUM_SEGMENTS = 50
+NUM_ROUNDED_SEGMENTS = 24
+
+
+def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
+    return Figure(f"logits.{name}", value, unit, goal, f"python -m tests.benchmarks logits_files.{benchmark}")
+
+
+def _run() -> ResolvedRun:
+    return recorded_run(Store(str(align_data.run_folder())))
+
+
+def _model(name: str) -> ModelConfig:
+    return next(model for model in _run().config.models if model.name == name)
+
+
+@cache
+def _logits(name: str) -> pa.Table:
+    """All committed logits of one of the run's models."""
+    return pa.concat_tables([align_data.read(data) for data in align_data.logits_files(name).values()])
+
+
+def bytes_per_token() -> list[Figure]:
+    """Bytes a token at k = 10, everything in the file included, of the run's logits with ids of another vocabulary.
+
+    The ids are renumbered by frequency rank, most frequent first, and folded into the vocabulary. The frequencies are
+    those of the run's *validation* text, so that no candidate's rank is known from the logits themselves.
+    """
+    figures = []
+    for name, (suffix, size, goal) in VOCABULARIES.items():
+        table = _logits(name)
+        ranks = _frequency_ranks(name)
+        own = SegmentTokenizer.load(_model(name)).vocabulary.size
+        ways = {
+            "as they are": (np.arange(own), own),
+            "folded": (np.arange(own) % size, size),
+            "by rank": (ranks % size, size),
+        }
+        found = {way: _file_bytes(_renumbered(table, ids, vocab_size)) for way, (ids, vocab_size) in ways.items()}
+        text = ", ".join(f"{way} {value:.2f}" for way, value in found.items())
+        say(f"{name}, {own} ids, {table.num_rows} segments: {text} bytes a token")
+        figures.append(_figure("bytes_per_token", f"bytes_per_token_{suffix}", found["by rank"], "bytes", f"<= {goal}"))
+    return figures
+
+
+def _frequency_ranks(name: str) -> np.ndarray:
+    """(V,) id -> its rank by frequency in the run's validation text; ids that do not occur there follow in their order."""
+    store, run = Store(str(align_data.run_folder())), _run()
+    manifests = store.manifests(run.steps["shard"].folder).values()
+    rows = pa.concat_tables(
+        [store.read_table(manifest.data, remake="`make demo`") for manifest in manifests]
+    ).to_pylist()
+    tokenizer = SegmentTokenizer.load(_model(name))
+    texts = [row["text"] for row in rows if row["split"] == "validation"]
+    encodings = tokenizer.encode_batch(texts, is_last=[True] * len(texts))
+    counts = np.bincount(np.concatenate([part.ids for part in encodings]), minlength=tokenizer.vocabulary.size)
+    ranks = np.empty(len(counts), np.int64)
+    ranks[np.argsort(-counts, kind="stable")] = np.arange(len(counts))
+    return ranks
+
+
+def _renumbered(table: pa.Table, new_ids: np.ndarray, size: int) -> pa.Table:
+    """The table as the stage would write it now, with other ids: ``new_ids[id]`` below ``size``."""
+    schema = schemas.logits_schema(size)
+
+    def renewed(column: pa.Array) -> pa.Array:
+        if pa.types.is_list(column.type):
+            return pa.ListArray.from_arrays(column.offsets, renewed(column.values))
+        if pa.types.is_floating(column.type):
+            return pa.array(round_to_half(column.to_numpy(zero_copy_only=False)), column.type, from_pandas=True)
+        return pa.array(new_ids[column.to_numpy()], schemas.id_type(size))
+
+    columns = [
+        renewed(table[name].combine_chunks())
+        if name in ("token_ids", "topk_ids", "gold_logprob", "topk_logprobs")
+        else table[name]
+        for name in schema.names
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _file_bytes(table: pa.Table) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        data = Store(folder).write_table("logits.parquet", table)
+    return data.num_bytes / sum(map(len, table["token_ids"]))
+
+
+def float16_nll_cost() -> list[Figure]:
+    """Teacher NLL of the models' own renormalised top-10, and mean gold logprob: rounded to float16 against not rounded."""
+    differences = []
+    for name in VOCABULARIES:
+        logprobs, is_gold, gold = _unrounded(name)
+        exact, stored = (_teacher_nll(values, is_gold) for values in (logprobs, round_to_half(logprobs)))
+        moved = float((round_to_half(gold) - gold).mean(dtype=np.float64))
+        say(
+            f"{name}, {len(gold)} tokens: teacher NLL {exact:.5f} -> {stored:.5f}; gold logprob moves {moved:+.1e} nats"
+        )
+        differences += [abs(stored - exact), abs(moved)]
+    name = "float16_nll_cost"
+    return [_figure(name, name, max(differences), "nats", "<= 0.001")]
+
+
+def _unrounded(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each position with a next token: float32 top-k logprobs (P, k), which of them is the gold one, and its own (P,)."""
+    model = _load(name)
+    body, head = split_head(model)
+    parts = []
+    for row in range(min(NUM_ROUNDED_SEGMENTS, _logits(name).num_rows)):
+        ids = torch.from_numpy(list_row(_logits(name), "token_ids", row).astype(np.int64))
+        gold = torch.cat([ids[1:], torch.tensor([NO_GOLD])])
+        size = SegmentTokenizer.load(_model(name)).vocabulary.size
+        with torch.inference_mode():
+            top = topk_logprobs(body(ids[None])[0], head, gold, top_k=TOP_K, num_valid=size, chunk_positions=256)
+        parts.append((top.logprobs[:-1], (top.ids == gold[:, None])[:-1], top.gold_logprob[:-1]))
+    logprobs, is_gold, gold_logprob = (torch.cat(column).numpy() for column in zip(*parts, strict=True))
+    return logprobs, is_gold, gold_logprob
+
+
+def _teacher_nll(logprobs: np.ndarray, is_gold: np.ndarray) -> float:
+    probs = np.exp(logprobs.astype(np.float64))
+    found = (probs * is_gold).sum(axis=1) / probs.sum(axis=1)
+    return float(-np.log(np.maximum(found, TEACHER_FLOOR)).mean())
+
+
+def bits_per_byte_vs_plain() -> list[Figure]:
+    """Bits per byte of 50 segments from the run's files against ``model(ids, labels=...).loss``, both models."""
+    differences = []
+    for name in VOCABULARIES:
+        table, model = _logits(name), _load(name)
+        is_special = SegmentTokenizer.load(_model(name)).vocabulary.is_special
+        nats, plain, num_bytes = 0.0, 0.0, 0
+        for row in range(min(NUM_SEGMENTS, table.num_rows)):
+            ids = list_row(table, "token_ids", row).astype(np.int64)
+            byte_end = list_row(table, "byte_end", row)
+            stored = cross_entropy(list_row(table, "gold_logprob", row), byte_end, is_special[ids])
+            nats, num_bytes = nats + stored.nats, num_bytes + stored.num_bytes
+            plain += _plain_nats(model, ids, is_special)
+        found, expected = (total / math.log(2) / num_bytes for total in (nats, plain))
+        say(f"{name}, {row + 1} segments, {num_bytes} bytes: {found:.6f} bits per byte, model(...).loss {expected:.6f}")
+        differences.append(abs(found - expected))
+    name = "bits_per_byte_vs_plain"
+    return [_figure(name, name, max(differences), "bits per byte apart", "<= 0.001")]
+
+
+@torch.inference_mode()
+def _plain_nats(model: Any, ids: np.ndarray, is_special: np.ndarray) -> float:
+    """What transformers itself says: its mean loss times the number of labels."""
+    labels = torch.from_numpy(np.where(is_special[ids], -100, ids))[None]
+    loss = model(input_ids=torch.from_numpy(ids)[None], labels=labels, use_cache=False).loss
+    return float(loss) * int((labels[:, 1:] != -100).sum())
+
+
+def _load(name: str) -> Any:
+    return load_model(_model(name), dtype=_run().config.logits.dtype, attention=("sdpa", "eager"), device="cpu")
