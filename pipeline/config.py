@@ -6,14 +6,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.models import ModelConfig
 from stages.fuse.config import FuseConfig
 from stages.logits.config import LogitsConfig
-from stages.shard.config import DatasetConfig, ShardConfig
+from stages.shard.config import DatasetConfig, ShardConfig, absolute_or_url
 from train.config import EvalConfig, TrainConfig
 
 
@@ -32,6 +32,11 @@ class RunConfig(Settings):
 
     name: Annotated[str, RUNTIME] = Field(
         pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Names the recorded configuration: lower case, no spaces."
+    )
+    logits_from: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
+        None,
+        description="Another run directory (a path or an fsspec URL): shards and logits that are done there under the same "
+        "fingerprint are read there instead of being computed; nothing is written there.",
     )
     dataset: DatasetConfig
     target: ModelConfig

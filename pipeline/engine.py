@@ -15,6 +15,7 @@ from pipeline.config import EngineConfig, RunConfig, load_config
 from pipeline.documents import check_dataset
 from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
+from pipeline.sharing import SHARED_STAGES, check_shared, take_up_plan, take_up_shards
 from pipeline.stage_table import Resources, stage_spec
 from pipeline.worker import ShardJob, ShardStatus, library_versions
 from stages.contract.manifest import Manifest, manifest_key
@@ -64,6 +65,8 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
     for model in config.models:
         model.check()
     _warn_of_branches(config)
+    if config.logits_from is not None:
+        check_shared(config.logits_from)
     store = Store(run_url)
     resolved = resolve(config, store, request)
     record(resolved, store)
@@ -78,8 +81,10 @@ def run_stage(run: Run, stage: str) -> None:
         ValueError: the dataset lacks its text column, or is of no known format.
     """
     if stage == "shard" and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
-        check_dataset(run.config.dataset)
-        freeze_plan(run.resolved, run.store)
+        other = _shared_store(run)
+        if other is None or not take_up_plan(run.resolved.steps["shard"], run.store, other):
+            check_dataset(run.config.dataset)
+            freeze_plan(run.resolved, run.store)
     for step in run.resolved.of_stage(stage):
         _run_step(run, step)
 
@@ -141,7 +146,7 @@ def command(run: Run, stage: str) -> str:
 def _run_step(run: Run, step: Step) -> None:
     spec = stage_spec(step.stage)
     num_shards = require_complete(run, list(step.inputs.values()), step.key)
-    pending = pending_shards(run.store, step, num_shards)
+    pending = _without_shared(run, step, pending_shards(run.store, step, num_shards), num_shards)
     if not pending:
         run.console.print(f"{step.key}: nothing to do ({num_shards} of {num_shards} shards are done)")
         return
@@ -169,6 +174,33 @@ def _run_step(run: Run, step: Step) -> None:
             f"{step.key}: {len(failed)} of {num_shards} shards failed:\n{_failures(failed)}\nMend the cause, then "
             f"`ptafuse retry {run.store.url}` and {command(run, step.stage)} again; the other shards are kept."
         )
+
+
+def _shared_store(run: Run) -> Store | None:
+    """The run directory of ``logits_from``, if there is one."""
+    return None if run.config.logits_from is None else Store(run.config.logits_from)
+
+
+def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -> list[int]:
+    """The pending shards that ``logits_from`` does not have either; the others get their manifests here."""
+    other = _shared_store(run)
+    if other is None or step.stage not in SHARED_STAGES or not pending:
+        return pending
+    found = take_up_shards(step, run.store, other, pending, num_shards)
+    left = [shard for shard in pending if shard not in found.shards]
+    run.console.print(
+        f"{step.key}: {len(found.shards)} of {len(pending)} shards are read in {other.url}", soft_wrap=True
+    )
+    if found.other_rows:
+        log.warning(
+            "%s: %d shards of %s are of other rows than the segments here (cut by other library versions): computed here",
+            step.key,
+            len(found.other_rows),
+            other.url,
+        )
+    if left:
+        log.info("%s: %d shards are not done in %s: computed here", step.key, len(left), other.url)
+    return left
 
 
 def _failures(failed: Sequence[ShardStatus]) -> str:

@@ -4,7 +4,7 @@ import json
 import logging
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,11 +88,12 @@ class ResolvedRun:
 def resolve(config: RunConfig, store: Store, request: Request) -> ResolvedRun:
     """Name every result of a run. Hashes local models and datasets (remembered); loads none of them."""
     tokenizers = {model.name: model.tokenizer_identity() for model in config.models}
+    stores = [store] if config.logits_from is None else [store, Store(config.logits_from)]
     steps: dict[str, Step] = {}
     for spec in STAGES:
         for model in spec.models(config) or (None,):
             step = (
-                _shard_step(spec, config, tokenizers, store)
+                _shard_step(spec, config, tokenizers, stores)
                 if spec.name == "shard"
                 else _step(spec, config, model, steps)
             )
@@ -117,31 +118,23 @@ def _step(spec: StageSpec, config: RunConfig, model: ModelConfig | None, steps: 
     )
 
 
-def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str], store: Store) -> Step:
+def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str], stores: Sequence[Store]) -> Step:
     """Shards are cut to fit every tokenizer of the run, yet a source that is added later must not undo them.
 
-    So a finished shard stage already in the run directory, of the same text and settings, is taken up if its segments
-    fit all tokenizers of this run (a source was removed), or else all but some (one was added: its longer segments go
-    through the model in windows, and the logits stage counts them). An unfinished one is not: its other shards would be
-    cut for other tokenizers than its fingerprint names.
+    So a finished shard stage already in the run directory (or in that of ``logits_from``), of the same text and settings,
+    is taken up if its segments fit all tokenizers of this run (a source was removed), or else all but some (one was added:
+    its longer segments go through the model in windows, and the logits stage counts them). An unfinished one is not: its
+    other shards would be cut for other tokenizers than its fingerprint names.
     """
     settings = spec.settings(config, None)
     dataset = dataset_identity(config.dataset)
     needed = sorted(set(tokenizers.values()))
     fitted = needed
-    fingerprints = {}
-    for existing in store.names("shard"):
-        header = _plan_header(store, stage_folder("shard", existing))
-        if (
-            header
-            and header["settings"] == settings
-            and header["dataset"] == dataset
-            and header["version"] == spec.version
-        ):
-            fingerprints[existing] = header["tokenizers"]
+    wanted = {"settings": settings, "dataset": dataset, "version": spec.version}
+    found = [(store, name, have) for store in stores for name, have in _existing_shards(store, wanted)]
     own = _shard_fingerprint(spec, settings, dataset, needed)
-    if own not in fingerprints:
-        fingerprints = {name: have for name, have in fingerprints.items() if _is_complete(store, name)}
+    if own not in [name for _, name, _ in found]:
+        fingerprints = {name: have for store, name, have in found if _is_complete(store, name)}
         target = tokenizers[config.target.name]
         wider = [have for have in fingerprints.values() if set(have) >= set(needed)]
         narrower = [have for have in fingerprints.values() if set(have) < set(needed) and target in have]
@@ -163,6 +156,16 @@ def _shard_step(spec: StageSpec, config: RunConfig, tokenizers: Mapping[str, str
         inputs={},
         settings={**settings, "inputs": {"dataset": dataset, "tokenizers": fitted}, "version": spec.version},
     )
+
+
+def _existing_shards(store: Store, wanted: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Fingerprint and tokenizers of every planned shard stage of a run directory with these settings and this text."""
+    headers = {name: _plan_header(store, stage_folder("shard", name)) for name in store.names("shard")}
+    return [
+        (name, header["tokenizers"])
+        for name, header in headers.items()
+        if header and all(header[key] == value for key, value in wanted.items())
+    ]
 
 
 def _is_complete(store: Store, shard_fingerprint: str) -> bool:

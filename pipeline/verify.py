@@ -110,9 +110,9 @@ def _problem(store: Store, key: str) -> str | None:
         if file is None:
             continue
         try:
-            raw = store.read(file.key)
+            raw = store.read_file(file)
         except FileNotFoundError:
-            return f"{file.key} is missing"
+            return f"{file.home or store.url}/{file.key} is missing"
         if sha256(raw) != file.sha256:
             return f"{file.key} is not the file that was committed (expected {file.num_bytes} bytes, found {len(raw)})"
     for name, reference in manifest.inputs.items():

@@ -50,6 +50,9 @@ class DataFile(BaseModel):
     key: str = Field(description="Path in the run directory.")
     sha256: str
     num_bytes: int
+    home: str | None = Field(
+        None, description="The run directory that holds the file, where that is another one: it is read there."
+    )
 
 
 class Manifest(BaseModel):

@@ -79,6 +79,15 @@ class Store:
         """
         return self._fs.cat_file(self.path(key))
 
+    def read_file(self, file: DataFile) -> bytes:
+        """The bytes of a file that a manifest names, unchecked; read in another run directory where the manifest says so.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        store = self if file.home is None else Store(file.home)
+        return store.read(file.key)
+
     def delete(self, key: str) -> None:
         """Remove a file if it is there."""
         with contextlib.suppress(FileNotFoundError):
@@ -153,17 +162,18 @@ class Store:
         Raises:
             ValueError: the file is missing, or is not the one that was committed.
         """
+        where = data.home or self.url
         try:
-            raw = self.read(data.key)
+            raw = self.read_file(data)
         except FileNotFoundError:
             raise ValueError(
-                f"{self.url}: {data.key} is missing although its manifest names it. Run `ptafuse verify {self.url} "
+                f"{where}: {data.key} is missing although its manifest names it. Run `ptafuse verify {self.url} "
                 f"--repair`, then {remake}."
             ) from None
         found = sha256(raw)
         if found != data.sha256:
             raise ValueError(
-                f"{self.url}: {data.key} is not the file that was committed: expected {data.num_bytes} bytes, sha256 "
+                f"{where}: {data.key} is not the file that was committed: expected {data.num_bytes} bytes, sha256 "
                 f"{data.sha256[:12]}..., found {len(raw)} bytes, sha256 {found[:12]}.... Run `ptafuse verify {self.url} "
                 f"--repair`, then {remake}."
             )

@@ -9,7 +9,7 @@ from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.models import check_place
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute_or_url(path: str | None) -> str | None:
     """A relative path means this process's folder; a worker may run in another one. URLs stay as they are."""
     return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
 
@@ -21,7 +21,7 @@ class DatasetConfig(Settings):
     revision: str | None = Field(None, description="Commit of the dataset on the hub; required with `hub`.")
     subset: str | None = Field(None, description="The hub dataset's configuration name, if it has several.")
     split: str = Field("train", description="The hub dataset's split.")
-    path: Annotated[str | None, AfterValidator(_absolute), RUNTIME] = Field(
+    path: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
         None, description="A file (.parquet, .jsonl, .jsonl.zst, .txt), a folder of them, a glob, or an fsspec URL."
     )
     text_column: str = Field("text", description="The column that holds a document's text (.txt: one document a file).")

@@ -1,0 +1,110 @@
+"""``logits_from``: take up the finished shards of another run directory instead of computing them again.
+
+A shard that is done there, under the same fingerprint and from the same rows, gets a manifest here that names the file
+there. Nothing is copied but manifests (and the frozen plan), and nothing is written there; whoever reads the shard here
+opens the file there and checks its hash. What is not done there is computed here.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from pipeline.plan import Step, plan_key
+from stages.contract.manifest import DataFile, Manifest, manifest_key, stage_folder
+from stages.contract.store import Store
+
+log = logging.getLogger(__name__)
+
+SHARED_STAGES = ("shard", "logits")
+
+
+@dataclass(frozen=True)
+class TakenUp:
+    """What became of a step's pending shards.
+
+    Attributes:
+        shards: those that have a manifest here now.
+        other_rows: those that are done there, but from another shard file than the one here: they cannot be used.
+    """
+
+    shards: tuple[int, ...]
+    other_rows: tuple[int, ...]
+
+
+def check_shared(url: str) -> None:
+    """Refuse a ``logits_from`` that is no run directory.
+
+    Raises:
+        FileNotFoundError: there are no logits; says what to do.
+    """
+    if not Store(url).names("logits"):
+        raise FileNotFoundError(
+            f"logits_from = {url!r} holds no logits (expected {url}/logits/<model>/<fingerprint>): run `make logits RUN={url}` "
+            "there, or leave logits_from out to compute them here"
+        )
+
+
+def take_up_plan(step: Step, store: Store, other: Store) -> bool:
+    """Freeze here the plan that is frozen there for the same shard fingerprint, if there is one."""
+    try:
+        raw = other.read(plan_key(step.folder))
+    except FileNotFoundError:
+        return False
+    return store.create(plan_key(step.folder), raw)
+
+
+def take_up_shards(step: Step, store: Store, other: Store, pending: list[int], num_shards: int) -> TakenUp:
+    """Publish manifests here for the shards of a step that are done there.
+
+    Args:
+        step: a step of ``SHARED_STAGES``.
+        store: this run directory.
+        other: the one it shares from.
+        pending: shards without a manifest here.
+        num_shards: shards of the run.
+
+    Raises:
+        ValueError: a manifest there is of another plan.
+    """
+    folder = _folder_there(step, other)
+    there = {} if folder is None else other.manifests(folder)
+    taken, other_rows = [], []
+    for shard in pending:
+        manifest = there.get(shard)
+        if manifest is None:
+            continue
+        if (manifest.fingerprint, manifest.num_shards) != (step.fingerprint, num_shards):
+            raise ValueError(
+                f"{other.url}/{folder}: shard {shard} is of {manifest.num_shards} shards, fingerprint {manifest.fingerprint}; "
+                f"expected {num_shards}, {step.fingerprint}: leave logits_from out, or mend that run with `ptafuse verify`"
+            )
+        if not _same_inputs(manifest, step, store):
+            other_rows.append(shard)
+            continue
+        moved = manifest.model_copy(
+            update={"stage": step.key, "data": _at(manifest.data, other), "quarantine": _at(manifest.quarantine, other)}
+        )
+        store.create(manifest_key(step.folder, shard), moved.to_bytes())
+        taken.append(shard)
+    return TakenUp(tuple(taken), tuple(other_rows))
+
+
+def _folder_there(step: Step, other: Store) -> str | None:
+    """Where the step's result is in the other run directory: models may have other names there."""
+    if step.model is None:
+        return step.folder
+    keys = [f"{step.stage}/{name}" for name in other.names(step.stage)]
+    return next((stage_folder(key, step.fingerprint) for key in keys if step.fingerprint in other.names(key)), None)
+
+
+def _same_inputs(manifest: Manifest, step: Step, store: Store) -> bool:
+    """Was a shard computed from the very rows that this run directory has?"""
+    for name in step.inputs:
+        own = store.read_manifest(manifest.inputs[name].folder, manifest.shard)
+        if own is None or own.data.sha256 != manifest.inputs[name].data_sha256:
+            return False
+    return True
+
+
+def _at(file: DataFile | None, other: Store) -> DataFile | None:
+    """The file, said to be in the other run directory (or where that one found it)."""
+    return file if file is None or file.home is not None else file.model_copy(update={"home": other.url})
