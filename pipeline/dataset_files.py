@@ -1,9 +1,11 @@
 """The files of a dataset: Parquet, JSON lines (also compressed) and plain text, on disk or behind any fsspec URL."""
 
 import codecs
+import functools
 import io
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +54,7 @@ class FileRange:
     """Rows of one file.
 
     Attributes:
-        file: the file's name under the dataset's folder (so that a dataset may move); the split's name of a hub dataset.
+        file: the file's name under the dataset's folder (so that a dataset may move).
         start: first row.
         end: one past the last row.
         byte_start: where row ``start`` begins in the file, if one can go there (plain JSON lines); else None.
@@ -85,6 +87,10 @@ class DatasetFiles:
 
         return isinstance(self.filesystem, LocalFileSystem)
 
+    def size(self, name: str) -> int:
+        """A file's bytes, as they are stored."""
+        return int(self.filesystem.size(self.paths[name]))
+
     def open(self, name: str) -> BinaryIO:
         """A buffered reader of a file's bytes, decompressed."""
         path = self.paths[name]
@@ -100,12 +106,16 @@ class DatasetFiles:
 
 
 def find_files(dataset: DatasetConfig) -> DatasetFiles:
-    """The dataset's files, sorted by name.
+    """The dataset's files, sorted by name; those of a hub dataset's split in the order that the hub gives.
+
+    Files on the hub are not downloaded: like those of any other URL, they are read where a shard needs them.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or a glob matches nothing.
         DatasetError: a file's format is unknown, or a folder has no file of a known one, or several formats.
     """
+    if dataset.hub is not None:
+        return _hub_files(dataset)
     import fsspec
     from fsspec.core import has_magic
 
@@ -127,6 +137,37 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
             f"dataset.path = {url!r} is no file or folder (looked for {root}): correct it; a dataset of the Hugging Face hub "
             "is named by dataset.hub and dataset.revision"
         )
+    return DatasetFiles(filesystem, {path[len(base) :].lstrip("/"): path for path in found}, _one_format(found, url))
+
+
+@functools.lru_cache(maxsize=1)
+def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
+    """The files of a hub dataset's split, at its revision: asked for once a process."""
+    import datasets
+    import fsspec
+
+    builder = datasets.load_dataset_builder(dataset.hub, name=dataset.subset, revision=dataset.revision)
+    splits = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
+    if dataset.split not in splits:
+        raise DatasetError(
+            f"{dataset.hub} has no split {dataset.split!r}: set dataset.split to one of {', '.join(map(repr, splits))} (for a "
+            "part of it give dataset.max_documents)"
+        )
+    urls = splits[dataset.split]
+    filesystem, _ = fsspec.core.url_to_fs(urls[0])
+    paths = [filesystem._strip_protocol(url) for url in urls]
+    base = len(os.path.commonpath([path.rpartition("/")[0] for path in paths]))
+    return DatasetFiles(
+        filesystem, {path[base:].lstrip("/"): path for path in paths}, _one_format(paths, str(dataset.hub))
+    )
+
+
+def _one_format(found: list[str], url: str) -> Format:
+    """The format of all files.
+
+    Raises:
+        DatasetError: it is unknown, or there are several.
+    """
     formats = {_format(path) for path in found}
     if None in formats:
         wrong = next(path for path in found if not _format(path))
@@ -135,7 +176,7 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
         raise DatasetError(
             f"{url} mixes {', '.join(sorted(str(kind) for kind in formats))}: say which with a glob, e.g. '{url}/*.parquet'"
         )
-    return DatasetFiles(filesystem, {path[len(base) :].lstrip("/"): path for path in found}, formats.pop() or "jsonl")
+    return formats.pop() or "jsonl"
 
 
 def _in_folder(filesystem: Any, root: str, url: str) -> list[str]:

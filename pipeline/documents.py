@@ -4,27 +4,29 @@ Documents are numbered through the dataset's files in the order of their names; 
 documents are split into shards.
 """
 
-import functools
 import hashlib
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Self
 
 import pyarrow as pa
 
 from pipeline.dataset_files import (
-    Chunks,
     DatasetError,
+    DatasetFiles,
     FileRange,
-    as_binary,
     file_identity,
     find_files,
     has_documents,
     open_parquet,
     read_rows,
-    require_column,
     scan_lines,
 )
 from stages.shard.config import DatasetConfig
+
+log = logging.getLogger(__name__)
+
+_LARGE_COMPRESSED_BYTES: Final = 2**28
 
 DOCUMENTS: Final = pa.schema(
     [
@@ -69,17 +71,10 @@ def check_dataset(dataset: DatasetConfig) -> None:
         FileNotFoundError: there is no such file or folder, or a glob matches nothing.
         DatasetError: nothing readable in it, or no such text column (lists those found).
     """
-    if dataset.hub is not None:
-        import datasets
-
-        builder = datasets.load_dataset_builder(dataset.hub, name=dataset.subset, revision=dataset.revision)
-        if builder.info.features is not None:
-            require_column(dataset.text_column, list(builder.info.features), dataset.hub)
-        return
     files = find_files(dataset)
     if files.format == "txt" or any(has_documents(files, name, dataset.text_column) for name in files.paths):
         return
-    raise DatasetError(f"{dataset.path} holds no documents: its {len(files.paths)} file(s) have no rows")
+    raise DatasetError(f"{_place(dataset)} holds no documents: its {len(files.paths)} file(s) have no rows")
 
 
 def dataset_identity(dataset: DatasetConfig) -> str:
@@ -111,9 +106,6 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
         DatasetError: no documents, or a Parquet file without the text column.
     """
     plan = _Plan(documents_per_shard, dataset.max_documents)
-    if dataset.hub is not None:
-        plan.add(dataset.split, len(_hub_split(dataset)), {})
-        return plan.shards(dataset.hub)
     files = find_files(dataset)
     for name in files.paths:
         if plan.is_full:
@@ -129,7 +121,8 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
                 files, name, first_row=plan.num_documents, rows_per_shard=documents_per_shard, max_rows=plan.room
             )
             plan.add(name, *found)
-    return plan.shards(str(dataset.path))
+            _warn_of_rereading(name, files, *found)
+    return plan.shards(_place(dataset))
 
 
 def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
@@ -145,10 +138,9 @@ def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
     """
     texts: list[pa.Array] = []
     errors: list[pa.Array] = []
-    files = None if dataset.hub is not None else find_files(dataset)
+    files = find_files(dataset)
     for part in shard_range.files:
-        found = _hub_rows(dataset, part) if files is None else read_rows(files, part, dataset.text_column)
-        for text, error in found:
+        for text, error in read_rows(files, part, dataset.text_column):
             texts.append(text)
             errors.append(pa.nulls(len(text), pa.string()) if error is None else error)
     ids = pa.array(range(shard_range.first_doc_id, shard_range.first_doc_id + shard_range.num_documents), pa.int64())
@@ -199,16 +191,16 @@ class _Plan:
         ]
 
 
-@functools.lru_cache(maxsize=1)
-def _hub_split(dataset: DatasetConfig) -> Any:
-    """The hub dataset's split, downloaded once a machine, mapped into memory."""
-    import datasets
-
-    split = datasets.load_dataset(dataset.hub, name=dataset.subset, revision=dataset.revision, split=dataset.split)
-    require_column(dataset.text_column, split.column_names, f"{dataset.hub}, split {dataset.split}")
-    return split
+def _place(dataset: DatasetConfig) -> str:
+    """What a message calls the dataset."""
+    return str(dataset.path) if dataset.hub is None else f"{dataset.hub}, split {dataset.split}"
 
 
-def _hub_rows(dataset: DatasetConfig, part: FileRange) -> Chunks:
-    rows = _hub_split(dataset).with_format("arrow")[part.start : part.end]
-    return [(as_binary(chunk), None) for chunk in rows[dataset.text_column].chunks]
+def _warn_of_rereading(name: str, files: DatasetFiles, num_rows: int, byte_starts: dict[int, int]) -> None:
+    """A shard of a plain file is read from where it begins; into a compressed one nobody can seek."""
+    if num_rows and not byte_starts and files.size(name) > _LARGE_COMPRESSED_BYTES:
+        log.warning(
+            "%s is compressed as a whole: every shard decompresses it from its beginning. Several smaller files, plain JSON "
+            "lines or Parquet are read faster",
+            name,
+        )

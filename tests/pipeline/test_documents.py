@@ -2,6 +2,10 @@
 
 import gzip
 import json
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets.data_files import DataFilesDict, DataFilesList
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import documents
+from pipeline import dataset_files
 from pipeline.dataset_files import DatasetError
 from pipeline.documents import (
     DOCUMENTS,
@@ -145,35 +150,136 @@ def test_max_documents_takes_the_first(source: str, wanted: int, tmp_path: Path)
     assert _texts(_read_all(dataset, 4)) == TEXTS[:wanted]
 
 
-def test_a_hub_dataset_is_read_by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+class HubBuilder:
+    """What ``datasets`` knows of a hub dataset before anything is downloaded."""
 
-    def load(hub: str, **arguments: Any) -> datasets.Dataset:
-        asked.append((hub, arguments))
-        return datasets.Dataset.from_dict({"content": TEXTS, "id": list(range(len(TEXTS)))})
+    def __init__(self, **splits: list[str]) -> None:
+        files = {split: DataFilesList(urls, [("etag",)] * len(urls)) for split, urls in splits.items()}
+        self.config = datasets.BuilderConfig(name="default", data_files=DataFilesDict(files))
 
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    documents._hub_split.cache_clear()
-    dataset = DatasetConfig(
-        hub="owner/name", revision="abc", subset="en", split="test", text_column="content", max_documents=20
-    )
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """A hub whose files lie in fsspec's memory; what it was asked for is under ``asked``."""
+    found: dict[str, Any] = {"asked": [], "splits": {}}
+
+    def load(hub: str, **arguments: Any) -> HubBuilder:
+        found["asked"].append((hub, arguments))
+        return HubBuilder(**found["splits"])
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", load)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the dataset would be downloaded whole"))
+    dataset_files._hub_files.cache_clear()
+    yield found
+    dataset_files._hub_files.cache_clear()
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.zst"])
+def test_a_hub_dataset_is_read_where_it_is(hub: dict[str, Any], memory: Any, suffix: str) -> None:
+    write = {"parquet": _parquet, "jsonl": _lines, "jsonl.zst": lambda found: _zstd(_lines(found))}[suffix]
+    names = [f"owner/name@abc/en/test-{part:05d}.{suffix}" for part in range(2)]
+    for name, found in zip(names, (TEXTS[:9], TEXTS[9:]), strict=True):
+        memory.pipe_file(f"/{name}", write(found))
+    hub["splits"] = {"train": ["memory://other.csv"], "test": [f"memory://{name}" for name in names]}
+    dataset = DatasetConfig(hub="owner/name", revision="abc", subset="en", split="test", max_documents=20)
+    check_dataset(dataset)
     assert _texts(_read_all(dataset, 6)) == TEXTS[:20]
-    assert asked == [("owner/name", {"name": "en", "revision": "abc", "split": "test"})]
+    assert hub["asked"] == [("owner/name", {"name": "en", "revision": "abc"})], "once a process"
+    assert [part.file for part in plan_documents(dataset, 6)[1].files] == [
+        f"test-{part:05d}.{suffix}" for part in range(2)
+    ]
     assert dataset_identity(dataset) == "owner/name@abc:en:test"
-    documents._hub_split.cache_clear()
-    with pytest.raises(DatasetError, match=r"owner/name, split test has no column 'text'.*'content', 'id'"):
-        plan_documents(dataset.model_copy(update={"text_column": "text"}), 6)
-    documents._hub_split.cache_clear()
 
 
-def test_a_hub_dataset_without_the_column_is_refused_before_it_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Builder:
-        info = datasets.DatasetInfo(features=datasets.Features({"content": datasets.Value("string")}))
+def test_only_the_pages_of_the_range_are_fetched_from_the_hub(
+    hub: dict[str, Any], memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.implementations.memory import MemoryFile
 
-    monkeypatch.setattr(datasets, "load_dataset_builder", lambda hub, **arguments: Builder())
-    with pytest.raises(DatasetError, match=r"owner/name has no column 'text'.*'content'"):
+    rng = random.Random(0)
+    found = [f"{index} {rng.randbytes(10_000).hex()}" for index in range(500)]
+    raw = _parquet(found, row_group_size=20)
+    memory.pipe_file("/owner/name@abc/train.parquet", raw)
+    hub["splits"] = {"train": ["memory://owner/name@abc/train.parquet"]}
+    dataset = DatasetConfig(hub="owner/name", revision="abc")
+    plan = plan_documents(dataset, 20)
+    fetched = []
+    original = MemoryFile.readinto
+    monkeypatch.setattr(MemoryFile, "readinto", lambda self, into: fetched.append(len(into)) or original(self, into))
+    original_read = MemoryFile.read
+    monkeypatch.setattr(MemoryFile, "read", lambda self, size=-1: fetched.append(size) or original_read(self, size))
+    assert _texts(read_documents(dataset, plan[7])) == found[140:160]
+    assert min(fetched) > 0
+    assert sum(fetched) < 5 * 2**20 < len(raw) / 2, "a row group of 25, in buffers of 1 MiB"
+
+
+def test_a_hub_dataset_that_cannot_be_read_as_asked_is_refused(hub: dict[str, Any], memory: Any) -> None:
+    memory.pipe_file("/a.parquet", _parquet(TEXTS).replace(b"text", b"body"))
+    hub["splits"] = {"train": ["memory://a.parquet"], "test": ["memory://b.csv"]}
+    with pytest.raises(DatasetError, match=r"no column 'text'.*'other', 'body'"):
         check_dataset(DatasetConfig(hub="owner/name", revision="abc"))
-    check_dataset(DatasetConfig(hub="owner/name", revision="abc", text_column="content"))
+    with pytest.raises(DatasetError, match=r"b\.csv: unknown format; expected \.parquet"):
+        check_dataset(DatasetConfig(hub="owner/name", revision="abc", split="test"))
+    with pytest.raises(DatasetError, match=r"no split 'validation'.*'train', 'test'"):
+        check_dataset(DatasetConfig(hub="owner/name", revision="abc", split="validation"))
+
+
+_MEMORY_PROGRAM = """
+import re, sys
+from pathlib import Path
+from pipeline.documents import dataset_identity, plan_documents, read_documents
+from stages.shard.config import DatasetConfig
+
+def memory(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+dataset = DatasetConfig(path=sys.argv[1])
+read_documents(dataset, plan_documents(dataset.model_copy(update={"max_documents": 500}), 500)[0])
+Path("/proc/self/clear_refs").write_text("5")
+before = memory("VmRSS")
+dataset_identity(dataset)
+plan = plan_documents(dataset, 500)
+for part in plan:
+    read_documents(dataset, part)
+print(len(plan), memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, suffix: str) -> None:
+    """Kilobytes at the peak beyond a first shard: planning and reading every shard of 20 MB and of 200 MB."""
+    found = {}
+    for megabytes in (20, 200):
+        path = tmp_path / f"{megabytes}.{suffix}"
+        _write_large(path, megabytes)
+        done = subprocess.run(
+            [sys.executable, "-c", _MEMORY_PROGRAM, str(path)],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        )
+        num_shards, found[megabytes] = map(int, done.stdout.split())
+        assert num_shards == megabytes // 2
+    assert found[200] < found[20] + 30_000
+
+
+def _write_large(path: Path, megabytes: int) -> None:
+    """Documents of 4 kB, 500 shards' worth at most."""
+    text = "x" * 4000
+    if path.suffix == ".jsonl":
+        line = json.dumps({"text": text}).encode() + b"\n"
+        with path.open("wb") as file:
+            for _ in range(megabytes):
+                file.write(line * 250)
+        return
+    schema = pa.schema([("text", pa.string())])
+    with pq.ParquetWriter(path, schema, use_dictionary=False, compression="none") as writer:
+        for _ in range(megabytes):
+            writer.write_table(pa.table({"text": [text] * 250}, schema=schema))
 
 
 def test_records_that_cannot_be_read_keep_their_number(tmp_path: Path) -> None:
