@@ -13,7 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_tokenizers import save_tokenizer
 
-Architecture = Literal["llama", "gpt_neox", "mpt", "gemma3", "qwen2", "phi", "cohere", "opt", "gpt2"]
+Architecture = Literal[
+    "llama", "gpt_neox", "mpt", "gemma2", "gemma3", "qwen2", "phi", "cohere", "granite", "opt", "gpt2"
+]
 ARCHITECTURES: Final[tuple[Architecture, ...]] = get_args(Architecture)
 
 HIDDEN: Final = 64
@@ -22,6 +24,15 @@ _SETTINGS: Final[dict[Architecture, dict[str, Any]]] = {
     "llama": {**_SHAPE, "num_key_value_heads": 2},
     "gpt_neox": _SHAPE,
     "mpt": {"d_model": HIDDEN, "n_heads": 4, "n_layers": 2, "expansion_ratio": 2},  # ALiBi, tied head, no SDPA
+    "gemma2": {  # tied head, logits are soft-capped
+        **_SHAPE,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "attn_logit_softcapping": None,  # SDPA cannot
+        "final_logit_softcapping": 3.0,
+    },
     "gemma3": {  # tied head, sliding windows, scaled embeddings
         **_SHAPE,
         "num_key_value_heads": 1,
@@ -33,6 +44,7 @@ _SETTINGS: Final[dict[Architecture, dict[str, Any]]] = {
     "qwen2": {**_SHAPE, "num_key_value_heads": 2},  # biases in attention
     "phi": _SHAPE,  # the head has a bias
     "cohere": {**_SHAPE, "num_key_value_heads": 2, "logit_scale": 2.0},  # logits are scaled behind the head
+    "granite": {**_SHAPE, "num_key_value_heads": 2, "logits_scaling": 0.5},  # logits are divided
     "opt": {**_SHAPE, "ffn_dim": 128, "word_embed_proj_dim": HIDDEN},  # learned positions counted from the mask
     "gpt2": {"n_embd": HIDDEN, "n_layer": 2, "n_head": 4},
 }

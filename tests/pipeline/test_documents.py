@@ -210,7 +210,7 @@ def test_only_the_pages_of_the_range_are_fetched_from_the_hub(
     monkeypatch.setattr(MemoryFile, "read", lambda self, size=-1: fetched.append(size) or original_read(self, size))
     assert _texts(read_documents(dataset, plan[7])) == found[140:160]
     assert min(fetched) > 0
-    assert sum(fetched) < 5 * 2**20 < len(raw) / 2, "a row group of 25, in buffers of 1 MiB"
+    assert sum(fetched) < 4 * 2**20 < len(raw) / 2, "a row group of 25, in buffers of 1 MiB"
 
 
 def test_a_hub_dataset_that_cannot_be_read_as_asked_is_refused(hub: dict[str, Any], memory: Any) -> None:
