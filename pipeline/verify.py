@@ -109,12 +109,13 @@ def _problem(store: Store, key: str) -> str | None:
     for file in (manifest.data, manifest.quarantine):
         if file is None:
             continue
+        where = file.key if file.home is None else f"{file.home}/{file.key} (verify that run directory, too)"
         try:
             raw = store.read_file(file)
         except FileNotFoundError:
-            return f"{file.home or store.url}/{file.key} is missing"
+            return f"{where} is missing"
         if sha256(raw) != file.sha256:
-            return f"{file.key} is not the file that was committed (expected {file.num_bytes} bytes, found {len(raw)})"
+            return f"{where} is not the file that was committed (expected {file.num_bytes} bytes, found {len(raw)})"
     for name, reference in manifest.inputs.items():
         current = store.read_manifest(reference.folder, manifest.shard) if name != "plan" else None
         if current is not None and current.data.sha256 != reference.data_sha256:
