@@ -32,7 +32,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
 )
 
 
-FAMILIES = {"workers": "align", "compilation": "align", "engine": "pipeline"}
+FAMILIES = {"workers": "align", "compilation": "align", "engine": "pipeline", "logits_files": "logits"}
 """How figures begin that are made in a file of another name."""
 
 

@@ -29,10 +29,6 @@ PEAK_POSITIONS, SPEED_POSITIONS = (4, 2048), (2, 512)
 Work = Callable[[], object]
 
 
-def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
-    return Figure(f"logits.{name}", value, unit, goal, f"python -m tests.benchmarks logits.{benchmark}")
-
-
 def _ways(vocab_size: int, shape: tuple[int, int]) -> dict[str, Work]:
     """The two ways to the same numbers: one layer of Llama with a real head's width in tokens, float32, no gradients."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -72,7 +68,7 @@ def peak_memory_vs_plain() -> list[Figure]:
         peaks = {way: _peak_in_child(way, vocab_size) for way in ("ours", "plain")}
         say(f"{vocab_size} ids: {peaks['ours'] / 2**20:.0f} MiB against {peaks['plain'] / 2**20:.0f} MiB")
         ratio = peaks["ours"] / peaks["plain"]
-        figures.append(_figure("peak_memory_vs_plain", f"peak_memory_vs_plain_{name}", ratio, "of plain's", "<= 0.1"))
+        figures.append(Figure(f"logits.peak_memory_vs_plain_{name}", ratio, "of plain's", "<= 0.1"))
     return figures
 
 
@@ -107,7 +103,7 @@ def speed_vs_plain() -> list[Figure]:
             seconds = _in_turns(_ways(vocab_size, SPEED_POSITIONS), ROUNDS + 2)
             say(f"{vocab_size} ids: {seconds['ours'] * 1e3:.0f} ms against {seconds['plain'] * 1e3:.0f} ms")
             ratio = seconds["plain"] / seconds["ours"]
-            figures.append(_figure("speed_vs_plain", f"speed_vs_plain_{name}", ratio, "times faster", ">= 1"))
+            figures.append(Figure(f"logits.speed_vs_plain_{name}", ratio, "times faster", ">= 1"))
     torch.set_num_threads(threads)
     return figures
 
@@ -143,8 +139,7 @@ def time_outside_forward() -> list[Figure]:
             if number:
                 shares.append(1 - forward[0] / seconds)
                 say(f"{output.num_tokens} tokens in {seconds:.2f} s, {forward[0]:.2f} s of them in body and head")
-    name = "time_outside_forward"
-    return [_figure(name, name, statistics.median(shares), "of the shard's time", "<= 0.1")]
+    return [Figure("logits.time_outside_forward", statistics.median(shares), "of the shard's time", "<= 0.1")]
 
 
 @contextmanager

@@ -29,10 +29,6 @@ NUM_SEGMENTS = 50
 NUM_ROUNDED_SEGMENTS = 24
 
 
-def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
-    return Figure(f"logits.{name}", value, unit, goal, f"python -m tests.benchmarks logits_files.{benchmark}")
-
-
 def _run() -> ResolvedRun:
     return recorded_run(Store(str(align_data.run_folder())))
 
@@ -66,7 +62,7 @@ def bytes_per_token() -> list[Figure]:
         found = {way: _file_bytes(_renumbered(table, ids, vocab_size)) for way, (ids, vocab_size) in ways.items()}
         text = ", ".join(f"{way} {value:.2f}" for way, value in found.items())
         say(f"{name}, {own} ids, {table.num_rows} segments: {text} bytes a token")
-        figures.append(_figure("bytes_per_token", f"bytes_per_token_{suffix}", found["by rank"], "bytes", f"<= {goal}"))
+        figures.append(Figure(f"logits.bytes_per_token_{suffix}", found["by rank"], "bytes", f"<= {goal}"))
     return figures
 
 
@@ -123,8 +119,7 @@ def float16_nll_cost() -> list[Figure]:
             f"{name}, {len(gold)} tokens: teacher NLL {exact:.5f} -> {stored:.5f}; gold logprob moves {moved:+.1e} nats"
         )
         differences += [abs(stored - exact), abs(moved)]
-    name = "float16_nll_cost"
-    return [_figure(name, name, max(differences), "nats", "<= 0.001")]
+    return [Figure("logits.float16_nll_cost", max(differences), "nats", "<= 0.001")]
 
 
 def _unrounded(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -165,8 +160,7 @@ def bits_per_byte_vs_plain() -> list[Figure]:
         found, expected = (total / math.log(2) / num_bytes for total in (nats, plain))
         say(f"{name}, {row + 1} segments, {num_bytes} bytes: {found:.6f} bits per byte, model(...).loss {expected:.6f}")
         differences.append(abs(found - expected))
-    name = "bits_per_byte_vs_plain"
-    return [_figure(name, name, max(differences), "bits per byte apart", "<= 0.001")]
+    return [Figure("logits.bits_per_byte_vs_plain", max(differences), "bits per byte apart", "<= 0.001")]
 
 
 @torch.inference_mode()
