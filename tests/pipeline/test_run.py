@@ -150,7 +150,7 @@ def test_changed_epsilon_recomputes_align_and_fuse_alone(
     tiny_config: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:
     run = copy_of(undisturbed_run, tmp_path)
-    done = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", "--upstream", "--set", "align.epsilon=0.2")
+    done = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", "--upstream", "--set", "align.epsilon=0.5")
     for key in ("shard", "logits/llama", "logits/neox"):
         assert f"{key}: nothing to do" in done.stdout
     new = set(data_hashes(run)) - set(data_hashes(undisturbed_run))
