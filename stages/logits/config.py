@@ -21,7 +21,7 @@ class LogitsConfig(Settings):
     backend: Literal["auto", "transformers", "vllm"] = Field(
         "auto",
         description="What runs the model. `auto`: vLLM where it is installed and a GPU is visible, else transformers; what the "
-        "first worker of a folder finds stands for all of it, since the two agree to 1e-2 only.",
+        "first worker of a folder finds stands for all of it, since the two agree to rounding only.",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Of the weights and activations.")
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(

@@ -142,6 +142,20 @@ def test_any_top_k(tmp_path, top_k):
     assert_agree(expected, found, tolerance=1e-4)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_two_processes_share_one_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = save_model(
+        tmp_path,
+        architecture="llama",
+        tokenizer_family="byte-bpe",
+        vocab_padding=11,
+        settings={"num_attention_heads": 2, "num_key_value_heads": 2},
+    )
+    expected, found, _ = both(folder, tensor_parallel_size=2)
+    assert_agree(expected, found, tolerance=1e-4)
+
+
 def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path):
     """bfloat16 rounds each logit to 8 bits: single positions differ by more than 1e-2 in either backend, means do not."""
     folder = save(tmp_path)
