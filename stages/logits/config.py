@@ -36,7 +36,7 @@ class LogitsConfig(Settings):
         8192, ge=1, description="Token budget of a batch, padding included; with vLLM tokens of an engine step."
     )
     chunk_positions: Annotated[int, RUNTIME] = Field(
-        512,
+        256,
         ge=1,
         description="Positions whose full logits exist at once with transformers: chunk x vocabulary x 4 bytes.",
     )
