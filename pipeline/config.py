@@ -65,11 +65,6 @@ class RunConfig(Settings):
             raise ValueError(
                 f"align.top_p = {self.align.top_p} asks for more probability than logits.top_p = {self.logits.top_p} keeps"
             )
-        if self.train.batch_size % self.train.micro_batch_size:
-            raise ValueError(
-                f"train.micro_batch_size = {self.train.micro_batch_size} does not divide "
-                f"train.batch_size = {self.train.batch_size}"
-            )
         return self
 
     @property

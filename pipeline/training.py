@@ -105,7 +105,7 @@ def _train(job: TrainJob, run: Run) -> None:
 
     start_ray(run.config.engine.num_cpus)
     # One CPU more is taken by Ray Train's controller on a node of its own choice; it asks for none.
-    require_resources("train", job.config.cpus_per_worker, 0.0)
+    require_resources("train", job.config.cpus_per_worker, launch.gpus_per_worker(job))
     launch.run(job)
 
 

@@ -1,30 +1,36 @@
-"""Checkpoints of a training run, and the final model.
+"""Checkpoints of a training run: torch.distributed.checkpoint, sharded, written by a thread while training goes on.
 
-    <output>/checkpoint-000500/model.safetensors      float32 weights, each shared tensor once
-                               optimizer.safetensors  AdamW's state, "<parameter>/<name>"
-                               state.json             where the run stands
-                               COMMITTED              written last: without it the folder is worth nothing
-    <output>/model/                                   the finished model, for from_pretrained
-    <output>/manifest.json                            written last: the proof that the job is done
+    <output>/checkpoint-000500/__0_0.distcp ...  every worker's shards: weights and AdamW's state, float32
+                               .metadata         which tensor is where
+                               state.json        where the run stands
+                               COMMITTED         written last, by the first worker, when every worker's shards are on disk
 
-Tensors are safetensors throughout: nothing here is a pickle.
+A folder without COMMITTED is worth nothing and is removed when the job starts again. Any number of workers reads what
+any other number wrote. A checkpoint takes 12 bytes a trained parameter; a frozen one is not in it.
 """
 
-import hashlib
 import json
-import os
+import logging
 import re
 import shutil
-import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, cast
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from stages.contract.store import sync
+from train.distributed import Workers
+
+logger = logging.getLogger(__name__)
 
 COMMITTED = "COMMITTED"
 _FOLDER = re.compile(r"^checkpoint-(\d{6,})$")
@@ -62,166 +68,167 @@ def checkpoint_folder(output: Path, step: int) -> Path:
 
 def committed_steps(output: Path) -> list[int]:
     """Steps of the committed checkpoints, ascending."""
+    return sorted(step for step, folder in _folders(output) if (folder / COMMITTED).exists())
+
+
+def _folders(output: Path) -> list[tuple[int, Path]]:
     found = ((_FOLDER.match(folder.name), folder) for folder in output.glob("checkpoint-*"))
-    return sorted(int(match[1]) for match, folder in found if match and (folder / COMMITTED).exists())
+    return [(int(match[1]), folder) for match, folder in found if match]
 
 
-def save_checkpoint(
-    output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, keep: int
-) -> Path:
-    """Write a checkpoint, commit it, then remove all but the ``keep`` newest.
-
-    Returns:
-        Its folder.
-    """
-    final = checkpoint_folder(output, state.step)
-    folder = output / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"  # its own, should two processes train the same job
-    folder.mkdir(parents=True)
-    save_file(_named_tensors(model), folder / "model.safetensors")
-    save_file(_optimizer_tensors(model, optimizer), folder / "optimizer.safetensors")
-    (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-    for path in folder.iterdir():
-        sync(path)
-    sync(folder)
-    (folder / COMMITTED).write_text(f"{state.fingerprint}\n")
-    sync(folder / COMMITTED)
-    sync(folder)
-    if final.exists():
-        shutil.rmtree(final)  # the same step of the same job
-    folder.rename(final)
-    sync(output)
-    remove_old_checkpoints(output, keep=keep)
-    return final
-
-
-def remove_old_checkpoints(output: Path, *, keep: int) -> None:
-    """Remove all but the ``keep`` newest committed checkpoints, and what interrupted attempts left before them."""
-    newest = committed_steps(output)[-keep:]
-    for folder in output.glob("checkpoint-*"):
-        match = _FOLDER.match(folder.name)
-        if match and newest and int(match[1]) < newest[0]:
-            (folder / COMMITTED).unlink(missing_ok=True)  # first, so that half a removal is not taken for a checkpoint
+def remove_torn_checkpoints(output: Path) -> None:
+    """Remove what has no COMMITTED: nobody is writing it when a job starts."""
+    for step, folder in _folders(output):
+        if not (folder / COMMITTED).exists():
+            logger.info("checkpoint of step %d was not completed: removed", step)
             shutil.rmtree(folder)
 
 
-def load_newest_checkpoint(
-    output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, expected: TrainState
-) -> TrainState:
-    """Restore the newest committed checkpoint, if there is one.
+def remove_old_checkpoints(output: Path, *, keep: int) -> None:
+    """Remove all but the ``keep`` newest committed checkpoints."""
+    for step in committed_steps(output)[:-keep]:
+        folder = checkpoint_folder(output, step)
+        (folder / COMMITTED).unlink()  # first, so that half a removal is not taken for a checkpoint
+        shutil.rmtree(folder)
 
-    Args:
-        output: the run's folder.
-        model: its weights are overwritten.
-        optimizer: its state is overwritten.
-        expected: the job's state before its first step; fingerprint, dataset, seed and number of blocks must agree.
 
-    Returns:
-        The checkpoint's state; ``expected`` when there is no committed checkpoint.
+class Checkpoints:
+    """Saves and restores a sharded model and its optimizer; leaving its context waits for what is being written."""
+
+    def __init__(
+        self, output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, workers: Workers, *, keep: int
+    ) -> None:
+        """All workers make one, for the same folder, which all of them see.
+
+        Args:
+            output: the run's folder.
+            model: sharded.
+            optimizer: of the model's parameters.
+            workers: who share the model.
+            keep: newest checkpoints that stay on disk.
+        """
+        self._output = output
+        self._model = model
+        self._optimizer = optimizer
+        self._workers = workers
+        self._keep = keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptafuse-checkpoint")
+        self._pending: Future[None] | None = None
+
+    def restore(self, expected: TrainState) -> TrainState:
+        """Load the newest committed checkpoint, if there is one.
+
+        Args:
+            expected: the job's state before its first step; fingerprint, dataset, seed and number of blocks must agree.
+
+        Returns:
+            The checkpoint's state; ``expected`` when there is no committed checkpoint.
+
+        Raises:
+            ValueError: the checkpoint belongs to another job, or its tensors do not fit the model.
+        """
+        if self._workers.is_first:
+            remove_torn_checkpoints(self._output)
+        step = self._workers.from_first(max(committed_steps(self._output), default=None))
+        if step is None:
+            return expected
+        folder = checkpoint_folder(self._output, step)
+        state = TrainState(**json.loads((folder / "state.json").read_text()))
+        for name in ("fingerprint", "dataset", "seed", "num_blocks"):
+            found, wanted = getattr(state, name), getattr(expected, name)
+            if found != wanted:
+                raise ValueError(
+                    f"{folder} belongs to another job: its {name} is {found!r}, this job's is {wanted!r}. Train into "
+                    f"another output folder, or remove {self._output}"
+                )
+        tensors, groups = self._tensors()
+        _check_tensors(tensors, folder)
+        load(tensors, checkpoint_id=folder, process_group=self._workers.storage)  # in place
+        set_optimizer_state_dict(self._model, self._optimizer, {"state": tensors["optimizer"], "param_groups": groups})
+        return state
+
+    def save(self, state: TrainState) -> None:
+        """Begin a checkpoint; returns when its tensors are copied, and the thread commits it when all are on disk.
+
+        Raises:
+            OSError: the checkpoint before this one could not be written; likewise what torch raises for it.
+        """
+        self.wait()
+        folder = checkpoint_folder(self._output, state.step)
+        if self._workers.is_first and folder.exists():
+            shutil.rmtree(folder)  # the same step of the same job
+        self._workers.wait_for_all()
+        tensors, _ = self._tensors()
+        written = async_save(tensors, checkpoint_id=folder, process_group=self._workers.storage)
+        self._pending = self._thread.submit(self._commit, cast(Future, written), folder, state)
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written.
+
+        Raises:
+            OSError: the last one could not be written; likewise what torch raises for it.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _commit(self, written: Future, folder: Path, state: TrainState) -> None:
+        written.result()  # on the first worker: when every worker has written its shards
+        if not self._workers.is_first:
+            return
+        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
+        sync(folder / "state.json")
+        sync(folder)
+        (folder / COMMITTED).write_text(f"{state.fingerprint}\n")
+        sync(folder / COMMITTED)
+        sync(folder)
+        sync(self._output)
+        remove_old_checkpoints(self._output, keep=self._keep)
+
+    def _tensors(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+        """What a checkpoint holds, as views of the live tensors; and the optimizer's groups, which settings give.
+
+        A tied parameter stands there once; frozen parameters do not: they are what the model was loaded with.
+        """
+        weights, optimizer = get_state_dict(self._model, self._optimizer)
+        changing = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        changing |= {name for name, _ in self._model.named_buffers()}
+        weights = {name: value for name, value in weights.items() if name in changing}
+        return {"model": weights, "optimizer": cast(dict, optimizer["state"])}, cast(list, optimizer["param_groups"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except Exception:
+            if error is None:
+                raise
+            logger.exception("the checkpoint that was being written is lost; an older one is unharmed")
+        finally:
+            self._thread.shutdown()
+
+
+def _check_tensors(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Refuse a checkpoint of another model.
 
     Raises:
-        ValueError: the checkpoint belongs to another job, or its tensors do not fit the model.
+        ValueError: says which tensor is missing, or of another shape.
     """
-    for left_over in output.glob(".checkpoint-*.tmp"):  # a killed process was writing it
-        shutil.rmtree(left_over)
-    steps = committed_steps(output)
-    if not steps:
-        return expected
-    folder = checkpoint_folder(output, steps[-1])
-    state = TrainState(**json.loads((folder / "state.json").read_text()))
-    for name in ("fingerprint", "dataset", "seed", "num_blocks"):
-        found, wanted = getattr(state, name), getattr(expected, name)
-        if found != wanted:
-            raise ValueError(
-                f"{folder} belongs to another job: its {name} is {found!r}, this job's is {wanted!r}. Train into another "
-                f"output folder, or remove {output}"
-            )
-    _copy_into(_named_tensors(model), load_file(folder / "model.safetensors"), folder)
-    _load_optimizer(model, optimizer, load_file(folder / "optimizer.safetensors"), folder)
-    return state
-
-
-def _named_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name; a tied parameter once, under its first name."""
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    persistent = model.state_dict(keep_vars=False).keys()
-    tensors |= {name: buffer.detach() for name, buffer in model.named_buffers() if name in persistent}
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state.get(parameter, {}).items()
+    wanted = {f"model.{name}": value.shape for name, value in tensors["model"].items()}
+    for name, fields in tensors["optimizer"].items():
+        wanted |= {f"optimizer.{name}.{field}": value.shape for field, value in fields.items()}
+    saved = {
+        name: entry.size
+        for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
     }
-
-
-def _copy_into(tensors: dict[str, torch.Tensor], saved: dict[str, torch.Tensor], folder: Path) -> None:
-    if tensors.keys() != saved.keys():
-        differing = sorted(tensors.keys() ^ saved.keys())
+    if wanted.keys() != saved.keys():
+        differing = sorted(wanted.keys() ^ saved.keys())
         raise ValueError(f"{folder} does not fit the model: {len(differing)} tensors differ, first {differing[0]}")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if tensor.shape != saved[name].shape:
-                raise ValueError(
-                    f"{folder}: {name} has shape {tuple(saved[name].shape)}, expected {tuple(tensor.shape)}"
-                )
-            tensor.copy_(saved[name])
-
-
-def _load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, torch.Tensor], folder: Path
-) -> None:
-    parameters = dict(model.named_parameters())
-    for key, value in saved.items():
-        name, _, field = key.rpartition("/")
-        if name not in parameters:
-            raise ValueError(
-                f"{folder} does not fit the model: it has optimizer state of {name}, which the model lacks"
-            )
-        parameter = parameters[name]
-        # AdamW keeps its step counter on the CPU; the moments live with the parameter.
-        optimizer.state[parameter][field] = value if field == "step" else value.to(parameter.device)
-
-
-def export_model(folder: Path, model: Any, tokenizer: Any, card: str) -> dict[str, str]:
-    """Save the finished model for ``from_pretrained``; the folder appears whole, over an older one.
-
-    Returns:
-        File name -> sha256.
-    """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
-    for path in temporary.rglob("*"):
-        sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)  # no manifest names it: an attempt that was interrupted before its manifest
-    temporary.replace(folder)
-    sync(folder.parent)
-    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
-    """Publish ``manifest.json`` whole: the proof that the job is done."""
-    temporary = output / f".manifest.{os.getpid()}.json"
-    temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
-    sync(temporary)
-    temporary.replace(output / "manifest.json")
-    sync(output)
-
-
-def read_manifest(output: Path) -> dict[str, Any] | None:
-    """The manifest of a finished job; None when it is not finished."""
-    try:
-        return json.loads((output / "manifest.json").read_text())
-    except FileNotFoundError:
-        return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for name, shape in wanted.items():
+        if shape != saved[name]:
+            raise ValueError(f"{folder}: {name} has shape {tuple(saved[name])}, expected {tuple(shape)}")

@@ -1,8 +1,8 @@
 """Settings of the train stage and of the evaluation."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
@@ -18,9 +18,7 @@ class TrainConfig(Settings):
         description="Weight of the gold tokens' loss: L = lambda L_CLM + (1 - lambda) L_fusion.",
     )
     batch_size: int = Field(256, ge=1, description="Blocks in an optimizer step.")
-    micro_batch_size: Annotated[int, RUNTIME] = Field(
-        1, ge=1, description="Blocks in a forward pass; divides batch_size."
-    )
+    micro_batch_size: Annotated[int, RUNTIME] = Field(1, ge=1, description="Blocks in a worker's forward pass.")
     num_epochs: int = Field(1, ge=1, description="Times every block is seen.")
     learning_rate: float = Field(1e-5, gt=0, description="Peak.")
     warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
@@ -30,11 +28,16 @@ class TrainConfig(Settings):
     weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
     autocast: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Precision of activations; weights are float32."
+        "bfloat16",
+        description="Precision of the forward and backward pass; weights, the sum of gradients and AdamW are float32.",
     )
     gradient_checkpointing: Annotated[bool, RUNTIME] = Field(
         False, description="Recompute activations in the backward pass."
     )
+    reshard_after_forward: Annotated[bool, RUNTIME] = Field(
+        True, description="Free a layer's gathered parameters between its forward and backward pass: less memory."
+    )
+    compile: Annotated[bool, RUNTIME] = Field(False, description="torch.compile each decoder layer.")
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(
         "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
     )
@@ -47,10 +50,47 @@ class TrainConfig(Settings):
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(
         "auto", description="`auto`: a GPU if there is one."
     )
+    num_workers: Annotated[int, RUNTIME] = Field(
+        1, ge=1, description="Training processes; times micro_batch_size, it divides batch_size."
+    )
     cpus_per_worker: Annotated[float, RUNTIME] = Field(
         1, gt=0, description="CPUs of a training process; its threads on a CPU."
     )
+    gpus_per_worker: Annotated[int | None, RUNTIME] = Field(
+        None, ge=0, le=1, description="GPUs of a training process: 0 or 1; by default 1 where there are any."
+    )
     max_failures: Annotated[int, RUNTIME] = Field(3, ge=0, description="Worker deaths after which the job gives up.")
+
+    @model_validator(mode="after")
+    def _batch_is_shared_equally(self) -> Self:
+        self.check_batch_size(self.num_workers)
+        return self
+
+    def check_batch_size(self, num_workers: int) -> None:
+        """Refuse a batch that cannot be shared equally.
+
+        Args:
+            num_workers: training processes.
+
+        Raises:
+            ValueError: lists settings that work.
+        """
+        passes = num_workers * self.micro_batch_size
+        below, rest = divmod(self.batch_size, passes)
+        if not rest:
+            return
+        sizes = " or ".join(str(passes * number) for number in (below, below + 1) if number)
+        per_worker = self.batch_size / self.micro_batch_size
+        counts = [str(number) for number in range(1, 2 * num_workers + 1) if per_worker % number == 0]
+        raise ValueError(
+            f"batch_size = {self.batch_size} is not a multiple of num_workers x micro_batch_size = {num_workers} x "
+            f"{self.micro_batch_size} = {passes}, so its blocks cannot be shared equally: set batch_size to {sizes}"
+            + (
+                f", or num_workers to {', '.join(counts)}"
+                if counts
+                else ", or choose a micro_batch_size that divides it"
+            )
+        )
 
 
 class EvalConfig(Settings):

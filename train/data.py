@@ -60,17 +60,36 @@ class MicroBatch:
     targets: SparseTargets | None
     num_tokens: int
 
+    @property
+    def is_counted(self) -> bool:
+        """There is a position with a label or with a fused distribution."""
+        fused = self.targets is not None and bool(self.targets.present.any())
+        return fused or bool((self.labels != IGNORED).any())
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device."""
+        targets = None if self.targets is None else self.targets.to(device)
+        return MicroBatch(self.ids.to(device), self.labels.to(device), targets, self.num_tokens)
+
 
 class FusedBlocks:
     """Blocks of all files, in the files' order."""
 
-    def __init__(self, files: Sequence[FusedFile], *, bos_id: int | None, with_distributions: bool) -> None:
-        """Open the files and check each against its hash.
+    def __init__(
+        self,
+        files: Sequence[FusedFile],
+        *,
+        bos_id: int | None,
+        with_distributions: bool,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Open the files and check them against their hashes.
 
         Args:
             files: in the order of their shards. One behind a URL is copied to a temporary folder first.
             bos_id: the target's BOS; where one begins the continuation of a document, it is no label.
             with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
+            share: (r, n): of every n files the r-th is checked, the others by other workers.
 
         Raises:
             ValueError: a file is not the one its manifest names, or there is no block at all.
@@ -78,7 +97,7 @@ class FusedBlocks:
         self.bos_id = bos_id
         self.with_distributions = with_distributions
         self._scratch: tempfile.TemporaryDirectory | None = None
-        self._files = [self._open(file) for file in files]
+        self._files = [self._open(file, check=number % share[1] == share[0]) for number, file in enumerate(files)]
         self._groups = [
             (file, group, opened.metadata.row_group(group).num_rows)
             for file, opened in enumerate(self._files)
@@ -155,17 +174,18 @@ class FusedBlocks:
             self._cache.popitem(last=False)
         return table
 
-    def _open(self, file: FusedFile) -> pq.ParquetFile:
+    def _open(self, file: FusedFile, *, check: bool) -> pq.ParquetFile:
         path = Path(file.path) if "://" not in file.path else self._copy(file.path)
         if not path.exists():
             raise ValueError(f"{file.path} is missing: run `ptafuse verify RUN --repair`, then `make fuse`")
-        with path.open("rb") as opened:
-            found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != file.sha256:
-            raise ValueError(
-                f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated after "
-                "fuse committed it. Run `ptafuse verify RUN --repair`, then `make fuse`"
-            )
+        if check:
+            with path.open("rb") as opened:
+                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            if found != file.sha256:
+                raise ValueError(
+                    f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated "
+                    "after fuse committed it. Run `ptafuse verify RUN --repair`, then `make fuse`"
+                )
         return pq.ParquetFile(path, memory_map=True)
 
     def _copy(self, url: str) -> Path:

@@ -54,7 +54,9 @@ class StepRecord:
         learning_rate: of this step.
         grad_norm: before clipping.
         num_tokens: trained on so far, from the job's beginning.
-        tokens_per_second: of this step.
+        tokens_per_second: of this step, all workers together.
+        data_wait_share: of this step's time, spent waiting for its blocks to be read; the workers' mean.
+        blocks: indices of the step's blocks in the dataset, in the order of the schedule, all workers together.
     """
 
     step: int
@@ -67,6 +69,8 @@ class StepRecord:
     grad_norm: float
     num_tokens: int
     tokens_per_second: float
+    data_wait_share: float
+    blocks: list[int]
 
 
 @dataclass(frozen=True)

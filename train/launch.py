@@ -1,7 +1,8 @@
 """The training loop under Ray Train: the one file that imports it.
 
-Ray places the process, gives it its CPUs and GPU, and starts it again when it dies. What has been done is read from the
-output folder alone (the newest committed checkpoint, the manifest), never from Ray's own records, which register late.
+Ray places the workers, gives each its CPUs and GPU, makes their process group, and starts all of them again when one
+dies or its node is reclaimed. What has been done is read from the output folder alone (the newest committed checkpoint,
+the manifest), never from Ray's own records, which register late. All nodes see the output folder.
 """
 
 import logging
@@ -9,14 +10,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
-from stages.contract.devices import resolve_device
 from train.job import TrainJob, TrainResult
 from train.loop import check_job, finished, train
+from train.preemption import Notice, StoppedError, on_termination
 
 logger = logging.getLogger(__name__)
+
+STOP_REQUEST = "stop-requested"
+"""The driver makes this file in the output folder when it gets SIGTERM; the first worker sees it after its step."""
+
+
+def gpus_per_worker(job: TrainJob) -> int:
+    """GPUs that a worker of this job gets on the Ray that is initialised."""
+    if job.config.device == "cpu":
+        return 0
+    if job.config.gpus_per_worker is not None:
+        return job.config.gpus_per_worker
+    return int(job.config.device == "cuda" or ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def run(job: TrainJob) -> TrainResult:
@@ -24,39 +38,67 @@ def run(job: TrainJob) -> TrainResult:
 
     Raises:
         ValueError: the job's settings or output folder do not fit.
-        RuntimeError: the training process failed more than ``max_failures`` times; says why.
+        RuntimeError: the workers failed more than ``max_failures`` times; says why.
+        StoppedError: this process got SIGTERM; the workers wrote a checkpoint and stopped.
     """
-    output = check_job(job)
+    output = check_job(job, num_workers=job.config.num_workers)
     done = finished(job)
     if done is not None:
         logger.info("train %s: nothing to do, %s is finished", job.fingerprint, done.model_folder)
         return done
-    use_gpu = resolve_device(job.config.device).type == "cuda"
-    resources = {"CPU": job.config.cpus_per_worker, **({"GPU": 1.0} if use_gpu else {})}
-    trainer = TorchTrainer(
+    output.mkdir(parents=True, exist_ok=True)
+    (output / STOP_REQUEST).unlink(missing_ok=True)
+    try:
+        with on_termination((output / STOP_REQUEST).touch):
+            _trainer(job, output).fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(str(error)) from error
+    result = finished(job)
+    if result is not None:
+        return replace(result, was_done=False)
+    if (output / STOP_REQUEST).exists():
+        raise StoppedError("stopped on SIGTERM; the checkpoint of the last step is written")
+    raise RuntimeError(f"Ray Train ended without an error, but {output}/manifest.json is not there")
+
+
+def _trainer(job: TrainJob, output: Path) -> TorchTrainer:
+    if not ray.is_initialized():
+        ray.init()
+    num_gpus = gpus_per_worker(job)
+    return TorchTrainer(
         _train_worker,
         train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(num_workers=1, use_gpu=use_gpu, resources_per_worker=resources),
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if num_gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=job.config.num_workers,
+            use_gpu=bool(num_gpus),
+            resources_per_worker={"CPU": job.config.cpus_per_worker, **({"GPU": num_gpus} if num_gpus else {})},
+        ),
         run_config=ray.train.RunConfig(
             name=f"ptafuse-{job.fingerprint}",
             storage_path=str((output / "ray").resolve()),
             failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(str(error)) from error
-    result = finished(job)
-    if result is None:
-        raise RuntimeError(f"Ray Train ended without an error, but {Path(job.output)}/manifest.json is not there")
-    return replace(result, was_done=False)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
-    """What runs in the Ray worker.
+    """What runs in each Ray worker.
 
     Steps are not reported to Ray: a report waits until the controller polls, up to a second each, and nobody reads them
     there; they are in the run's own logs.
     """
-    train(settings["job"])
+    job: TrainJob = settings["job"]
+    request = Path(job.output) / STOP_REQUEST
+
+    def watch() -> Notice:
+        # Ray shares the first worker's answer among all, so each must ask as often as the others do.
+        reclaimed = ray.train.get_preemption_info() is not None
+        if request.exists():
+            return Notice.STOP
+        return Notice.SAVE if reclaimed else Notice.NONE
+
+    try:
+        train(job, watch=watch)
+    except StoppedError as stopped:  # as asked: no failure, which Ray would start again
+        logger.info("%s", stopped)

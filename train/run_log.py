@@ -10,7 +10,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from train.job import StepRecord
 
-_SCALARS = ("loss", "loss_clm", "loss_fusion", "learning_rate", "grad_norm", "tokens_per_second")
+_SCALARS = ("loss", "loss_clm", "loss_fusion", "learning_rate", "grad_norm", "tokens_per_second", "data_wait_share")
 
 
 class RunLog:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -208,14 +209,43 @@ def load_model(model: ModelConfig, *, dtype: str, attention: tuple[str, ...], de
             architecture supports is taken.
         device: a torch device.
     """
+    return _first_supported(
+        model, attention, lambda choice: _load_model(model, dtype=dtype, attention=choice, device=device)
+    )
+
+
+def empty_model(model: ModelConfig, *, attention: tuple[str, ...]) -> Any:
+    """The model on the meta device, as float32: its parameters have shapes and no values, and take no memory.
+
+    Args:
+        model: which model.
+        attention: as for ``load_model``.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trust = model.trust_remote_code
+    config = AutoConfig.from_pretrained(**model.pretrained_arguments(), trust_remote_code=trust)
+
+    def build(choice: str) -> Any:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=choice, trust_remote_code=trust
+            )
+
+    return _first_supported(model, attention, build)
+
+
+def _first_supported(model: ModelConfig, attention: tuple[str, ...], make: Callable[[str], Any]) -> Any:
+    """What ``make`` gives for the first attention implementation that the architecture supports."""
     for choice in attention[:-1]:
         try:
-            return _load_model(model, dtype=dtype, attention=choice, device=device)
+            return make(choice)
         except ValueError as error:
             if "does not support" not in str(error):
                 raise
             log.info("model %s: no %s attention for this architecture, trying the next", model.name, choice)
-    return _load_model(model, dtype=dtype, attention=attention[-1], device=device)
+    return make(attention[-1])
 
 
 def load_config(model: ModelConfig) -> Any:

@@ -1,7 +1,7 @@
 """Fault injection for processes that the tests start: Python loads this file at start-up when it is on the path.
 
 ``PTAFUSE_FAULT`` is ``<what>:<stage>:<shard>:<folder>``. When a worker has written that shard's data and not yet its
-manifest (for ``train``: when that step's checkpoint is written), once per stage: ``die`` kills the worker; ``block``
+manifest (for ``train``: when that step's checkpoint is committed), once per stage: ``die`` kills the worker; ``block``
 makes it wait, so that the test can kill whom it likes.
 ``<folder>`` is where a marker tells the test that the fault happened. A stage of ``*`` is every stage.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 class _Patch(importlib.abc.MetaPathFinder):
-    """Wraps ``ShardWorker._write``, or ``save_checkpoint``, right after their modules were imported."""
+    """Wraps ``ShardWorker._write``, or ``Checkpoints._commit``, right after their modules were imported."""
 
     def __init__(self, name, wrap):
         self.name = name
@@ -63,15 +63,15 @@ def _wrap_worker(module):
 
 
 def _wrap_training(module):
-    save = module.save_checkpoint
+    commit = module.Checkpoints._commit
 
-    def faulty(output, model, optimizer, state, *, keep):
-        folder = save(output, model, optimizer, state, keep=keep)
-        _fault("train", state.step)
-        return folder
+    def faulty(self, written, folder, state):
+        commit(self, written, folder, state)
+        if self._workers.is_first:
+            _fault("train", state.step)
 
-    module.save_checkpoint = faulty
+    module.Checkpoints._commit = faulty
 
 
 if os.environ.get("PTAFUSE_FAULT"):
-    sys.meta_path[:0] = [_Patch("pipeline.worker", _wrap_worker), _Patch("train.loop", _wrap_training)]
+    sys.meta_path[:0] = [_Patch("pipeline.worker", _wrap_worker), _Patch("train.checkpoint", _wrap_training)]

@@ -59,7 +59,14 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
         ("[align]\nprojection = 'plan'\nmarginals = 'balanced'", "gives back the target's own distribution"),
         ("[align]\npreset = 'papier'", r"align\.preset"),
         ("[align]\ntop_k = 20", "asks for more candidates than logits.top_k = 10 keeps"),
-        ("[train]\nbatch_size = 3\nmicro_batch_size = 2", "does not divide"),
+        (
+            "[train]\nbatch_size = 3\nmicro_batch_size = 2",
+            "train: batch_size = 3 is not a multiple.* set batch_size to 2 or 4",
+        ),
+        (
+            "[train]\nbatch_size = 256\nmicro_batch_size = 2\nnum_workers = 6",
+            "set batch_size to 252 or 264, or num_workers to 1, 2, 4, 8",
+        ),
         ("[logits]\nbackend = 'llama.cpp'", r"logits\.backend"),
         ("[[sources]]\nname = 'a'\npath = 'c'", "'a' is given twice"),
         ("[[sources]]\nname = 'c'", "give exactly one of `hub`"),

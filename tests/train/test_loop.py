@@ -43,7 +43,7 @@ def interrupt_after(step: int):
 
 
 def without_timing(records: list[StepRecord]) -> list[StepRecord]:
-    return [replace(record, tokens_per_second=0.0) for record in records]
+    return [replace(record, tokens_per_second=0.0, data_wait_share=0.0) for record in records]
 
 
 def test_training_lowers_both_losses(tiny_job, tmp_path):
@@ -153,6 +153,7 @@ def test_logs_hold_each_step_once_after_a_restart(tiny_job, tmp_path):
         "learning_rate",
         "grad_norm",
         "tokens_per_second",
+        "data_wait_share",
     }
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
@@ -235,7 +236,7 @@ def test_a_job_that_cannot_run_is_refused(tiny_job, change, message):
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(tiny_job, tmp_path):
-    with pytest.raises(ValueError, match="divisor"):
+    with pytest.raises(ValueError, match="batch_size to 3 or 6, or choose"):
         train(job_in(tiny_job, tmp_path, batch_size=4, micro_batch_size=3))
 
 

@@ -1,0 +1,147 @@
+"""The batches of one worker, read and collated by a thread ahead of the training step.
+
+The order of blocks is the schedule's, whatever the number of workers: a step's blocks are cut into as many consecutive
+slices as there are workers. Every worker makes the same number of forward passes in a step, for each is a collective
+operation: a worker whose slice of an epoch's last, smaller step holds fewer blocks fills up with passes that count
+nothing.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+
+from train.data import Block, FusedBlocks, MicroBatch, collate
+from train.distributed import Workers
+from train.loss import IGNORED
+from train.schedule import Schedule
+
+AHEAD = 2
+"""Steps that are read ahead; a step of 32 blocks of 2,048 tokens with ten candidates each holds about 12 MB."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one worker trains on in one optimizer step.
+
+    Attributes:
+        step: from 0.
+        blocks: indices of the whole step's blocks, all workers together, in the schedule's order.
+        names: of this worker's blocks, by micro-batch; empty for one that counts nothing.
+        micro_batches: this worker's; their number is the same for all workers.
+        num_labels: labelled positions of this worker's blocks.
+        num_fused: positions with a fused distribution.
+        num_tokens: tokens without padding.
+    """
+
+    step: int
+    blocks: tuple[int, ...]
+    names: tuple[tuple[str, ...], ...]
+    micro_batches: tuple[MicroBatch, ...]
+    num_labels: int
+    num_fused: int
+    num_tokens: int
+
+
+class Feed:
+    """The steps' batches in order, from a given step on."""
+
+    def __init__(
+        self, blocks: FusedBlocks, schedule: Schedule, start: int, workers: Workers, micro_batch_size: int
+    ) -> None:
+        """Begin to read.
+
+        Args:
+            blocks: read by the feed's thread alone from now on.
+            schedule: which blocks each step sees.
+            start: the first step.
+            workers: who shares each step.
+            micro_batch_size: blocks in a forward pass.
+        """
+        self._blocks = blocks
+        self._schedule = schedule
+        self._rank = workers.rank
+        self._size = workers.size
+        self._micro_batch_size = micro_batch_size
+        self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(maxsize=AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(start,), name="ptafuse-feed", daemon=True)
+        self._thread.start()
+
+    def next(self) -> tuple[StepBatch, float]:
+        """The next step's batch, and the seconds it was waited for.
+
+        Raises:
+            Exception: what reading raised; the step it would have been read for is not trained.
+        """
+        started = time.perf_counter()
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item, time.perf_counter() - started
+
+    def _read(self, start: int) -> None:
+        try:
+            for step in range(start, self._schedule.num_steps):
+                self._put(self._batch(step))
+                if self._stop.is_set():
+                    return
+        except Exception as error:  # noqa: BLE001 - raised again by `next`, in the thread that trains
+            self._put(error)
+
+    def _put(self, item: StepBatch | Exception) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return
+
+    def _batch(self, step: int) -> StepBatch:
+        indices = self._schedule.blocks(step)
+        slices = np.array_split(indices, self._size)  # their lengths differ by one at most, the first are the longest
+        num_micro_batches = -(-len(slices[0]) // self._micro_batch_size)
+        blocks = [self._blocks.block(int(index)) for index in slices[self._rank]]
+        parts = [
+            blocks[number * self._micro_batch_size : (number + 1) * self._micro_batch_size]
+            for number in range(num_micro_batches)
+        ]
+        return StepBatch(
+            step=step,
+            blocks=tuple(int(index) for index in indices),
+            names=tuple(tuple(block.name for block in part) for part in parts),
+            micro_batches=tuple(collate(part) if part else empty_micro_batch() for part in parts),
+            num_labels=num_labels(blocks),
+            num_fused=sum(int(block.fused.present.sum()) for block in blocks if block.fused is not None),
+            num_tokens=sum(len(block.ids) for block in blocks),
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def num_labels(blocks: Sequence[Block]) -> int:
+    """Labelled positions of some blocks."""
+    return sum(int((block.labels != IGNORED).sum()) for block in blocks)
+
+
+def empty_micro_batch() -> MicroBatch:
+    """One token that counts nothing: a worker without blocks takes part in the step's collective operations with it."""
+    return MicroBatch(
+        ids=torch.zeros((1, 1), dtype=torch.int64),
+        labels=torch.full((1, 1), IGNORED, dtype=torch.int64),
+        targets=None,
+        num_tokens=0,
+    )

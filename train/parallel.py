@@ -1,0 +1,142 @@
+"""The model as the workers share it: FSDP2 (``fully_shard``) over the decoder layers and the root.
+
+Parameters, gradients and optimizer state are float32 shards; a layer's parameters are gathered in ``autocast``'s
+precision when the layer runs, and gradients are summed over the workers in float32. The embeddings, the final norm and
+the LM head belong to the root, whose parameters stay gathered from the forward to the end of the backward pass: the
+loss, which applies the head to chunks of positions and again in the backward pass, is part of the root's forward. Tied
+embeddings are then one gathered parameter in both places.
+"""
+
+import logging
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from stages.contract.heads import Body, Head, split_head
+from train.config import TrainConfig
+from train.data import MicroBatch
+from train.distributed import Workers
+from train.loss import loss_sums
+
+logger = logging.getLogger(__name__)
+
+
+class LossModel(nn.Module):
+    """A causal language model and its training loss: the root that FSDP knows."""
+
+    def __init__(self, model: Any, *, chunk_positions: int) -> None:
+        """Wrap a model.
+
+        Args:
+            model: a transformers causal language model.
+            chunk_positions: positions whose logits exist at once.
+        """
+        super().__init__()
+        self.model = model
+        self._chunk_positions = chunk_positions
+        halves: tuple[Body, Head] = split_head(model)
+        self._body, self._head = halves
+
+    def forward(self, batch: MicroBatch, *, clm_factor: float, fusion_factor: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of one micro-batch.
+
+        Args:
+            batch: on the model's device.
+            clm_factor: of the sum of the CLM loss: lambda over the labelled positions of the whole step, all workers.
+            fusion_factor: of the sum of the fusion loss.
+
+        Returns:
+            What is differentiated, then the two sums of ``loss_sums``, detached; float32 scalars. A batch in which no
+            position counts gives zeros, and zero gradients: its passes are collective operations like any other's.
+        """
+        labels = batch.labels.flatten()
+        weight = float(batch.is_counted)
+        if not weight:
+            labels = labels.clone()
+            labels[0] = 0
+        hidden = self._body(batch.ids)
+        clm, fusion = loss_sums(
+            hidden.flatten(0, 1), self._head, labels, batch.targets, chunk_positions=self._chunk_positions
+        )
+        total = weight * (clm_factor * clm + fusion_factor * fusion)
+        return total, weight * clm.detach(), weight * fusion.detach()
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers that are repeated: the module list as long as the model has hidden layers; none if there is no such."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next((list(layers) for layers in lists if len(layers) == count), [])
+
+
+def shard_model(model: Any, config: TrainConfig, workers: Workers) -> LossModel:
+    """Share a model among the workers, in place; its parameters are shards from now on.
+
+    Args:
+        model: a transformers causal language model, on the meta device or with the same values on every worker.
+        config: precision, resharding, recomputation, compilation, chunks.
+        workers: over whom.
+    """
+    layers = decoder_layers(model)
+    if not layers:
+        logger.warning("%s: no list of decoder layers found; it is sharded as one unit", type(model).__name__)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        for layer in layers:
+            layer.compile()
+    dtype = torch.bfloat16 if config.autocast == "bfloat16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for layer in layers:
+        fully_shard(layer, mesh=workers.mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
+    root = LossModel(model, chunk_positions=config.chunk_positions)
+    # The root's inputs hold probabilities of the fused distributions, which stay float32.
+    root_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(root, mesh=workers.mesh, mp_policy=root_policy, reshard_after_forward=False)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):  # summed over workers, not averaged: losses carry their normalisation
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return root.train()
+
+
+def fill_parameters(model: nn.Module, loaded: Any | None, workers: Workers) -> None:
+    """Give a sharded model on the meta device its values, one tensor at a time.
+
+    Args:
+        model: the sharded transformers model.
+        loaded: the same model whole, on the CPU of the first worker; None on the others.
+        workers: they all call this together.
+    """
+    tied = _tied_names(model)
+    model.to_empty(device=workers.device)
+    for alias, name in tied.items():  # ``to_empty`` makes a tensor for each name
+        owner, _, attribute = alias.rpartition(".")
+        model.get_submodule(owner).register_parameter(attribute, model.get_parameter(name))
+    values = {} if loaded is None else loaded.state_dict()
+    set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = {} if loaded is None else dict(loaded.named_buffers())
+    for name, buffer in model.named_buffers():  # some stand in no state dict: the rotary embedding's frequencies
+        if loaded is not None:
+            buffer.copy_(buffers[name])
+        dist.broadcast(buffer, src=0)
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """All weights gathered on the CPU of the first worker; an empty dictionary on the others."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
+
+
+def _tied_names(model: nn.Module) -> dict[str, str]:
+    """Further names of shared parameters -> the first name of each."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            aliases[name] = first[id(parameter)]
+    return aliases

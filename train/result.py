@@ -1,0 +1,66 @@
+"""The finished model on disk, and the proof that the job is done.
+
+<output>/model/           the finished model, for from_pretrained
+<output>/manifest.json    written last
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from stages.contract.store import sync
+
+
+def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: Any, card: str) -> dict[str, str]:
+    """Save the finished model for ``from_pretrained``; the folder appears whole, over an older one.
+
+    Args:
+        folder: where to.
+        model: the transformers model; its own parameters may be shards or have no values.
+        weights: all of its weights.
+        tokenizer: its tokenizer.
+        card: the model card, Markdown.
+
+    Returns:
+        File name -> sha256.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    model.save_pretrained(temporary, state_dict=weights)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "README.md").write_text(card)
+    for path in temporary.rglob("*"):
+        sync(path)
+    if folder.exists():
+        shutil.rmtree(folder)  # no manifest names it: an attempt that was interrupted before its manifest
+    temporary.replace(folder)
+    sync(folder.parent)
+    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+    """Publish ``manifest.json`` whole: the proof that the job is done."""
+    temporary = output / f".manifest.{os.getpid()}.json"
+    temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
+    sync(temporary)
+    temporary.replace(output / "manifest.json")
+    sync(output)
+
+
+def read_manifest(output: Path) -> dict[str, Any] | None:
+    """The manifest of a finished job; None when it is not finished."""
+    try:
+        return json.loads((output / "manifest.json").read_text())
+    except FileNotFoundError:
+        return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,127 @@
+"""One optimizer step over all workers."""
+
+import math
+import time
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from train.config import TrainConfig
+from train.data import MicroBatch
+from train.distributed import Workers
+from train.feed import Feed, StepBatch
+from train.job import StepRecord
+from train.optimizer import learning_rate
+from train.parallel import LossModel
+from train.schedule import Schedule
+
+
+class Stepper:
+    """The sharded model and its optimizer: takes batches, makes optimizer steps.
+
+    Losses and gradients are those of the whole step: each worker's sums are divided by the counts over all workers, and
+    the gradients are summed. So neither the number of workers nor the size of a micro-batch changes them.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        root: LossModel,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        workers: Workers,
+    ) -> None:
+        """All workers make one, of the same settings."""
+        self._config = config
+        self._root = root
+        self._optimizer = optimizer
+        self._schedule = schedule
+        self._workers = workers
+
+    def step(self, feed: Feed, *, tokens_before: int) -> StepRecord:
+        """Train on the feed's next batch.
+
+        Args:
+            feed: of this worker.
+            tokens_before: trained on before this step.
+
+        Raises:
+            FloatingPointError: a loss or the gradient is not finite; on every worker, and names the blocks. The weights
+                are those of the step before.
+        """
+        started = time.perf_counter()
+        batch, waited = feed.next()
+        rate = learning_rate(batch.step, self._schedule.num_steps, self._config)
+        # Dropout, where a model has it, does not depend on restarts.
+        torch.manual_seed((self._config.seed * 1_000_003 + batch.step) * self._workers.size + self._workers.rank)
+        counts = self._workers.sum([batch.num_labels, batch.num_fused, batch.num_tokens])
+        num_labels, num_fused, num_tokens = (int(count) for count in counts)
+        clm_factor = self._config.lambda_ / num_labels if num_labels else 0.0
+        fusion_factor = (1 - self._config.lambda_) / num_fused if num_fused else 0.0
+        clm = fusion = norm = 0.0
+        if num_labels + num_fused:  # blocks of one token each have nothing to predict
+            clm, fusion = self._gradients(batch, clm_factor, fusion_factor)
+            norm = self._apply(batch, rate)
+        waited = self._workers.sum([waited])[0] / self._workers.size
+        seconds = time.perf_counter() - started
+        return StepRecord(
+            step=batch.step + 1,
+            num_steps=self._schedule.num_steps,
+            epoch=self._schedule.epoch(batch.step),
+            loss=clm_factor * clm + fusion_factor * fusion,
+            loss_clm=clm / num_labels if num_labels else None,
+            loss_fusion=fusion / num_fused if num_fused else None,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_tokens=tokens_before + num_tokens,
+            tokens_per_second=num_tokens / seconds,
+            data_wait_share=waited / seconds,
+            blocks=list(batch.blocks),
+        )
+
+    def _gradients(self, batch: StepBatch, clm_factor: float, fusion_factor: float) -> tuple[float, float]:
+        """Accumulate the gradient; returns the sums of the two losses over all workers."""
+        self._optimizer.zero_grad(set_to_none=True)
+        sums = torch.stack([self._backward(part, clm_factor, fusion_factor) for part in batch.micro_batches])
+        clm, fusion = self._workers.sum(sums.double().sum(dim=0).tolist())
+        if not math.isfinite(clm + fusion):  # the same on every worker: none waits for another's next operation
+            finite = sums.isfinite().all(dim=1).tolist()
+            own = [name for names, fine in zip(batch.names, finite, strict=True) if not fine for name in names]
+            blocks = [name for names in self._workers.gather(own) for name in names]
+            raise FloatingPointError(
+                f"step {batch.step + 1}: the loss is not finite (sums: CLM {clm}, fusion {fusion}) on blocks "
+                f"{', '.join(blocks)}; the last checkpoint is unharmed"
+            )
+        return clm, fusion
+
+    def _backward(self, part: MicroBatch, clm_factor: float, fusion_factor: float) -> Tensor:
+        """One forward and backward pass; returns the two sums, (2,) float32 on the device, which is not waited for."""
+        total, clm, fusion = self._root(
+            part.to(self._workers.device), clm_factor=clm_factor, fusion_factor=fusion_factor
+        )
+        total.backward()
+        return torch.stack([clm, fusion])
+
+    def _apply(self, batch: StepBatch, rate: float) -> float:
+        """Clip the gradient and update the weights; returns the gradient's norm before clipping."""
+        parameters = [parameter for parameter in self._root.parameters() if parameter.grad is not None]
+        norm = total_norm(parameters)
+        if not math.isfinite(norm):
+            blocks = [name for names in self._workers.gather(batch.names) for part in names for name in part]
+            raise FloatingPointError(
+                f"step {batch.step + 1}: the gradient's norm is {norm} on blocks {', '.join(blocks)}; the last checkpoint "
+                "is unharmed"
+            )
+        torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, torch.tensor(norm))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        return norm
+
+
+def total_norm(parameters: list[nn.Parameter]) -> float:
+    """The 2-norm of the whole gradient, over all parameters and all workers' shards."""
+    norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    return float(cast(Any, norm).full_tensor() if isinstance(norm, DTensor) else norm)
