@@ -4,7 +4,7 @@ import hashlib
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
@@ -53,23 +53,19 @@ class MicroBatch:
         labels: (B, T) int64.
         targets: of the B * T positions; None when fused distributions are not read.
         num_tokens: tokens without padding.
+        is_counted: there is a position with a label or with a fused distribution.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     targets: SparseTargets | None
     num_tokens: int
-
-    @property
-    def is_counted(self) -> bool:
-        """There is a position with a label or with a fused distribution."""
-        fused = self.targets is not None and bool(self.targets.present.any())
-        return fused or bool((self.labels != IGNORED).any())
+    is_counted: bool
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         targets = None if self.targets is None else self.targets.to(device)
-        return MicroBatch(self.ids.to(device), self.labels.to(device), targets, self.num_tokens)
+        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), targets=targets)
 
 
 class FusedBlocks:
@@ -209,11 +205,14 @@ def collate(blocks: Sequence[Block]) -> MicroBatch:
     ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     for row, block in enumerate(blocks):
         ids[row, : len(block.ids)], labels[row, : len(block.ids)] = block.ids, block.labels
+    targets = _targets(blocks, length)
+    is_fused = targets is not None and bool(targets.present.any())
     return MicroBatch(
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
-        targets=_targets(blocks, length),
+        targets=targets,
         num_tokens=sum(len(block.ids) for block in blocks),
+        is_counted=is_fused or bool((labels != IGNORED).any()),
     )
 
 

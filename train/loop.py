@@ -196,7 +196,7 @@ def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int)
     half = config.autocast == "bfloat16"
     model = empty_model(job.model, attention=attention_choices(config.attention, workers.device, half_precision=half))
     root = shard_model(model, config, workers)
-    fill_parameters(model, loaded, workers)
+    fill_parameters(root, loaded, workers)
     return root
 
 

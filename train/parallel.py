@@ -104,16 +104,17 @@ def shard_model(model: Any, config: TrainConfig, workers: Workers) -> LossModel:
     return root.train()
 
 
-def fill_parameters(model: nn.Module, loaded: Any | None, workers: Workers) -> None:
+def fill_parameters(root: LossModel, loaded: Any | None, workers: Workers) -> None:
     """Give a sharded model on the meta device its values, one tensor at a time.
 
     Args:
-        model: the sharded transformers model.
+        root: the sharded model.
         loaded: the same model whole, on the CPU of the first worker; None on the others.
         workers: they all call this together.
     """
+    model = root.model
     tied = _tied_names(model)
-    model.to_empty(device=workers.device)
+    root.to_empty(device=workers.device)
     for alias, name in tied.items():  # ``to_empty`` makes a tensor for each name
         owner, _, attribute = alias.rpartition(".")
         model.get_submodule(owner).register_parameter(attribute, model.get_parameter(name))
