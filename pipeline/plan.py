@@ -18,7 +18,7 @@ from stages.contract.store import Store
 
 log = logging.getLogger(__name__)
 
-TRAIN_VERSION = 1
+TRAIN_VERSION = 2
 EVAL_VERSION = 1
 FUSED = "fused"
 """The trained model's name among the evaluated ones."""
