@@ -6,7 +6,7 @@ The driver passes shard numbers, never data: the worker reads, computes and comm
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -102,24 +102,38 @@ def run_shards(
         ) from error
 
 
-def require_resources(what: str, cpus: float, gpus: float) -> None:
-    """Refuse a worker that fits on no node, which Ray would wait for in silence; a cluster may still grow, and warns.
+def require_resources(what: str, cpus: float, gpus: float, *, count: int = 1) -> None:
+    """Refuse workers that do not fit, which Ray would wait for in silence; a cluster may still grow, and warns.
+
+    Args:
+        what: who asks.
+        cpus: of each worker.
+        gpus: of each worker.
+        count: workers that run at the same time.
 
     Raises:
         ValueError: says what is asked for and what there is.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+    places = sum(_places(node, cpus, gpus) for node in nodes)
+    if places >= count:
         return
     largest = max((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
     message = (
-        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs a worker, and the largest node has {largest[0]:g} CPUs and "
-        f"{largest[1]:g} GPUs: lower cpus_per_worker or gpus_per_worker, or use a larger machine"
+        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs a worker, {count} worker(s) at once, and there is room for {places}: "
+        f"the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. Lower num_workers, "
+        "cpus_per_worker or gpus_per_worker, or use more or larger machines"
     )
     if os.environ.get("RAY_ADDRESS"):
         log.warning("%s; waiting for the cluster to grow", message)
         return
     raise ValueError(message)
+
+
+def _places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
+    """Workers that fit on a node."""
+    needed = {"CPU": cpus, "GPU": gpus}
+    return min((int(node.get(name, 0) / amount) for name, amount in needed.items() if amount), default=1)
 
 
 def _pool_size(resources: Resources, num_pending: int) -> int:

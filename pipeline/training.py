@@ -104,8 +104,9 @@ def _train(job: TrainJob, run: Run) -> None:
     from train import launch
 
     start_ray(run.config.engine.num_cpus)
-    # One CPU more is taken by Ray Train's controller on a node of its own choice; it asks for none.
-    require_resources("train", job.config.cpus_per_worker, launch.gpus_per_worker(job))
+    require_resources(
+        "train", job.config.cpus_per_worker, launch.gpus_per_worker(job), count=job.config.num_workers
+    )  # Ray Train's controller asks for no CPU
     launch.run(job)
 
 

@@ -65,17 +65,22 @@ class Workers:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """An error of one worker is raised on all of them, which would otherwise wait for it in their next operation."""
+        """What one worker does alone or on its own files: if it fails, all fail, and none waits for it.
+
+        Raises:
+            RuntimeError: another worker failed; says which and why. The one that failed raises its own error.
+        """
         own: Exception | None = None
         try:
             yield
         except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
             own = error
-        errors = [error for error in self.gather(own) if error is not None]
+        failures = self.gather(None if own is None else f"{type(own).__name__}: {own}")
         if own is not None:
             raise own
-        if errors:
-            raise errors[0]
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise RuntimeError(f"worker {rank} failed: {failure}")
 
     def wait_for_all(self) -> None:
         """Return when every worker has come here."""

@@ -134,7 +134,9 @@ def test_an_error_of_one_worker_is_raised_on_all(tiny_job, tmp_path):
     wrong = replace(tiny_job.files[1], sha256="0" * 64)  # the second worker checks the second file
     job = replace(job_in(tiny_job, tmp_path / "run"), files=(tiny_job.files[0], wrong))
     assert wait(start_workers(job, tmp_path, num_workers=2)) == [1, 1]
-    assert printed(tmp_path).count("run `make fuse`") + printed(tmp_path).count("then `make fuse`") >= 2
+    texts = [(tmp_path / f"worker-{rank}.txt").read_text() for rank in range(2)]
+    assert "RuntimeError: worker 1 failed: ValueError: " in texts[0]
+    assert all("then `make fuse`" in text for text in texts)
 
 
 def test_workers_that_cannot_share_the_batch_are_refused(tiny_job, tmp_path, monkeypatch):
