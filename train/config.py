@@ -44,7 +44,9 @@ class TrainConfig(Settings):
     chunk_positions: Annotated[int, RUNTIME] = Field(
         512, ge=1, description="Positions whose full logits exist at once."
     )
-    checkpoint_every_steps: Annotated[int, RUNTIME] = Field(500, ge=1)
+    checkpoint_every_steps: Annotated[int, RUNTIME] = Field(
+        500, ge=1, description="A checkpoint is written after so many steps, and after the last one."
+    )
     keep_checkpoints: Annotated[int, RUNTIME] = Field(2, ge=1, description="Newest checkpoints that stay on disk.")
     seed: int = Field(42, ge=0, description="Of the blocks' order.")
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(

@@ -104,12 +104,12 @@ def _take_steps(
             notice = workers.most(watch())
             is_new = notice > Notice.NONE and not was_told
             was_told = was_told or is_new
-            is_due = state.step % config.checkpoint_every_steps == 0 or is_new or notice == Notice.STOP
-            if is_due and state.step < schedule.num_steps:
+            is_last = state.step == schedule.num_steps
+            if state.step % config.checkpoint_every_steps == 0 or is_last or is_new or notice == Notice.STOP:
                 checkpoints.save(state)
             if on_step is not None:
                 on_step(last)
-            if notice == Notice.STOP and state.step < schedule.num_steps:
+            if notice == Notice.STOP and not is_last:
                 checkpoints.wait()
                 raise StoppedError(
                     f"stopped as told after step {state.step} of {schedule.num_steps}, whose checkpoint is written"

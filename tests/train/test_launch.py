@@ -1,9 +1,17 @@
+import os
+import signal
+import threading
+import time
+
 import pytest
 
 from tests.tiny_run import environment
 from tests.train.conftest import job_in
 from tests.train.test_workers import assert_same_run
+from train.checkpoint import committed_steps
 from train.loop import train
+from train.preemption import StoppedError
+from train.run_log import read_log
 
 
 @pytest.mark.ray
@@ -34,6 +42,32 @@ def test_ray_train_restarts_killed_workers_and_gives_what_the_plain_loop_gives(t
     assert not found.was_done
     assert again.was_done
     assert_same_run(tmp_path / "ray", tmp_path / "plain", relative=1e-4)
+
+
+@pytest.mark.ray
+def test_sigterm_to_the_driver_saves_and_stops_the_workers(tiny_job, tmp_path):
+    import ray
+
+    from train import launch
+
+    job = job_in(tiny_job, tmp_path, num_epochs=2000, checkpoint_every_steps=100_000)
+
+    def terminate() -> None:
+        while not read_log(tmp_path):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+    killer = threading.Thread(target=terminate)
+    killer.start()
+    try:
+        with pytest.raises(StoppedError):
+            launch.run(job)
+    finally:
+        killer.join()
+        ray.shutdown()
+    assert committed_steps(tmp_path) == [read_log(tmp_path)[-1].step]
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_a_url_is_refused_before_ray_starts(tiny_job):

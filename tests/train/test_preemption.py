@@ -55,4 +55,4 @@ def test_told_that_a_machine_will_go_saves_once_and_trains_on(tiny_job, tmp_path
     result = train(job_in(tiny_job, tmp_path, checkpoint_every_steps=100), on_step=on_step, watch=lambda: next(answers))
     assert result.num_steps == 6
     assert saved[0] == []
-    assert saved[-1] == ["checkpoint-000002"]
+    assert saved[-2] == ["checkpoint-000002"]  # the last step saves in any case
