@@ -3,130 +3,257 @@
     L = lambda * L_CLM + (1 - lambda) * L_fusion
 
 L_CLM is the mean over labelled positions of -ln q(gold next token), L_fusion the mean over positions that have a fused
-distribution p of its cross-entropy with the model's q,
+distribution of its divergence from the model's q (``train.divergence``), so a position without a fused distribution
+counts in L_CLM alone. Both are means over a whole optimizer step: here are the sums, weighted by what the caller gives
+(lambda over the step's number of labels, ...), so that the size of a micro-batch does not change the result.
 
-    - sum over the row's ids of p(id) ln q(id)  -  tail_mass * ln(1 - sum over the row's ids of q(id)),
+The forward pass goes through the positions chunk by chunk and computes the gradients of the hidden states and of the
+head's weights on the way, for which everything is at hand: the backward pass only hands them on. A chunk of C positions
+holds two arrays of C x vocabulary in float32 (128 x 32,000: 33 MB), and the head is applied once, not twice as with
+recomputation. Of the loss only -ln q and the gathers at the gold and the fused ids touch the logits; what is made of
+these few numbers a position is left to autograd, and its gradient is put back: softmax times the gradient of the
+normaliser, plus the gradients of the gathered logits at their places.
 
-so a position without a fused distribution counts in L_CLM alone. Both are means over a whole optimizer step: here are
-the sums, and the caller divides by the step's counts, so that the size of a micro-batch does not change the result.
-
-Memory: a chunk of C positions holds C x vocabulary logits in float32 (512 x 49,152: 100 MB), computed again in the
-backward pass; the fused distributions stay sparse.
-
-Source: PTA-LLM, equation of the training objective; the tail term is ours (a distribution over the ids and "the rest").
+Source: the idea of the gradient in the forward pass: Hsu et al. 2024, "Liger Kernel".
 """
 
-import math
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from stages.contract.columns import PAD_ID
+from train.divergence import Divergence, SparseTargets, fusion_losses
 
 IGNORED = -100
 """Label of a position that has no gold next token."""
 
-REST_EPSILON = 1e-5
-"""Least probability outside a row's ids that the tail term sees. In float32 ln(sum of q over the ids) is known to about
-1e-6, so what lies below is rounding; a tail of mass m costs at most 11.5 m nats."""
 
-Head = Callable[[Tensor], Tensor]
+class TrainableHead(Protocol):
+    """Hidden states (p, H) -> logits (p, V); its modules hold its weights. ``split_head`` gives one, so is nn.Linear."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """All modules that the head computes with."""
 
 
 @dataclass(frozen=True)
-class SparseTargets:
-    """Fused distributions of P positions.
+class LossSettings:
+    """What is computed of each position, and how many at once.
 
     Attributes:
-        ids: (P, k) int64, ``PAD_ID`` where a row has fewer entries; a row of pads is "no distribution".
-        probs: (P, k) float32, 0 at pads.
-        tail_mass: (P,) float32; None where rows are rescaled to 1.
+        clm_factor: weight of the sum of CLM losses: lambda over the number of labels of the whole step.
+        fusion_factor: weight of the sum of fusion losses: 1 - lambda over the step's fused positions.
+        divergence: of the fusion loss.
+        temperature: of the fusion loss.
+        chunk_positions: positions whose logits exist at once.
     """
 
-    ids: Tensor
-    probs: Tensor
-    tail_mass: Tensor | None
-
-    def select(self, index: Tensor | slice) -> "SparseTargets":
-        """The rows at ``index``, a mask or a range."""
-        return SparseTargets(
-            self.ids[index], self.probs[index], None if self.tail_mass is None else self.tail_mass[index]
-        )
-
-    def to(self, device: torch.device) -> "SparseTargets":
-        """The same on another device."""
-        tail_mass = None if self.tail_mass is None else self.tail_mass.to(device)
-        return SparseTargets(self.ids.to(device), self.probs.to(device), tail_mass)
-
-    @property
-    def present(self) -> Tensor:
-        """(P,) bool: the position has a fused distribution."""
-        return (self.ids != PAD_ID).any(dim=1)
+    clm_factor: float
+    fusion_factor: float
+    divergence: Divergence = "forward-kl"
+    temperature: float = 1.0
+    chunk_positions: int = 128
 
 
-def loss_sums(
-    hidden: Tensor, head: Head, labels: Tensor, targets: SparseTargets | None, *, chunk_positions: int
-) -> tuple[Tensor, Tensor]:
-    """Sums of the two losses over P positions, differentiable.
+@dataclass(frozen=True)
+class LossSums:
+    """The loss of some positions.
+
+    Attributes:
+        total: clm_factor * clm + fusion_factor * fusion; the one to call ``backward`` on, once.
+        clm: sum over labelled positions, nats, without gradient.
+        fusion: sum over positions with a fused distribution, nats, without gradient.
+    """
+
+    total: Tensor
+    clm: Tensor
+    fusion: Tensor
+
+
+def fused_loss(
+    hidden: Tensor, head: TrainableHead, labels: Tensor, targets: SparseTargets | None, settings: LossSettings
+) -> LossSums:
+    """The loss of P positions.
 
     Args:
         hidden: (P, H), the body's output.
-        head: hidden states (p, H) -> logits (p, V).
+        head: its weights are read here, so that they may be gathered from shards just before.
         labels: (P,) int64, the gold next tokens; ``IGNORED`` where there is none.
         targets: fused distributions of the P positions; None: L_CLM alone is computed.
-        chunk_positions: positions whose logits exist at once.
+        settings: weights of the two losses, divergence, chunks.
 
     Returns:
-        Sum of the CLM loss over labelled positions, sum of the fusion loss over positions with a distribution; nats.
+        The loss; where nothing is counted a zero that still has a (zero) gradient.
     """
     counted = labels != IGNORED
     if targets is not None:
         counted = counted | targets.present
         targets = targets.select(counted)
-    hidden, labels = hidden[counted], labels[counted]
-    clm, fusion = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(labels), chunk_positions):
-        part = slice(start, start + chunk_positions)
-        chunk_targets = None if targets is None else targets.select(part)
-        chunk_clm, chunk_fusion = checkpoint(
-            _chunk_sums, hidden[part], head, labels[part], chunk_targets, use_reentrant=False, preserve_rng_state=False
+    weights = [p for module in head.modules() for p in module.parameters(recurse=False) if p.requires_grad]
+    weights = list({id(weight): weight for weight in weights}.values())
+    with_gradient = torch.is_grad_enabled()
+    arguments = (head, labels[counted], targets, settings, with_gradient)
+    return LossSums(*_ChunkedLoss.apply(hidden[counted], arguments, *weights))
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Sums over chunks, with the gradients computed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, arguments: tuple, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        head, labels, targets, settings, with_gradient = arguments
+        gradients = _Gradients(hidden, ctx.needs_input_grad[0], weights) if with_gradient else None
+        sums = hidden.new_zeros(2, dtype=torch.float32)
+        for start in range(0, len(labels), settings.chunk_positions):
+            part = slice(start, start + settings.chunk_positions)
+            rows = None if targets is None else targets.select(part)
+            sums += _chunk(hidden, part, head, labels[part], rows, settings, gradients)
+        ctx.gradients = gradients
+        clm, fusion = sums.unbind()
+        ctx.mark_non_differentiable(clm, fusion)
+        return settings.clm_factor * clm + settings.fusion_factor * fusion, clm, fusion
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None  # they are scaled in place, so a second time would be wrong
+        if gradients is None:
+            raise RuntimeError("the loss keeps its gradients for one backward pass: compute it again for another")
+        hidden = None if gradients.hidden is None else gradients.hidden.mul_(grad_total)
+        weights = (
+            total.mul_(grad_total).to(weight.dtype)
+            for total, weight in zip(gradients.totals.values(), gradients.weights, strict=True)
         )
-        clm, fusion = clm + chunk_clm, fusion + chunk_fusion
-    return clm, fusion
+        return hidden, None, *weights
 
 
-def _chunk_sums(hidden: Tensor, head: Head, labels: Tensor, targets: SparseTargets | None) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float()
-    normaliser = logits.logsumexp(dim=1)
-    labelled = labels != IGNORED
-    gold = logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-    clm = torch.where(labelled, normaliser - gold, 0.0).sum()
-    if targets is None:
-        return clm, torch.zeros_like(clm)
-    entry = targets.ids != PAD_ID
-    logprobs = logits.gather(1, targets.ids.clamp(min=0)) - normaliser[:, None]
-    fusion = -(torch.where(entry, targets.probs * logprobs, 0.0)).sum()
-    if targets.tail_mass is not None:
-        present = entry.any(dim=1)
-        listed = logprobs[present].masked_fill(~entry[present], -torch.inf).logsumexp(dim=1)
-        fusion = fusion - (targets.tail_mass[present] * log_rest(listed)).sum()
-    return clm, fusion
+class _Gradients:
+    """Gradients of the hidden states and of the head's weights, added up over chunks.
 
-
-def log_rest(log_mass: Tensor) -> Tensor:
-    """ln(1 - exp(log_mass)), what is left of 1, at least ``ln(REST_EPSILON)``; no gradient below that.
-
-    Args:
-        log_mass: ln of a probability, float32; rounding may have lifted it above 0.
-
-    Source: Maechler 2012, "Accurately computing log(1 - exp(-|a|))".
+    A linear layer's gradient is added into its total by one matrix product; autograd would make an array of the weight's
+    size for each chunk first. Totals are float32 where the weights are in half precision.
     """
-    clamped = log_mass.clamp(max=math.log1p(-REST_EPSILON))
-    near_one = clamped > -math.log(2)
-    # Each branch sees only values it is accurate for, so that no NaN gradient leaks through torch.where.
-    from_expm1 = torch.log(-torch.expm1(torch.where(near_one, clamped, -1.0)))
-    from_log1p = torch.log1p(-torch.exp(torch.where(near_one, -1.0, clamped)))
-    return torch.where(near_one, from_expm1, from_log1p)
+
+    def __init__(self, hidden: Tensor, needs_hidden: bool, weights: Sequence[Tensor]) -> None:
+        self.hidden = torch.zeros_like(hidden) if needs_hidden else None
+        self.weights = weights
+        self.totals = {
+            id(weight): torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            for weight in weights
+        }
+
+    @contextlib.contextmanager
+    def watch(self, head: TrainableHead) -> Iterator[list[tuple[nn.Linear, Tensor, Tensor]]]:
+        """Collect (layer, input, output) of every call of a linear layer that is trained."""
+        seen: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+        def collect(layer: Any, inputs: tuple, output: Tensor) -> None:
+            seen.append((layer, inputs[0], output))
+
+        layers = [module for module in head.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad]
+        handles = [layer.register_forward_hook(collect) for layer in layers]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def add(
+        self,
+        part: slice,
+        states: Tensor,
+        logits: Tensor,
+        grad_logits: Tensor,
+        layers: Sequence[tuple[nn.Linear, Tensor, Tensor]],
+    ) -> None:
+        """Add the gradients of one chunk."""
+        linear = {id(p) for layer, _, _ in layers for p in layer.parameters(recurse=False)}
+        others = [weight for weight in self.weights if id(weight) not in linear]
+        wanted = [states] if self.hidden is not None else []
+        wanted += [output for _, _, output in layers] + others
+        found = list(torch.autograd.grad(logits, wanted, grad_logits.to(logits.dtype), allow_unused=True))
+        if self.hidden is not None:
+            self.hidden[part] = found.pop(0)
+        for layer, inputs, _ in layers:
+            self._add_linear(layer, inputs.detach(), found.pop(0))
+        for weight, gradient in zip(others, found, strict=True):
+            if gradient is not None:  # a weight that this head does not use
+                self.totals[id(weight)] += gradient
+
+    def _add_linear(self, layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
+        inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
+        total = self.totals[id(layer.weight)]
+        if gradient.dtype == inputs.dtype == total.dtype:
+            total.addmm_(gradient.t(), inputs)
+        else:  # half precision: as autograd does, the product in it, the sum in float32
+            total += gradient.t() @ inputs.to(gradient.dtype)
+        if layer.bias is not None and layer.bias.requires_grad:
+            self.totals[id(layer.bias)] += gradient.sum(dim=0)
+
+
+def _chunk(
+    hidden: Tensor,
+    part: slice,
+    head: TrainableHead,
+    labels: Tensor,
+    targets: SparseTargets | None,
+    settings: LossSettings,
+    gradients: _Gradients | None,
+) -> Tensor:
+    """The two sums of one chunk, (2,) float32; adds its gradients to ``gradients``."""
+    states = hidden[part].detach()
+    if gradients is None:
+        with torch.no_grad():
+            return _few_numbers_loss(_few_numbers(head(states).float(), labels, targets)[0], labels, targets, settings)[
+                1
+            ]
+    with torch.enable_grad(), gradients.watch(head) as layers:
+        logits = head(states.requires_grad_(gradients.hidden is not None))
+    few, softmax = _few_numbers(logits.detach().float(), labels, targets)
+    few = [number.requires_grad_() for number in few]
+    with torch.enable_grad():
+        total, sums = _few_numbers_loss(few, labels, targets, settings)
+    of_normaliser, of_gold, *of_listed = torch.autograd.grad(total, few)
+    if logits.requires_grad:
+        grad_logits = softmax.mul_(of_normaliser[:, None])
+        grad_logits.scatter_add_(1, labels.clamp(min=0)[:, None], of_gold[:, None])
+        if targets is not None:
+            grad_logits.scatter_add_(1, targets.ids.clamp(min=0), of_listed[0])  # a pad adds 0 to id 0
+        gradients.add(part, states, logits, grad_logits, layers)
+    return sums
+
+
+def _few_numbers(values: Tensor, labels: Tensor, targets: SparseTargets | None) -> tuple[list[Tensor], Tensor]:
+    """What the loss needs of the logits (C, V): the normaliser (C,), the gold logits (C,) and those of the fused ids
+    (C, k), if there are targets; and the softmax (C, V).
+    """
+    largest = values.amax(dim=1, keepdim=True)
+    softmax = torch.sub(values, largest).exp_()
+    sums = softmax.sum(dim=1, keepdim=True)
+    gold = values.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
+    few = [(largest + sums.log()).squeeze(1), gold]
+    if targets is not None:
+        few.append(values.gather(1, targets.ids.clamp(min=0)))
+    return few, softmax.div_(sums)
+
+
+def _few_numbers_loss(
+    few: Sequence[Tensor], labels: Tensor, targets: SparseTargets | None, settings: LossSettings
+) -> tuple[Tensor, Tensor]:
+    """The weighted loss of a chunk, and its two sums (2,) without gradient."""
+    normaliser, gold, *listed = few
+    clm = torch.where(labels != IGNORED, normaliser - gold, 0.0).sum()
+    fusion = torch.zeros_like(clm)
+    if targets is not None:
+        present = targets.present
+        logprobs = (listed[0] - normaliser[:, None])[present]
+        rows = targets.select(present)
+        fusion = fusion_losses(logprobs, rows, settings.divergence, settings.temperature).sum()
+    total = settings.clm_factor * clm + settings.fusion_factor * fusion
+    return total, torch.stack([clm.detach(), fusion.detach()])

@@ -3,7 +3,7 @@
 Parameters, gradients and optimizer state are float32 shards; a layer's parameters are gathered in ``autocast``'s
 precision when the layer runs, and gradients are summed over the workers in float32. The embeddings, the final norm and
 the LM head belong to the root, whose parameters stay gathered from the forward to the end of the backward pass: the
-loss, which applies the head to chunks of positions and again in the backward pass, is part of the root's forward. Tied
+loss, which applies the head to chunks of positions and computes its gradient there, is part of the root's forward. Tied
 embeddings are then one gathered parameter in both places.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from stages.contract.heads import Body, Head, split_head
+from stages.contract.heads import Body, ModelHead, split_head
 from train.config import TrainConfig
 from train.data import MicroBatch
 from train.distributed import Workers
-from train.loss import loss_sums
+from train.loss import LossSettings, fused_loss
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self._chunk_positions = chunk_positions
-        halves: tuple[Body, Head] = split_head(model)
+        halves: tuple[Body, ModelHead] = split_head(model)
         self._body, self._head = halves
 
     def forward(self, batch: MicroBatch, *, clm_factor: float, fusion_factor: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,20 +50,13 @@ class LossModel(nn.Module):
             fusion_factor: of the sum of the fusion loss.
 
         Returns:
-            What is differentiated, then the two sums of ``loss_sums``, detached; float32 scalars. A batch in which no
-            position counts gives zeros, and zero gradients: its passes are collective operations like any other's.
+            What is differentiated, then the two sums, without gradient; float32 scalars. A batch in which no position
+            counts gives zeros, and zero gradients: its passes are collective operations like any other's.
         """
-        labels = batch.labels.flatten()
-        weight = float(batch.is_counted)
-        if not weight:
-            labels = labels.clone()
-            labels[0] = 0
         hidden = self._body(batch.ids)
-        clm, fusion = loss_sums(
-            hidden.flatten(0, 1), self._head, labels, batch.targets, chunk_positions=self._chunk_positions
-        )
-        total = weight * (clm_factor * clm + fusion_factor * fusion)
-        return total, weight * clm.detach(), weight * fusion.detach()
+        settings = LossSettings(clm_factor, fusion_factor, chunk_positions=self._chunk_positions)
+        sums = fused_loss(hidden.flatten(0, 1), self._head, batch.labels.flatten(), batch.targets, settings)
+        return sums.total, sums.clm, sums.fusion
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

@@ -7,7 +7,7 @@ what it is given.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,23 @@ def _with_pass_through(module: nn.Module, path: list[str]) -> nn.Module:
     return shell
 
 
-def split_head(model: Any) -> tuple[Body, Head]:
+class ModelHead:
+    """The head of a model: what ``split_head`` returns as one."""
+
+    def __init__(self, shell: nn.Module) -> None:
+        self._shell = shell
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        if hidden.dim() == 2:
+            return self(hidden.unsqueeze(0)).squeeze(0)
+        return self._shell(inputs_embeds=hidden, use_cache=False).logits
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that the head computes with; their weights are the model's own."""
+        return self._shell.modules()
+
+
+def split_head(model: Any) -> tuple[Body, ModelHead]:
     """The two halves of a transformers causal language model; parameters stay shared with it.
 
     Call ``check_head`` once after loading: an architecture whose forward is laid out differently is refused there.
@@ -82,24 +98,19 @@ def split_head(model: Any) -> tuple[Body, Head]:
 
     Returns:
         body: ``body(input_ids, attention_mask=..., position_ids=...)`` -> hidden states (B, T, H).
-        head: hidden states (P, H) or (B, T, H) -> logits over the full vocabulary, same leading shape.
+        head: hidden states (P, H) or (B, T, H) -> logits over the full vocabulary, same leading shape; ``head.modules()``
+            are those that hold its weights.
 
     Raises:
         ValueError: the model has no body where transformers keeps it.
     """
     path = _body_path(model)
     module = model.get_submodule(".".join(path))
-    shell = _with_pass_through(model, path)
 
     def body(input_ids: Tensor, **arguments: Any) -> Tensor:
         return module(input_ids=input_ids, use_cache=False, **arguments)[0]
 
-    def head(hidden: Tensor) -> Tensor:
-        if hidden.dim() == 2:
-            return head(hidden.unsqueeze(0)).squeeze(0)
-        return shell(inputs_embeds=hidden, use_cache=False).logits
-
-    return body, head
+    return body, ModelHead(_with_pass_through(model, path))
 
 
 @torch.no_grad()

@@ -3,13 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from stages.contract.columns import PAD_ID
+from stages.contract.heads import split_head
+from tests.train.dense_loss import dense_sums
 from tests.train.fused_files import random_rows
-from train.loss import IGNORED, REST_EPSILON, SparseTargets, log_rest, loss_sums
+from train.divergence import REST_EPSILON, SparseTargets
+from train.loss import IGNORED, LossSettings, fused_loss
 
 P, H, V = 11, 6, 17
 
@@ -24,12 +25,7 @@ class Setting:
         self.head = nn.Linear(H, V)
         self.labels = torch.randint(0, V, (P,))
         self.labels[[3, 7, P - 1]] = IGNORED
-        rows = random_rows(rng, P, V, mass=0.7 if with_tail else 1.0, empty=0.3)
-        self.targets = SparseTargets(
-            ids=torch.tensor(rows.ids, dtype=torch.int64),
-            probs=torch.tensor(np.exp(rows.logprobs)),
-            tail_mass=torch.tensor(np.where(rows.present, 0.3, 0.0), dtype=torch.float32) if with_tail else None,
-        )
+        self.targets = random_targets(rng, P, V, with_tail=with_tail)
 
     def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
         inputs = [self.hidden, *self.head.parameters()]
@@ -37,104 +33,198 @@ class Setting:
         return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True)]
 
 
-@pytest.mark.parametrize("with_tail", [False, True])
-@pytest.mark.parametrize("lambda_", [0.0, 0.8, 1.0])
-@pytest.mark.parametrize("chunk_positions", [1, 4, 100])
-def test_loss_and_gradients_agree_with_dense_targets(with_tail, lambda_, chunk_positions):
-    setting = Setting(with_tail=with_tail)
-    weight, bias = setting.head.weight, setting.head.bias
-    clm, fusion = loss_sums(
-        setting.hidden, setting.head, setting.labels, setting.targets, chunk_positions=chunk_positions
+def random_targets(rng, length: int, size: int, *, with_tail: bool) -> SparseTargets:
+    rows = random_rows(rng, length, size, mass=0.7 if with_tail else 1.0, empty=0.3)
+    return SparseTargets(
+        ids=torch.tensor(rows.ids, dtype=torch.int64),
+        probs=torch.tensor(np.exp(rows.logprobs)),
+        tail_mass=torch.tensor(np.where(rows.present, 0.3, 0.0), dtype=torch.float32) if with_tail else None,
     )
-    logits = nn.functional.linear(setting.hidden.double(), weight.double(), bias.double())
-    expected_clm, expected_fusion = dense_sums(logits, setting.labels, setting.targets)
-    assert clm.item() == pytest.approx(expected_clm.item(), rel=1e-5)
-    assert fusion.item() == pytest.approx(expected_fusion.item(), rel=1e-5)
-    found = setting.gradients(lambda_ * clm + (1 - lambda_) * fusion)
-    expected = setting.gradients(lambda_ * expected_clm + (1 - lambda_) * expected_fusion)
-    for one, other in zip(found, expected, strict=True):
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.7])
+@pytest.mark.parametrize("with_tail", [False, True])
+@pytest.mark.parametrize(("clm_factor", "fusion_factor"), [(0.0, 1.0), (0.8, 0.2), (1.0, 0.0)])
+@pytest.mark.parametrize("chunk_positions", [1, 4, 100])
+def test_loss_and_gradients_agree_with_dense_targets(
+    divergence, temperature, with_tail, clm_factor, fusion_factor, chunk_positions
+):
+    setting = Setting(with_tail=with_tail)
+    settings = LossSettings(clm_factor, fusion_factor, divergence, temperature, chunk_positions)
+    found = fused_loss(setting.hidden, setting.head, setting.labels, setting.targets, settings)
+    weight, bias = setting.head.weight.double(), setting.head.bias.double()
+    logits = nn.functional.linear(setting.hidden.double(), weight, bias)
+    clm, fusion = dense_sums(logits, setting.labels, setting.targets, divergence, temperature)
+    assert found.clm.item() == pytest.approx(clm.item(), rel=1e-5)
+    assert found.fusion.item() == pytest.approx(fusion.item(), rel=1e-5)
+    total = clm_factor * clm + fusion_factor * fusion
+    assert found.total.item() == pytest.approx(total.item(), rel=1e-5)
+    for one, other in zip(setting.gradients(found.total), setting.gradients(total), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def dense_sums(logits, labels, targets) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both sums with dense logits and dense targets, written as the definition reads."""
-    logprobs = logits.log_softmax(dim=1)
-    clm, fusion = logits.new_zeros(()), logits.new_zeros(())
-    for row, label in enumerate(labels.tolist()):
-        if label != IGNORED:
-            clm = clm - logprobs[row, label]
-        listed = {
-            token: prob
-            for token, prob in zip(targets.ids[row].tolist(), targets.probs[row].tolist(), strict=True)
-            if token != PAD_ID
-        }
-        for token, prob in listed.items():
-            fusion = fusion - prob * logprobs[row, token]
-        if listed and targets.tail_mass is not None:
-            outside = [token for token in range(logits.shape[1]) if token not in listed]
-            fusion = fusion - targets.tail_mass[row].item() * logprobs[row, outside].exp().sum().log()
-    return clm, fusion
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "granite", "phi"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_whole_models_agree_with_dense_targets(divergence, architecture, tied):
+    """Soft-capped (gemma2), scaled (cohere, granite) and biased (phi) heads; tied to the embeddings or not."""
+    model = tiny_model(architecture, tied=tied)
+    ids = torch.arange(2 * 9).reshape(2, 9) % V
+    labels = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORED)], dim=1).flatten()
+    targets = random_targets(np.random.default_rng(3), 18, V, with_tail=True)
+    body, head = split_head(model)
+    settings = LossSettings(0.4, 0.6, divergence, 1.5, chunk_positions=5)
+    fused_loss(body(ids).flatten(0, 1), head, labels, targets, settings).total.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    clm, fusion = dense_sums(model(input_ids=ids).logits.flatten(0, 1).double(), labels, targets, divergence, 1.5)
+    (0.4 * clm + 0.6 * fusion).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def tiny_model(architecture: str, *, tied: bool):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    extra = {
+        "gemma2": {"final_logit_softcapping": 3.0, "head_dim": 8, "query_pre_attn_scalar": 8},
+        "cohere": {"logit_scale": 2.0},
+        "granite": {"logits_scaling": 0.5},
+    }
+    config = AutoConfig.for_model(
+        architecture, vocab_size=V, **sizes, **extra.get(architecture, {}), tie_word_embeddings=tied,
+        pad_token_id=None, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    if architecture != "phi":
+        config.num_key_value_heads = 2
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").train()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_keeps_near_float32(dtype):
+    """Under autocast (float32 weights), and with weights in half precision, as FSDP2 gathers them."""
+    setting = Setting(with_tail=True)
+    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    exact = fused_loss(setting.hidden, setting.head, setting.labels, setting.targets, settings)
+    expected = setting.gradients(exact.total)
+    setting.head.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = fused_loss(setting.hidden.to(dtype), setting.head, setting.labels, setting.targets, settings)
+    assert found.total.dtype == torch.float32
+    assert found.total.item() == pytest.approx(exact.total.item(), rel=2e-2)
+    for one, other in zip(setting.gradients(found.total), expected, strict=True):
+        assert (one.float() - other).norm() < 2e-2 * other.norm()
+    assert setting.gradients(fused_loss_again(setting, settings))[1].dtype == dtype
+
+
+def fused_loss_again(setting: Setting, settings: LossSettings) -> torch.Tensor:
+    hidden = setting.hidden.to(setting.head.weight.dtype)
+    return fused_loss(hidden, setting.head, setting.labels, setting.targets, settings).total
 
 
 def test_without_targets_the_loss_is_plain_cross_entropy():
     setting = Setting(with_tail=False)
-    clm, fusion = loss_sums(setting.hidden, setting.head, setting.labels, None, chunk_positions=100)
+    found = fused_loss(setting.hidden, setting.head, setting.labels, None, LossSettings(1.0, 0.0))
     labelled = setting.labels != IGNORED
     expected = nn.functional.cross_entropy(
         setting.head(setting.hidden[labelled]), setting.labels[labelled], reduction="sum"
     )
-    assert fusion.item() == 0
-    torch.testing.assert_close(clm, expected, rtol=1e-6, atol=0)
-    for one, other in zip(setting.gradients(clm), setting.gradients(expected), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+    assert found.fusion.item() == 0
+    torch.testing.assert_close(found.total, expected, rtol=1e-6, atol=0)
+    for one, other in zip(setting.gradients(found.total), setting.gradients(expected), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+class CountingHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(hidden))
+        return hidden * 1.0
 
 
 def test_positions_without_label_and_distribution_never_reach_the_head():
-    seen = []
-
-    def head(hidden: torch.Tensor) -> torch.Tensor:
-        seen.append(len(hidden))
-        return hidden @ torch.eye(H)
-
+    head = CountingHead()
     targets = SparseTargets(torch.full((P, 2), PAD_ID), torch.zeros(P, 2), None)
     targets.ids[0, 0], targets.probs[0, 0] = 4, 1.0
     labels = torch.full((P,), IGNORED)
     labels[5] = 2
-    loss_sums(torch.randn(P, H), head, labels, targets, chunk_positions=100)
-    assert seen == [2]
+    fused_loss(torch.randn(P, H), head, labels, targets, LossSettings(0.5, 0.5, chunk_positions=100))
+    assert head.seen == [2]
 
 
-def test_nothing_to_count_is_a_loss_of_zero():
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
+    setting = Setting(with_tail=True)
+    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    arguments = (setting.head, setting.labels, setting.targets, settings)
+    (expected,) = torch.autograd.grad(fused_loss(setting.hidden, *arguments).total, [setting.hidden])
+    setting.head.requires_grad_(False)
+    (found,) = torch.autograd.grad(fused_loss(setting.hidden, *arguments).total, [setting.hidden])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_trained_head_over_frozen_states_gets_its_gradient():
+    setting = Setting(with_tail=True)
+    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    arguments = (setting.head, setting.labels, setting.targets, settings)
+    weights = list(setting.head.parameters())
+    expected = torch.autograd.grad(fused_loss(setting.hidden, *arguments).total, weights)
+    found = torch.autograd.grad(fused_loss(setting.hidden.detach(), *arguments).total, weights)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_the_loss_is_scaled_as_any_other():
+    setting = Setting(with_tail=True)
+    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    arguments = (setting.hidden, setting.head, setting.labels, setting.targets, settings)
+    plain = setting.gradients(fused_loss(*arguments).total)
+    scaled = setting.gradients(3 * fused_loss(*arguments).total)
+    for one, other in zip(scaled, plain, strict=True):
+        torch.testing.assert_close(one, 3 * other)
+
+
+def test_a_second_backward_pass_is_refused():
+    setting = Setting(with_tail=False)
+    total = fused_loss(setting.hidden, setting.head, setting.labels, None, LossSettings(1.0, 0.0)).total
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        total.backward()
+
+
+def test_without_gradients_only_the_sums_are_computed():
+    setting = Setting(with_tail=True)
+    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    arguments = (setting.hidden, setting.head, setting.labels, setting.targets, settings)
+    expected = fused_loss(*arguments)
+    with torch.no_grad():
+        found = fused_loss(*arguments)
+    assert not found.total.requires_grad
+    torch.testing.assert_close(found.total, expected.total.detach())
+
+
+def test_nothing_to_count_is_a_zero_with_a_zero_gradient():
+    setting = Setting(with_tail=False)
     labels = torch.full((P,), IGNORED)
-    clm, fusion = loss_sums(torch.randn(P, H), nn.Linear(H, V), labels, None, chunk_positions=4)
-    assert (clm.item(), fusion.item()) == (0.0, 0.0)
+    found = fused_loss(setting.hidden, setting.head, labels, None, LossSettings(0.0, 0.0))
+    assert (found.total.item(), found.clm.item(), found.fusion.item()) == (0.0, 0.0, 0.0)
+    assert all((gradient == 0).all() for gradient in setting.gradients(found.total))
 
 
-@given(st.floats(-40, math.log1p(-1e-3)))
-@settings(deadline=None)
-def test_log_rest_is_ln_of_one_minus(log_mass):
-    value = torch.tensor(log_mass, requires_grad=True)
-    found = log_rest(value)
-    assert found.item() == pytest.approx(math.log1p(-math.exp(value.item())), rel=1e-3, abs=1e-12)
-    (gradient,) = torch.autograd.grad(found, value)
-    assert gradient.item() == pytest.approx(-1 / math.expm1(-value.item()), rel=2e-3)
-
-
-@pytest.mark.parametrize("log_mass", [0.0, 1e-6, -1e-9, -torch.inf])
-def test_log_rest_is_finite_where_rounding_leaves_nothing(log_mass):
-    value = torch.tensor(log_mass, requires_grad=True)
-    found = log_rest(value)
-    (gradient,) = torch.autograd.grad(found, value)
-    assert found.item() == pytest.approx(math.log(REST_EPSILON) if log_mass > -1 else 0.0, abs=1e-2)
-    assert math.isfinite(gradient.item())
-
-
-def test_a_model_sure_of_the_row_gives_a_finite_tail_loss_and_gradient():
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+def test_a_model_sure_of_the_row_gives_a_finite_tail_loss_and_gradient(divergence):
     hidden = torch.zeros(1, V)
     hidden[0, 2] = 200.0
     hidden.requires_grad_()
     targets = SparseTargets(torch.tensor([[2]]), torch.tensor([[0.9]]), torch.tensor([0.1]))
-    _, fusion = loss_sums(hidden, lambda x: x, torch.tensor([IGNORED]), targets, chunk_positions=1)
-    fusion.backward()
-    assert fusion.item() == pytest.approx(-0.1 * math.log(REST_EPSILON), rel=1e-2)
+    settings = LossSettings(0.0, 1.0, divergence)
+    found = fused_loss(hidden, CountingHead(), torch.tensor([IGNORED]), targets, settings)
+    found.total.backward()
+    expected = -0.1 * math.log(REST_EPSILON) if divergence == "forward-kl" else -math.log(0.9)
+    assert found.fusion.item() == pytest.approx(expected, rel=1e-2)
     assert torch.isfinite(hidden.grad).all()
