@@ -7,6 +7,17 @@ from pydantic import Field, model_validator
 from stages.contract.fingerprint import RUNTIME, Settings
 
 
+class LoraConfig(Settings):
+    """Low-rank adapters (Hu et al. 2021) in the place of training all weights; merged into them on export."""
+
+    r: int = Field(16, ge=1, description="Rank of the adapters.")
+    alpha: float = Field(32, gt=0, description="Their product is scaled by alpha / r.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Of the adapters' input.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="Names of the layers that get one, e.g. ['q_proj', 'v_proj']; all but the LM head."
+    )
+
+
 class TrainConfig(Settings):
     """How the target model learns (PTA-LLM's settings are the defaults)."""
 
@@ -16,6 +27,20 @@ class TrainConfig(Settings):
         ge=0,
         le=1,
         description="Weight of the gold tokens' loss: L = lambda L_CLM + (1 - lambda) L_fusion.",
+    )
+    lambda_schedule: Literal["constant", "linear"] = Field(
+        "constant", description="`linear`: from `lambda` at the first step to `lambda_end` at the last."
+    )
+    lambda_end: float | None = Field(None, ge=0, le=1, description="For `lambda_schedule = \"linear\"`.")
+    fusion_loss: Literal["forward-kl", "reverse-kl"] = Field(
+        "forward-kl",
+        description="`forward-kl`: the paper's cross-entropy under the fused distribution; `reverse-kl`: KL(model || fused).",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Of both distributions in L_fusion, over the row's ids and the rest (train/divergence.py)."
+    )
+    isolate_documents: bool = Field(
+        False, description="Packed documents do not see each other: attention and position ids restart with each."
     )
     batch_size: int = Field(256, ge=1, description="Blocks in an optimizer step.")
     micro_batch_size: Annotated[int, RUNTIME] = Field(1, ge=1, description="Blocks in a worker's forward pass.")
@@ -27,6 +52,10 @@ class TrainConfig(Settings):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients.")
     weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        "adamw", description="`adamw-8bit`: bitsandbytes' AdamW with 8-bit moments, on a GPU (extra `bnb`)."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters alone; all weights by default.")
     autocast: Literal["bfloat16", "float32"] = Field(
         "bfloat16",
         description="Precision of the forward and backward pass; weights, the sum of gradients and AdamW are float32.",
@@ -42,7 +71,7 @@ class TrainConfig(Settings):
         "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
     )
     chunk_positions: Annotated[int, RUNTIME] = Field(
-        512, ge=1, description="Positions whose full logits exist at once."
+        256, ge=1, description="Positions whose full logits exist at once."
     )
     checkpoint_every_steps: Annotated[int, RUNTIME] = Field(
         500, ge=1, description="A checkpoint is written after so many steps, and after the last one."
@@ -62,6 +91,26 @@ class TrainConfig(Settings):
         None, ge=0, le=1, description="GPUs of a training process: 0 or 1; by default 1 where there are any."
     )
     max_failures: Annotated[int, RUNTIME] = Field(3, ge=0, description="Worker deaths after which the job gives up.")
+    gpu_memory_gb: Annotated[float | None, RUNTIME] = Field(
+        None, gt=0, description="Memory of one GPU, 10^9 bytes: `--dry-run` refuses what does not fit."
+    )
+    peak_tflops: Annotated[float | None, RUNTIME] = Field(
+        None, gt=0, description="Dense bf16 peak of one GPU, for the MFU; by default known for common data-centre GPUs."
+    )
+    wandb: Annotated[bool | str, RUNTIME] = Field(
+        False, description="Log to Weights & Biases too (needs `wandb` installed); a text names its project."
+    )
+
+    @model_validator(mode="after")
+    def _lambda_end_goes_with_its_schedule(self) -> Self:
+        if (self.lambda_schedule == "linear") != (self.lambda_end is not None):
+            raise ValueError("`lambda_end` and `lambda_schedule = \"linear\"` go together: give both or neither")
+        return self
+
+    @property
+    def uses_fusion(self) -> bool:
+        """Some step has a weight on the fusion loss."""
+        return self.lambda_ < 1 or (self.lambda_end is not None and self.lambda_end < 1)
 
     @model_validator(mode="after")
     def _batch_is_shared_equally(self) -> Self:

@@ -34,6 +34,7 @@ class Block:
         labels: (N,) int64, the gold next token; ``IGNORED`` where there is none.
         fused: the fused distributions, N positions; None when they are not read.
         tail_mass: (N,) float32; None where rows are rescaled to 1, or not read.
+        position_ids: (N,) int64, counted from 0 in each document; None where documents are not isolated.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Block:
     labels: np.ndarray
     fused: SparseRows | None
     tail_mass: np.ndarray | None
+    position_ids: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,19 +56,23 @@ class MicroBatch:
         labels: (B, T) int64.
         targets: of the B * T positions; None when fused distributions are not read.
         num_tokens: tokens without padding.
-        is_counted: there is a position with a label or with a fused distribution.
+        position_ids: (B, T) int64, which begin anew with each document (and with the padding); None where documents
+            are not isolated.
     """
 
     ids: torch.Tensor
     labels: torch.Tensor
     targets: SparseTargets | None
     num_tokens: int
-    is_counted: bool
+    position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         targets = None if self.targets is None else self.targets.to(device)
-        return replace(self, ids=self.ids.to(device), labels=self.labels.to(device), targets=targets)
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return replace(
+            self, ids=self.ids.to(device), labels=self.labels.to(device), targets=targets, position_ids=positions
+        )
 
 
 class FusedBlocks:
@@ -79,6 +85,7 @@ class FusedBlocks:
         bos_id: int | None,
         with_distributions: bool,
         share: tuple[int, int] = (0, 1),
+        isolate_documents: bool = False,
     ) -> None:
         """Open the files and check them against their hashes.
 
@@ -87,12 +94,14 @@ class FusedBlocks:
             bos_id: the target's BOS; where one begins the continuation of a document, it is no label.
             with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
             share: (r, n): of every n files the r-th is checked, the others by other workers.
+            isolate_documents: give position ids by document, and no label to a document's last token.
 
         Raises:
             ValueError: a file is not the one its manifest names, or there is no block at all.
         """
         self.bos_id = bos_id
         self.with_distributions = with_distributions
+        self.isolate_documents = isolate_documents
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._files = [self._open(file, check=number % share[1] == share[0]) for number, file in enumerate(files)]
         self._groups = [
@@ -141,11 +150,19 @@ class FusedBlocks:
             if tail_of(table.schema) == "bucket":
                 tail_mass = list_row(table, "tail_mass", row).astype(np.float32)
         name = f"{self._names[file]}:{int(table['block'][row].as_py())}"
-        return Block(name, ids, self._labels(table, row, ids), fused, tail_mass)
+        starts = position_ids = None
+        if self.isolate_documents:
+            starts = document_starts(list_row(table, "piece_start", row), list_row(table, "piece_doc_id", row))
+            position_ids = document_positions(starts, len(ids))
+        return Block(name, ids, self._labels(table, row, ids, starts), fused, tail_mass, position_ids)
 
-    def _labels(self, table: pa.Table, row: int, ids: np.ndarray) -> np.ndarray:
-        """The next token in the block; none at its end, and none where a BOS merely continues a document."""
+    def _labels(self, table: pa.Table, row: int, ids: np.ndarray, documents: np.ndarray | None) -> np.ndarray:
+        """The next token in the block; none at its end, none where a BOS merely continues a document, and none at the
+        end of an isolated document.
+        """
         labels = np.append(ids[1:], IGNORED)
+        if documents is not None:
+            labels[documents[1:] - 1] = IGNORED
         if self.bos_id is not None:
             starts = list_row(table, "piece_start", row)
             continues = (list_row(table, "piece_segment", row) > 0) & (list_row(table, "piece_offset", row) == 0)
@@ -158,7 +175,7 @@ class FusedBlocks:
             self._cache.move_to_end(position)
             return self._cache[position]
         file, group, _ = self._groups[position]
-        columns = ["block", "token_ids", "piece_start", "piece_segment", "piece_offset"]
+        columns = ["block", "token_ids", "piece_start", "piece_doc_id", "piece_segment", "piece_offset"]
         if self.with_distributions:
             columns += [
                 name
@@ -199,21 +216,79 @@ def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_blocks)
 
 
-def collate(blocks: Sequence[Block]) -> MicroBatch:
-    """Pad blocks to the longest of them."""
+def document_starts(piece_start: np.ndarray, piece_doc_id: np.ndarray) -> np.ndarray:
+    """Where the documents of a block begin, (D,) int64; the first is 0.
+
+    Args:
+        piece_start: (P,) where the pieces of segments begin.
+        piece_doc_id: (P,) the document of each.
+    """
+    is_new = np.append(True, np.diff(piece_doc_id) != 0)
+    return piece_start[is_new].astype(np.int64)
+
+
+def document_positions(starts: np.ndarray, length: int) -> np.ndarray:
+    """Position ids of a block that begin anew with each document, (length,) int64."""
+    positions = np.arange(length, dtype=np.int64)
+    return positions - np.repeat(starts, np.diff(np.append(starts, length)))
+
+
+def collate(blocks: Sequence[Block], *, flatten: bool = False) -> MicroBatch:
+    """Pad blocks to the longest of them.
+
+    Args:
+        blocks: at least one.
+        flatten: lay isolated documents end to end in one row instead, without padding, as FlashAttention wants them.
+
+    Raises:
+        ValueError: blocks whose documents are not isolated cannot be flattened.
+    """
+    if flatten:
+        blocks = [_joined(blocks)]
     length = max(len(block.ids) for block in blocks)
     shape = (len(blocks), length)
     ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
+    positions = np.zeros(shape, np.int64)
     for row, block in enumerate(blocks):
-        ids[row, : len(block.ids)], labels[row, : len(block.ids)] = block.ids, block.labels
-    targets = _targets(blocks, length)
-    is_fused = targets is not None and bool(targets.present.any())
+        size = len(block.ids)
+        ids[row, :size], labels[row, :size] = block.ids, block.labels
+        if block.position_ids is not None:
+            positions[row, :size], positions[row, size:] = block.position_ids, np.arange(length - size)
     return MicroBatch(
         ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
-        targets=targets,
+        targets=_targets(blocks, length),
         num_tokens=sum(len(block.ids) for block in blocks),
-        is_counted=is_fused or bool((labels != IGNORED).any()),
+        position_ids=torch.from_numpy(positions) if blocks[0].position_ids is not None else None,
+    )
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    """Blocks end to end: their position ids keep them apart."""
+    positions = [block.position_ids for block in blocks if block.position_ids is not None]
+    if len(positions) < len(blocks):
+        raise ValueError("blocks laid end to end would see each other: only isolated documents are flattened")
+    tails = [block.tail_mass for block in blocks if block.tail_mass is not None]
+    return Block(
+        name=", ".join(block.name for block in blocks),
+        ids=np.concatenate([block.ids for block in blocks]),
+        labels=np.concatenate([block.labels for block in blocks]),
+        fused=_joined_rows([block.fused for block in blocks if block.fused is not None]),
+        tail_mass=np.concatenate(tails) if tails else None,
+        position_ids=np.concatenate(positions),
+    )
+
+
+def _joined_rows(rows: Sequence[SparseRows]) -> SparseRows | None:
+    if not rows:
+        return None
+    width = max(part.ids.shape[1] for part in rows)
+    gaps = [((0, 0), (0, width - part.ids.shape[1])) for part in rows]
+    return SparseRows(
+        np.concatenate([np.pad(part.ids, gap, constant_values=PAD_ID) for part, gap in zip(rows, gaps, strict=True)]),
+        np.concatenate(
+            [np.pad(part.logprobs, gap, constant_values=-np.inf) for part, gap in zip(rows, gaps, strict=True)]
+        ),
     )
 
 

@@ -144,5 +144,4 @@ def empty_micro_batch() -> MicroBatch:
         labels=torch.full((1, 1), IGNORED, dtype=torch.int64),
         targets=None,
         num_tokens=0,
-        is_counted=False,
     )

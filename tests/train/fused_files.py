@@ -46,6 +46,15 @@ def fused_table(blocks: list[np.ndarray], vocab_size: int, *, tail: str = "renor
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
+def replaced_pieces(table: pa.Table, pieces: dict[str, np.ndarray]) -> pa.Table:
+    """A table of one block with other pieces: column name -> (P,)."""
+    for name, values in pieces.items():
+        index = table.schema.get_field_index(name)
+        field = table.schema.field(name)
+        table = table.set_column(index, field, list_column([values], field.type.value_type))
+    return table
+
+
 def save(table: pa.Table, path: Path, *, row_group_size: int | None = None) -> FusedFile:
     """Write a fused table as the pipeline does."""
     pq.write_table(table, path, row_group_size=row_group_size, **parquet_options(table.schema))

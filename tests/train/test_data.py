@@ -3,8 +3,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from stages.contract.columns import PAD_ID, list_column, list_row, sparse_row
-from tests.train.fused_files import fused_table, save, text_blocks
+from stages.contract.columns import PAD_ID, list_row, sparse_row
+from tests.train.fused_files import fused_table, replaced_pieces, save, text_blocks
 from train import data
 from train.data import FusedBlocks, collate, epoch_order
 from train.job import FusedFile
@@ -69,17 +69,12 @@ def test_a_bos_that_continues_a_document_is_no_label(tmp_path):
     ids = np.array([bos, 5, 6, bos, 7, 8, bos, 9, bos])
     table = fused_table([ids], V)
     pieces = {  # a new document, its continuation, another document, and a continuation that begins inside its segment
-        "piece_start": [np.array([0, 3, 6, 8])],
-        "piece_doc_id": [np.array([0, 0, 1, 2])],
-        "piece_segment": [np.array([0, 1, 0, 2])],
-        "piece_offset": [np.array([0, 0, 0, 4])],
+        "piece_start": np.array([0, 3, 6, 8]),
+        "piece_doc_id": np.array([0, 0, 1, 2]),
+        "piece_segment": np.array([0, 1, 0, 2]),
+        "piece_offset": np.array([0, 0, 0, 4]),
     }
-    for name, rows in pieces.items():
-        index = table.schema.get_field_index(name)
-        table = table.set_column(
-            index, table.schema.field(name), list_column(rows, table.schema.field(name).type.value_type)
-        )
-    file = save(table, tmp_path / "a.parquet")
+    file = save(replaced_pieces(table, pieces), tmp_path / "a.parquet")
     with_bos = open_files(file, bos_id=bos).block(0).labels
     without_bos = open_files(file, bos_id=None).block(0).labels
     assert with_bos.tolist() == [5, 6, IGNORED, 7, 8, bos, 9, bos, IGNORED]
