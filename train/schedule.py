@@ -1,9 +1,10 @@
-"""Which blocks each optimizer step sees."""
+"""Which blocks each optimizer step sees, and how much their gold tokens count: pure functions of the step's number."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from train.config import TrainConfig
 from train.data import epoch_order
 
 
@@ -49,3 +50,13 @@ class Schedule:
         """Blocks that the steps before ``step`` saw, all epochs together."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         return epoch * self.num_blocks + min(in_epoch * self.batch_size, self.num_blocks)
+
+
+def lambda_at(step: int, num_steps: int, config: TrainConfig) -> float:
+    """The weight of L_CLM in optimizer step ``step`` (from 0) of ``num_steps``.
+
+    ``linear`` goes from ``lambda`` at the first step to ``lambda_end`` at the last.
+    """
+    if config.lambda_end is None or num_steps == 1:
+        return config.lambda_
+    return config.lambda_ + (config.lambda_end - config.lambda_) * step / (num_steps - 1)
