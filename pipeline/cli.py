@@ -104,7 +104,37 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _stage, _help in STAGE_HELP.items():
-    app.command(name=_stage, help=_help)(_stage_command(_stage))
+    if _stage != "train":
+        app.command(name=_stage, help=_help)(_stage_command(_stage))
+
+
+@app.command(help=STAGE_HELP["train"])
+def train(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+    strict: StrictOption = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Tell parameters, memory, steps and tokens; load nothing.")
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="For --dry-run: training tokens, before fuse has run.")
+    ] = None,
+) -> None:
+    """Train, or tell what training needs."""
+    if dry:
+        from pipeline.config import load_config
+        from pipeline.dry_run import dry_run
+
+        dry_run(load_config(config, tuple(sets or ())), Store(run), _console(), tokens=tokens)
+        return
+    if tokens is not None:
+        raise typer.BadParameter(
+            "it goes with --dry-run; a run's tokens are those of its fused shards", param_hint="--tokens"
+        )
+    _stage_command("train")(config, run, sets, local, upstream, strict)
 
 
 @app.command()

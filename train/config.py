@@ -31,13 +31,15 @@ class TrainConfig(Settings):
     lambda_schedule: Literal["constant", "linear"] = Field(
         "constant", description="`linear`: from `lambda` at the first step to `lambda_end` at the last."
     )
-    lambda_end: float | None = Field(None, ge=0, le=1, description="For `lambda_schedule = \"linear\"`.")
+    lambda_end: float | None = Field(None, ge=0, le=1, description='For `lambda_schedule = "linear"`.')
     fusion_loss: Literal["forward-kl", "reverse-kl"] = Field(
         "forward-kl",
         description="`forward-kl`: the paper's cross-entropy under the fused distribution; `reverse-kl`: KL(model || fused).",
     )
     temperature: float = Field(
-        1.0, gt=0, description="Of both distributions in L_fusion, over the row's ids and the rest (train/divergence.py)."
+        1.0,
+        gt=0,
+        description="Of both distributions in L_fusion, over the row's ids and the rest (train/divergence.py).",
     )
     isolate_documents: bool = Field(
         False, description="Packed documents do not see each other: attention and position ids restart with each."
@@ -104,7 +106,7 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _lambda_end_goes_with_its_schedule(self) -> Self:
         if (self.lambda_schedule == "linear") != (self.lambda_end is not None):
-            raise ValueError("`lambda_end` and `lambda_schedule = \"linear\"` go together: give both or neither")
+            raise ValueError('`lambda_end` and `lambda_schedule = "linear"` go together: give both or neither')
         return self
 
     @property

@@ -70,7 +70,9 @@ def merge_adapters(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         a, b = (state[f"{name}.lora_{factor}.{_ADAPTER}.weight"].float() for factor in "AB")
         product = (b @ a) * layer.scaling[_ADAPTER]
         weight = merged[f"{name}.weight"]
-        merged[f"{name}.weight"] = (weight.float() + (product.t() if layer.fan_in_fan_out else product)).to(weight.dtype)
+        merged[f"{name}.weight"] = (weight.float() + (product.t() if layer.fan_in_fan_out else product)).to(
+            weight.dtype
+        )
     return merged
 
 

@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         ImportError: they need bitsandbytes, which is not installed.
     """
     groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
-    arguments = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
+    arguments: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
     if config.optimizer == "adamw-8bit":
         return _adamw_8bit(groups, arguments)
     return torch.optim.AdamW(groups, **arguments)

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -80,7 +82,7 @@ def test_a_packed_document_has_the_loss_of_the_document_alone(architecture, tmp_
     batch = collate([block])
     expected = torch.zeros(2)
     borders = np.cumsum([0, *LENGTHS])
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in itertools.pairwise(borders):
         alone = part_of(batch, slice(int(start), int(end)))
         expected += loss(model, alone)
     torch.testing.assert_close(loss(model, batch), expected, rtol=1e-4, atol=1e-4)

@@ -103,7 +103,8 @@ def test_checkpointing_does_not_change_the_gradients_of_adapters():
 
 
 @pytest.mark.parametrize(
-    ("targets", "message"), [(("no_such_layer",), "does not fit"), (("lm_head",), "LM head"), (("embed_tokens",), "head")]
+    ("targets", "message"),
+    [(("no_such_layer",), "does not fit"), (("lm_head",), "LM head"), (("embed_tokens",), "head")],
 )
 def test_layers_that_cannot_have_adapters_are_refused(targets, message):
     with pytest.raises(ValueError, match=message):

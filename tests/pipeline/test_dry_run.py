@@ -1,0 +1,50 @@
+from pathlib import Path
+
+from tests.tiny_run import ptafuse
+
+
+def test_the_paper_s_run_is_told_without_weights_or_network(tmp_path):
+    done = ptafuse(
+        "train", "--dry-run", "pipeline/configs/llama2_7b.toml", "--run", str(tmp_path), "--tokens", "1500000000"
+    )
+    assert "6,738,415,616 parameters" in done.stdout
+    assert "ptafuse's copy, for dry runs alone" in done.stdout
+    assert "1,500,000,000 tokens in 2,862 steps of 256 blocks" in done.stdout
+    assert all(name in done.stdout for name in ("weights", "gradients", "optimizer", "activations", "loss", "total"))
+    assert "8 worker(s)" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_fit_is_refused_with_what_to_change(tmp_path):
+    arguments = ("train", "--dry-run", "llama2_7b", "--run", str(tmp_path), "--set", "train.num_workers=1")
+    done = ptafuse(*arguments, check=False)
+    assert done.returncode == 1
+    assert "do not fit into 90% of train.gpu_memory_gb = 80" in done.stderr
+    assert "--set train.num_workers=2" in done.stderr
+    assert "--set train.lora.r=16" in done.stderr
+    adapters = ptafuse(*arguments, "--set", "train.lora.r=16")
+    assert "39,976,960 of them trained" in adapters.stdout
+    assert "It fits" in adapters.stdout
+
+
+def test_tokens_come_from_the_fused_shards_of_the_run(tiny_config: Path, undisturbed_run: Path):
+    done = ptafuse("train", "--dry-run", str(tiny_config), "--run", str(undisturbed_run), "--set", "train.num_epochs=2")
+    assert "fused shards in" in done.stdout
+    assert "2 epoch(s)" in done.stdout
+    other = ptafuse(
+        "train", "--dry-run", str(tiny_config), "--run", str(undisturbed_run), "--set", "fuse.max_length=32"
+    )
+    assert "not known before fuse has run" in other.stdout
+
+
+def test_a_model_of_the_hub_that_cannot_be_reached_is_an_error_that_says_what_to_give(tmp_path):
+    sets = ("--set", "target.hub=nobody/nothing", "--set", "target.revision=main")
+    done = ptafuse("train", "--dry-run", "llama2_7b", "--run", str(tmp_path), *sets, check=False)
+    assert done.returncode == 1
+    assert "give the target as `path`" in done.stderr
+
+
+def test_tokens_without_a_dry_run_are_refused(tmp_path):
+    done = ptafuse("train", "llama2_7b", "--run", str(tmp_path), "--tokens", "5", check=False)
+    assert done.returncode == 2
+    assert "--dry-run" in done.stderr
