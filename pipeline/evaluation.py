@@ -18,6 +18,7 @@ from pipeline.plan import FUSED, Step
 from pipeline.training import is_trained
 from stages.contract.models import ModelConfig
 from stages.contract.store import Store
+from train.card import add_evaluation
 from train.evaluate import Segment, bits_per_byte
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ def run_eval(run: Run) -> None:
     pending = [step for step in run.resolved.of_stage("eval") if not run.store.exists(result_key(step))]
     trained = is_trained(run)
     if not pending:
+        _complete_card(run)
         run.console.print("eval: nothing to do (every model has its figure)")
         return
     segments = validation_segments(run, num_shards)
@@ -65,7 +67,9 @@ def run_eval(run: Run) -> None:
         }
         run.store.create(result_key(step), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
         run.console.print(f"{step.key}: {total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} held-out bytes")
-    if not trained:
+    if trained:
+        _complete_card(run)
+    else:
         raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
 
 
@@ -75,6 +79,19 @@ def read_result(store: Store, step: Step) -> dict[str, Any] | None:
         return json.loads(store.read(result_key(step)))
     except FileNotFoundError:
         return None
+
+
+def _complete_card(run: Run) -> None:
+    """Write the figures of all models into the trained model's card."""
+    labels = {model.name: f"source {model.name}" for model in run.config.sources}
+    labels |= {run.config.target.name: f"target {run.config.target.name} before", FUSED: "this model"}
+    found = [(labels[step.model or ""], read_result(run.store, step)) for step in run.resolved.of_stage("eval")]
+    figures = [(label, value["bits_per_byte"], value["num_bytes"]) for label, value in found if value is not None]
+    add_evaluation(_model_folder(run), figures)
+
+
+def _model_folder(run: Run) -> Path:
+    return Path(run.store.path(f"{run.resolved.steps['train'].folder}/model"))
 
 
 def validation_segments(run: Run, num_shards: int) -> list[Segment]:
@@ -98,6 +115,5 @@ def validation_segments(run: Run, num_shards: int) -> list[Segment]:
 
 def _evaluated_model(run: Run, step: Step) -> ModelConfig:
     if step.model == FUSED:
-        folder = Path(run.store.path(f"{run.resolved.steps['train'].folder}/model"))
-        return ModelConfig(name=FUSED, path=folder, bos=run.config.target.bos)
+        return ModelConfig(name=FUSED, path=_model_folder(run), bos=run.config.target.bos)
     return next(model for model in run.config.models if model.name == step.model)

@@ -4,11 +4,13 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.engine import Run, StageError, command, require_complete
-from train.job import FusedFile, TrainJob
+from train.job import FusedFile, StepRecord, TrainJob
 
 POLL_SECONDS = 2.0
 
@@ -39,7 +41,19 @@ def train_job(run: Run) -> TrainJob:
         output=run.store.path(step.folder),
         fingerprint=step.fingerprint,
         sources=tuple(model.name for model in run.config.sources),
+        provenance=_provenance(run),
     )
+
+
+def _provenance(run: Run) -> dict[str, Any]:
+    """What a model card says of the data, the models and the stages before training."""
+    config = run.config
+    stages = [step for step in run.resolved.steps.values() if step.stage not in ("train", "eval")]
+    return {
+        "target": {"name": config.target.name, "weights": config.target.weights_identity()},
+        "sources": [{"name": model.name, "weights": model.weights_identity()} for model in config.sources],
+        "stages": {step.key: {"fingerprint": step.fingerprint, "settings": dict(step.settings)} for step in stages},
+    }
 
 
 def is_trained(run: Run) -> bool:
@@ -111,7 +125,10 @@ def _train(job: TrainJob, run: Run) -> None:
 
 
 class _StepLines:
-    """Shows the training steps as they appear in the step log: training may run in another process, or on another node."""
+    """Shows the training steps as they appear in the step log: training may run in another process, or on another node.
+
+    A live bar in a terminal, a plain line a step elsewhere.
+    """
 
     def __init__(self, output: Path, console: Console) -> None:
         from train.run_log import read_log
@@ -121,16 +138,25 @@ class _StepLines:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._shown = max((record.step for record in self._read()), default=0)
+        self._bar: Progress | None = None
         if self._shown:
             console.print(f"train: {self._shown} steps were logged before; going on from the newest checkpoint")
+        if console.is_terminal:
+            columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+            self._bar = Progress(*columns, TextColumn("{task.description}"), console=console)
+            self._task = self._bar.add_task("starting", total=None, completed=self._shown)
 
     def __enter__(self) -> None:
+        if self._bar:
+            self._bar.start()
         self._thread.start()
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
         self._show()
+        if self._bar:
+            self._bar.stop()
 
     def _follow(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
@@ -141,15 +167,19 @@ class _StepLines:
             if record.step <= self._shown:
                 continue
             self._shown = record.step
-            parts = (
-                (name, loss)
-                for name, loss in (("gold", record.loss_clm), ("fusion", record.loss_fusion))
-                if loss is not None
-            )
-            losses = ", ".join(f"{name} {loss:.4f}" for name, loss in parts)
-            seconds_left = (record.num_steps - record.step) * record.num_tokens / record.step / record.tokens_per_second
-            self._console.print(
-                f"train: step {record.step}/{record.num_steps}, loss {record.loss:.4f} ({losses}), "
-                f"{record.tokens_per_second:,.0f} tokens/s, ETA {seconds_left:,.0f} s",
-                soft_wrap=True,
-            )
+            if self._bar:
+                self._bar.update(
+                    self._task, total=record.num_steps, completed=record.step, description=_described(record)
+                )
+            else:
+                self._console.print(
+                    f"train: step {record.step}/{record.num_steps}, {_described(record)}", soft_wrap=True
+                )
+
+
+def _described(record: StepRecord) -> str:
+    """The losses and the speed of a step."""
+    parts = (("gold", record.loss_clm), ("fusion", record.loss_fusion))
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in parts if loss is not None)
+    seconds_left = (record.num_steps - record.step) * record.num_tokens / record.step / record.tokens_per_second
+    return f"loss {record.loss:.4f} ({losses}), {record.tokens_per_second:,.0f} tokens/s, ETA {seconds_left:,.0f} s"

@@ -1,17 +1,23 @@
-"""The model card of a finished model."""
+"""The model card of a finished model: what it was made of and how; evaluation adds its figures later."""
 
 import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
 
 from train.job import StepRecord, TrainJob
 
+CARD = "README.md"
+_EVALUATION = "## Evaluation"
+_PENDING = "Not evaluated yet: `ptafuse eval` writes held-out bits per byte here."
+
 
 def model_card(job: TrainJob, last: StepRecord) -> str:
-    """Markdown: what was fused into what, how, and the last step's losses."""
+    """Markdown: what was fused into what, from which data and settings, and the last step's losses."""
     origin = f"{job.model.hub} (revision {job.model.revision})" if job.model.hub else "a local model"
     sources = "\n".join(f"- {name}" for name in job.sources) or "- none"
     losses = {"loss": last.loss, "loss_clm": last.loss_clm, "loss_fusion": last.loss_fusion}
     shown = "\n".join(f"| {name} | {value:.4f} |" for name, value in losses.items() if value is not None)
-    settings = json.dumps(job.config.result_settings(), indent=2)
     return f"""---
 library_name: transformers
 tags: [knowledge-fusion, probabilistic-token-alignment]
@@ -32,7 +38,45 @@ Fingerprint of the training job: `{job.fingerprint}`. Optimizer steps: {last.ste
 | --- | --- |
 {shown}
 
-```json
-{settings}
-```
+{_EVALUATION}
+
+{_PENDING}
+
+## Settings
+
+Training:
+
+{_json(job.config.result_settings())}
+
+Models, data, and the stages before training, each with its fingerprint:
+
+{_json(dict(job.provenance))}
 """
+
+
+def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]) -> None:
+    """Write held-out figures into the card of a finished model, in the place of what stood there.
+
+    The card is the one file of the folder that its manifest does not hash.
+
+    Args:
+        model_folder: the exported model.
+        figures: (what was evaluated, bits per byte, held-out bytes).
+
+    Raises:
+        ValueError: the folder's card has no place for them.
+    """
+    path = model_folder / CARD
+    before, heading, after = path.read_text().partition(f"{_EVALUATION}\n")
+    _, next_heading, rest = after.partition("\n## ")
+    if not heading or not next_heading:
+        raise ValueError(f"{path} is not ptafuse's model card: it has no section {_EVALUATION!r} before another one")
+    rows = "\n".join(f"| {name} | {bits:.4f} | {num_bytes:,} |" for name, bits, num_bytes in figures)
+    section = f"\n| model | bits per byte | held-out bytes |\n| --- | --- | --- |\n{rows}\n"
+    temporary = path.with_name(f".{CARD}.{os.getpid()}")
+    temporary.write_text(before + heading + section + next_heading + rest)
+    temporary.replace(path)
+
+
+def _json(value: object) -> str:
+    return f"```json\n{json.dumps(value, indent=2)}\n```"

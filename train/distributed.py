@@ -51,6 +51,12 @@ class Workers:
         """The largest value of all workers."""
         return max(self.gather(int(value)))
 
+    def most_of(self, value: float) -> float:
+        """The largest measurement of all workers."""
+        largest = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
+        return float(largest)
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every worker, in the order of ranks."""
         values: list[Any] = [None] * self.size

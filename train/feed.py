@@ -53,7 +53,14 @@ class Feed:
     """The steps' batches in order, from a given step on."""
 
     def __init__(
-        self, blocks: FusedBlocks, schedule: Schedule, start: int, workers: Workers, micro_batch_size: int
+        self,
+        blocks: FusedBlocks,
+        schedule: Schedule,
+        start: int,
+        workers: Workers,
+        micro_batch_size: int,
+        *,
+        flatten: bool = False,
     ) -> None:
         """Begin to read.
 
@@ -63,12 +70,14 @@ class Feed:
             start: the first step.
             workers: who shares each step.
             micro_batch_size: blocks in a forward pass.
+            flatten: lay isolated documents end to end in one row (``isolation.wants_one_row``).
         """
         self._blocks = blocks
         self._schedule = schedule
         self._rank = workers.rank
         self._size = workers.size
         self._micro_batch_size = micro_batch_size
+        self._flatten = flatten
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(maxsize=AHEAD)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(start,), name="ptafuse-feed", daemon=True)
@@ -116,7 +125,9 @@ class Feed:
             step=step,
             blocks=tuple(int(index) for index in indices),
             names=tuple(tuple(block.name for block in part) for part in parts),
-            micro_batches=tuple(collate(part) if part else empty_micro_batch() for part in parts),
+            micro_batches=tuple(
+                collate(part, flatten=self._flatten) if part else empty_micro_batch() for part in parts
+            ),
             num_labels=num_labels(blocks),
             num_fused=sum(int(block.fused.present.sum()) for block in blocks if block.fused is not None),
             num_tokens=sum(len(block.ids) for block in blocks),

@@ -1,6 +1,8 @@
 """What a training job is given, and what it gives back."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from stages.contract.models import ModelConfig
 from train.config import TrainConfig
@@ -29,7 +31,8 @@ class TrainJob:
         files: the fused files, in the order of their shards.
         output: local folder of this run's checkpoints, logs, model and manifest.
         fingerprint: of everything that changes the result; checkpoints of another one are refused.
-        sources: names of the source models, for the model card.
+        sources: names of the source models.
+        provenance: JSON values for the model card: models, data, and the settings and fingerprint of each stage.
     """
 
     config: TrainConfig
@@ -38,6 +41,7 @@ class TrainJob:
     output: str
     fingerprint: str
     sources: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,9 @@ class StepRecord:
         tokens_per_second: of this step, all workers together.
         data_wait_share: of this step's time, spent waiting for its blocks to be read; the workers' mean.
         blocks: indices of the step's blocks in the dataset, in the order of the schedule, all workers together.
+        lambda_: weight of loss_clm in this step.
+        peak_memory_gb: most memory that a worker has held so far, 10^9 bytes: its GPU's, or the process's on a CPU.
+        mfu: share of the devices' peak that the model's own operations took; None where the peak is not known.
     """
 
     step: int
@@ -71,6 +78,9 @@ class StepRecord:
     tokens_per_second: float
     data_wait_share: float
     blocks: list[int]
+    lambda_: float
+    peak_memory_gb: float
+    mfu: float | None
 
 
 @dataclass(frozen=True)

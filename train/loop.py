@@ -24,12 +24,14 @@ from train.checkpoint import Checkpoints, TrainState
 from train.data import FusedBlocks
 from train.distributed import Workers, environment_size, join_workers
 from train.feed import Feed
+from train.isolation import check_isolation, wants_one_row
 from train.job import StepRecord, TrainJob, TrainResult
+from train.lora import add_adapters, merge_adapters
 from train.optimizer import build_optimizer
 from train.parallel import LossModel, fill_parameters, full_state, shard_model
 from train.preemption import Notice, StoppedError, Watch, termination_watch
 from train.result import export_model, read_manifest, write_manifest
-from train.run_log import RunLog
+from train.run_log import RunLog, check_wandb, start_wandb
 from train.schedule import Schedule
 from train.step import Stepper
 
@@ -80,6 +82,7 @@ def _take_steps(
     config, output = job.config, Path(job.output)
     optimizer = build_optimizer(root.model, config)
     schedule = Schedule(len(blocks), config.batch_size, config.num_epochs, config.seed)
+    flatten = config.isolate_documents and wants_one_row(root.model)
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(output, root.model, optimizer, workers, keep=config.keep_checkpoints)
@@ -88,8 +91,10 @@ def _take_steps(
         logger.info(
             "train %s: %d of %d steps done, %s", job.fingerprint, state.step, schedule.num_steps, workers.device
         )
-        log = stack.enter_context(RunLog(output, step=state.step)) if workers.is_first else None
-        feed = stack.enter_context(Feed(blocks, schedule, state.step, workers, config.micro_batch_size))
+        log = stack.enter_context(RunLog(output, step=state.step, wandb=start_wandb(job))) if workers.is_first else None
+        feed = stack.enter_context(
+            Feed(blocks, schedule, state.step, workers, config.micro_batch_size, flatten=flatten)
+        )
         stepper = Stepper(config, root, optimizer, schedule, workers)
         last = workers.from_first(log.last if log else None)
         was_told = False
@@ -140,6 +145,7 @@ def check_job(job: TrainJob, *, num_workers: int) -> Path:
             "and copy the finished model where you want it"
         )
     job.config.check_batch_size(num_workers)
+    check_wandb(job.config)
     if not job.files:
         raise ValueError("there are no fused files to train on: run `make fuse` first")
     return Path(job.output)
@@ -176,7 +182,8 @@ def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
         blocks = FusedBlocks(
             job.files,
             bos_id=vocabulary.bos_id,
-            with_distributions=job.config.lambda_ < 1,
+            with_distributions=job.config.uses_fusion,
+            isolate_documents=job.config.isolate_documents,
             share=(workers.rank, workers.size),
         )
     return blocks, vocabulary.size
@@ -193,8 +200,13 @@ def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int)
             )  # a head that the files lack is drawn at random: at least always the same one
             loaded = load_model(job.model, dtype="float32", attention=("sdpa", "eager"), device="cpu")
             _check_model(job, loaded, longest=blocks.max_tokens, num_ids=num_ids)
+            if config.lora is not None:
+                loaded = add_adapters(loaded, config.lora)
     half = config.autocast == "bfloat16"
     model = empty_model(job.model, attention=attention_choices(config.attention, workers.device, half_precision=half))
+    if config.lora is not None:
+        with torch.device("meta"):
+            model = add_adapters(model, config.lora)
     root = shard_model(model, config, workers)
     fill_parameters(root, loaded, workers)
     return root
@@ -213,6 +225,8 @@ def _check_model(job: TrainJob, model: Any, *, longest: int, num_ids: int) -> No
             f"{longest} tokens long: set fuse.max_length to what the model can read, then run `make fuse`"
         )
     check_head(model)
+    if job.config.isolate_documents:
+        check_isolation(model)
 
 
 def _first_state(job: TrainJob, schedule: Schedule) -> TrainState:
@@ -253,8 +267,11 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
     weights = full_state(root.model)
     with workers.together():
         if workers.is_first:
+            model = root.model
+            if job.config.lora is not None:
+                weights, model = merge_adapters(model, weights), empty_model(job.model, attention=("sdpa", "eager"))
             tokenizer = load_tokenizer(job.model)
-            files = export_model(output / "model", root.model, weights, tokenizer, model_card(job, last))
+            files = export_model(output / "model", model, weights, tokenizer, model_card(job, last))
             write_manifest(output, _manifest(job, result, files))
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result

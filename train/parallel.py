@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from stages.contract.heads import Body, ModelHead, split_head
+from train.architecture import decoder_layers
 from train.config import TrainConfig
 from train.data import MicroBatch
 from train.distributed import Workers
@@ -28,16 +29,16 @@ logger = logging.getLogger(__name__)
 class LossModel(nn.Module):
     """A causal language model and its training loss: the root that FSDP knows."""
 
-    def __init__(self, model: Any, *, chunk_positions: int) -> None:
+    def __init__(self, model: Any, config: TrainConfig) -> None:
         """Wrap a model.
 
         Args:
             model: a transformers causal language model.
-            chunk_positions: positions whose logits exist at once.
+            config: divergence, temperature, chunks.
         """
         super().__init__()
         self.model = model
-        self._chunk_positions = chunk_positions
+        self._config = config
         halves: tuple[Body, ModelHead] = split_head(model)
         self._body, self._head = halves
 
@@ -53,17 +54,14 @@ class LossModel(nn.Module):
             What is differentiated, then the two sums, without gradient; float32 scalars. A batch in which no position
             counts gives zeros, and zero gradients: its passes are collective operations like any other's.
         """
-        hidden = self._body(batch.ids)
-        settings = LossSettings(clm_factor, fusion_factor, chunk_positions=self._chunk_positions)
+        isolated = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        hidden = self._body(batch.ids, **isolated)
+        config = self._config
+        settings = LossSettings(
+            clm_factor, fusion_factor, config.fusion_loss, config.temperature, config.chunk_positions
+        )
         sums = fused_loss(hidden.flatten(0, 1), self._head, batch.labels.flatten(), batch.targets, settings)
         return sums.total, sums.clm, sums.fusion
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers that are repeated: the module list as long as the model has hidden layers; none if there is no such."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((list(layers) for layers in lists if len(layers) == count), [])
 
 
 def shard_model(model: Any, config: TrainConfig, workers: Workers) -> LossModel:
@@ -86,7 +84,7 @@ def shard_model(model: Any, config: TrainConfig, workers: Workers) -> LossModel:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in layers:
         fully_shard(layer, mesh=workers.mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
-    root = LossModel(model, chunk_positions=config.chunk_positions)
+    root = LossModel(model, config)
     # The root's inputs hold probabilities of the fused distributions, which stay float32.
     root_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(root, mesh=workers.mesh, mp_policy=root_policy, reshard_after_forward=False)

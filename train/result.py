@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.contract.store import sync
+from train.card import CARD
 
 
 def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: Any, card: str) -> dict[str, str]:
@@ -27,21 +28,22 @@ def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer
         card: the model card, Markdown.
 
     Returns:
-        File name -> sha256.
+        File name -> sha256, without the card, which evaluation completes.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     if temporary.exists():
         shutil.rmtree(temporary)
     model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card)
+    (temporary / CARD).write_text(card)
     for path in temporary.rglob("*"):
         sync(path)
     if folder.exists():
         shutil.rmtree(folder)  # no manifest names it: an attempt that was interrupted before its manifest
     temporary.replace(folder)
     sync(folder.parent)
-    return {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / CARD)
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

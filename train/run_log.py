@@ -1,16 +1,29 @@
-"""The record of a run: one JSON object a step, and the same as TensorBoard scalars."""
+"""The record of a run: one JSON object a step, the same as TensorBoard scalars, and in Weights & Biases where asked for."""
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from train.job import StepRecord
+from train.config import TrainConfig
+from train.job import StepRecord, TrainJob
 
-_SCALARS = ("loss", "loss_clm", "loss_fusion", "learning_rate", "grad_norm", "tokens_per_second", "data_wait_share")
+_SCALARS = (
+    "loss",
+    "loss_clm",
+    "loss_fusion",
+    "lambda_",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "peak_memory_gb",
+    "data_wait_share",
+)
 
 
 class RunLog:
@@ -19,8 +32,14 @@ class RunLog:
     An interrupted run goes on from its newest checkpoint, which may lie before the last step it logged.
     """
 
-    def __init__(self, output: Path, *, step: int) -> None:
-        """Open the logs of a run that goes on after ``step`` steps; records of later steps are taken back."""
+    def __init__(self, output: Path, *, step: int, wandb: "WandbRun | None" = None) -> None:
+        """Open the logs of a run that goes on after ``step`` steps; records of later steps are taken back.
+
+        Args:
+            output: the job's folder.
+            step: steps done.
+            wandb: a run of Weights & Biases that gets the records too.
+        """
         self._path = output / "log.jsonl"
         kept = [record for record in read_log(output) if record.step <= step]
         temporary = output / ".log.jsonl.new"
@@ -29,16 +48,18 @@ class RunLog:
         self.last: StepRecord | None = kept[-1] if kept else None
         self._file = self._path.open("a")
         self._writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+        self._wandb = wandb
 
     def add(self, record: StepRecord) -> None:
         """Log one step."""
         self.last = record
         self._file.write(_line(record))
         self._file.flush()
-        for name in _SCALARS:
-            value = getattr(record, name)
-            if value is not None:
-                self._writer.add_scalar(name, value, record.step)
+        scalars = {name.rstrip("_"): getattr(record, name) for name in _SCALARS if getattr(record, name) is not None}
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, record.step)
+        if self._wandb is not None:
+            self._wandb.log(scalars, step=record.step)
 
     def __enter__(self) -> Self:
         return self
@@ -48,6 +69,52 @@ class RunLog:
     ) -> None:
         self._file.close()
         self._writer.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+
+class WandbRun(Protocol):
+    """What is used of ``wandb.init``'s result."""
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        """Record one step."""
+
+    def finish(self, exit_code: int) -> None:
+        """Upload what is left."""
+
+
+def check_wandb(config: TrainConfig) -> None:
+    """Refuse a job that is to be logged to Weights & Biases where that is not installed.
+
+    Raises:
+        ValueError: says what to install, or to set.
+    """
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "train.wandb is set, but wandb is not installed: install the extra (`pip install ptafuse[wandb]`), or set "
+            "train.wandb = false (TensorBoard and log.jsonl are written all the same)"
+        )
+
+
+def start_wandb(job: TrainJob) -> WandbRun | None:
+    """A run of Weights & Biases named by the job's fingerprint, so that a resumed job goes on in it; None if not asked for.
+
+    Steps that were logged before an interruption and are computed again are not logged there twice: it drops them.
+    """
+    asked = job.config.wandb
+    if not asked:
+        return None
+    check_wandb(job.config)
+    import wandb
+
+    return wandb.init(
+        project=asked if isinstance(asked, str) else "ptafuse",
+        id=job.fingerprint,
+        name=f"{job.model.name}-{job.fingerprint}",
+        resume="allow",
+        dir=job.output,
+        config=job.config.result_settings(),
+    )
 
 
 def _line(record: StepRecord) -> str:

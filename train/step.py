@@ -1,6 +1,8 @@
 """One optimizer step over all workers."""
 
 import math
+import resource
+import sys
 import time
 from typing import Any, cast
 
@@ -12,10 +14,11 @@ from train.config import TrainConfig
 from train.data import MicroBatch
 from train.distributed import Workers
 from train.feed import Feed, StepBatch
+from train.flops import ModelFlops, peak_flops
 from train.job import StepRecord
 from train.optimizer import learning_rate
 from train.parallel import LossModel
-from train.schedule import Schedule
+from train.schedule import Schedule, lambda_at
 
 
 class Stepper:
@@ -39,6 +42,8 @@ class Stepper:
         self._optimizer = optimizer
         self._schedule = schedule
         self._workers = workers
+        self._flops = ModelFlops.of(root.model)
+        self._peak = peak_flops(config, workers.device)
 
     def step(self, feed: Feed, *, tokens_before: int) -> StepRecord:
         """Train on the feed's next batch.
@@ -54,12 +59,13 @@ class Stepper:
         started = time.perf_counter()
         batch, waited = feed.next()
         rate = learning_rate(batch.step, self._schedule.num_steps, self._config)
+        lambda_ = lambda_at(batch.step, self._schedule.num_steps, self._config)
         # Dropout, where a model has it, does not depend on restarts.
         torch.manual_seed((self._config.seed * 1_000_003 + batch.step) * self._workers.size + self._workers.rank)
         counts = self._workers.sum([batch.num_labels, batch.num_fused, batch.num_tokens])
         num_labels, num_fused, num_tokens = (int(count) for count in counts)
-        clm_factor = self._config.lambda_ / num_labels if num_labels else 0.0
-        fusion_factor = (1 - self._config.lambda_) / num_fused if num_fused else 0.0
+        clm_factor = lambda_ / num_labels if num_labels else 0.0
+        fusion_factor = (1 - lambda_) / num_fused if num_fused else 0.0
         clm = fusion = norm = 0.0
         if num_labels + num_fused:  # blocks of one token each have nothing to predict
             clm, fusion = self._gradients(batch, clm_factor, fusion_factor)
@@ -79,7 +85,16 @@ class Stepper:
             tokens_per_second=num_tokens / seconds,
             data_wait_share=waited / seconds,
             blocks=list(batch.blocks),
+            lambda_=lambda_,
+            peak_memory_gb=self._workers.most_of(peak_memory_bytes(self._workers.device) / 1e9),
+            mfu=self._mfu(num_tokens, len(batch.blocks), seconds),
         )
+
+    def _mfu(self, num_tokens: int, num_blocks: int, seconds: float) -> float | None:
+        """The model's operations over what all devices could have done."""
+        if self._peak is None:
+            return None
+        return self._flops.of_tokens(num_tokens, num_blocks) / (seconds * self._peak * self._workers.size)
 
     def _gradients(self, batch: StepBatch, clm_factor: float, fusion_factor: float) -> tuple[float, float]:
         """Accumulate the gradient; returns the sums of the two losses over all workers."""
@@ -119,6 +134,14 @@ class Stepper:
             group["lr"] = rate
         self._optimizer.step()
         return norm
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of its GPU, or of the machine where it computes on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def total_norm(parameters: list[nn.Parameter]) -> float:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -48,6 +49,15 @@ def test_undisturbed_run_is_complete(undisturbed_run: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_model_card_states_where_it_comes_from_and_what_was_evaluated(undisturbed_run: Path) -> None:
+    (card,) = undisturbed_run.glob("train/*/model/README.md")
+    text = card.read_text()
+    for step in ("target llama before", "source neox", "this model"):
+        assert re.search(rf"\| {step} \| \d+\.\d{{4}} \| [\d,]+ \|", text)
+    for folder in ("shard", "logits/llama", "logits/neox", "align/neox", "fuse"):
+        assert f'"{folder}": {{\n      "fingerprint"' in text
+
+
 def test_segments_concatenate_to_the_documents(undisturbed_run: Path) -> None:
     folder = undisturbed_run / next(folder for folder in data_hashes(undisturbed_run) if folder.startswith("shard/"))
     texts = dict.fromkeys(range(NUM_DOCUMENTS), "")

@@ -43,7 +43,7 @@ def interrupt_after(step: int):
 
 
 def without_timing(records: list[StepRecord]) -> list[StepRecord]:
-    return [replace(record, tokens_per_second=0.0, data_wait_share=0.0) for record in records]
+    return [replace(record, tokens_per_second=0.0, data_wait_share=0.0, peak_memory_gb=0.0) for record in records]
 
 
 def test_training_lowers_both_losses(tiny_job, tmp_path):
@@ -154,6 +154,8 @@ def test_logs_hold_each_step_once_after_a_restart(tiny_job, tmp_path):
         "grad_norm",
         "tokens_per_second",
         "data_wait_share",
+        "lambda",
+        "peak_memory_gb",
     }
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
@@ -174,7 +176,7 @@ def test_export_loads_and_the_manifest_names_its_files(undisturbed):
     assert manifest["fingerprint"] == undisturbed.fingerprint
     assert manifest["result"]["num_steps"] == 6
     names = {path.name for path in (output / "model").iterdir()}
-    assert names == set(manifest["model_files"])
+    assert names == {*manifest["model_files"], "README.md"}
     assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names
     tokenizer = AutoTokenizer.from_pretrained(output / "model")
     model = AutoModelForCausalLM.from_pretrained(output / "model")

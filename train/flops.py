@@ -1,0 +1,67 @@
+"""Floating-point operations of training, and what share of a GPU's peak they are (MFU)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.config import TrainConfig
+
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "A10": 125.0,
+}
+"""Dense bf16 peak by a part of the device's name, as NVIDIA's data sheets give it; the first that fits counts."""
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What a token costs in the forward and backward pass, recomputation left out, as PaLM's appendix B counts it.
+
+    Six operations a weight that is multiplied with (two forward, two for the gradient of its input, two for its own,
+    which a frozen weight goes without), and 12 * layers * width * length for attention, causality not counted.
+
+    Attributes:
+        per_token: of the weights.
+        per_token_and_length: of attention; times the tokens of a block.
+    """
+
+    per_token: float
+    per_token_and_length: float
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelFlops":
+        """Count a transformers causal language model, sharded or not.
+
+        Weights of embeddings are looked up, not multiplied with; the LM head's are, tied or not.
+        """
+        embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        embeddings.discard(id(model.get_output_embeddings().weight))
+        multiplied = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
+        trained = sum(p.numel() for p in multiplied if p.requires_grad)
+        frozen = sum(p.numel() for p in multiplied) - trained
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return cls(6.0 * trained + 4.0 * frozen, 12.0 * config.num_hidden_layers * width)
+
+    def of_tokens(self, num_tokens: int, num_blocks: int) -> float:
+        """Operations of some tokens in blocks of about equal length."""
+        return num_tokens * (self.per_token + self.per_token_and_length * num_tokens / max(1, num_blocks))
+
+
+def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
+    """Operations a second that one worker's device can do at most; None where that is not known (a CPU, say)."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops * 1e12
+    if device.type != "cuda" or config.autocast != "bfloat16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
