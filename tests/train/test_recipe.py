@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.train.conftest import job_in
 from tests.train.test_loop import InterruptedError_, assert_same_weights, interrupt_after, weights
+from tests.train.workers import train_on
 from train.loop import train
 from train.run_log import read_log
 
@@ -48,6 +49,23 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny_job, tmp_path, setti
     result = train(job)
     assert losses(tmp_path / "interrupted") == losses(tmp_path / "undisturbed")
     assert_same_weights(result.model_folder, undisturbed.model_folder)
+
+
+def test_two_workers_match_one_process(tiny_job, tmp_path):
+    settings = {
+        "lora": {"r": 4, "alpha": 8},
+        "isolate_documents": True,
+        "fusion_loss": "reverse-kl",
+        "temperature": 1.5,
+    }
+    one = train(job_in(tiny_job, tmp_path / "one", **settings))
+    train_on(job_in(tiny_job, tmp_path / "two", **settings), tmp_path, num_workers=2)
+    for record, other in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        assert record.loss == pytest.approx(other.loss, rel=1e-4)
+        assert record.grad_norm == pytest.approx(other.grad_norm, rel=1e-4)
+    last = weights(one.model_folder)
+    for name, value in weights(str(tmp_path / "two" / "model")).items():
+        assert (value - last[name]).abs().mean() < 1e-5, name
 
 
 def test_adapters_are_merged_into_a_plain_model(tiny_job, tmp_path):
