@@ -1,0 +1,135 @@
+"""Training: the loss against dense targets, and what fusion adds to a step."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from stages.contract.models import ModelConfig, empty_model, load_model
+from stages.contract.store import Store
+from stages.contract.tokens import SegmentTokenizer
+from tests.benchmarks import align_data
+from tests.benchmarks.figure import Figure
+from tests.benchmarks.loss_ways import CANDIDATES, H, T
+from tests.benchmarks.measure import ROUNDS, SkippedError, say
+from train.config import TrainConfig
+from train.data import FusedBlocks
+from train.distributed import Workers, join_workers
+from train.feed import Feed
+from train.job import FusedFile
+from train.optimizer import build_optimizer
+from train.parallel import LossModel, fill_parameters, shard_model
+from train.schedule import Schedule
+from train.step import Stepper
+
+VOCABULARIES = {"32k": 32_000, "152k": 151_936}
+FEW_LARGE_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Memory that is freed goes back to the system at once, so that what is held is what is used."""
+
+
+def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
+    return Figure(f"train.{name}", value, unit, goal, f"python -m tests.benchmarks train.{benchmark}")
+
+
+def loss_vs_dense_32k() -> list[Figure]:
+    """Loss of 2,048 positions, forward and backward, V = 32,000, against a dense (T, V) target a candidate."""
+    return _loss_vs_dense("32k")
+
+
+def loss_vs_dense_152k() -> list[Figure]:
+    """The same for V = 151,936; the dense way needs about 8 GB."""
+    return _loss_vs_dense("152k")
+
+
+def _loss_vs_dense(name: str) -> list[Figure]:
+    size = VOCABULARIES[name]
+    if name == "152k" and _available_bytes() < 11e9:
+        raise SkippedError(f"the dense way needs 8 GB, and {_available_bytes() / 1e9:.0f} GB of memory are free")
+    memory = {way: _measure(way, size, 0, FEW_LARGE_MAPPINGS)["peak_bytes"] for way in ("sparse", "dense")}
+    seconds = {way: statistics.median(_measure(way, size, ROUNDS, {})["seconds"]) for way in ("sparse", "dense")}
+    for way in ("sparse", "dense"):
+        say(f"{way}, V = {size:,}: {seconds[way]:.2f} s of CPU time, {memory[way] / 1e6:,.0f} MB beyond what lay there")
+    say(
+        f"T = {T:,}, hidden size {H}, float32, one thread, {CANDIDATES} candidates; the gradient of the head, "
+        f"{4 * H * size / 1e6:.0f} MB, is in both"
+    )
+    benchmark = f"loss_vs_dense_{name}"
+    return [
+        _figure(
+            benchmark, f"loss_memory_vs_dense_{name}", memory["sparse"] / memory["dense"], "of the dense way", "<= 0.1"
+        ),
+        _figure(
+            benchmark, f"loss_time_vs_dense_{name}", seconds["sparse"] / seconds["dense"], "of the dense way", "<= 0.5"
+        ),
+    ]
+
+
+def _measure(way: str, vocab_size: int, rounds: int, environment: dict[str, str]) -> dict:
+    command = [sys.executable, "-m", "tests.benchmarks.loss_ways", way, str(vocab_size), str(rounds)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment})
+    return json.loads(done.stdout)
+
+
+def _available_bytes() -> int:
+    with Path("/proc/meminfo").open() as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def step_vs_gold_only() -> list[Figure]:
+    """An optimizer step with fusion against one on gold tokens alone, on the blocks and the target of a demo run."""
+    folder = align_data.run_folder()
+    config = json.loads(max(folder.glob("configs/*.json"), key=lambda path: path.stat().st_mtime).read_text())
+    target = ModelConfig.model_validate(config["config"]["target"])
+    files = _fused_files(config["steps"]["fuse"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with join_workers(torch.device("cpu")) as workers:
+            with_fusion, gold_only = _paired_steps(target, files, workers)
+    finally:
+        torch.set_num_threads(threads)
+    ratio = statistics.median(one / other for one, other in zip(with_fusion, gold_only, strict=True))
+    say(
+        f"{target.name}, {len(with_fusion)} pairs of steps on the same blocks, one thread: with fusion "
+        f"{statistics.median(with_fusion):.2f} s of CPU time, gold tokens alone {statistics.median(gold_only):.2f} s"
+    )
+    return [_figure("step_vs_gold_only", "step_vs_gold_only", ratio, "of a step on gold tokens", "<= 1.1")]
+
+
+def _fused_files(step: dict) -> tuple[FusedFile, ...]:
+    store = Store(str(align_data.run_folder()))
+    manifests = store.manifests(f"fuse/{step['fingerprint']}")
+    return tuple(FusedFile(store.full_url(one.data.key), one.data.sha256) for _, one in sorted(manifests.items()))
+
+
+def _paired_steps(
+    target: ModelConfig, files: tuple[FusedFile, ...], workers: Workers
+) -> tuple[list[float], list[float]]:
+    """CPU seconds of steps with fusion, and of steps on the gold tokens of the same blocks; the first pair is left out."""
+    configs = [TrainConfig(**{"lambda": lambda_}, batch_size=1, device="cpu") for lambda_ in (0.8, 1.0)]
+    root = _model(target, configs[0], workers)
+    optimizer = build_optimizer(root.model, configs[0])
+    bos_id = SegmentTokenizer.load(target).vocabulary.bos_id
+    seconds: list[list[float]] = [[], []]
+    for pair in range(ROUNDS + 1):
+        for config, found in zip(configs, seconds, strict=True):
+            blocks = FusedBlocks(files, bos_id=bos_id, with_distributions=config.uses_fusion)
+            schedule = Schedule(len(blocks), 1, 1, config.seed)
+            stepper = Stepper(config, root, optimizer, schedule, workers)
+            started = time.process_time()  # with the thread that reads and collates
+            with Feed(blocks, schedule, pair, workers, 1) as feed:
+                stepper.step(feed, tokens_before=0)
+            found.append(time.process_time() - started)
+    return seconds[0][1:], seconds[1][1:]
+
+
+def _model(target: ModelConfig, config: TrainConfig, workers: Workers) -> LossModel:
+    loaded = load_model(target, dtype="float32", attention=("sdpa",), device="cpu")
+    root = shard_model(empty_model(target, attention=("sdpa",)), config, workers)
+    fill_parameters(root, loaded, workers)
+    return root
