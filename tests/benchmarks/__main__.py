@@ -30,6 +30,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     compilation.compile_seconds,
     engine.overhead_per_shard,
     train.loss_vs_dense_32k,
+    train.loss_vs_released_32k,
     train.loss_vs_dense_152k,
     train.step_vs_gold_only,
 )

@@ -1,9 +1,10 @@
 """The training loss in two ways, each in a process of its own: ``python -m tests.benchmarks.loss_ways WAY V ROUNDS``.
 
-``sparse`` is ``train.loss.fused_loss``. ``dense`` is what FuseLLM's and PTA-LLM's released code does, in plain PyTorch:
-a dense (T, V) target for each candidate, built from its top-k rows; whole logits; the candidate with the lower
-cross-entropy on the gold tokens chosen; cross-entropy under the chosen one. Two candidates, the target model's own
-and one source's (the paper has two sources, hence three).
+``sparse`` is ``train.loss.fused_loss``. ``dense`` has a dense (T, V) target for each candidate, built from its top-k
+rows, takes the better candidate's, and computes cross-entropies of whole logits: as little as can be done with dense
+targets. ``released`` chooses as FuseLLM's and PTA-LLM's released trainer does, element by element: candidates stacked,
+argmax over rewards as large as they are, a gather. Candidates are three, as in the paper: the target model's own
+distributions and two sources'; ``dense`` makes do with two where three do not fit into memory (V = 151,936).
 
 Prints one JSON object: the most memory beyond what lay there before the forward pass, and the CPU time of each round,
 forward and backward.
@@ -22,7 +23,7 @@ from train.divergence import SparseTargets
 from train.loss import LossSettings, fused_loss
 
 T, H, K = 2048, 576, 10
-CANDIDATES = 2
+CANDIDATES = {32_000: 3, 151_936: 2}
 LAMBDA = 0.8
 
 
@@ -33,7 +34,7 @@ def main(way: str, vocab_size: int, rounds: int) -> None:
     hidden = torch.randn(T, H, requires_grad=True)
     head = nn.Linear(H, vocab_size, bias=False)
     labels = torch.randint(0, vocab_size, (T,))
-    rows = [_rows(vocab_size) for _ in range(CANDIDATES)]
+    rows = [_rows(vocab_size) for _ in range(CANDIDATES[vocab_size])]
     peak = _extra_peak(lambda: run(way, hidden, head, labels, rows))
     seconds = []
     for _ in range(rounds):
@@ -51,14 +52,17 @@ def run(way: str, hidden: Tensor, head: nn.Linear, labels: Tensor, rows: list[Sp
         settings = LossSettings(LAMBDA / T, (1 - LAMBDA) / T, chunk_positions=chunk)
         fused_loss(hidden, head, labels, rows[0], settings).total.backward()
     else:
-        dense_loss(head(hidden), labels, rows).backward()
+        dense_loss(head(hidden), labels, rows, element_by_element=way == "released").backward()
 
 
-def dense_loss(logits: Tensor, labels: Tensor, rows: list[SparseTargets]) -> Tensor:
-    """As released: dense targets, the better candidate by its cross-entropy on the gold tokens."""
+def dense_loss(logits: Tensor, labels: Tensor, rows: list[SparseTargets], *, element_by_element: bool) -> Tensor:
+    """With dense targets; the candidates' rewards are given, as they are when the data was made."""
     targets = [torch.zeros(logits.shape).scatter_(1, row.ids, row.probs) for row in rows]
-    costs = [-target.gather(1, labels[:, None]).clamp(min=1e-4).log().mean() for target in targets]
-    chosen = targets[int(torch.stack(costs).argmin())]
+    chosen = targets[0]
+    if element_by_element:
+        rewards = [torch.tensor(1.0 / (1 + number), dtype=torch.bfloat16) for number in range(len(targets))]
+        best = torch.stack([one.expand(logits.shape) for one in rewards], dim=-1).argmax(dim=-1, keepdim=True)
+        chosen = torch.stack(targets, dim=-1).gather(-1, best).squeeze(-1)
     clm = nn.functional.cross_entropy(logits, labels)
     fusion = nn.functional.cross_entropy(logits, chosen)
     return LAMBDA * clm + (1 - LAMBDA) * fusion
