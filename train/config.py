@@ -54,9 +54,6 @@ class TrainConfig(Settings):
     adam_beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the mean of squared gradients.")
     weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
     clip_norm: float = Field(1.0, gt=0, description="Largest norm of the gradient.")
-    optimizer: Literal["adamw", "adamw-8bit"] = Field(
-        "adamw", description="`adamw-8bit`: bitsandbytes' AdamW with 8-bit moments, on a GPU (extra `bnb`)."
-    )
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters alone; all weights by default.")
     autocast: Literal["bfloat16", "float32"] = Field(
         "bfloat16",

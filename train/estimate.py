@@ -5,7 +5,7 @@ w = 2 bytes a working weight (bfloat16; 4 in float32), micro-batches of B blocks
 
 - weights: 4 P / N, float32 shards;
 - gradients: 4 P_t / N, float32 shards;
-- optimizer: 8 P_t / N (two float32 moments), 2 P_t / N with 8-bit moments;
+- optimizer: 8 P_t / N, AdamW's two float32 moments;
 - gathered: w (P_o + 2 p), the working weights outside the layers, of the layer that computes and of the next one
   (w P where ``reshard_after_forward`` is off), and (w + 4) max(p_t, P_ot) for a layer's gradient and its float32 sum;
 - activations: B (outside + L a), a being what a layer saves; recomputed: B (outside + L i + a), i being its input;
@@ -47,11 +47,10 @@ def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_to
 
     Args:
         architecture: of the model, read for blocks of the same length.
-        config: batches, precision, recomputation, chunks, optimizer.
+        config: batches, precision, recomputation, chunks.
         block_tokens: T.
     """
     workers, size = config.num_workers, 2 if config.autocast == "bfloat16" else 4
-    moments = 2 if config.optimizer == "adamw-8bit" else 8
     outside, layer = architecture.outside_parameters, architecture.layer_parameters
     gathered = size * (outside + 2 * layer if config.reshard_after_forward else architecture.num_parameters)
     reduced = (size + 4) * max(architecture.num_trained_in_layer, architecture.num_trained_outside)
@@ -66,7 +65,7 @@ def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_to
     return Memory(
         weights=_share(4 * architecture.num_parameters, workers),
         gradients=_share(4 * architecture.num_trained, workers),
-        optimizer=_share(moments * architecture.num_trained, workers),
+        optimizer=_share(8 * architecture.num_trained, workers),
         gathered=gathered + reduced,
         activations=config.micro_batch_size * block,
         loss=states + logits + head_gradient,

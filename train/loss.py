@@ -210,16 +210,14 @@ def _chunk(
     states = hidden[part].detach()
     if gradients is None:
         with torch.no_grad():
-            return _few_numbers_loss(_few_numbers(head(states).float(), labels, targets)[0], labels, targets, settings)[
-                1
-            ]
+            return _loss_of(_needed_of(head(states).float(), labels, targets)[0], labels, targets, settings)[1]
     with torch.enable_grad(), gradients.watch(head) as layers:
         logits = head(states.requires_grad_(gradients.hidden is not None))
-    few, softmax = _few_numbers(logits.detach().float(), labels, targets)
-    few = [number.requires_grad_() for number in few]
+    needed, softmax = _needed_of(logits.detach().float(), labels, targets)
+    needed = [part.requires_grad_() for part in needed]
     with torch.enable_grad():
-        total, sums = _few_numbers_loss(few, labels, targets, settings)
-    of_normaliser, of_gold, *of_listed = torch.autograd.grad(total, few)
+        total, sums = _loss_of(needed, labels, targets, settings)
+    of_normaliser, of_gold, *of_listed = torch.autograd.grad(total, needed)
     if logits.requires_grad:
         grad_logits = softmax.mul_(of_normaliser[:, None])
         grad_logits.scatter_add_(1, labels.clamp(min=0)[:, None], of_gold[:, None])
@@ -229,7 +227,7 @@ def _chunk(
     return sums
 
 
-def _few_numbers(values: Tensor, labels: Tensor, targets: SparseTargets | None) -> tuple[list[Tensor], Tensor]:
+def _needed_of(values: Tensor, labels: Tensor, targets: SparseTargets | None) -> tuple[list[Tensor], Tensor]:
     """What the loss needs of the logits (C, V): the normaliser (C,), the gold logits (C,) and those of the fused ids
     (C, k), if there are targets; and the softmax (C, V).
     """
@@ -237,17 +235,17 @@ def _few_numbers(values: Tensor, labels: Tensor, targets: SparseTargets | None) 
     softmax = torch.sub(values, largest).exp_()
     sums = softmax.sum(dim=1, keepdim=True)
     gold = values.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-    few = [(largest + sums.log()).squeeze(1), gold]
+    needed = [(largest + sums.log()).squeeze(1), gold]
     if targets is not None:
-        few.append(values.gather(1, targets.ids.clamp(min=0)))
-    return few, softmax.div_(sums)
+        needed.append(values.gather(1, targets.ids.clamp(min=0)))
+    return needed, softmax.div_(sums)
 
 
-def _few_numbers_loss(
-    few: Sequence[Tensor], labels: Tensor, targets: SparseTargets | None, settings: LossSettings
+def _loss_of(
+    needed: Sequence[Tensor], labels: Tensor, targets: SparseTargets | None, settings: LossSettings
 ) -> tuple[Tensor, Tensor]:
     """The weighted loss of a chunk, and its two sums (2,) without gradient."""
-    normaliser, gold, *listed = few
+    normaliser, gold, *listed = needed
     clm = torch.where(labels != IGNORED, normaliser - gold, 0.0).sum()
     fusion = torch.zeros_like(clm)
     if targets is not None:

@@ -18,34 +18,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW over the model's trained parameters; the learning rate is set before every step.
-
-    Raises:
-        ValueError: 8-bit moments are asked for where the model is not on a GPU.
-        ImportError: they need bitsandbytes, which is not installed.
-    """
-    groups = [group for group in parameter_groups(model, config.weight_decay) if group["params"]]
-    arguments: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.adam_beta1, config.adam_beta2)}
-    if config.optimizer == "adamw-8bit":
-        return _adamw_8bit(groups, arguments)
-    return torch.optim.AdamW(groups, **arguments)
-
-
-def _adamw_8bit(groups: list[dict[str, Any]], arguments: dict[str, Any]) -> torch.optim.Optimizer:
-    device = groups[0]["params"][0].device
-    if device.type != "cuda":
-        raise ValueError(
-            f"train.optimizer = 'adamw-8bit' needs a GPU, and the model is on {device.type}: set train.optimizer = 'adamw'"
-        )
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise ImportError(
-            "train.optimizer = 'adamw-8bit' needs bitsandbytes: install the extra (`pip install ptafuse[bnb]`), or set "
-            "train.optimizer = 'adamw'"
-        ) from error
-    return bitsandbytes.optim.AdamW8bit(groups, **arguments)
+def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over the model's trained parameters; the learning rate is set before every step."""
+    return torch.optim.AdamW(
+        [group for group in parameter_groups(model, config.weight_decay) if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:

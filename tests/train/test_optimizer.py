@@ -48,8 +48,3 @@ def test_constant_rate_stays_after_the_warm_up():
 def test_warm_up_alone_is_possible():
     config = TrainConfig(learning_rate=1.0, warmup_ratio=1.0)
     assert [learning_rate(step, 2, config) for step in range(2)] == [0.5, 1.0]
-
-
-def test_8_bit_moments_need_a_gpu():
-    with pytest.raises(ValueError, match="needs a GPU"):
-        build_optimizer(nn.Linear(2, 2), TrainConfig(optimizer="adamw-8bit"))
