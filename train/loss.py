@@ -56,9 +56,9 @@ class LossSettings:
 
     clm_factor: float
     fusion_factor: float
-    divergence: Divergence = "forward-kl"
-    temperature: float = 1.0
-    chunk_positions: int = 128
+    divergence: Divergence
+    temperature: float
+    chunk_positions: int
 
 
 @dataclass(frozen=True)

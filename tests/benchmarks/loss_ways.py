@@ -48,8 +48,10 @@ def main(way: str, vocab_size: int, rounds: int) -> None:
 def run(way: str, hidden: Tensor, head: nn.Linear, labels: Tensor, rows: list[SparseTargets]) -> None:
     """Forward and backward; the fused distribution of ``sparse`` was chosen when the data was made."""
     if way == "sparse":
-        chunk = TrainConfig().chunk_positions
-        settings = LossSettings(LAMBDA / T, (1 - LAMBDA) / T, chunk_positions=chunk)
+        config = TrainConfig()
+        settings = LossSettings(
+            LAMBDA / T, (1 - LAMBDA) / T, config.fusion_loss, config.temperature, config.chunk_positions
+        )
         fused_loss(hidden, head, labels, rows[0], settings).total.backward()
     else:
         dense_loss(head(hidden), labels, rows, element_by_element=way == "released").backward()

@@ -1,10 +1,21 @@
-"""The losses with dense logits and dense targets, written as their definitions read: the oracle."""
+"""The losses with dense logits and dense targets, written as their definitions read: the oracle; and plain settings."""
 
 import torch
 
 from stages.contract.columns import PAD_ID
-from train.divergence import SparseTargets
-from train.loss import IGNORED
+from train.divergence import Divergence, SparseTargets
+from train.loss import IGNORED, LossSettings
+
+
+def loss_settings(
+    clm_factor: float,
+    fusion_factor: float,
+    divergence: Divergence = "forward-kl",
+    temperature: float = 1.0,
+    chunk_positions: int = 128,
+) -> LossSettings:
+    """The paper's loss, but for what is given."""
+    return LossSettings(clm_factor, fusion_factor, divergence, temperature, chunk_positions)
 
 
 def dense_sums(

@@ -8,14 +8,15 @@ from stages.contract.columns import PAD_ID
 from stages.contract.heads import split_head
 from stages.contract.models import ModelConfig, load_model
 from tests.tiny_models import save_model
+from tests.train.dense_loss import loss_settings
 from tests.train.fused_files import fused_table, replaced_pieces, save
 from train.data import FusedBlocks, collate, document_positions, document_starts
 from train.isolation import check_isolation
-from train.loss import IGNORED, LossSettings, fused_loss
+from train.loss import IGNORED, fused_loss
 
 SIZE = 400
 LENGTHS = (7, 30, 5)
-SETTINGS = LossSettings(1.0, 1.0, chunk_positions=16)
+SETTINGS = loss_settings(1.0, 1.0, chunk_positions=16)
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3", "gpt_neox", "gpt2", "qwen2"])

@@ -5,9 +5,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.contract.heads import check_head, split_head
+from tests.train.dense_loss import loss_settings
 from train.config import LoraConfig, TrainConfig
 from train.lora import add_adapters, merge_adapters
-from train.loss import LossSettings, fused_loss
+from train.loss import fused_loss
 from train.optimizer import build_optimizer
 
 IDS = torch.arange(20).reshape(2, 10)
@@ -31,7 +32,7 @@ def train_a_little(model, steps: int = 3) -> None:
     for _ in range(steps):
         optimizer.zero_grad()
         hidden = body(IDS % 23).flatten(0, 1)
-        fused_loss(hidden, head, (IDS % 23).flatten().roll(-1), None, LossSettings(1.0, 0.0)).total.backward()
+        fused_loss(hidden, head, (IDS % 23).flatten().roll(-1), None, loss_settings(1.0, 0.0)).total.backward()
         optimizer.step()
 
 
@@ -95,7 +96,7 @@ def test_checkpointing_does_not_change_the_gradients_of_adapters():
         body, head = split_head(adapted)
         labels = (IDS % 23).flatten().roll(-1)
         torch.manual_seed(2)
-        fused_loss(body(IDS % 23).flatten(0, 1), head, labels, None, LossSettings(1.0, 0.0)).total.backward()
+        fused_loss(body(IDS % 23).flatten(0, 1), head, labels, None, loss_settings(1.0, 0.0)).total.backward()
         gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
     # lora_A is drawn at random when the adapters are made, with the same seed both times
     for name, gradient in gradients[0].items():

@@ -7,7 +7,7 @@ from torch import nn
 
 from stages.contract.columns import PAD_ID
 from stages.contract.heads import split_head
-from tests.train.dense_loss import dense_sums
+from tests.train.dense_loss import dense_sums, loss_settings
 from tests.train.fused_files import random_rows
 from train.divergence import REST_EPSILON, SparseTargets
 from train.loss import IGNORED, LossSettings, fused_loss
@@ -51,7 +51,7 @@ def test_loss_and_gradients_agree_with_dense_targets(
     divergence, temperature, with_tail, clm_factor, fusion_factor, chunk_positions
 ):
     setting = Setting(with_tail=with_tail)
-    settings = LossSettings(clm_factor, fusion_factor, divergence, temperature, chunk_positions)
+    settings = loss_settings(clm_factor, fusion_factor, divergence, temperature, chunk_positions)
     found = fused_loss(setting.hidden, setting.head, setting.labels, setting.targets, settings)
     weight, bias = setting.head.weight.double(), setting.head.bias.double()
     logits = nn.functional.linear(setting.hidden.double(), weight, bias)
@@ -74,7 +74,7 @@ def test_gradients_of_whole_models_agree_with_dense_targets(divergence, architec
     labels = torch.cat([ids[:, 1:], torch.full((2, 1), IGNORED)], dim=1).flatten()
     targets = random_targets(np.random.default_rng(3), 18, V, with_tail=True)
     body, head = split_head(model)
-    settings = LossSettings(0.4, 0.6, divergence, 1.5, chunk_positions=5)
+    settings = loss_settings(0.4, 0.6, divergence, 1.5, chunk_positions=5)
     fused_loss(body(ids).flatten(0, 1), head, labels, targets, settings).total.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
@@ -107,7 +107,7 @@ def tiny_model(architecture: str, *, tied: bool):
 def test_bfloat16_keeps_near_float32(dtype):
     """Under autocast (float32 weights), and with weights in half precision, as FSDP2 gathers them."""
     setting = Setting(with_tail=True)
-    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    settings = loss_settings(0.5, 0.5, chunk_positions=4)
     exact = fused_loss(setting.hidden, setting.head, setting.labels, setting.targets, settings)
     expected = setting.gradients(exact.total)
     setting.head.to(dtype)
@@ -127,7 +127,7 @@ def fused_loss_again(setting: Setting, settings: LossSettings) -> torch.Tensor:
 
 def test_without_targets_the_loss_is_plain_cross_entropy():
     setting = Setting(with_tail=False)
-    found = fused_loss(setting.hidden, setting.head, setting.labels, None, LossSettings(1.0, 0.0))
+    found = fused_loss(setting.hidden, setting.head, setting.labels, None, loss_settings(1.0, 0.0))
     labelled = setting.labels != IGNORED
     expected = nn.functional.cross_entropy(
         setting.head(setting.hidden[labelled]), setting.labels[labelled], reduction="sum"
@@ -154,13 +154,13 @@ def test_positions_without_label_and_distribution_never_reach_the_head():
     targets.ids[0, 0], targets.probs[0, 0] = 4, 1.0
     labels = torch.full((P,), IGNORED)
     labels[5] = 2
-    fused_loss(torch.randn(P, H), head, labels, targets, LossSettings(0.5, 0.5, chunk_positions=100))
+    fused_loss(torch.randn(P, H), head, labels, targets, loss_settings(0.5, 0.5, chunk_positions=100))
     assert head.seen == [2]
 
 
 def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
     setting = Setting(with_tail=True)
-    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    settings = loss_settings(0.5, 0.5, chunk_positions=4)
     arguments = (setting.head, setting.labels, setting.targets, settings)
     (expected,) = torch.autograd.grad(fused_loss(setting.hidden, *arguments).total, [setting.hidden])
     setting.head.requires_grad_(False)
@@ -170,7 +170,7 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_theirs():
 
 def test_a_trained_head_over_frozen_states_gets_its_gradient():
     setting = Setting(with_tail=True)
-    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    settings = loss_settings(0.5, 0.5, chunk_positions=4)
     arguments = (setting.head, setting.labels, setting.targets, settings)
     weights = list(setting.head.parameters())
     expected = torch.autograd.grad(fused_loss(setting.hidden, *arguments).total, weights)
@@ -181,7 +181,7 @@ def test_a_trained_head_over_frozen_states_gets_its_gradient():
 
 def test_the_loss_is_scaled_as_any_other():
     setting = Setting(with_tail=True)
-    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    settings = loss_settings(0.5, 0.5, chunk_positions=4)
     arguments = (setting.hidden, setting.head, setting.labels, setting.targets, settings)
     plain = setting.gradients(fused_loss(*arguments).total)
     scaled = setting.gradients(3 * fused_loss(*arguments).total)
@@ -191,7 +191,7 @@ def test_the_loss_is_scaled_as_any_other():
 
 def test_a_second_backward_pass_is_refused():
     setting = Setting(with_tail=False)
-    total = fused_loss(setting.hidden, setting.head, setting.labels, None, LossSettings(1.0, 0.0)).total
+    total = fused_loss(setting.hidden, setting.head, setting.labels, None, loss_settings(1.0, 0.0)).total
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         total.backward()
@@ -199,7 +199,7 @@ def test_a_second_backward_pass_is_refused():
 
 def test_without_gradients_only_the_sums_are_computed():
     setting = Setting(with_tail=True)
-    settings = LossSettings(0.5, 0.5, chunk_positions=4)
+    settings = loss_settings(0.5, 0.5, chunk_positions=4)
     arguments = (setting.hidden, setting.head, setting.labels, setting.targets, settings)
     expected = fused_loss(*arguments)
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_without_gradients_only_the_sums_are_computed():
 def test_nothing_to_count_is_a_zero_with_a_zero_gradient():
     setting = Setting(with_tail=False)
     labels = torch.full((P,), IGNORED)
-    found = fused_loss(setting.hidden, setting.head, labels, None, LossSettings(0.0, 0.0))
+    found = fused_loss(setting.hidden, setting.head, labels, None, loss_settings(0.0, 0.0))
     assert (found.total.item(), found.clm.item(), found.fusion.item()) == (0.0, 0.0, 0.0)
     assert all((gradient == 0).all() for gradient in setting.gradients(found.total))
 
@@ -222,7 +222,7 @@ def test_a_model_sure_of_the_row_gives_a_finite_tail_loss_and_gradient(divergenc
     hidden[0, 2] = 200.0
     hidden.requires_grad_()
     targets = SparseTargets(torch.tensor([[2]]), torch.tensor([[0.9]]), torch.tensor([0.1]))
-    settings = LossSettings(0.0, 1.0, divergence)
+    settings = loss_settings(0.0, 1.0, divergence)
     found = fused_loss(hidden, CountingHead(), torch.tensor([IGNORED]), targets, settings)
     found.total.backward()
     expected = -0.1 * math.log(REST_EPSILON) if divergence == "forward-kl" else -math.log(0.9)
