@@ -6,17 +6,19 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final, Literal
+from typing import Any, BinaryIO, Final, Literal, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from stages.contract.filesystem import check_reachable, open_filesystem, patiently
 from stages.contract.models import file_sha256
 from stages.shard.config import DatasetConfig
 
+Result = TypeVar("Result")
 Format = Literal["parquet", "jsonl", "txt"]
 Chunks = list[tuple[pa.Array, pa.Array | None]]
 """Pieces of a column: texts (large_binary, null where there is none) and, where there can be any, errors (string)."""
@@ -105,6 +107,13 @@ class DatasetFiles:
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), _BUFFER_BYTES)
 
 
+def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any) -> Result:
+    """Call what reads a dataset, again while its store fails in a way that may pass; the hub's client repeats by itself."""
+    if dataset.path is None:
+        return read(*arguments)
+    return patiently(read, *arguments, url=dataset.path)
+
+
 def find_files(dataset: DatasetConfig) -> DatasetFiles:
     """The dataset's files, sorted by name; those of a hub dataset's split in the order that the hub gives.
 
@@ -116,20 +125,23 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
     """
     if dataset.hub is not None:
         return _hub_files(dataset)
-    import fsspec
     from fsspec.core import has_magic
 
     url = str(dataset.path)
-    filesystem, root = fsspec.core.url_to_fs(url, **({"use_listings_cache": False} if "://" in url else {}))
+    filesystem, root = open_filesystem(url)
     root = root.rstrip("/") or root
-    if filesystem.isfile(root):  # first: a file's name may hold a bracket
+    if "://" in url:
+        check_reachable(filesystem, root, url)
+    kind = _kind(filesystem, root, url)
+    if kind == "file":  # first: a file's name may hold a bracket
         base, found = root.rpartition("/")[0], [root]
     elif has_magic(root):
         base = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        found = [path for path in sorted(filesystem.glob(root)) if filesystem.isfile(path)]
+        matches = patiently(filesystem.glob, root, detail=True, url=url)
+        found = sorted(path for path, info in matches.items() if info["type"] == "file")
         if not found:
             raise FileNotFoundError(f"dataset.path = {url!r} matches no file; {_EXPECTED}")
-    elif filesystem.isdir(root):
+    elif kind == "directory":
         base = root
         found = _in_folder(filesystem, root, url)
     else:
@@ -179,9 +191,17 @@ def _one_format(found: list[str], url: str) -> Format:
     return formats.pop() or "jsonl"
 
 
+def _kind(filesystem: Any, path: str, url: str) -> str | None:
+    """``"file"``, ``"directory"``, or None: fsspec's own ``isfile`` takes a failure of the store for "there is none"."""
+    try:
+        return patiently(filesystem.info, path, url=url)["type"]
+    except FileNotFoundError:
+        return None
+
+
 def _in_folder(filesystem: Any, root: str, url: str) -> list[str]:
     """The files of a folder and those below it whose format is known, sorted."""
-    found = [path for path in sorted(filesystem.find(root)) if not _is_hidden(path[len(root) :])]
+    found = [path for path in sorted(patiently(filesystem.find, root, url=url)) if not _is_hidden(path[len(root) :])]
     known = [path for path in found if _format(path)]
     if not known:
         names = ", ".join(path.rpartition("/")[2] for path in found[:5]) or "nothing"
@@ -203,7 +223,7 @@ def file_identity(files: DatasetFiles, path: str) -> str:
     """What identifies a file's contents: its sha256; in an object store its size and ETag, without reading it."""
     if files.is_local:
         return file_sha256(Path(path))
-    info = files.filesystem.info(path)
+    info = patiently(files.filesystem.info, path, url=path)
     etag = next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)
     return f"{info['size']}:{etag or files.filesystem.ukey(path)}"
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pipeline import local_runner
 from pipeline.config import EngineConfig, RunConfig, load_config
+from pipeline.dataset_files import reading
 from pipeline.documents import check_dataset
 from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
@@ -68,6 +69,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
     if config.logits_from is not None:
         check_shared(config.logits_from)
     store = Store(run_url)
+    store.check()
     resolved = resolve(config, store, request)
     record(resolved, store)
     return Run(resolved, store, console, local, strict)
@@ -83,8 +85,9 @@ def run_stage(run: Run, stage: str) -> None:
     if stage == "shard" and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
         other = _shared_store(run)
         if other is None or not take_up_plan(run.resolved.steps["shard"], run.store, other):
-            check_dataset(run.config.dataset)
-            freeze_plan(run.resolved, run.store)
+            dataset = run.config.dataset
+            reading(dataset, check_dataset, dataset)
+            reading(dataset, freeze_plan, run.resolved, run.store)
     for step in run.resolved.of_stage(stage):
         _run_step(run, step)
 
@@ -169,6 +172,12 @@ def _run_step(run: Run, step: Step) -> None:
             if status.outcome == "failed":
                 failed.append(status)
     run.console.print(progress.summary())
+    missing = set(pending_shards(run.store, step, num_shards)) - {status.shard for status in failed}
+    if missing:
+        raise StageError(
+            f"{step.key}: shards {', '.join(map(str, sorted(missing)))} were computed and have no manifest any more: does "
+            f"another command work in {run.store.url}? Run {command(run, step.stage)} again"
+        )
     if failed:
         raise StageError(
             f"{step.key}: {len(failed)} of {num_shards} shards failed:\n{_failures(failed)}\nMend the cause, then "

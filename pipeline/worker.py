@@ -20,10 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import RunConfig
+from pipeline.dataset_files import reading
 from pipeline.documents import read_documents
 from pipeline.plan import Step, read_plan
 from pipeline.stage_table import stage_spec
 from stages.contract import schemas
+from stages.contract.filesystem import StoreError
 from stages.contract.manifest import (
     DataFile,
     InputRef,
@@ -111,6 +113,8 @@ class ShardWorker:
                 return ShardStatus(shard, "failed", message=self._setup_error)
             try:
                 return self._compute(shard, attempt)
+            except StoreError:  # no fault of this shard's: the command ends, and may simply be run again
+                raise
             except Exception as error:  # the one boundary: whatever fails a shard is recorded and counted
                 log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
                 attempt.fail(self._store, error)
@@ -141,7 +145,9 @@ class ShardWorker:
         if self._store.create(manifest_key(self._job.step.folder, shard), manifest.to_bytes()):
             return ShardStatus(shard, "done", manifest.num_tokens, manifest.seconds, attempt.number)
         for file in (manifest.data, manifest.quarantine):  # another attempt was faster: its files stand, ours go
-            if file is not None:
+            if file is not None and self._store.is_local:
+                # Not in an object store: a delayed request may still publish our manifest where the store knows no
+                # conditional create, and must find its data. What no manifest names is removed by `ptafuse gc`.
                 self._store.delete(file.key)
         return ShardStatus(shard, "already done", manifest.num_tokens, manifest.seconds, attempt.number)
 
@@ -149,21 +155,48 @@ class ShardWorker:
         if self._spec.name == "shard":
             plan = read_plan(self._store, self._job.shard_folder)
             assert plan is not None
-            documents = read_documents(self._config.dataset, plan.ranges[shard])
-            dataset = str(self._job.step.settings["inputs"]["dataset"])
-            reference = InputRef(folder=self._job.shard_folder, manifest_sha256=plan.sha256, data_sha256=dataset)
+            dataset = self._config.dataset
+            documents = reading(dataset, read_documents, dataset, plan.ranges[shard])
+            identity = str(self._job.step.settings["inputs"]["dataset"])
+            reference = InputRef(folder=self._job.shard_folder, manifest_sha256=plan.sha256, data_sha256=identity)
             return {"documents": documents}, {"plan": reference}
         tables, references = {}, {}
-        for name, folder in self._job.input_folders.items():
-            key = self._job.step.inputs[name]
-            raw = self._store.read(manifest_key(folder, shard))
-            data = Manifest.from_bytes(raw).data
-            table = self._store.read_table(data, remake=f"`make {key.split('/', maxsplit=1)[0]}`")
+        folders = self._job.input_folders
+        raws = {name: self._store.read(manifest_key(folder, shard)) for name, folder in folders.items()}
+        manifests = {name: Manifest.from_bytes(raw) for name, raw in raws.items()}
+        self._refuse_mixed(shard, {folders[name]: manifest for name, manifest in manifests.items()})
+        for name, manifest in manifests.items():
+            remake = f"`make {self._job.step.inputs[name].split('/', maxsplit=1)[0]}`"
+            table = self._store.read_table(manifest.data, remake=remake)
             if self._spec.train_rows_only:
                 table = table.filter(pc.equal(table["split"], "train"))
             tables[name] = table
-            references[name] = InputRef(folder=folder, manifest_sha256=sha256(raw), data_sha256=data.sha256)
+            references[name] = InputRef(
+                folder=folders[name], manifest_sha256=sha256(raws[name]), data_sha256=manifest.data.sha256
+            )
         return tables, references
+
+    def _refuse_mixed(self, shard: int, manifests: Mapping[str, Manifest]) -> None:
+        """Refuse inputs that were computed from different versions of one shard, as two racing attempts can leave them.
+
+        Args:
+            shard: the shard.
+            manifests: folder of each input -> its manifest.
+
+        Raises:
+            ValueError: names the two.
+        """
+        versions = {folder: manifest.data.sha256 for folder, manifest in manifests.items()}
+        for folder, manifest in manifests.items():
+            for name, reference in manifest.inputs.items():
+                if name == "plan":
+                    continue
+                if versions.setdefault(reference.folder, reference.data_sha256) != reference.data_sha256:
+                    raise ValueError(
+                        f"{folder} shard {shard} was computed from another version of {reference.folder} than the other "
+                        f"inputs of {self._job.step.key}: run `ptafuse verify {self._store.url} --repair`, then `make "
+                        f"{folder.split('/', maxsplit=1)[0]}`"
+                    )
 
     def _refuse_bad_shard(self, shard: int, output: StageOutput, num_rows_in: int) -> None:
         allowed = self._spec.max_bad_fraction(self._config)

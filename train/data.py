@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,6 +14,7 @@ import pyarrow.parquet as pq
 import torch
 
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
+from stages.contract.filesystem import open_filesystem, patiently
 from stages.contract.schemas import tail_of
 from train.divergence import SparseTargets
 from train.job import FusedFile
@@ -206,8 +206,8 @@ class FusedBlocks:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="ptafuse-blocks-")
         path = Path(self._scratch.name) / f"{len(list(Path(self._scratch.name).iterdir())):05d}.parquet"
-        filesystem, key = fsspec.core.url_to_fs(url)
-        filesystem.get_file(key, str(path))
+        filesystem, key = open_filesystem(url)
+        patiently(filesystem.get_file, key, str(path), url=url)
         return path
 
 

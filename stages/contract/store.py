@@ -3,6 +3,10 @@
 Commit of a shard: the table goes to a temporary file, which is reopened and checked (schema, rows, finiteness) and
 hashed; then it gets its final name, unique to the attempt; then the manifest is published if there is none yet. Readers
 open only files that a manifest names, so nothing half-written is ever read, and two attempts never mix.
+
+Not every object store refuses a second create, and one that does may answer a repeated request as if another process
+had been faster. So what counts is what is stored: after publishing, the file is read back, and whoever finds bytes
+that are not its own has lost. See docs/faults.md.
 """
 
 import contextlib
@@ -10,22 +14,35 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stages.contract import schemas
+from stages.contract.filesystem import (
+    S3_PROTOCOLS,
+    StoreError,
+    check_reachable,
+    local_error,
+    open_filesystem,
+    patiently,
+)
 from stages.contract.manifest import DataFile, Manifest, manifest_key, sha256
+
+Result = TypeVar("Result")
 
 ROW_GROUP_BYTES = 64 * 2**20
 """Size of a row group in memory, about: training reads one at a time."""
 MIN_ROW_GROUP_ROWS = 16
+UPLOAD_PART_BYTES = 32 * 2**20
+"""A file of twice this size or more goes to S3 in parts, several at a time."""
+MAX_CREATE_ROUNDS = 5
+"""A file that was found there and is gone when it is read is created anew, so often at most."""
 
 
 class Store:
@@ -38,10 +55,21 @@ class Store:
             url: a local path, or a URL that fsspec knows (``s3://bucket/prefix``).
         """
         self.url = str(url).rstrip("/")
-        options = {"use_listings_cache": False} if "://" in self.url else {}
-        self._fs, root = fsspec.core.url_to_fs(self.url, **options)
+        self._fs, root = open_filesystem(self.url)
         self._root = root.rstrip("/")
         self.is_local = isinstance(self._fs, LocalFileSystem)
+        is_s3 = self.url.split("://", 1)[0] in S3_PROTOCOLS
+        self._read_options = {"max_concurrency": 1} if is_s3 else {}  # else every read asks for the size first
+        self._upload_options = {"chunksize": UPLOAD_PART_BYTES} if is_s3 else {}
+
+    def check(self) -> None:
+        """Ask a remote store whether it can be used; nothing for a local one.
+
+        Raises:
+            StoreError: it cannot; says what to set.
+        """
+        if not self.is_local:
+            check_reachable(self._fs, self._root, self.url)
 
     def path(self, key: str) -> str:
         """The full path of a key, as its filesystem names it.
@@ -61,15 +89,17 @@ class Store:
 
     def exists(self, key: str) -> bool:
         """Is there such a file or folder?"""
-        return bool(self._fs.exists(self.path(key)))
+        return bool(self._ask(self._fs.exists, self.path(key)))
 
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders directly in a folder, sorted; empty when there is no such folder."""
+        path = self.path(folder) if folder else self._root
         try:
-            found = self._fs.ls(self.path(folder) if folder else self._root, detail=False, **self._no_cache())
+            found = self._ask(self._fs.ls, path, detail=False, **self._no_cache())
         except FileNotFoundError:
             return []
-        return sorted(entry.rstrip("/").rsplit("/", 1)[-1] for entry in found)
+        entries = {entry.rstrip("/") for entry in found} - {path.rstrip("/")}  # some consoles store folders as objects
+        return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
 
     def read(self, key: str) -> bytes:
         """The bytes of a file.
@@ -77,7 +107,7 @@ class Store:
         Raises:
             FileNotFoundError: there is no such file.
         """
-        return self._fs.cat_file(self.path(key))
+        return self._ask(self._fs.cat_file, self.path(key), **self._read_options)
 
     def read_file(self, file: DataFile) -> bytes:
         """The bytes of a file that a manifest names, unchecked; read in another run directory where the manifest says so.
@@ -91,35 +121,48 @@ class Store:
     def delete(self, key: str) -> None:
         """Remove a file if it is there."""
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self.path(key))
+            self._ask(self._fs.rm_file, self.path(key))
 
     def create(self, key: str, raw: bytes) -> bool:
         """Publish a small file if there is none of that name: the whole file appears at once.
 
+        Args:
+            key: its name.
+            raw: its bytes; processes that compete for the name are told apart by them.
+
         Returns:
-            False if there was one already (nothing is changed then).
+            False if other bytes stand there; then these are nowhere. (A remote store that knows no conditional create
+            may for a moment have held ours: what stands when it is read back is what counts.)
+
+        Raises:
+            StoreError: the file cannot be written, or is removed again and again by someone else.
         """
-        if not self.is_local:
+        for _ in range(MAX_CREATE_ROUNDS):
             try:
-                self._fs.pipe_file(self.path(key), raw, mode="create")
+                if self.is_local:
+                    self._create_local(key, raw)
+                elif not self.exists(key):  # where the store ignores the condition, this leaves a moment, not minutes
+                    self._ask(self._fs.pipe_file, self.path(key), raw, mode="create")
             except FileExistsError:
-                return False
-            return True
+                pass  # perhaps by us: a request whose answer was lost is repeated
+            try:
+                return self.read(key) == raw
+            except FileNotFoundError:
+                continue  # taken back in the meantime, by `ptafuse verify --repair`
+        raise StoreError(f"{self.url}: {key} vanishes as soon as it is written: does another command remove it?")
+
+    def _create_local(self, key: str, raw: bytes) -> None:
         with self._local_temporary(key) as temporary:
             temporary.write_bytes(raw)
             sync(temporary)
             final = Path(self.path(key))
-            try:
-                os.link(temporary, final)
-            except FileExistsError:
-                return False
+            os.link(temporary, final)
             sync(final.parent)
-            return True
 
     def replace(self, key: str, raw: bytes) -> None:
         """Write a small file whole, over one of that name if there is one."""
         if not self.is_local:
-            self._fs.pipe_file(self.path(key), raw)
+            self._ask(self._fs.pipe_file, self.path(key), raw)
             return
         with self._local_temporary(key) as temporary:
             temporary.write_bytes(raw)
@@ -149,7 +192,7 @@ class Store:
                 temporary.replace(final)
                 sync(final.parent)
             else:
-                self._fs.put_file(str(temporary), self.path(key))
+                self._ask(self._upload, temporary, self.path(key))
         return DataFile(key=key, sha256=digest, num_bytes=num_bytes)
 
     def read_table(self, data: DataFile, *, remake: str) -> pa.Table:
@@ -202,6 +245,16 @@ class Store:
         names = self.names(f"{folder}/manifests")
         return [name for name in names if name.startswith("shard-") and name.endswith(".json")]
 
+    def _ask(self, call: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
+        return patiently(call, *arguments, url=self.url, **keywords)
+
+    def _upload(self, file: Path, path: str) -> None:
+        """Put a file, and see that all of it arrived."""
+        self._fs.put_file(str(file), path, **self._upload_options)
+        found, expected = self._fs.info(path)["size"], file.stat().st_size
+        if found != expected:
+            raise ConnectionError(f"{path}: {found} of {expected} bytes arrived")
+
     def _no_cache(self) -> dict[str, Any]:
         return {} if self.is_local else {"refresh": True}
 
@@ -213,12 +266,18 @@ class Store:
                 yield Path(folder) / "file"
             return
         final = Path(self.path(key))
-        final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.parent / f".{final.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
+            final.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+        except OSError as error:
+            explained = local_error(error, str(final))
+            if explained is error:
+                raise
+            raise explained from error
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # what cannot be removed is a hidden file that nobody reads
+                temporary.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -5,13 +5,20 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from stages.contract.filesystem import refuse_secrets
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.models import check_place
 
 
 def absolute_or_url(path: str | None) -> str | None:
-    """A relative path means this process's folder; a worker may run in another one. URLs stay as they are."""
-    return path if path is None or "://" in path else str(Path(path).expanduser().absolute())
+    """A relative path means this process's folder; a worker may run in another one. URLs stay as they are.
+
+    Raises:
+        ValueError: a URL holds a password, signature or token, which would be recorded.
+    """
+    if path is None or "://" in path:
+        return path if path is None else refuse_secrets(path)
+    return str(Path(path).expanduser().absolute())
 
 
 class DatasetConfig(Settings):
