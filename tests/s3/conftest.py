@@ -31,7 +31,6 @@ def use(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name, value in s3_environment(endpoint).items():
         monkeypatch.setenv(name, value)
-    S3FileSystem.clear_instance_cache()  # clients keep the credentials that they began with
     monkeypatch.setattr(filesystem, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(S3FileSystem, "retries", 1)  # its own short patience hides ours
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from s3fs import S3FileSystem
 
 from stages.contract import filesystem, store
 from stages.contract.filesystem import StoreError, StoreUnreachableError
@@ -175,7 +176,7 @@ def test_missing_bucket_is_named(s3_client: S3Server) -> None:
 
 
 def test_missing_credentials_name_what_to_set(s3_client: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    use(s3_client.endpoint, monkeypatch)
+    S3FileSystem.clear_instance_cache()  # clients keep the credentials that they began with
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(StoreError, match="no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
@@ -187,6 +188,7 @@ def test_wrong_credentials_are_refused_with_what_is_needed(
 ) -> None:
     if s3_client.kind == "moto":
         pytest.skip("moto checks no signature")
+    S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match=r"access refused .*check AWS_ACCESS_KEY_ID"):
         Store(f"s3://{BUCKET}/run").check()
