@@ -22,6 +22,11 @@ class EngineConfig(Settings):
 
     max_attempts: int = Field(3, ge=1, description="Attempts at a shard before it counts as failed.")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; all of the machine by default.")
+    scratch: Path | None = Field(
+        None,
+        description="Where training keeps its checkpoints when the run directory is in an object store: a local folder, "
+        "on a cluster one that all nodes see; ~/.cache/ptafuse/scratch by default.",
+    )
     no_progress_timeout_seconds: int = Field(
         7200, ge=60, description="Ray Data gives up when no shard ends for this long; must exceed a shard's time."
     )

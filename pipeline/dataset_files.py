@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, Final, Literal, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.contract.filesystem import check_reachable, open_filesystem, patiently
+from stages.contract.filesystem import check_reachable, is_transient, open_filesystem, patiently
 from stages.contract.models import file_sha256
 from stages.shard.config import DatasetConfig
 
@@ -287,6 +287,8 @@ def _whole_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
     try:
         yield from stream
     except OSError as error:  # also a truncated or damaged compressed stream
+        if is_transient(error):
+            raise
         raise DatasetError(f"{path} cannot be read to its end: {error}. Is the file whole?") from error
 
 

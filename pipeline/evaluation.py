@@ -7,7 +7,6 @@ share it.
 import json
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 
 from pipeline.engine import Run, StageError, command, require_complete
 from pipeline.plan import FUSED, Step
+from pipeline.scratch import publish_card, trained_model
 from pipeline.training import is_trained
 from stages.contract.models import ModelConfig
 from stages.contract.store import Store
@@ -87,11 +87,8 @@ def _complete_card(run: Run) -> None:
     labels |= {run.config.target.name: f"target {run.config.target.name} before", FUSED: "this model"}
     found = [(labels[step.model or ""], read_result(run.store, step)) for step in run.resolved.of_stage("eval")]
     figures = [(label, value["bits_per_byte"], value["num_bytes"]) for label, value in found if value is not None]
-    add_evaluation(_model_folder(run), figures)
-
-
-def _model_folder(run: Run) -> Path:
-    return Path(run.store.path(f"{run.resolved.steps['train'].folder}/model"))
+    add_evaluation(trained_model(run), figures)
+    publish_card(run)
 
 
 def validation_segments(run: Run, num_shards: int) -> list[Segment]:
@@ -115,5 +112,5 @@ def validation_segments(run: Run, num_shards: int) -> list[Segment]:
 
 def _evaluated_model(run: Run, step: Step) -> ModelConfig:
     if step.model == FUSED:
-        return ModelConfig(name=FUSED, path=_model_folder(run), bos=run.config.target.bos)
+        return ModelConfig(name=FUSED, path=trained_model(run), bos=run.config.target.bos)
     return next(model for model in run.config.models if model.name == step.model)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.engine import Run, StageError, command, require_complete
+from pipeline.scratch import publish_training, training_folder
 from train.job import FusedFile, StepRecord, TrainJob
 
 POLL_SECONDS = 2.0
@@ -19,11 +20,9 @@ def train_job(run: Run) -> TrainJob:
     """What the training process needs to know.
 
     Raises:
-        StageError: fuse is incomplete, or the run directory is not on a local (or mounted) disk.
+        StageError: fuse is incomplete, or there is no training block.
     """
     num_shards = require_complete(run, ["fuse"], "train")
-    if not run.store.is_local:
-        raise StageError(f"train writes its checkpoints to a local or mounted disk; {run.store.url} is not one")
     manifests = run.store.manifests(run.resolved.steps["fuse"].folder)
     if not sum(manifest.num_rows_out for manifest in manifests.values()):
         raise StageError(
@@ -38,7 +37,7 @@ def train_job(run: Run) -> TrainJob:
             FusedFile(path=run.store.full_url(manifests[shard].data.key), sha256=manifests[shard].data.sha256)
             for shard in range(num_shards)
         ),
-        output=run.store.path(step.folder),
+        output=str(training_folder(run)),
         fingerprint=step.fingerprint,
         sources=tuple(model.name for model in run.config.sources),
         provenance=_provenance(run),
@@ -81,9 +80,14 @@ def discard_model(run: Run) -> None:
 
     The step counts as not done afterwards, so the manifest goes first.
     """
-    folder = Path(run.store.path(run.resolved.steps["train"].folder))
-    (folder / "manifest.json").unlink(missing_ok=True)
-    for part in (*folder.glob("model"), *folder.glob("checkpoint-*")):
+    folder = run.resolved.steps["train"].folder
+    if not run.store.is_local:
+        run.store.delete(f"{folder}/manifest.json")
+        for name in run.store.names(f"{folder}/model"):
+            run.store.delete(f"{folder}/model/{name}")
+    here = training_folder(run)
+    (here / "manifest.json").unlink(missing_ok=True)
+    for part in (*here.glob("model"), *here.glob("checkpoint-*")):
         shutil.rmtree(part)
 
 
@@ -100,12 +104,14 @@ def run_training(run: Run) -> None:
     try:
         with _StepLines(Path(job.output), run.console):
             _train(job, run)
+        publish_training(run, Path(job.output))
     except (RuntimeError, FloatingPointError) as error:
         raise StageError(
             f"train did not finish: {error}\nMend the cause, then run {command(run, 'train')}: it goes on from the newest "
             "checkpoint."
         ) from error
-    run.console.print(f"train: the model is at {job.output}/model", soft_wrap=True)
+    folder = run.resolved.steps["train"].folder
+    run.console.print(f"train: the model is at {run.store.full_url(folder)}/model", soft_wrap=True)
 
 
 def _train(job: TrainJob, run: Run) -> None:

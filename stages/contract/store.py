@@ -224,6 +224,24 @@ class Store:
         with pq.ParquetFile(pa.BufferReader(raw)) as file:
             return file.read(use_threads=False)
 
+    def upload(self, key: str, file: Path) -> None:
+        """Put a local file under a key of a remote store, over what is there."""
+        self._ask(self._upload, file, self.path(key))
+
+    def download(self, key: str, file: Path) -> None:
+        """Fetch a file; it appears whole.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            self._ask(self._fs.get_file, self.path(key), str(temporary))
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
     def read_manifest(self, folder: str, shard: int) -> Manifest | None:
         """The manifest of a shard, None when it is not done."""
         try:
