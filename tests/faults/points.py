@@ -1,7 +1,7 @@
 """Where a process can be made to die or to wait while it computes a shard: the crash points of docs/faults.md.
 
-``PTAFUSE_FAULT`` is ``<what>[@<point>]:<stage>:<shard>:<folder>``; a stage of ``*`` is every stage, and without a point
-it is ``data``. ``die`` kills the
+``PTAFUSE_FAULT`` is ``<what>[@<point>]:<stage>:<shard>:<folder>``; a stage or shard of ``*`` is every one, and without
+a point it is ``data``. ``die`` kills the
 process, once a stage; ``block`` makes it wait, so that the test can kill whom it likes. ``<folder>`` is where a marker
 tells the test that the fault happened.
 """
@@ -22,7 +22,11 @@ def reach(point: str, step: str, number: int) -> None:
     """Called where a process passes a crash point: the fault happens if it is the one that is asked for."""
     asked, stage, wanted, folder = os.environ["PTAFUSE_FAULT"].split(":", 3)
     what, _, where = asked.partition("@")
-    if (where or "data") != point or number != int(wanted) or stage not in ("*", step.split("/", maxsplit=1)[0]):
+    if (
+        (where or "data") != point
+        or wanted not in ("*", str(number))
+        or stage not in ("*", step.split("/", maxsplit=1)[0])
+    ):
         return
     try:
         (Path(folder) / f"{what}-{step.replace('/', '-')}").touch(exist_ok=False)

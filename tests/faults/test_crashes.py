@@ -8,19 +8,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
-from pipeline.engine import Run, open_run
-from pipeline.plan import Request, freeze_plan
-from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 from stages.contract.filesystem import StoreError
 from stages.contract.store import Store
 from tests.faults.conftest import StageProcess
+from tests.faults.racing import race
 from tests.tiny_run import REPOSITORY, data_hashes, environment, ptafuse, status
 
 pytestmark = pytest.mark.slow
@@ -81,46 +77,6 @@ def test_process_killed_at_a_crash_point(
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
-
-
-def race(config: Path, run_url: str, patch: pytest.MonkeyPatch) -> tuple[Run, list[ShardStatus]]:
-    """Two workers compute shard 0 of the first stage; both have written their data before either publishes."""
-    run = open_run(Request(str(config)), run_url, Console(quiet=True), local=True)
-    plan = freeze_plan(run.resolved, run.store)
-    step = run.resolved.steps["shard"]
-    jobs = [
-        ShardJob(
-            run_url=run_url,
-            config_json=run.config.model_dump_json(by_alias=True),
-            step=step,
-            input_folders={},
-            shard_folder=step.folder,
-            num_shards=plan.num_shards,
-            launch=launch,
-            max_attempts=3,
-        )
-        for launch in ("one", "two")
-    ]
-    meet = threading.Barrier(2)
-    if run.store.is_local:
-        before, name = Store.create, "create"
-    else:
-        before, name = Store.exists, "exists"  # both look whether there is one before either writes
-
-    def wait_for_the_other(self: Store, key: str, *arguments: bytes):
-        found = before(self, key, *arguments) if name == "exists" else None
-        if "/manifests/" in key:
-            meet.wait(timeout=60)
-        return found if name == "exists" else before(self, key, *arguments)
-
-    patch.setattr(Store, name, wait_for_the_other)
-    found: list[ShardStatus] = []
-    threads = [threading.Thread(target=lambda job=job: found.append(ShardWorker(job).run(0))) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return run, found
 
 
 def test_two_attempts_race(tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,13 +185,13 @@ def test_disk_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_node_dies_with_a_shard_on_it(
     tiny_config: Path, undisturbed_run: Path, run_without_fuse: Path, tmp_path: Path
 ) -> None:
-    """Two nodes on this machine; the worker of shard 2 waits on one of them until that node is killed."""
+    """The worker of shard 2 waits on the one node that has a CPU until that node is killed; another node joins."""
     run = run_without_fuse
     script = [sys.executable, "-m", "tests.faults.two_nodes", str(tiny_config), str(run), str(tmp_path)]
     env = environment(PTAFUSE_FAULT=f"block@compute:fuse:{VICTIM}:{tmp_path}")
     done = subprocess.run(script, check=False, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert "killed the node" in done.stdout
+    assert (tmp_path / "node-killed").exists()
     assert data_hashes(run) == data_hashes(undisturbed_run)
     attempts = {shard["shard"]: shard["attempts"] for shard in status(run)["fuse"]["shards"]}
     assert attempts[VICTIM] == 2

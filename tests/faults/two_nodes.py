@@ -1,12 +1,12 @@
-"""A Ray cluster of two nodes on this machine: the one on which a worker waits is killed, and the stage must finish.
+"""A Ray cluster on this machine: the node on which a worker waits is killed, another joins, and the stage must finish.
 
 Run as ``python -m tests.faults.two_nodes CONFIG RUN FOLDER`` with a blocking ``PTAFUSE_FAULT``; see ``points``.
 """
 
 import os
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ray
@@ -17,27 +17,25 @@ from tests.tiny_run import ptafuse
 
 def main(config: str, run: str, folder: str) -> int:
     """Returns the exit code of the stage's command."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    workers = [cluster.add_node(num_cpus=1)]
+    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    node = cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     os.environ["RAY_ADDRESS"] = cluster.address
-    killer = threading.Thread(target=_kill_a_node, args=(cluster, workers, Path(folder)), daemon=True)
-    killer.start()
-    done = ptafuse("fuse", config, "--run", run, "--set", "fuse.num_workers=2", check=False)
+    with ThreadPoolExecutor(1) as pool:  # nodes can be started in the main thread alone
+        command = pool.submit(ptafuse, "fuse", config, "--run", run, check=False)
+        while not list(Path(folder).glob("block-*")) and not command.done():
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+        (Path(folder) / "node-killed").touch()
+        cluster.add_node(num_cpus=1)  # as a spot market would give another one
+        done = command.result()
     sys.stdout.write(done.stdout)
     sys.stderr.write(done.stderr)
     ray.shutdown()
     cluster.shutdown()
     return done.returncode
-
-
-def _kill_a_node(cluster: Cluster, nodes: list, folder: Path) -> None:
-    while not list(folder.glob("block-*")):
-        time.sleep(0.1)
-    cluster.remove_node(nodes[0], allow_graceful=False)
-    cluster.add_node(num_cpus=1)  # as a spot market would give another one
-    sys.stdout.write("killed the node\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
