@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.config import RunConfig, config_id
 from pipeline.documents import ShardRange, dataset_identity, plan_documents
 from pipeline.stage_table import STAGES, StageSpec, step_key
@@ -279,12 +281,13 @@ def record(run: ResolvedRun, store: Store) -> None:
 
 def recorded_runs(store: Store) -> list[ResolvedRun]:
     """The configurations that ran here, one a name (its latest), the last used one last."""
-    records = [json.loads(store.read(f"configs/{file}")) for file in store.names("configs") if file.endswith(".json")]
-    latest: dict[str, dict[str, Any]] = {}
-    for value in sorted(records, key=lambda value: value["used_at_ns"]):
-        latest.pop(value["config"]["name"], None)
-        latest[value["config"]["name"]] = value
-    return [_from_record(value) for value in latest.values()]
+    keys = [f"configs/{file}" for file in store.names("configs") if file.endswith(".json")]
+    records = {key: json.loads(store.read(key)) for key in keys}
+    latest: dict[str, str] = {}
+    for key in sorted(records, key=lambda key: records[key]["used_at_ns"]):
+        latest.pop(records[key]["config"]["name"], None)
+        latest[records[key]["config"]["name"]] = key
+    return [_from_record(records[key], f"{store.url}/{key}") for key in latest.values()]
 
 
 def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
@@ -300,7 +303,13 @@ def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
     return runs[-1]
 
 
-def _from_record(value: dict[str, Any]) -> ResolvedRun:
-    steps = {key: Step(**step) for key, step in value["steps"].items()}
-    request = Request(value["config_path"], tuple(value["overrides"]))
-    return ResolvedRun(RunConfig.model_validate(value["config"]), steps, request)
+def _from_record(value: dict[str, Any], where: str) -> ResolvedRun:
+    try:
+        steps = {key: Step(**step) for key, step in value["steps"].items()}
+        config = RunConfig.model_validate(value["config"])
+    except (TypeError, ValidationError) as error:
+        raise ValueError(
+            f"{where} was recorded by another version of ptafuse: run a stage of its configuration again with this one, or go "
+            f"on with that version ({str(error).splitlines()[0]})"
+        ) from None
+    return ResolvedRun(config, steps, Request(value["config_path"], tuple(value["overrides"])))

@@ -37,6 +37,7 @@ from stages.contract.manifest import (
     quarantine_key,
     sha256,
 )
+from stages.contract.models import ModelConfig
 from stages.contract.stage import Stage, StageOutput
 from stages.contract.store import Store
 
@@ -125,6 +126,7 @@ class ShardWorker:
             return False
         model = next((model for model in self._config.models if model.name == self._job.step.model), None)
         try:
+            self._refuse_other_files(model)
             stage = self._spec.build(settle_choices(self._job, self._store, self._config), model)
             stage.setup()
         except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
@@ -133,6 +135,21 @@ class ShardWorker:
             return False
         self._stage = stage
         return True
+
+    def _refuse_other_files(self, model: ModelConfig | None) -> None:
+        """Refuse model files that are not those the step's fingerprint names: changed since, or others on this machine.
+
+        Raises:
+            ValueError: says which.
+        """
+        if model is None or self._spec.name != "logits":
+            return
+        for what, found in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
+            if found != self._job.step.settings[what]:
+                raise ValueError(
+                    f"model {model.name}: the {what} on {socket.gethostname()} are not those that the command began with: they "
+                    "were changed since, or this machine has others; make them the same everywhere and run it again"
+                )
 
     def _compute(self, shard: int, attempt: "Attempt") -> ShardStatus:
         assert self._stage is not None

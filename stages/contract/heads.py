@@ -122,7 +122,7 @@ def check_head(model: Any, *, num_tokens: int = 8) -> None:
         num_tokens: how many tokens the two are compared on.
 
     Raises:
-        ValueError: they differ; says by how much, and for which architecture.
+        ValueError: they differ; says by how much, and for which architecture. Or they are not finite.
     """
     body, head = split_head(model)
     device = model.get_input_embeddings().weight.device
@@ -138,6 +138,11 @@ def check_head(model: Any, *, num_tokens: int = 8) -> None:
         raise ValueError(
             f"{type(model).__name__}: head(body(ids)) has shape {tuple(found.shape)}, the model's logits "
             f"{tuple(expected.shape)}; this architecture's forward is laid out in a way that ptafuse does not know"
+        )
+    if not bool(torch.isfinite(expected).all()):
+        raise ValueError(
+            f"{type(model).__name__}: the model's own logits are not finite on its first tokens: its weights hold NaN or "
+            "infinity, or overflow in this precision; check the files, or load it in float32"
         )
     difference = float((found.double() - expected.double()).abs().max())
     allowed = _RELATIVE_TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * max(1.0, float(expected.abs().max()))

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Mapping
+from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION: Final = 1
 
 
 class InputRef(BaseModel):
@@ -60,7 +61,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    manifest_version: int = MANIFEST_VERSION
+    manifest_version: Literal[1] = MANIFEST_VERSION
     stage: str = Field(description="Stage, with its model where it has one: 'shard', 'logits/gemma3', 'align/gemma3'.")
     shard: int
     num_shards: int
@@ -90,7 +91,15 @@ class Manifest(BaseModel):
         Raises:
             ValueError: it is not a manifest of this version.
         """
-        return cls.model_validate_json(raw)
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ValueError(
+                f"not a manifest of version {MANIFEST_VERSION}, which this ptafuse reads ({where}: {first['msg']}): it was "
+                "damaged, or written by another version of ptafuse; go on with that version, or start a new run directory"
+            ) from None
 
 
 def sha256(raw: bytes) -> str:

@@ -1,0 +1,272 @@
+"""Bad input, row by row of docs/bad-input.md: a clear message or a quarantined record, in the documented words."""
+
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from safetensors.torch import load_file, save_file
+
+from tests.tiny_run import REPOSITORY, data_hashes, ptafuse, status
+
+pytestmark = pytest.mark.slow
+
+TABLE = (REPOSITORY / "docs" / "bad-input.md").read_text()
+
+
+def said(row: str) -> str:
+    """The documented message of a row, as a pattern."""
+    cell = next(line for line in TABLE.splitlines() if line.startswith(f"| {row} |")).split(" | ")[-1]
+    message = re.search(r"`(.+?)`", cell)
+    assert message, row
+    return re.sub(r"<\w+>", ".+?", re.escape(message[1])).replace("'", "['`]")
+
+
+class Corpus:
+    """A run of the tiny models over documents of the test's own."""
+
+    def __init__(self, tiny_config: Path, folder: Path) -> None:
+        self.folder = folder
+        self.file = folder / "corpus.jsonl"
+        self.run = folder / "run"
+        self._text = tiny_config.read_text()
+        self._models = tiny_config.parent
+
+    def config(self, **replace: str) -> Path:
+        text = self._text.replace(f"{self._models}/corpus.jsonl", str(self.file))
+        for old, new in replace.items():
+            text = text.replace(f"{self._models}/{old}", new)
+        toml = self.folder / "bad.toml"
+        toml.write_text(text)
+        return toml
+
+    def write(self, *texts: Any) -> "Corpus":
+        self.file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return self
+
+    def ptafuse(self, stage: str, *sets: str, check: bool = True, **replace: str) -> subprocess.CompletedProcess[str]:
+        arguments = [f"--set={setting}" for setting in sets]
+        return ptafuse(
+            stage, str(self.config(**replace)), "--run", str(self.run), "--local", "--upstream", *arguments, check=check
+        )
+
+    def refused(self, stage: str, *sets: str, **replace: str) -> str:
+        done = self.ptafuse(stage, *sets, check=False, **replace)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def quarantined(self, step: str) -> list[dict[str, Any]]:
+        return [row for path in self.run.glob(f"{step}/*/quarantine/*") for row in pq.read_table(path).to_pylist()]
+
+
+@pytest.fixture
+def corpus(tiny_config: Path, tmp_path: Path) -> Corpus:
+    return Corpus(tiny_config, tmp_path)
+
+
+GOOD = [f"Plain sentence number {number} of a document that is good." for number in range(6)]
+
+
+def test_empty_and_blank_documents_are_counted(corpus: Corpus) -> None:
+    corpus.write(*GOOD, "", " \n\t ", "\u3000").ptafuse("shard")
+    assert re.search(said("an empty document"), ptafuse("status", str(corpus.run)).stdout.replace("\n", " "))
+    assert status(corpus.run)["shard"]["health"]["empty_documents"] == 3
+    assert corpus.quarantined("shard") == []
+
+
+def test_one_character_and_nul_are_ordinary(corpus: Corpus) -> None:
+    corpus.write(*GOOD, "x", "\U0001f600", "a\x00b", "\x00").ptafuse("fuse", "shard.validation_fraction=0.0")
+    rows = [row for path in corpus.run.glob("shard/*/data/*") for row in pq.read_table(path).to_pylist()]
+    assert {row["text"] for row in rows} >= {"x", "\U0001f600", "a\x00b", "\x00"}
+    steps = status(corpus.run)
+    assert all(steps[key]["is_done"] for key in ("shard", "logits/llama", "logits/neox", "align/neox", "fuse"))
+    assert not any(shard["num_quarantined"] for step in steps.values() for shard in step["shards"])
+
+
+def test_very_large_document_is_cut_and_complete(corpus: Corpus) -> None:
+    text = "A long document of many sentences that never ends, or so it seems. " * 6000
+    corpus.write(*GOOD, text).ptafuse("shard", "shard.max_length=1024")
+    rows = [row for path in sorted(corpus.run.glob("shard/*/data/*")) for row in pq.read_table(path).to_pylist()]
+    assert "".join(row["text"] for row in rows if row["doc_id"] == len(GOOD)) == text
+
+
+def test_bad_records_go_to_quarantine_and_are_counted_downstream(corpus: Corpus) -> None:
+    lines = [json.dumps({"text": text}).encode() for text in GOOD]
+    lines += [b'{"text": "\\ud800 lone"}', b'{"text": null}', b"{broken", b'{"text": 7}']
+    corpus.file.write_bytes(b"\n".join(lines) + b"\n")
+    sets = ("shard.max_bad_fraction=0.7", "shard.validation_fraction=0.0", "shard.documents_per_shard=10")
+    corpus.ptafuse("fuse", *sets)
+    messages = {row["doc_id"]: row["message"] for row in corpus.quarantined("shard")}
+    expected = ("invalid UTF-8", "a null text", "a line that is not JSON", "a text that is a number")
+    assert sorted(messages) == [6, 7, 8, 9]
+    for message, row in zip((messages[number] for number in sorted(messages)), expected, strict=True):
+        assert re.search(said(row), message), row
+    shown = ptafuse("status", str(corpus.run)).stdout
+    assert "shard: 4 records are in quarantine" in shown
+    rows = sum(pq.read_metadata(path).num_rows for path in corpus.run.glob("logits/llama/*/data/*"))
+    assert rows == len(GOOD), "what is in quarantine is missing in later stages, and nothing else is"
+    refused = corpus.refused("shard", "shard.max_bad_fraction=0.1", "shard.documents_per_shard=11")
+    assert re.search(said("too many bad records"), refused)
+    assert "document 6, segment -1: InvalidUtf8" in refused
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [("a column of the wrong type", {"text": [1, 2, 3]}), ("a missing column", {"body": ["a", "b"], "id": [1, 2]})],
+)
+def test_wrong_columns_are_refused(corpus: Corpus, row: str, columns: dict[str, list]) -> None:
+    corpus.file = corpus.folder / "corpus.parquet"
+    pq.write_table(pa.table(columns), corpus.file)
+    assert re.search(said(row), corpus.refused("shard"))
+
+
+def test_parquet_file_cut_short_is_refused(corpus: Corpus) -> None:
+    corpus.file = corpus.folder / "corpus.parquet"
+    pq.write_table(pa.table({"text": GOOD * 50}), corpus.file)
+    corpus.file.write_bytes(corpus.file.read_bytes()[:-40])
+    assert re.search(said("a Parquet file cut short"), corpus.refused("shard"))
+
+
+def test_dataset_that_changed_after_planning_is_noticed(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the plan and the reading of its rows."""
+    from pipeline import engine
+
+    freeze = engine.freeze_plan
+
+    def freeze_and_change(*arguments: Any) -> Any:
+        plan = freeze(*arguments)
+        corpus.write(*GOOD[:2])
+        return plan
+
+    monkeypatch.setattr(engine, "freeze_plan", freeze_and_change)
+    assert re.search(said("a dataset file that changed after planning"), corpus.write(*GOOD).refused("shard"))
+
+
+def model_with(corpus: Corpus, name: str, change) -> dict[str, str]:
+    """A copy of a tiny model with other weights; the arguments that make the configuration use it."""
+    copy = Path(shutil.copytree(corpus._models / name, corpus.folder / name))
+    weights = load_file(copy / "model.safetensors")
+    change(weights)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    return {name: str(copy)}
+
+
+def test_model_whose_weights_are_nan_is_refused_before_its_first_shard(corpus: Corpus) -> None:
+    def poison(weights) -> None:
+        weights["model.norm.weight"][0] = float("nan")
+
+    refused = corpus.write(*GOOD).refused("logits", **model_with(corpus, "llama", poison))
+    assert re.search(said("a model that gives NaN for anything"), refused)
+
+
+def test_record_for_which_a_model_gives_nan_is_named_after_three_tries(corpus: Corpus) -> None:
+    from stages.contract.models import ModelConfig
+    from stages.contract.tokens import SegmentTokenizer
+
+    tokenizer = SegmentTokenizer.load(ModelConfig(name="llama", path=corpus._models / "llama"))
+    odd = "\U0001f600 \u0416\u0416"
+    usual = {int(token) for text in GOOD for token in tokenizer.encode(text, is_last=True).ids}
+    rare = [int(token) for token in tokenizer.encode(odd, is_last=True).ids if int(token) not in usual and token > 8]
+
+    def poison(weights) -> None:
+        weights["model.embed_tokens.weight"][rare[0]] = float("nan")
+
+    corpus.write(*GOOD, odd)
+    refused = corpus.refused("logits", "shard.validation_fraction=0.0", **model_with(corpus, "llama", poison))
+    assert re.search(said("a model that gives NaN for some record"), refused)
+    assert f"doc_id {len(GOOD)}, segment 0" in refused
+    assert "ptafuse retry" in refused
+    states = {
+        shard["shard"]: (shard["state"], shard["attempts"]) for shard in status(corpus.run)["logits/llama"]["shards"]
+    }
+    assert states == {0: ("done", 1), 1: ("failed", 3)}
+
+
+def change_tokenizer(folder: Path) -> None:
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "clean_up_tokenization_spaces": True}))
+
+
+def test_tokenizer_that_changed_between_stages_is_noticed(corpus: Corpus) -> None:
+    copy = Path(shutil.copytree(corpus._models / "neox", corpus.folder / "neox"))
+    corpus.write(*GOOD).ptafuse("shard", neox=str(copy))
+    change_tokenizer(copy)
+    before = data_hashes(corpus.run)
+    refused = ptafuse("logits", str(corpus.config(neox=str(copy))), "--run", str(corpus.run), "--local", check=False)
+    assert refused.returncode == 1
+    assert re.search(said("a tokenizer that changed between two stages"), refused.stderr)
+    assert data_hashes(corpus.run) == before
+
+
+def test_tokenizer_that_changes_while_the_stage_starts_is_noticed(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a machine that has other files under the same path."""
+    from pipeline import engine
+
+    copy = Path(shutil.copytree(corpus._models / "llama", corpus.folder / "llama"))
+    corpus.write(*GOOD).ptafuse("shard", llama=str(copy))
+    check = engine._check_tokenizers
+
+    def check_and_change(*arguments: Any) -> None:
+        check(*arguments)
+        change_tokenizer(copy)
+
+    monkeypatch.setattr(engine, "_check_tokenizers", check_and_change)
+    row = "a tokenizer that changed while a stage runs, or differs on another machine"
+    assert re.search(said(row), corpus.refused("logits", llama=str(copy)))
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=64k", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("this user may not mount a disk")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_read_only_folder_is_named(corpus: Corpus, read_only_disk: Path) -> None:
+    corpus.run = read_only_disk / "run"
+    assert re.search(said("a read-only folder"), corpus.write(*GOOD).refused("shard"))
+
+
+def test_run_folder_of_another_version_is_refused(corpus: Corpus) -> None:
+    corpus.write(*GOOD).ptafuse("shard")
+    path = next(corpus.run.glob("shard/*/manifests/shard-00000.json"))
+    text = path.read_text()
+    path.write_text(text.replace('"manifest_version": 1', '"manifest_version": 2'))
+    shown = ptafuse("verify", str(corpus.run), check=False)
+    assert re.search(said("a manifest of another version"), shown.stdout.replace("\n", " "))
+    assert re.search(said("a manifest of another version"), corpus.refused("logits"))
+    path.write_text(text)
+    record = next(corpus.run.glob("configs/*.json"))
+    value = json.loads(record.read_text())
+    value["config"]["align"]["setting_of_the_future"] = 1
+    record.write_text(json.dumps(value))
+    refused = ptafuse("status", str(corpus.run), check=False)
+    assert refused.returncode == 1
+    assert re.search(said("a configuration recorded by another version"), refused.stderr)
+
+
+def test_changed_data_file_is_refused(corpus: Corpus) -> None:
+    corpus.write(*GOOD).ptafuse("shard")
+    path = next(corpus.run.glob("shard/*/data/*"))
+    path.write_bytes(path.read_bytes()[:-8])
+    assert re.search(said("a data file that was changed or cut"), corpus.refused("logits"))
+
+
+def test_secret_in_the_dataset_url_is_refused_and_not_recorded(corpus: Corpus) -> None:
+    refused = corpus.refused("shard", "dataset.path=https://user:hunter2@host/corpus.jsonl")
+    assert re.search(said("a URL that holds a secret"), refused)
+    assert "hunter2" not in refused
+    assert not corpus.run.exists()
