@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 
 from stages.align.distance import PairDistances, levenshtein_matrix
 from stages.contract.tokens import Vocabulary
@@ -51,6 +52,18 @@ def test_matrix_equals_the_recurrence_on_any_text(rows, columns):
     found = levenshtein_matrix(rows, columns)
     assert found.shape == (len(rows), len(columns))
     assert found.tolist() == [[levenshtein(a, b) for b in columns] for a in rows]
+
+
+@given(st.lists(st.text("ab ", max_size=40), max_size=8), st.lists(st.text("ab ", max_size=40), max_size=8))
+def test_matrix_equals_rapidfuzz_on_texts_shorter_and_longer_than_a_word(rows, columns):
+    assert levenshtein_matrix(rows, columns).tolist() == [[Levenshtein.distance(a, b) for b in columns] for a in rows]
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65])
+def test_matrix_at_a_words_last_bit(length):
+    columns = ["a" * length, "b" * length, "ab" * (length // 2) + "a" * (length % 2), "a" * (length - 1), "", "x"]
+    rows = [*columns, "\U0010ffff" * length, "b" + "a" * length]
+    assert levenshtein_matrix(rows, columns).tolist() == [[levenshtein(a, b) for b in columns] for a in rows]
 
 
 def test_a_byte_outside_a_character_is_one_edit():
