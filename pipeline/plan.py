@@ -72,7 +72,7 @@ class ResolvedRun:
         """What the user types to run a stage of this run."""
         sets = "".join(f" --set {shlex.quote(override)}" for override in self.request.overrides)
         arguments = f" ARGS={shlex.quote(sets.strip())}" if sets else ""
-        path = self.request.config_path
+        path, run_url = shlex.quote(self.request.config_path), shlex.quote(run_url)
         return (
             f"`make {stage} CONFIG={path} RUN={run_url}{arguments}` (or `ptafuse {stage} {path} --run {run_url}{sets}`)"
         )

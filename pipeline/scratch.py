@@ -65,6 +65,7 @@ def trained_model(run: Run) -> Path:
         return model
     folder = run.resolved.steps["train"].folder
     for name, digest in json.loads(run.store.read(f"{folder}/manifest.json"))["model_files"].items():
+        run.store.path(name)  # refuses one that would leave the folder
         if _sha256(model / name) == digest:
             continue
         run.store.download(f"{folder}/model/{name}", model / name)

@@ -275,7 +275,7 @@ def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) 
     transformers_logging.disable_progress_bar()  # ours shows shards; theirs flashes once a worker
     loaded = AutoModelForCausalLM.from_pretrained(
         **model.pretrained_arguments(),
-        **(_unpacked_gguf() if model.is_gguf else {}),
+        **(_unpacked_gguf() if model.is_gguf else {"use_safetensors": True}),  # a pickle could run anything
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         trust_remote_code=model.trust_remote_code,
