@@ -17,7 +17,7 @@ VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-versio
 DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare report verify test test-fast test-vllm check format bench clean
+.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare report verify test test-fast test-vllm check format bench chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -103,6 +103,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code as `make check` wants it
 
 bench: $(VENV)/.installed-dev  ## one JSON object a line, for people on standard error
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+chaos: $(VENV)/.installed-dev  ## kill a run's workers, driver and S3 server 50 times; it must end with the same rows
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 clean:  ## remove the environment and caches; runs and demo-data stay
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
