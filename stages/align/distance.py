@@ -16,7 +16,7 @@ from rapidfuzz.process import cdist, cpdist
 from stages.align.pair_cache import NO_PAIR, PairCache
 
 CACHE_SLOTS: Final = 2**22
-"""Slots of ``PairDistances``: 12 bytes each, 50 MB a worker."""
+"""Slots of ``PairDistances``: 16 bytes each, 67 MB a worker."""
 
 _WORD: Final = 16
 """Bits of the kernel's words, and characters of the longest column text that it takes: nearly all tokens are shorter."""

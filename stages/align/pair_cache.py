@@ -18,7 +18,7 @@ class PairCache:
     When it is half full it is emptied, so memory is bounded and values do not depend on what was asked before.
 
     Args:
-        num_slots: a power of two; 12 bytes each.
+        num_slots: a power of two; 16 bytes each.
 
     Raises:
         ValueError: it is no power of two.
@@ -27,8 +27,9 @@ class PairCache:
     def __init__(self, num_slots: int) -> None:
         if num_slots < 2 or num_slots & (num_slots - 1):
             raise ValueError(f"num_slots = {num_slots}: expected a power of two, at least 2")
-        self._keys = np.full(num_slots, NO_PAIR, np.int64)
-        self._values = np.zeros(num_slots, np.float32)
+        # A key beside its value: to find both, memory is waited for once.
+        self._table = np.full((num_slots, 2), NO_PAIR, np.int64)
+        self._values = self._table.view(np.float64)[:, 1]
         self._num_used = 0
 
     @property
@@ -47,33 +48,39 @@ class PairCache:
             (N,) float64; 0 at pads.
         """
         found = np.empty(len(keys))
-        limit = len(self._keys) // 2
+        limit = len(self._table) // 2
         for start in range(0, len(keys), limit):
             part = keys[start : start + limit]
             # Counted exactly only when the table could get too full.
             if self._num_used + len(part) > limit and self._num_used + len(np.unique(part)) > limit:
                 self._clear()
-            slots, missing = _find_slots(self._keys, part)
+            values = found[start : start + limit]
+            slots, missing = _find(self._table, self._values, part, values)
             if len(missing):
                 is_computed = False
                 try:
-                    self._values[slots[missing]] = compute(part[missing])
+                    self._values[slots[missing]] = compute(part[missing]).astype(np.float32)
                     is_computed = True
                 finally:
                     if not is_computed:  # the keys are claimed already: they must not keep what their slots held before
                         self._clear()
                 self._num_used += len(missing)
-            found[start : start + limit] = np.where(slots < 0, 0.0, self._values[slots])
+                values[:] = np.where(slots < 0, 0.0, self._values[slots])
         return found
 
     def _clear(self) -> None:
-        self._keys.fill(NO_PAIR)
+        self._table[:, 0] = NO_PAIR
         self._num_used = 0
 
 
 @njit(cache=True)
-def _find_slots(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Slot of each key, claimed if it was not there; and the first place of each key that was not there."""
+def _find(
+    table: np.ndarray, table_values: np.ndarray, keys: np.ndarray, values: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slot of each key, claimed if it was not there; and the first place of each key that was not there.
+
+    Writes the keys' values, which mean something only where no key was missing.
+    """
     mask = np.uint64(len(table) - 1)
     shift = np.uint64(64)
     size = len(table)
@@ -87,13 +94,15 @@ def _find_slots(table: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.nda
         key = keys[index]
         if key == NO_PAIR:
             slots[index] = -1
+            values[index] = 0.0
             continue
         slot = (np.uint64(key) * _MULTIPLIER) >> shift
-        while table[slot] != key and table[slot] != NO_PAIR:
+        while table[slot, 0] != key and table[slot, 0] != NO_PAIR:
             slot = (slot + np.uint64(1)) & mask
-        if table[slot] == NO_PAIR:
-            table[slot] = key
+        if table[slot, 0] == NO_PAIR:
+            table[slot, 0] = key
             missing[num_missing] = index
             num_missing += 1
         slots[index] = slot
+        values[index] = table_values[slot]
     return slots, missing[:num_missing]

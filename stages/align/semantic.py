@@ -13,7 +13,7 @@ from stages.align.support import NO_ID, text_ids
 from stages.contract.tokens import Encoding, Vocabulary
 
 CACHE_SLOTS: Final = 2**22
-"""Slots of ``SemanticCosts``: 12 bytes each, 50 MB a worker."""
+"""Slots of ``SemanticCosts``: 16 bytes each, 67 MB a worker."""
 SCALE_PAIRS: Final = 20_000
 """Random pairs of target tokens from which the scale is taken."""
 CONTEXTS: Final = ("", "\n", "a", ".")
