@@ -6,14 +6,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from pipeline.engine import Run, StageError, open_run, run_stage
 from pipeline.plan import Request, recorded_run
 from stages.contract.store import Store
+
+if TYPE_CHECKING:
+    from pipeline.engine import Run
 
 DEFAULT_CONFIG = "pipeline/configs/demo.toml"
 DEFAULT_RUN = "runs/demo"
@@ -54,7 +56,7 @@ def _console() -> Console:
     return Console(width=width, markup=False, highlight=False)
 
 
-def run_named_stage(run: Run, stage: str) -> None:
+def run_named_stage(run: "Run", stage: str) -> None:
     """Run one stage by its name, the sharded ones and train and eval alike."""
     if stage == "train":
         from pipeline.training import run_training
@@ -65,10 +67,12 @@ def run_named_stage(run: Run, stage: str) -> None:
 
         run_eval(run)
     else:
+        from pipeline.engine import run_stage
+
         run_stage(run, stage)
 
 
-def run_all_stages(run: Run) -> None:
+def run_all_stages(run: "Run") -> None:
     """Run every stage of a configuration, in order."""
     for stage in STAGE_HELP:
         run_named_stage(run, stage)
@@ -94,6 +98,8 @@ def _stage_command(stage: str) -> Callable[..., None]:
         upstream: UpstreamOption = False,
         strict: StrictOption = False,
     ) -> None:
+        from pipeline.engine import open_run
+
         opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local, strict=strict)
         order = list(STAGE_HELP)
         for name in order[: order.index(stage)] if upstream else ():
@@ -178,6 +184,7 @@ def verify(
     ] = False,
 ) -> None:
     """Re-read every file of a run directory against its manifest."""
+    from pipeline.engine import StageError
     from pipeline.verify import verify_run
 
     problems = verify_run(Store(run), _console(), repair=repair)

@@ -16,6 +16,7 @@ from pipeline.dataset_files import reading
 from pipeline.documents import check_dataset
 from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
+from pipeline.rollup import SHARDS_A_ROLLUP, roll_up
 from pipeline.sharing import SHARED_STAGES, check_shared, take_up_plan, take_up_shards
 from pipeline.stage_table import Resources, stage_spec
 from pipeline.worker import ShardJob, ShardStatus, library_versions
@@ -155,6 +156,7 @@ def _run_step(run: Run, step: Step) -> None:
         return
     _check_tokenizers(run, step)
     _check_drift(run, step)
+    resources = spec.resources(run.config)
     job = ShardJob(
         run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
         config_json=run.config.model_dump_json(by_alias=True),
@@ -164,13 +166,18 @@ def _run_step(run: Run, step: Step) -> None:
         num_shards=num_shards,
         launch=f"{int(time.time())}-{uuid.uuid4().hex[:8]}",
         max_attempts=run.config.engine.max_attempts,
+        cpus=resources.cpus,
+        gpus=resources.gpus,
     )
     failed: list[ShardStatus] = []
     with StepProgress(run.console, step.key, num_shards, num_shards - len(pending)) as progress:
-        for status in _runner(run)(job, pending, spec.resources(run.config), run.config.engine):
+        for number, status in enumerate(_runner(run)(job, pending, resources, run.config.engine), start=1):
             progress.add(status)
             if status.outcome == "failed":
                 failed.append(status)
+            if number % SHARDS_A_ROLLUP == 0:
+                roll_up(run.store, step.folder)
+    roll_up(run.store, step.folder)
     run.console.print(progress.summary())
     missing = set(pending_shards(run.store, step, num_shards)) - {status.shard for status in failed}
     if missing:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.engine import Run, StageError, command, require_complete
-from pipeline.plan import FUSED, Step
+from pipeline.plan import FUSED, Step, result_key
 from pipeline.scratch import publish_card, trained_model
 from pipeline.training import is_trained
 from stages.contract.models import ModelConfig
@@ -22,11 +22,6 @@ from train.card import add_evaluation
 from train.evaluate import Segment, bits_per_byte
 
 log = logging.getLogger(__name__)
-
-
-def result_key(step: Step) -> str:
-    """Where the figure of one model is."""
-    return f"{step.folder}/bits-per-byte.json"
 
 
 def run_eval(run: Run) -> None:

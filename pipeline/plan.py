@@ -203,6 +203,11 @@ def _eval_steps(config: RunConfig, steps: Mapping[str, Step]) -> list[Step]:
     return found
 
 
+def result_key(step: Step) -> str:
+    """Where the figure of an evaluated model is."""
+    return f"{step.folder}/bits-per-byte.json"
+
+
 # --- the frozen plan -------------------------------------------------------------------------------------------------
 
 

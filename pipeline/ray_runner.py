@@ -72,6 +72,7 @@ def run_shards(
     start_ray(engine.num_cpus)
     if resources.gpus is None:
         resources = dataclasses.replace(resources, gpus=1.0 if ray.cluster_resources().get("GPU") else 0.0)
+    job = dataclasses.replace(job, gpus=resources.gpus)
     require_resources(job.step.key, resources.cpus, resources.gpus or 0.0)
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,6 +1,5 @@
 """What came out of a run directory, as rows: shown by ``ptafuse report`` in the terminal and in the HTML page."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -9,7 +8,7 @@ import numpy as np
 
 from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
-from pipeline.status import RunStatus, StepStatus
+from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
 from stages.contract.manifest import Figure, Mean
 from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
@@ -283,18 +282,5 @@ def _seconds(status: StepStatus, run: ResolvedRun, store: Store) -> tuple[float,
         result = read_result(store, step) or {}
         return result.get("seconds", 0.0), result.get("num_tokens", 0)
     if step.stage == "train":
-        seconds, before = 0.0, 0
-        for record in training_log(run, store):
-            seconds += (record["num_tokens"] - before) / record["tokens_per_second"]
-            before = record["num_tokens"]
-        return seconds, before
-    return sum(manifest.seconds for manifest in status.manifests.values()), status.num_tokens
-
-
-def training_log(run: ResolvedRun, store: Store) -> list[dict[str, Any]]:
-    """The step records of a run's training, in order; a last line that a killed process left half written is skipped."""
-    try:
-        lines = store.read(f"{run.steps['train'].folder}/log.jsonl").decode().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+        return training_seconds(read_training_log(step, store))
+    return status.seconds, status.num_tokens

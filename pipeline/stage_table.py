@@ -1,6 +1,9 @@
 """The sharded stages in order: what each reads, which settings shape it, how it is built, and what it needs to run.
 
 A *step* is one folder of the run directory: a stage, and its model where the stage runs once a model.
+
+The stages' code is imported where a stage is built: it loads torch and compilers, and ``status``, ``plan`` and ``gc`` need
+neither.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,14 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from pipeline.config import RunConfig
-from stages.align import stage as align_stage
+from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
 from stages.contract.models import ModelConfig
 from stages.contract.stage import Stage
-from stages.fuse import stage as fuse_stage
-from stages.logits import stage as logits_stage
-from stages.logits.choice import choose_backend
-from stages.shard import stage as shard_stage
+from stages.fuse.config import VERSION as FUSE_VERSION
+from stages.logits.config import VERSION as LOGITS_VERSION
+from stages.shard.config import VERSION as SHARD_VERSION
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,11 @@ def _model(model: ModelConfig | None) -> ModelConfig:
 
 
 def _logits_choices(config: RunConfig, model: ModelConfig | None) -> dict[str, str]:
-    return {"backend": choose_backend(config.logits, _model(model))} if config.logits.backend == "auto" else {}
+    if config.logits.backend != "auto":
+        return {}
+    from stages.logits.choice import choose_backend
+
+    return {"backend": choose_backend(config.logits, _model(model))}
 
 
 def _fuse_inputs(config: RunConfig, _: ModelConfig | None) -> dict[str, str]:
@@ -96,22 +102,46 @@ def _fuse_inputs(config: RunConfig, _: ModelConfig | None) -> dict[str, str]:
     return {key: key for key in keys}
 
 
+def _shard_stage(config: RunConfig, _: ModelConfig | None) -> Stage:
+    from stages.shard.stage import ShardStage
+
+    return ShardStage(config.shard, config.models)
+
+
+def _logits_stage(config: RunConfig, model: ModelConfig | None) -> Stage:
+    from stages.logits.stage import LogitsStage
+
+    return LogitsStage(config.logits, _model(model))
+
+
+def _align_stage(config: RunConfig, model: ModelConfig | None) -> Stage:
+    from stages.align.stage import AlignStage
+
+    return AlignStage(config.align, config.target, _model(model))
+
+
+def _fuse_stage(config: RunConfig, _: ModelConfig | None) -> Stage:
+    from stages.fuse.stage import FuseStage
+
+    return FuseStage(config.fuse, config.target, config.sources)
+
+
 STAGES: Final[tuple[StageSpec, ...]] = (
     StageSpec(
         name="shard",
-        version=shard_stage.VERSION,
+        version=SHARD_VERSION,
         models=lambda config: (),
         inputs=lambda config, model: {},  # documents, by the frozen plan
         settings=lambda config, model: {
             "dataset": config.dataset.result_settings(),
             "shard": config.shard.result_settings(),
         },
-        build=lambda config, model: shard_stage.ShardStage(config.shard, config.models),
+        build=_shard_stage,
         section=lambda config: config.shard,
     ),
     StageSpec(
         name="logits",
-        version=logits_stage.VERSION,
+        version=LOGITS_VERSION,
         models=lambda config: config.models,
         inputs=lambda config, model: {"shard": "shard"},
         settings=lambda config, model: {
@@ -119,33 +149,33 @@ STAGES: Final[tuple[StageSpec, ...]] = (
             "weights": _model(model).weights_identity(),
             "tokenizer": _model(model).tokenizer_identity(),
         },
-        build=lambda config, model: logits_stage.LogitsStage(config.logits, _model(model)),
+        build=_logits_stage,
         section=lambda config: config.logits,
         train_rows_only=True,
         choices=_logits_choices,
     ),
     StageSpec(
         name="align",
-        version=align_stage.VERSION,
+        version=ALIGN_VERSION,
         models=lambda config: config.sources,
         inputs=lambda config, model: {
             "target": f"logits/{config.target.name}",
             "source": f"logits/{_model(model).name}",
         },
         settings=lambda config, model: {"align": config.align.result_settings()},
-        build=lambda config, model: align_stage.AlignStage(config.align, config.target, _model(model)),
+        build=_align_stage,
         section=lambda config: config.align,
     ),
     StageSpec(
         name="fuse",
-        version=fuse_stage.VERSION,
+        version=FUSE_VERSION,
         models=lambda config: (),
         inputs=_fuse_inputs,
         settings=lambda config, model: {
             "fuse": config.fuse.result_settings(),
             "candidates": [model.name for model in config.models],  # `chosen` counts them, and ties go by their order
         },
-        build=lambda config, model: fuse_stage.FuseStage(config.fuse, config.target, config.sources),
+        build=_fuse_stage,
         section=lambda config: config.fuse,
     ),
 )

@@ -1,16 +1,17 @@
 """What is done, running and failed in a run directory, read from storage alone (no Ray, no models)."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.evaluation import result_key
-from pipeline.plan import ResolvedRun, Step, read_plan
-from pipeline.worker import read_attempts
-from stages.contract.manifest import Figure, Manifest, Mean
+from pipeline.attempts import is_running, unfinished_attempts
+from pipeline.plan import ResolvedRun, Step, read_plan, result_key
+from pipeline.rollup import DoneShard, FiguresReader
+from stages.contract.manifest import Figure, Mean
 from stages.contract.store import Store
 
 LOW_COVERAGE = 0.5
@@ -25,49 +26,53 @@ class StepStatus:
         key: the step.
         fingerprint: of its folder.
         num_shards: shards in all; 0 while there is no plan, and for train and eval.
-        manifests: done shards.
-        attempts: shard -> the recorded attempts, where there are any.
+        shards: the done shards.
+        health: their health figures, added up.
+        attempts: shard that is not done -> the recorded attempts at it.
+        running: shards that a worker computes now.
+        is_done: nothing of the step is left to do.
+        training: the last record of the training log; None for the other steps, and before the first step.
     """
 
     key: str
     fingerprint: str
-    num_shards: int
-    manifests: Mapping[int, Manifest]
-    attempts: Mapping[int, list[dict[str, Any]]]
+    num_shards: int = 0
+    shards: Mapping[int, DoneShard] = field(default_factory=dict)
+    health: Mapping[str, Figure] = field(default_factory=dict)
+    attempts: Mapping[int, list[dict[str, Any]]] = field(default_factory=dict)
+    running: frozenset[int] = frozenset()
     is_done: bool = False
+    training: Mapping[str, Any] | None = None
 
     @property
     def failed(self) -> dict[int, str]:
-        """Unfinished shards with an error -> the last one."""
+        """Shards that are neither done nor running and had an error -> the last one."""
         found = {}
         for shard, records in self.attempts.items():
             errors = [record["error"] for record in records if record.get("error")]
-            if errors and shard not in self.manifests:
+            if errors and shard not in self.running:
                 found[shard] = errors[-1]
         return found
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the done shards."""
-        return sum(manifest.num_tokens for manifest in self.manifests.values())
+        return sum(shard.num_tokens for shard in self.shards.values())
 
     @property
-    def health(self) -> dict[str, Figure]:
-        """Health figures of the done shards, added up."""
-        total: dict[str, Figure] = {}
-        for manifest in self.manifests.values():
-            for name, figure in manifest.health.items():
-                before = total.get(name)
-                if before is None:
-                    total[name] = figure
-                else:
-                    total[name] = before + figure  # type: ignore[operator]  # one name is always of one kind
-        return total
+    def seconds(self) -> float:
+        """Computing of the done shards, all workers together."""
+        return sum(shard.seconds for shard in self.shards.values())
+
+    def num_attempts(self, shard: int) -> int:
+        """Attempts at a shard so far; at a done one, up to the one that did it."""
+        done = self.shards.get(shard)
+        return done.attempt if done else len(self.attempts.get(shard, ()))
 
     @property
     def figures(self) -> dict[str, Figure]:
         """The health figures, and what follows from the seconds of a stage that runs models: its speed, the models' share."""
-        figures = self.health
+        figures = dict(self.health)
         seconds, forward = (figures.get(name) for name in ("stage_seconds", "forward_seconds"))
         if isinstance(seconds, float) and isinstance(forward, float) and seconds:
             figures["forward_share"] = forward / seconds
@@ -96,18 +101,77 @@ class RunStatus:
         }
 
 
+class StatusReader:
+    """Reads where a run stands, again and again: what is done is read once."""
+
+    def __init__(self, resolved: ResolvedRun, store: Store) -> None:
+        """Nothing is read yet."""
+        self._resolved = resolved
+        self._store = store
+        self._figures = FiguresReader(store)
+
+    def read(self) -> RunStatus:
+        """Where the run stands now."""
+        resolved, url = self._resolved, self._store.url
+        plan = read_plan(self._store, resolved.steps["shard"].folder)
+        num_shards = plan.num_shards if plan else 0
+        steps = tuple(self._read_step(step, num_shards) for step in resolved.steps.values())
+        unfinished = next((step for step in steps if not step.is_done), None)
+        following = None
+        if unfinished is not None:
+            following = resolved.command(unfinished.key.split("/", maxsplit=1)[0], url)
+            if unfinished.failed:
+                following = f"`ptafuse retry {url}`, then {following}"
+        return RunStatus(url, resolved.config.name, steps, following, tuple(_warnings(steps)))
+
+    def _read_step(self, step: Step, num_shards: int) -> StepStatus:
+        if step.stage == "eval":
+            return StepStatus(step.key, step.fingerprint, is_done=self._store.exists(result_key(step)))
+        if step.stage == "train":
+            is_done = self._store.exists(f"{step.folder}/manifest.json")
+            return StepStatus(step.key, step.fingerprint, is_done=is_done, training=self._last_training_step(step))
+        figures = self._figures.read(step.folder)
+        is_done = 0 < num_shards == len(figures.shards)
+        attempts = {} if is_done else unfinished_attempts(self._store, step.folder, figures.shards)
+        longest = self._resolved.config.engine.no_progress_timeout_seconds
+        running = {shard for shard, past in attempts.items() if is_running(past[-1], longest_seconds=longest)}
+        return StepStatus(
+            key=step.key,
+            fingerprint=step.fingerprint,
+            num_shards=num_shards,
+            shards=figures.shards,
+            health=figures.health,
+            attempts=attempts,
+            running=frozenset(running),
+            is_done=is_done,
+        )
+
+    def _last_training_step(self, step: Step) -> dict[str, Any] | None:
+        records = read_training_log(step, self._store)
+        return records[-1] if records else None
+
+
 def read_status(resolved: ResolvedRun, store: Store) -> RunStatus:
-    """Read where a run stands."""
-    plan = read_plan(store, resolved.steps["shard"].folder)
-    num_shards = plan.num_shards if plan else 0
-    steps = tuple(_read_step(step, store, num_shards) for step in resolved.steps.values())
-    unfinished = next((step for step in steps if not step.is_done), None)
-    following = None
-    if unfinished is not None:
-        following = resolved.command(unfinished.key.split("/", maxsplit=1)[0], store.url)
-        if unfinished.failed:
-            following = f"`ptafuse retry {store.url}`, then {following}"
-    return RunStatus(store.url, resolved.config.name, steps, following, tuple(_warnings(steps)))
+    """Read where a run stands, once."""
+    return StatusReader(resolved, store).read()
+
+
+def read_training_log(step: Step, store: Store) -> list[dict[str, Any]]:
+    """The records of the train step so far (``train.job.StepRecord``); a line that is half written is left out."""
+    try:
+        lines = store.read(f"{step.folder}/log.jsonl").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def training_seconds(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+    """Seconds in optimizer steps, and tokens, from the records of the step log."""
+    seconds, before = 0.0, 0
+    for record in records:
+        seconds += (record["num_tokens"] - before) / record["tokens_per_second"]
+        before = record["num_tokens"]
+    return seconds, before
 
 
 def print_status(status: RunStatus, console: Console) -> None:
@@ -116,16 +180,15 @@ def print_status(status: RunStatus, console: Console) -> None:
     for column in ("step", "fingerprint", "done", "failed", "tokens", "attempts", "tokens/s"):
         table.add_column(column, justify="left" if column in ("step", "fingerprint") else "right")
     for step in status.steps:
-        seconds = sum(manifest.seconds for manifest in step.manifests.values())
-        done = f"{len(step.manifests)}/{step.num_shards}" if step.num_shards else _yes(step)
+        tried = sum(map(step.num_attempts, {*step.shards, *step.attempts}))
         table.add_row(
             step.key,
             step.fingerprint,
-            done,
+            f"{len(step.shards)}/{step.num_shards}" if step.num_shards else _yes(step),
             str(len(step.failed) or ""),
             f"{step.num_tokens:,}" if step.num_tokens else "",
-            str(sum(len(records) for records in step.attempts.values()) or ""),
-            f"{step.num_tokens / seconds:,.0f}" if seconds and step.num_tokens else "",
+            str(tried or ""),
+            f"{step.num_tokens / step.seconds:,.0f}" if step.seconds and step.num_tokens else "",
         )
     console.print(table)
     for step in status.steps:
@@ -141,17 +204,6 @@ def print_status(status: RunStatus, console: Console) -> None:
     )
 
 
-def _read_step(step: Step, store: Store, num_shards: int) -> StepStatus:
-    if step.stage in ("train", "eval"):
-        proof = f"{step.folder}/manifest.json" if step.stage == "train" else result_key(step)
-        return StepStatus(step.key, step.fingerprint, 0, {}, {}, is_done=store.exists(proof))
-    manifests = store.manifests(step.folder)
-    tried = [int(name.removeprefix("shard-")) for name in store.names(f"{step.folder}/attempts")]
-    attempts = {shard: read_attempts(store, step.folder, shard) for shard in tried}
-    is_done = num_shards > 0 and len(manifests) == num_shards
-    return StepStatus(step.key, step.fingerprint, num_shards, manifests, attempts, is_done)
-
-
 def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
     found = []
     for step in steps:
@@ -161,7 +213,7 @@ def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
                 f"{step.key}: only {covered / positions:.0%} of the positions have an aligned distribution; training would "
                 "learn from the gold tokens almost alone. Try align.inexact = 'transport', or another source."
             )
-        quarantined = sum(manifest.num_quarantined for manifest in step.manifests.values())
+        quarantined = sum(shard.num_quarantined for shard in step.shards.values())
         if quarantined:
             found.append(
                 f"{step.key}: {quarantined} records are in quarantine; see {step.key}/{step.fingerprint}/quarantine"
@@ -170,22 +222,23 @@ def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
 
 
 def _step_json(step: StepStatus) -> dict[str, Any]:
+    failed = step.failed
     shards = []
     for shard in range(step.num_shards):
-        manifest = step.manifests.get(shard)
+        done = step.shards.get(shard)
         shards.append(
             {
                 "shard": shard,
-                "state": _state(step, shard),
-                "attempts": len(step.attempts.get(shard, [])),
-                "sha256": manifest.data.sha256 if manifest else None,
-                "data": manifest.data.key if manifest else None,
-                "num_bytes": manifest.data.num_bytes if manifest else None,
-                "num_rows": manifest.num_rows_out if manifest else None,
-                "num_quarantined": manifest.num_quarantined if manifest else None,
-                "num_tokens": manifest.num_tokens if manifest else None,
-                "seconds": manifest.seconds if manifest else None,
-                "error": step.failed.get(shard),
+                "state": _state(step, shard, failed),
+                "attempts": step.num_attempts(shard),
+                "sha256": done.sha256 if done else None,
+                "data": done.data_key if done else None,
+                "num_bytes": done.num_bytes if done else None,
+                "num_rows": done.num_rows if done else None,
+                "num_quarantined": done.num_quarantined if done else None,
+                "num_tokens": done.num_tokens if done else None,
+                "seconds": done.seconds if done else None,
+                "error": failed.get(shard),
             }
         )
     return {
@@ -193,16 +246,18 @@ def _step_json(step: StepStatus) -> dict[str, Any]:
         "fingerprint": step.fingerprint,
         "is_done": step.is_done,
         "num_shards": step.num_shards,
-        "num_done": len(step.manifests),
+        "num_done": len(step.shards),
         "health": {name: _health_json(figure) for name, figure in step.figures.items()},
         "shards": shards,
     }
 
 
-def _state(step: StepStatus, shard: int) -> str:
-    if shard in step.manifests:
+def _state(step: StepStatus, shard: int, failed: Container[int]) -> str:
+    if shard in step.shards:
         return "done"
-    if shard in step.failed:
+    if shard in step.running:
+        return "running"
+    if shard in failed:
         return "failed"
     return "unfinished" if shard in step.attempts else "pending"
 

@@ -59,6 +59,8 @@ class ShardJob:
         num_shards: shards of the run.
         launch: identifies the command that started the job.
         max_attempts: attempts at a shard before it counts as failed.
+        cpus: that each worker has, for the manifest.
+        gpus: likewise; None where only the runner knows.
     """
 
     run_url: str
@@ -69,6 +71,8 @@ class ShardJob:
     num_shards: int
     launch: str
     max_attempts: int
+    cpus: float | None = None
+    gpus: float | None = None
 
 
 @dataclass(frozen=True)
@@ -255,6 +259,8 @@ class ShardWorker:
             num_tokens=output.num_tokens,
             health=dict(output.health),
             seconds=round(time.monotonic() - started, 3),
+            cpus=self._job.cpus,
+            gpus=self._job.gpus,
             attempt=attempt.number,
             host=socket.gethostname(),
             versions={**library_versions(), **output.versions},

@@ -20,9 +20,8 @@ from pipeline.results import (
     teacher_rows,
     teacher_table,
     time_table,
-    training_log,
 )
-from pipeline.status import RunStatus, StepStatus, read_status, shown_figure
+from pipeline.status import RunStatus, StepStatus, read_status, read_training_log, shown_figure
 from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name, sweep_results, sweep_table
 from stages.contract.store import Store
 
@@ -145,7 +144,7 @@ def _described_sweep(sweep: SweepConfig, store: Store) -> dict[str, Any]:
 def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
     for run in runs:
-        records = training_log(run, store)
+        records = read_training_log(run.steps["train"], store)
         for field, title in (("loss_clm", "gold tokens, L_CLM"), ("loss_fusion", "fused distributions, L_fusion")):
             points = [(record["step"], record[field]) for record in records if record[field] is not None]
             if points:
@@ -165,5 +164,5 @@ def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus
 
 def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:
     rows = [(name, shown_figure(figure)) for name, figure in sorted(step.figures.items())]
-    done = f"{len(step.manifests)} of {step.num_shards} shards"
+    done = f"{len(step.shards)} of {step.num_shards} shards"
     return ResultTable(f"{step.key} of {run.config.name}: {done}", ("figure", "value"), tuple(rows), text_columns=(0,))

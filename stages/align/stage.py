@@ -23,9 +23,6 @@ from stages.contract.models import ModelConfig
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import SegmentTokenizer
 
-VERSION: Final = 2
-"""Raised when this stage's code gives other rows for the same settings."""
-
 _PROBE_CONTEXTS: Final = ("", "\n", "a")
 """Texts before a token to see which of several ids its tokenizer gives it."""
 

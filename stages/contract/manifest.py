@@ -76,6 +76,8 @@ class Manifest(BaseModel):
     num_tokens: int
     health: dict[str, Figure]
     seconds: float = Field(description="Reading, computing and writing this shard, without start-up.")
+    cpus: float | None = Field(None, description="CPUs that the worker had; None before this was recorded.")
+    gpus: float | None = Field(None, description="GPUs that the worker had; None before this was recorded.")
     attempt: int
     host: str
     versions: dict[str, str]

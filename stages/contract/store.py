@@ -14,7 +14,10 @@ import hashlib
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -43,6 +46,25 @@ UPLOAD_PART_BYTES = 32 * 2**20
 """A file of twice this size or more goes to S3 in parts, several at a time."""
 MAX_CREATE_ROUNDS = 5
 """A file that was found there and is gone when it is read is created anew, so often at most."""
+REMOTE_READS = 32
+"""Small files of an object store that are read at once: each costs a round trip, whatever its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """A file as a listing shows it, unopened.
+
+    Attributes:
+        key: its path in the run directory.
+        num_bytes: its size.
+        modified: when it was last written, seconds since the epoch; None where the filesystem does not say.
+        version: differs where the contents may: the object's ETag, or size and time of change.
+    """
+
+    key: str
+    num_bytes: int
+    modified: float | None
+    version: str
 
 
 class Store:
@@ -100,6 +122,35 @@ class Store:
             return []
         entries = {entry.rstrip("/") for entry in found} - {path.rstrip("/")}  # some consoles store folders as objects
         return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
+
+    def files(self, folder: str) -> list[FileEntry]:
+        """Every file in a folder and the folders in it, by key; in an object store one paged listing, no request a file.
+
+        Symbolic links are not followed.
+        """
+        if self.is_local:
+            return sorted(_local_files(self.path(folder), folder), key=lambda entry: entry.key)
+        try:
+            found = self._ask(self._fs.find, self.path(folder), detail=True)
+        except FileNotFoundError:
+            return []
+        return [
+            _remote_entry(name.removeprefix(f"{self._root}/"), info)
+            for name, info in sorted(found.items())
+            if info["type"] == "file" and not name.endswith("/")  # some consoles store folders as objects
+        ]
+
+    def read_all(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]:
+        """The bytes of many small files, in order; those that are gone are left out."""
+        with contextlib.nullcontext() if self.is_local else ThreadPoolExecutor(REMOTE_READS) as pool:
+            found = (pool.map if pool else map)(self._read_if_there, keys)
+            yield from ((key, raw) for key, raw in zip(keys, found, strict=True) if raw is not None)
+
+    def _read_if_there(self, key: str) -> bytes | None:
+        try:
+            return Path(self.path(key)).read_bytes() if self.is_local else self.read(key)
+        except FileNotFoundError:
+            return None
 
     def read(self, key: str) -> bytes:
         """The bytes of a file.
@@ -252,11 +303,9 @@ class Store:
 
     def manifests(self, folder: str) -> dict[int, Manifest]:
         """All manifests of a stage's folder, by shard."""
-        found = {}
-        for name in self.manifest_names(folder):
-            manifest = Manifest.from_bytes(self.read(f"{folder}/manifests/{name}"))
-            found[manifest.shard] = manifest
-        return found
+        keys = [f"{folder}/manifests/{name}" for name in self.manifest_names(folder)]
+        manifests = (Manifest.from_bytes(raw) for _, raw in self.read_all(keys))
+        return {manifest.shard: manifest for manifest in manifests}
 
     def manifest_names(self, folder: str) -> list[str]:
         """Names of the manifest files of a stage's folder; what a killed process left beside them is no manifest."""
@@ -305,6 +354,31 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _local_files(path: str, key: str) -> Iterator[FileEntry]:
+    try:
+        entries = list(os.scandir(path))
+    except FileNotFoundError:  # no such folder, or it has just been removed
+        return
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _local_files(entry.path, f"{key}/{entry.name}")
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            stat = entry.stat(follow_symlinks=False)
+            version = f"{stat.st_size}-{stat.st_mtime_ns}"
+            yield FileEntry(f"{key}/{entry.name}", stat.st_size, stat.st_mtime, version)
+
+
+def _remote_entry(key: str, info: dict[str, Any]) -> FileEntry:
+    """Filesystems name the time of change differently: s3fs, gcsfs and adlfs, the others."""
+    modified = next(
+        (info[name] for name in ("LastModified", "last_modified", "mtime", "created") if name in info), None
+    )
+    seconds = modified.timestamp() if isinstance(modified, datetime) else modified
+    version = info.get("ETag") or info.get("etag") or f"{info['size']}-{seconds}"
+    return FileEntry(key, int(info["size"]), seconds if isinstance(seconds, int | float) else None, str(version))
 
 
 def _check_parquet(path: Path, table: pa.Table, key: str) -> None:

@@ -1,10 +1,13 @@
 """Settings of the fuse stage."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import Field
 
 from stages.contract.fingerprint import RUNTIME, Settings
+
+VERSION: Final = 2
+"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 
 class FuseConfig(Settings):

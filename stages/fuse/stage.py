@@ -22,8 +22,6 @@ from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
 
-VERSION: Final = 2
-
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 
 

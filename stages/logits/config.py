@@ -1,10 +1,13 @@
 """Settings of the logits stage."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
+
+VERSION: Final = 2
+"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 
 class LogitsConfig(Settings):

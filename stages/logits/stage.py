@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -26,8 +25,6 @@ from stages.logits.transformers_backend import TransformersBackend
 from stages.logits.vllm_backend import VllmBackend
 
 logger = logging.getLogger(__name__)
-
-VERSION: Final = 2
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
 """Settings of the shard stage."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Final, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.filesystem import refuse_secrets
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.models import check_place
+
+VERSION: Final = 1
+"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 
 def absolute_or_url(path: str | None) -> str | None:

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +13,6 @@ from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import SegmentTokenizer
 from stages.shard.config import ShardConfig
 from stages.shard.cut import CutError, Measure, cut_document
-
-VERSION: Final = 1
 
 _SHORT_CHARACTERS_PER_TOKEN = 8
 """A document longer than this many characters for each of max_length tokens is not tried whole."""

@@ -1,6 +1,7 @@
 """The run directory: nothing half-written is ever seen, and nothing is published twice."""
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -117,3 +118,39 @@ def test_read_only_folder_is_an_error_not_a_loss(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError):
         Store(str(tmp_path)).create("a.json", b"{}")
+
+
+@pytest.mark.parametrize("url", ["local", "memory://run-files"])
+def test_listing_shows_every_file_below_a_folder(tmp_path: Path, url: str) -> None:
+    store = Store(str(tmp_path / "run") if url == "local" else url)
+    keys = ["a/attempts/shard-00000/1.json", "a/attempts/shard-00000/2.json", "a/attempts/x.json"]
+    for key in [*keys, "a/other/y.json"]:
+        store.replace(key, key.encode())
+    before = time.time()
+    entries = store.files("a/attempts")
+    assert [entry.key for entry in entries] == keys
+    assert [entry.num_bytes for entry in entries] == [len(key) for key in keys]
+    assert all(abs(entry.modified - before) < 60 for entry in entries if entry.modified is not None)
+    assert store.files("nothing") == []
+    store.replace(keys[0], b"other contents")
+    after = store.files("a/attempts")
+    assert after[0].version != entries[0].version
+    assert after[1:] == entries[1:]
+
+
+def test_listing_does_not_follow_links(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    store.replace("a/one.json", b"1")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "two.json").write_text("2")
+    (tmp_path / "run/a/link").symlink_to(tmp_path / "outside")
+    assert [entry.key for entry in store.files("a")] == ["a/link", "a/one.json"]
+
+
+@pytest.mark.parametrize("url", ["local", "memory://run-read-all"])
+def test_many_files_are_read_in_order_and_missing_ones_left_out(tmp_path: Path, url: str) -> None:
+    store = Store(str(tmp_path / "run") if url == "local" else url)
+    keys = [f"a/{number}.json" for number in range(100)]
+    for key in keys[::2]:
+        store.replace(key, key.encode())
+    assert list(store.read_all(keys)) == [(key, key.encode()) for key in keys[::2]]

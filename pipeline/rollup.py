@@ -1,0 +1,229 @@
+"""The figures of done shards, so that ten thousand of them are read as a few files.
+
+    <step>/rollups/<name>.jsonl     a line a shard: figures from its manifest, under the manifest's name and version
+
+A rollup proves nothing: a shard is done if its manifest is in the listing, and a line counts only while the listing shows
+the manifest in the version that the line was made from. Other manifests are read themselves. So rollups may be lost,
+late, double or out of date, and cost time alone. The driver writes them as shards come in.
+"""
+
+import json
+import logging
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from stages.contract.manifest import Figure, Manifest, Mean
+from stages.contract.store import FileEntry, Store
+
+log = logging.getLogger(__name__)
+
+ROLLUP_VERSION = 1
+"""Rollups of another version are not read."""
+SHARDS_A_ROLLUP = 1000
+"""The driver writes a rollup about each time that this many shards are done."""
+LEAST_SHARDS = 100
+"""Fewer manifests than this are read as fast as a rollup of them would be."""
+MOST_ROLLUPS = 64
+"""A step with more of them (a run that was restarted often) gets one in their place."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoneShard:
+    """What is kept of one manifest.
+
+    Attributes:
+        shard: its number.
+        num_rows: rows in the data file.
+        num_quarantined: records in quarantine.
+        num_tokens: tokens processed.
+        num_bytes: of the data file.
+        seconds: reading, computing and writing.
+        cpus: that its worker had; None in a manifest of a version that did not record them.
+        gpus: likewise.
+        attempt: which attempt it was, from 1.
+        sha256: of the data file.
+        data_key: the data file.
+        finished: when the manifest was published, seconds since the epoch; None where the filesystem does not say.
+    """
+
+    shard: int
+    num_rows: int
+    num_quarantined: int
+    num_tokens: int
+    num_bytes: int
+    seconds: float
+    cpus: float | None
+    gpus: float | None
+    attempt: int
+    sha256: str
+    data_key: str
+    finished: float | None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a rollup.
+
+    Attributes:
+        version: of the manifest file, as the listing shows it.
+        figures: of the shard.
+        health: the stage's health figures: a number that adds up, or [total, count] of a mean.
+    """
+
+    version: str
+    figures: DoneShard
+    health: Mapping[str, float | list[float]]
+
+
+@dataclass
+class StepFigures:
+    """The done shards of one step.
+
+    Attributes:
+        shards: shard -> its figures.
+        health: health figures, added up over them.
+    """
+
+    shards: dict[int, DoneShard] = field(default_factory=dict)
+    health: dict[str, Figure] = field(default_factory=dict)
+
+
+class FiguresReader:
+    """Reads the figures of done shards, of any step; what it has read once it does not read again."""
+
+    def __init__(self, store: Store) -> None:
+        """Nothing is read yet."""
+        self._store = store
+        self._seen: dict[str, tuple[dict[str, str], StepFigures]] = {}
+
+    def read(self, folder: str) -> StepFigures:
+        """The done shards of the step in ``folder``."""
+        entries = manifest_entries(self._store, folder)
+        listed = {key: entry.version for key, entry in entries.items()}
+        seen, figures = self._seen.get(folder, ({}, StepFigures()))
+        if any(listed.get(key) != version for key, version in seen.items()):  # a shard was taken back or made again
+            seen, figures = {}, StepFigures()
+        new = {key: entry for key, entry in entries.items() if key not in seen}
+        if new:
+            lines = {} if seen else read_rollups(self._store, folder)
+            lines = {key: line for key, line in lines.items() if listed.get(key) == line.version}
+            lines |= read_lines(self._store, [entry for key, entry in new.items() if key not in lines])
+            figures = _added(figures, lines.values())
+            listed = {key: listed[key] for key in (*seen, *lines)}
+        self._seen[folder] = (listed, figures)
+        return figures
+
+
+def manifest_entries(store: Store, folder: str) -> dict[str, FileEntry]:
+    """The manifest files of a step, by key; what a killed process left beside them is no manifest."""
+    found = store.files(f"{folder}/manifests")
+    names = ((entry, entry.key.rsplit("/", 1)[-1]) for entry in found)
+    return {entry.key: entry for entry, name in names if name.startswith("shard-") and name.endswith(".json")}
+
+
+def read_lines(store: Store, entries: Sequence[FileEntry]) -> dict[str, Line]:
+    """What a rollup says of manifests, from the manifests themselves; by key."""
+    by_key = {entry.key: entry for entry in entries}
+    return {key: line_of(by_key[key], Manifest.from_bytes(raw)) for key, raw in store.read_all(list(by_key))}
+
+
+def line_of(entry: FileEntry, manifest: Manifest) -> Line:
+    """What a rollup says of one manifest."""
+    figures = DoneShard(
+        shard=manifest.shard,
+        num_rows=manifest.num_rows_out,
+        num_quarantined=manifest.num_quarantined,
+        num_tokens=manifest.num_tokens,
+        num_bytes=manifest.data.num_bytes,
+        seconds=manifest.seconds,
+        cpus=manifest.cpus,
+        gpus=manifest.gpus,
+        attempt=manifest.attempt,
+        sha256=manifest.data.sha256,
+        data_key=manifest.data.key,
+        finished=entry.modified,
+    )
+    health = {
+        name: [figure.total, figure.count] if isinstance(figure, Mean) else figure
+        for name, figure in manifest.health.items()
+    }
+    return Line(entry.version, figures, health)
+
+
+def read_rollups(store: Store, folder: str) -> dict[str, Line]:
+    """All lines of a step's rollups, by the manifest's key."""
+    keys = [entry.key for entry in store.files(f"{folder}/rollups") if entry.key.endswith(".jsonl")]
+    lines = {}
+    for _, raw in store.read_all(keys):
+        for text in raw.splitlines():
+            value = json.loads(text)
+            if value["rollup_version"] == ROLLUP_VERSION:
+                lines[value["manifest"]] = Line(value["version"], DoneShard(**value["figures"]), value["health"])
+    return lines
+
+
+def write_rollup(store: Store, folder: str, lines: Mapping[str, Line]) -> None:
+    """Write one rollup.
+
+    Args:
+        store: the run directory.
+        folder: the step's.
+        lines: by the manifest's key.
+    """
+    values = (
+        {
+            "rollup_version": ROLLUP_VERSION,
+            "manifest": key,
+            "version": line.version,
+            "figures": {name: getattr(line.figures, name) for name in DoneShard.__slots__},
+            "health": dict(line.health),
+        }
+        for key, line in lines.items()
+    )
+    raw = "".join(json.dumps(value) + "\n" for value in values)
+    store.replace(f"{folder}/rollups/{len(lines):05d}-{uuid.uuid4().hex[:8]}.jsonl", raw.encode())
+
+
+def roll_up(store: Store, folder: str) -> None:
+    """Write a rollup of the manifests that are in none, if there are enough of them to be worth it.
+
+    A store that refuses is logged, no more: a run does not end for want of a shortcut.
+    """
+    try:
+        entries = manifest_entries(store, folder)
+        if len(entries) < LEAST_SHARDS:
+            return
+        lines = {key: line for key, line in read_rollups(store, folder).items() if key in entries}
+        new = [entry for key, entry in entries.items() if key not in lines or lines[key].version != entry.version]
+        if len(new) < LEAST_SHARDS:
+            return
+        old = [entry.key for entry in store.files(f"{folder}/rollups")]
+        read = read_lines(store, new)
+        if len(old) < MOST_ROLLUPS:
+            write_rollup(store, folder, read)
+            return
+        write_rollup(store, folder, lines | read)
+        for key in old:
+            store.delete(key)
+    except OSError as error:
+        log.warning("%s: no rollup was written, so `ptafuse status` will be slower: %s", folder, error)
+
+
+def _added(before: StepFigures, lines: Iterable[Line]) -> StepFigures:
+    """Numbers and totals are added as plain numbers: objects for each of them would cost most of the time."""
+    shards = dict(before.shards)
+    counts = {name: figure for name, figure in before.health.items() if not isinstance(figure, Mean)}
+    means = {name: [mean.total, mean.count] for name, mean in before.health.items() if isinstance(mean, Mean)}
+    for line in lines:
+        shards[line.figures.shard] = line.figures
+        for name, figure in line.health.items():
+            if isinstance(figure, list):
+                sums = means.setdefault(name, [0.0, 0])
+                sums[0] += figure[0]
+                sums[1] += figure[1]
+            else:
+                counts[name] = counts.get(name, 0) + figure
+    health: dict[str, Figure] = {**counts}
+    health |= {name: Mean(total=total, count=int(count)) for name, (total, count) in means.items()}
+    return StepFigures(dict(sorted(shards.items())), health)
