@@ -193,6 +193,19 @@ def verify(
 
 
 @app.command()
+def gc(
+    run: RunArgument = DEFAULT_RUN,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
+    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Younger files stay: 30m, 12h, 1d.")] = "1d",
+) -> None:
+    """Remove what killed attempts left: files that no manifest names, of any configuration."""
+    from pipeline.garbage import collect_garbage, parse_duration
+
+    seconds = parse_duration(older_than)
+    collect_garbage(Store(run), _console(), older_than_seconds=seconds, dry_run=dry_run)
+
+
+@app.command()
 def retry(run: RunArgument = DEFAULT_RUN, config: ConfigNameOption = None) -> None:
     """Forget the failed attempts of unfinished shards, so that the stage's command tries them again."""
     from pipeline.verify import forget_failures

@@ -116,10 +116,14 @@ class FiguresReader:
 
 
 def manifest_entries(store: Store, folder: str) -> dict[str, FileEntry]:
-    """The manifest files of a step, by key; what a killed process left beside them is no manifest."""
-    found = store.files(f"{folder}/manifests")
-    names = ((entry, entry.key.rsplit("/", 1)[-1]) for entry in found)
-    return {entry.key: entry for entry, name in names if name.startswith("shard-") and name.endswith(".json")}
+    """The manifest files of a step, by key."""
+    return {entry.key: entry for entry in store.files(f"{folder}/manifests") if is_manifest(entry.key)}
+
+
+def is_manifest(key: str) -> bool:
+    """Is this the key of a manifest file? What a killed process left beside them is none."""
+    *_, folder, name = ("", *key.split("/"))
+    return folder == "manifests" and name.startswith("shard-") and name.endswith(".json")
 
 
 def read_lines(store: Store, entries: Sequence[FileEntry]) -> dict[str, Line]:

@@ -1,0 +1,151 @@
+"""``ptafuse gc``: removes what killed and overtaken attempts left in a run directory, and nothing else.
+
+Garbage is a data or quarantine file that no manifest names, and a temporary file of an interrupted write; both by the
+exact names that this program gives them, and older than a day. All else stays: files of others, attempts' records,
+plans, configurations, rollups, everything of train and eval (the next `make train` removes what an interrupted
+checkpoint left), and what a running attempt has written.
+"""
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from pipeline.attempts import is_running
+from pipeline.rollup import is_manifest
+from stages.contract.manifest import Manifest, attempts_folder, manifest_key
+from stages.contract.store import FileEntry, Store
+
+DAY_SECONDS = 24 * 3600.0
+FOLDERS = ("shard", "logits", "align", "fuse", "configs")
+"""Where attempts write. Not ``train`` and ``eval``."""
+
+_STEP = r"(?P<folder>(?:shard|fuse|(?:logits|align)/[^/]+)/[0-9a-f]{12})"
+_OUTPUT = re.compile(
+    rf"{_STEP}/(?:data/\.?shard-(?P<shard>\d{{5,}})-of-\d{{5,}}|quarantine/\.?shard-(?P<bad>\d{{5,}}))"
+    r"\.(?P<attempt>\d+-[0-9a-f]{8})\.parquet(?:\.[0-9a-f]{8}\.tmp)?"
+)
+"""A file that an attempt wrote for a shard, under its final or its temporary name."""
+_TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_SECONDS}
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """What ``find_garbage`` found.
+
+    Attributes:
+        files: may be removed.
+        kept: no manifest names them either, but they are too young, of unknown age, or of a running attempt.
+    """
+
+    files: tuple[FileEntry, ...]
+    kept: tuple[FileEntry, ...]
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``"30m"``, ``"12h"``, ``"1d"``.
+
+    Raises:
+        ValueError: it is not a duration.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no duration: give a number with s, m, h or d, such as 12h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def collect_garbage(store: Store, console: Console, *, older_than_seconds: float, dry_run: bool) -> Garbage:
+    """Find the garbage of a run directory, show it, and remove it.
+
+    Args:
+        store: the run directory.
+        console: each file is shown there.
+        older_than_seconds: younger files stay.
+        dry_run: remove nothing.
+
+    Raises:
+        ValueError: a manifest cannot be read, so nobody knows what it names. Nothing was removed then.
+    """
+    found = find_garbage(store, older_than_seconds=older_than_seconds)
+    for entry in found.files:
+        if not dry_run:
+            store.delete(entry.key)
+        console.print(
+            f"{'would remove' if dry_run else 'removed'} {entry.key} ({entry.num_bytes:,} bytes)", soft_wrap=True
+        )
+    num_bytes = sum(entry.num_bytes for entry in found.files)
+    console.print(
+        f"{len(found.files):,} files, {num_bytes:,} bytes {'would be ' if dry_run else ''}removed", soft_wrap=True
+    )
+    if found.kept:
+        console.print(
+            f"{len(found.kept):,} files that no manifest names stay: younger than {older_than_seconds / 3600:g} h, or of a "
+            "running attempt",
+            soft_wrap=True,
+        )
+    return found
+
+
+def find_garbage(store: Store, *, older_than_seconds: float) -> Garbage:
+    """What may be removed from a run directory; see the module's text.
+
+    A manifest may be published after the listing, so those of the shards that are left are read once more.
+
+    Raises:
+        ValueError: a manifest cannot be read.
+    """
+    entries = [entry for folder in FOLDERS for entry in store.files(folder)]
+    named = _named_files(store, [entry.key for entry in entries if is_manifest(entry.key)])
+    now = time.time()
+    files: list[FileEntry] = []
+    kept: list[FileEntry] = []
+    unnamed = _unnamed(entries, named)
+    named |= _named_files(store, sorted(filter(None, (_manifest_of(entry.key) for entry in unnamed))))
+    for entry in _unnamed(unnamed, named):
+        is_old = entry.modified is not None and now - entry.modified > older_than_seconds
+        (files if is_old and not _is_being_written(store, entry.key) else kept).append(entry)
+    return Garbage(tuple(files), tuple(kept))
+
+
+def _unnamed(entries: Sequence[FileEntry], named: set[str]) -> list[FileEntry]:
+    ours = (entry for entry in entries if _OUTPUT.fullmatch(entry.key) or _TEMPORARY.fullmatch(entry.key))
+    return [entry for entry in ours if entry.key not in named]
+
+
+def _manifest_of(key: str) -> str | None:
+    """The manifest that would name the file, None if none ever would."""
+    match = _OUTPUT.fullmatch(key)
+    return match and manifest_key(match["folder"], int(match["shard"] or match["bad"]))
+
+
+def _named_files(store: Store, manifests: Sequence[str]) -> set[str]:
+    """The keys that manifests name; of all configurations, since they share folders."""
+    named = set()
+    for key, raw in store.read_all(manifests):
+        try:
+            manifest = Manifest.from_bytes(raw)
+        except ValueError as error:
+            raise ValueError(
+                f"{store.url}: {key} is not a manifest of this version of ptafuse, so what it names is unknown and nothing was "
+                f"removed: {error}\nRun `ptafuse verify {store.url}`."
+            ) from error
+        named |= {file.key for file in (manifest.data, manifest.quarantine) if file is not None}
+    return named
+
+
+def _is_being_written(store: Store, key: str) -> bool:
+    """Does the attempt whose file this is still compute? An attempt without a record does not."""
+    match = _OUTPUT.fullmatch(key)
+    if match is None:
+        return False
+    shard = int(match["shard"] or match["bad"])
+    try:
+        record = json.loads(store.read(f"{attempts_folder(match['folder'], shard)}/{match['attempt']}.json"))
+    except FileNotFoundError:
+        return False
+    return is_running(record, longest_seconds=DAY_SECONDS)
