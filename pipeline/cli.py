@@ -147,13 +147,24 @@ def train(
 def status(
     run: RunArgument = DEFAULT_RUN,
     as_json: JsonOption = False,
+    watched: Annotated[bool, typer.Option("--watch", help="Show it anew until all is done, or Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of --watch.")] = 5.0,
     config: ConfigNameOption = None,
 ) -> None:
     """What is done, pending and failed, and what to run next. Reads storage only."""
-    from pipeline.status import print_status, read_status
+    from pipeline.status import StatusReader, print_status
 
     store = Store(run)
-    found = read_status(recorded_run(store, config), store)
+    reader = StatusReader(recorded_run(store, config), store)
+    if watched:
+        from pipeline.watch import watch
+
+        try:
+            watch(reader.read, _console(), interval=interval)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None  # as the shell says of a program that Ctrl-C ended
+        return
+    found = reader.read()
     if as_json:
         sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
     else:
@@ -199,7 +210,8 @@ def gc(
     older_than: Annotated[str, typer.Option(metavar="DURATION", help="Younger files stay: 30m, 12h, 1d.")] = "1d",
 ) -> None:
     """Remove what killed attempts left: files that no manifest names, of any configuration."""
-    from pipeline.garbage import collect_garbage, parse_duration
+    from pipeline.durations import parse_duration
+    from pipeline.garbage import collect_garbage
 
     seconds = parse_duration(older_than)
     collect_garbage(Store(run), _console(), older_than_seconds=seconds, dry_run=dry_run)

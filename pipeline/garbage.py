@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from pipeline.attempts import is_running
+from pipeline.durations import DAY_SECONDS, format_duration
 from pipeline.rollup import is_manifest
 from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store
 
-DAY_SECONDS = 24 * 3600.0
 FOLDERS = ("shard", "logits", "align", "fuse", "configs")
 """Where attempts write. Not ``train`` and ``eval``."""
 
@@ -30,8 +30,6 @@ _OUTPUT = re.compile(
 )
 """A file that an attempt wrote for a shard, under its final or its temporary name."""
 _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
-_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_SECONDS}
 
 
 @dataclass(frozen=True)
@@ -45,18 +43,6 @@ class Garbage:
 
     files: tuple[FileEntry, ...]
     kept: tuple[FileEntry, ...]
-
-
-def parse_duration(text: str) -> float:
-    """Seconds of ``"30m"``, ``"12h"``, ``"1d"``.
-
-    Raises:
-        ValueError: it is not a duration.
-    """
-    match = _DURATION.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{text!r} is no duration: give a number with s, m, h or d, such as 12h")
-    return float(match[1]) * _SECONDS[match[2]]
 
 
 def collect_garbage(store: Store, console: Console, *, older_than_seconds: float, dry_run: bool) -> Garbage:
@@ -84,8 +70,8 @@ def collect_garbage(store: Store, console: Console, *, older_than_seconds: float
     )
     if found.kept:
         console.print(
-            f"{len(found.kept):,} files that no manifest names stay: younger than {older_than_seconds / 3600:g} h, or of a "
-            "running attempt",
+            f"{len(found.kept):,} files that no manifest names stay: younger than {format_duration(older_than_seconds)}, "
+            "or of a running attempt",
             soft_wrap=True,
         )
     return found

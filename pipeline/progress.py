@@ -7,6 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pipeline.durations import format_duration
 from pipeline.worker import ShardStatus
 
 PLAIN_LINE_SECONDS = 10.0
@@ -81,5 +82,5 @@ class StepProgress:
     def _rate(self) -> str:
         seconds = time.monotonic() - self._started
         left = self._num_shards - self._num_done - self._num_new - self._num_failed
-        eta = seconds / self._num_new * left if self._num_new else float("nan")
-        return f"{self._num_tokens / seconds:,.0f} tokens/s, ETA {eta:,.0f} s"
+        eta = format_duration(seconds / self._num_new * left) if self._num_new else "unknown"
+        return f"{self._num_tokens / seconds:,.0f} tokens/s, ETA {eta}"

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pipeline.garbage import DAY_SECONDS, Garbage, collect_garbage, find_garbage, parse_duration
+from pipeline.durations import DAY_SECONDS
+from pipeline.garbage import Garbage, collect_garbage, find_garbage
 from stages.contract.manifest import DataFile, Manifest, attempts_folder, data_key, manifest_key, quarantine_key
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse
@@ -87,7 +88,7 @@ def test_young_files_stay_unless_asked_for(tmp_path: Path) -> None:
     found = collect(Store(str(tmp_path)))
     assert found.files == ()
     assert [entry.key for entry in found.kept] == young
-    assert "2 files that no manifest names stay: younger than 24 h" in ptafuse("gc", str(tmp_path)).stdout
+    assert "2 files that no manifest names stay: younger than 1 d 0 h" in ptafuse("gc", str(tmp_path)).stdout
     ptafuse("gc", str(tmp_path), "--older-than", "30m")
     assert files(tmp_path) == set()
 
@@ -185,17 +186,6 @@ def test_file_of_unknown_age_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Store, "files", lambda self, folder: entries if folder == "fuse" else [])
     assert find_garbage(store, older_than_seconds=0).files == ()
     assert (tmp_path / data).exists()
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1d", DAY_SECONDS)])
-def test_durations(text: str, seconds: float) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "1", "h", "1 day", "-1d", "1w"])
-def test_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration: give a number with s, m, h or d"):
-        parse_duration(text)
 
 
 @st.composite

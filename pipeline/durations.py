@@ -1,0 +1,28 @@
+"""Lengths of time as people write them."""
+
+import re
+
+DAY_SECONDS = 24 * 3600.0
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_SECONDS}
+
+
+def parse_duration(text: str) -> float:
+    """Seconds of ``"30m"``, ``"12h"``, ``"1d"``.
+
+    Raises:
+        ValueError: it is not a duration.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no duration: give a number with s, m, h or d, such as 12h")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def format_duration(seconds: float) -> str:
+    """``"42 s"``, ``"5 min 20 s"``, ``"2 h 10 min"``, ``"3 d 4 h"``: two units at most."""
+    whole = round(seconds)
+    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+    return f"{whole} s"

@@ -1,0 +1,32 @@
+"""Lengths of time as people write them."""
+
+import pytest
+
+from pipeline.durations import DAY_SECONDS, format_duration, parse_duration
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1d", DAY_SECONDS)])
+def test_durations(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "1", "h", "1 day", "-1d", "1w"])
+def test_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no duration: give a number with s, m, h or d"):
+        parse_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.2, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 0 s"),
+        (320, "5 min 20 s"),
+        (7800, "2 h 10 min"),
+        (86_399.9, "1 d 0 h"),
+        (273_600, "3 d 4 h"),
+    ],
+)
+def test_lengths_are_shown_in_two_units(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
