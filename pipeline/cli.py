@@ -144,6 +144,31 @@ def train(
 
 
 @app.command()
+def plan(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
+    from pipeline.config import load_config
+    from pipeline.forecast import forecast
+    from pipeline.forecast_view import forecast_json, print_forecast
+    from pipeline.plan import resolve
+
+    request = Request(config, tuple(sets or ()))
+    loaded = load_config(request.config_path, request.overrides)
+    for model in loaded.models:
+        model.check()
+    store = Store(run)
+    found = forecast(resolve(loaded, store, request), store)
+    if as_json:
+        sys.stdout.write(json.dumps(forecast_json(found), indent=1, allow_nan=False) + "\n")
+    else:
+        print_forecast(found, _console())
+
+
+@app.command()
 def status(
     run: RunArgument = DEFAULT_RUN,
     as_json: JsonOption = False,

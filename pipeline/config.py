@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from pipeline.costs import AssumptionsConfig, PricesConfig
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.models import ModelConfig
@@ -53,6 +54,8 @@ class RunConfig(Settings):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     engine: Annotated[EngineConfig, RUNTIME] = EngineConfig()
+    prices: Annotated[PricesConfig, RUNTIME] = PricesConfig()
+    assumptions: Annotated[AssumptionsConfig, RUNTIME] = AssumptionsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -284,14 +284,26 @@ def record(run: ResolvedRun, store: Store) -> None:
     store.replace(run.record_key, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def _records(store: Store) -> dict[str, dict[str, Any]]:
+    """All recorded configurations by their keys, the last used one last."""
+    keys = [f"configs/{file}" for file in store.names("configs") if file.endswith(".json")]
+    records = {key: json.loads(raw) for key, raw in store.read_all(keys)}
+    return dict(sorted(records.items(), key=lambda item: item[1]["used_at_ns"]))
+
+
+def recorded_steps(store: Store) -> list[tuple[str, Step]]:
+    """The steps of every configuration that ever ran here, with its name, the last used one last."""
+    records = _records(store).values()
+    return [(value["config"]["name"], Step(**step)) for value in records for step in value["steps"].values()]
+
+
 def recorded_runs(store: Store) -> list[ResolvedRun]:
     """The configurations that ran here, one a name (its latest), the last used one last."""
-    keys = [f"configs/{file}" for file in store.names("configs") if file.endswith(".json")]
-    records = {key: json.loads(store.read(key)) for key in keys}
+    records = _records(store)
     latest: dict[str, str] = {}
-    for key in sorted(records, key=lambda key: records[key]["used_at_ns"]):
-        latest.pop(records[key]["config"]["name"], None)
-        latest[records[key]["config"]["name"]] = key
+    for key, value in records.items():
+        latest.pop(value["config"]["name"], None)
+        latest[value["config"]["name"]] = key
     return [_from_record(records[key], f"{store.url}/{key}") for key in latest.values()]
 
 

@@ -86,7 +86,7 @@ def manifest_of(run: ResolvedRun, key: str, shard: int, num_shards: int) -> Mani
         num_rows_out=20,
         num_quarantined=0,
         num_tokens=TOKENS,
-        health={**counts, **means, "bytes": 4 * TOKENS, "tokens/llama": TOKENS, "tokens/neox": TOKENS},
+        health={**counts, **means, "documents": 1, "bytes": 4 * TOKENS, "tokens/llama": TOKENS, "tokens/neox": TOKENS},
         seconds=2.0,
         cpus=1.0,
         gpus=0.0,

@@ -1,0 +1,53 @@
+"""Which settings set a step apart from the results that lie in the run directory under other fingerprints."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pipeline.plan import Step
+
+
+def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings behind two fingerprints of one step, a line a setting.
+
+    Settings are named as in the configuration file (``align.epsilon``), inputs by their step.
+    """
+    flat_before, flat_now = dict(_flat(before)), dict(_flat(now))
+    lines = []
+    for name in sorted({*flat_before, *flat_now}):
+        old, new = flat_before.get(name), flat_now.get(name)
+        if old != new:
+            lines.append(_line(name, old, new))
+    return lines
+
+
+def others_by_closeness(step: Step, earlier: Sequence[Step]) -> list[Step]:
+    """The same step under other fingerprints, the fewest changes first, of equals the latest, each fingerprint once.
+
+    Args:
+        step: as it is now.
+        earlier: the steps of all recorded configurations, the latest last.
+    """
+    others = {other.fingerprint: other for other in reversed(earlier) if other.key == step.key}
+    others.pop(step.fingerprint, None)
+    return sorted(others.values(), key=lambda other: len(setting_changes(other.settings, step.settings)))
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _line(name: str, old: Any, new: Any) -> str:
+    if name.startswith("inputs."):
+        return f"its input {name.removeprefix('inputs.')} is another one"
+    if name == "version":
+        return f"the stage's code gives other rows than then: version {old} -> {new}"
+    return f"{name}: {_shown(old)} -> {_shown(new)}"
+
+
+def _shown(value: Any) -> str:
+    text = "not set" if value is None else str(value)
+    return text if len(text) <= 48 else f"{text[:45]}..."

@@ -1,0 +1,88 @@
+"""Settings of ``ptafuse plan``: what things cost, and what is assumed where the run has measured nothing yet."""
+
+from typing import Final
+
+from pydantic import Field
+
+from stages.contract.fingerprint import Settings
+
+HUB_DATASETS: Final[dict[tuple[str, str], tuple[int, int]]] = {
+    ("JeanKaddour/minipile", "train"): (1_000_000, 5_906_108_510),
+}
+"""(hub id, split) -> documents, bytes of text, from the dataset's card: planning fetches nothing."""
+
+
+class PricesConfig(Settings):
+    """What you pay; the unit of money is yours. What has no price is left out of the sum, and ``plan`` says so."""
+
+    gpu_hour: float | None = Field(None, ge=0, description="A GPU for an hour, the CPUs of its worker included.")
+    core_hour: float | None = Field(None, ge=0, description="A CPU core for an hour, of workers without a GPU.")
+    gb_month: float | None = Field(None, ge=0, description="10^9 bytes in the run directory for a month.")
+
+
+class AssumptionsConfig(Settings):
+    """What ``plan`` reckons with until the run has measured it; each that it uses is printed with this source."""
+
+    num_documents: int | None = Field(
+        None, ge=1, description="Documents of the dataset, where its files or its card do not tell."
+    )
+    text_bytes: float | None = Field(
+        None, gt=0, description="Bytes of the dataset's text, where its files or its card do not tell."
+    )
+    parameters: dict[str, float] = Field(
+        {}, description="Parameters of a model by its name in this configuration, where they cannot be found out."
+    )
+    expansion: float = Field(
+        2.5,
+        ge=1,
+        description="Bytes of text in a byte of a compressed or Parquet file; usual for English text under zstd.",
+    )
+    bytes_per_token: float = Field(
+        3.93, gt=0, description="Bytes of text a token: MiniPile's 5.9 GB are about 1.5 billion Llama-2 tokens."
+    )
+    gpu_forward_rate: float = Field(
+        1.94e14,
+        gt=0,
+        description="Parameters times tokens that a GPU does a second in logits and eval: about 15 H100-hours for 7 billion "
+        "parameters and 1.5 billion tokens.",
+    )
+    cpu_forward_rate: float = Field(
+        7.8e10,
+        gt=0,
+        description="The same of a CPU core: measured with SmolLM2-135M, bfloat16, 1,153 tokens/s on 2 virtual cores.",
+    )
+    gpu_train_rate: float = Field(
+        6.6e13,
+        gt=0,
+        description="Parameters times tokens that a GPU trains a second: 6 operations each, at 40 % of the 989 TFLOP/s of an "
+        "H100's data sheet (dense bfloat16); a quarter less with gradient checkpointing. Not measured.",
+    )
+    cpu_train_rate: float = Field(
+        1.6e10, gt=0, description="The same of a CPU core: measured with SmolLM2-135M, 243 tokens/s on 2 virtual cores."
+    )
+    gpu_from_parameters: float = Field(
+        1e9, ge=0, description="With device = 'auto' a model of this many parameters or more is taken to run on a GPU."
+    )
+    shard_rate: float = Field(
+        330_000, gt=0, description="Tokens times tokenizers that a core shards a second: measured in the demo's run."
+    )
+    align_rate: float = Field(
+        27_000,
+        gt=0,
+        description="Tokens that a core aligns a second, edit-distance pairing: measured in the demo's run.",
+    )
+    align_boundary_rate: float = Field(
+        40_000, gt=0, description="The same with pairing = 'boundary': measured in the demo's run."
+    )
+    fuse_rate: float = Field(
+        105_000, gt=0, description="Tokens that a core fuses a second: measured in the demo's run."
+    )
+    text_compression: float = Field(
+        0.7,
+        gt=0,
+        description="Bytes of a shard file a byte of text: measured in the demo's run, whose shards are small.",
+    )
+    bytes_per_entry: float = Field(
+        4.2, gt=0, description="Bytes a token and kept entry in logits, align and fuse files: 27 to 42 for 10 entries in the "
+        "demo's run.",
+    )  # fmt: skip

@@ -1,0 +1,132 @@
+"""Arithmetic of ``ptafuse plan``: from sizes and rates to GPU-hours, core-hours, bytes and money. Reads nothing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from pipeline.config import RunConfig
+from pipeline.costs import AssumptionsConfig, PricesConfig
+
+HOUR_SECONDS = 3600.0
+WEIGHT_BYTES = 4
+"""Of a parameter in a trained model: float32."""
+CHECKPOINT_BYTES = 12
+"""Of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What computing takes.
+
+    Attributes:
+        gpu_hours: GPU-hours.
+        core_hours: hours of CPU cores of workers without a GPU; those beside a GPU come with it.
+    """
+
+    gpu_hours: float = 0.0
+    core_hours: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(self.gpu_hours + other.gpu_hours, self.core_hours + other.core_hours)
+
+    def __mul__(self, factor: float) -> "Cost":
+        return Cost(self.gpu_hours * factor, self.core_hours * factor)
+
+    def price(self, prices: PricesConfig) -> float | None:
+        """In the prices' money; None where something that is needed has no price."""
+        parts = ((self.gpu_hours, prices.gpu_hour), (self.core_hours, prices.core_hour))
+        needed = [(hours, price) for hours, price in parts if hours]
+        if any(price is None for _, price in needed):
+            return None
+        return sum(hours * price for hours, price in needed if price is not None)
+
+
+@dataclass
+class Assumed:
+    """The assumptions, and which of them were used."""
+
+    values: AssumptionsConfig
+    used: set[str] = field(default_factory=set)
+
+    def take(self, name: str) -> float:
+        """The value of one of them, which is then among those that are printed."""
+        self.used.add(name)
+        return float(getattr(self.values, name))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much text a run has.
+
+    Attributes:
+        num_documents: None: not known before shard has run.
+        text_bytes: of all documents, held-out ones included.
+        tokens: model -> tokens of that text under its tokenizer.
+        source: where these figures are from.
+    """
+
+    num_documents: int | None
+    text_bytes: float
+    tokens: dict[str, float]
+    source: str
+
+
+def cost_of(seconds: float, *, cpus: float, gpus: float) -> Cost:
+    """What workers cost that computed for so many seconds together."""
+    hours = seconds / HOUR_SECONDS
+    return Cost(gpu_hours=hours * gpus) if gpus else Cost(core_hours=hours * cpus)
+
+
+def shard_cost(tokens: Iterable[float], assumed: Assumed) -> Cost:
+    """Tokenizing a text under each of several tokenizers.
+
+    Args:
+        tokens: of the text, under each.
+        assumed: the rates.
+    """
+    return cost_of(sum(tokens) / assumed.take("shard_rate"), cpus=1.0, gpus=0.0)
+
+
+def forward_cost(tokens: float, parameters: float, *, gpu: bool, assumed: Assumed) -> Cost:
+    """A model's forward pass over a text: logits, and evaluation."""
+    rate = assumed.take("gpu_forward_rate" if gpu else "cpu_forward_rate")
+    return cost_of(tokens * parameters / rate, cpus=1.0, gpus=float(gpu))
+
+
+def align_cost(tokens: float, config: RunConfig, assumed: Assumed) -> Cost:
+    """Aligning one source."""
+    name = "align_boundary_rate" if config.align.pairing == "boundary" else "align_rate"
+    return cost_of(tokens / assumed.take(name), cpus=1.0, gpus=0.0)
+
+
+def fuse_cost(tokens: float, assumed: Assumed) -> Cost:
+    """Fusing all sources."""
+    return cost_of(tokens / assumed.take("fuse_rate"), cpus=1.0, gpus=0.0)
+
+
+def train_cost(tokens: float, parameters: float, *, gpu: bool, checkpointing: bool, assumed: Assumed) -> Cost:
+    """Training on so many tokens.
+
+    Args:
+        tokens: of all epochs.
+        parameters: of the target model.
+        gpu: train on GPUs.
+        checkpointing: activations are computed twice, which makes of 6 operations a token and parameter 8.
+        assumed: the rates.
+    """
+    rate = assumed.take("gpu_train_rate" if gpu else "cpu_train_rate") * (6 / 8 if checkpointing else 1.0)
+    return cost_of(tokens * parameters / rate, cpus=1.0, gpus=float(gpu))
+
+
+def shard_bytes(text_bytes: float, assumed: Assumed) -> float:
+    """Of the shard stage's files."""
+    return text_bytes * assumed.take("text_compression")
+
+
+def topk_bytes(tokens: float, top_k: int, assumed: Assumed) -> float:
+    """Of the files of a stage that keeps ``top_k`` entries a token."""
+    return tokens * top_k * assumed.take("bytes_per_entry")
+
+
+def train_bytes(parameters: float, keep_checkpoints: int) -> float:
+    """Of the checkpoints that stay and the trained model."""
+    return parameters * (CHECKPOINT_BYTES * keep_checkpoints + WEIGHT_BYTES)

@@ -1,0 +1,139 @@
+"""How much text and how many parameters a run has, from what lies at hand: nothing is fetched, no model is loaded."""
+
+import json
+import math
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.costs import HUB_DATASETS
+from pipeline.dataset_files import find_files
+from pipeline.documents import plan_documents
+from pipeline.estimate import Assumed, Sizes
+from pipeline.plan import Plan
+from pipeline.status import StepStatus
+from stages.contract.models import ModelConfig
+from stages.shard.config import DatasetConfig
+
+COUNTED_BYTES = 2**28
+"""Local files of no more bytes than this are read to count their documents."""
+_PLAIN = (".jsonl", ".json", ".txt")
+_PARAMETERS = re.compile(r"(?<![0-9a-z.])(\d+(?:\.\d+)?)(b|m)(?![0-9a-z])", re.IGNORECASE)
+
+
+def measure_sizes(config: RunConfig, plan: Plan | None, shard: StepStatus, assumed: Assumed) -> Sizes:
+    """How much text a run has: counted by the shards that are done, or else from the dataset's files or its card.
+
+    Args:
+        config: of the run.
+        plan: the frozen plan, if there is one.
+        shard: where the shard step stands.
+        assumed: what to reckon with where nothing is known.
+
+    Raises:
+        ValueError: nothing tells how large the dataset is; says what to set.
+    """
+    names = [model.name for model in config.models]
+    documents, text_bytes = shard.health.get("documents"), shard.health.get("bytes")
+    if plan is not None and shard.shards and isinstance(documents, int) and isinstance(text_bytes, int):
+        factor = plan.num_shards / len(shard.shards)
+        counted = {name: shard.health.get(f"tokens/{name}") for name in names}
+        tokens = {
+            name: factor * (count if isinstance(count, int) else text_bytes / assumed.take("bytes_per_token"))
+            for name, count in counted.items()
+        }
+        return Sizes(_planned_documents(plan), text_bytes * factor, tokens, f"{len(shard.shards)} shards that are done")
+    num_documents, num_bytes, source = dataset_size(config, assumed)
+    if plan is not None:
+        num_documents = _planned_documents(plan)
+    tokens = dict.fromkeys(names, num_bytes / assumed.take("bytes_per_token"))
+    return Sizes(num_documents, num_bytes, tokens, source)
+
+
+def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float, str]:
+    """Documents (None: not known), bytes of text, and where that is from.
+
+    Raises:
+        ValueError: nothing tells; says what to set.
+    """
+    dataset = config.dataset
+    num_documents, text_bytes = assumed.values.num_documents, assumed.values.text_bytes
+    source = "assumptions.text_bytes"
+    if text_bytes is None and dataset.hub is not None:
+        card = HUB_DATASETS.get((dataset.hub, dataset.split))
+        if card is None:
+            raise ValueError(
+                f"how much text {dataset.hub} holds is not known here, and planning fetches nothing: give it with --set "
+                "assumptions.num_documents=... --set assumptions.text_bytes=... (the dataset's card says both)"
+            )
+        num_documents, text_bytes = num_documents or card[0], float(card[1])
+        source = f"the card of {dataset.hub}"
+    elif text_bytes is None:
+        counted, text_bytes = _files_size(dataset, config.shard.documents_per_shard, assumed)
+        num_documents = num_documents or counted
+        source = f"the files of {dataset.path}"
+    assert text_bytes is not None
+    if dataset.max_documents is None:
+        return num_documents, text_bytes, source
+    if num_documents is None:
+        raise ValueError(
+            "dataset.max_documents takes a part of the text, and how many documents there are is not known: give it with "
+            "--set assumptions.num_documents=..."
+        )
+    part = min(1.0, dataset.max_documents / num_documents)
+    return min(num_documents, dataset.max_documents), text_bytes * part, source
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters a model has, and how that is known."""
+
+    count: float
+    source: str
+
+
+def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
+    """Parameters of a model: as given, as its local weights say, or as its name says ("Llama-2-7b").
+
+    Raises:
+        ValueError: nothing tells; says what to set.
+    """
+    given = assumed.values.parameters.get(model.name)
+    if given is not None:
+        return Parameters(given, f"assumptions.parameters.{model.name}")
+    if model.path is not None and model.path.is_dir() and any(model.path.glob("*.safetensors")):
+        return Parameters(float(sum(map(_tensor_elements, model.path.glob("*.safetensors")))), "its weights")
+    name = model.hub or str(model.path)
+    found = _PARAMETERS.findall(name.rsplit("/", 1)[-1])
+    if not found:
+        raise ValueError(
+            f"how many parameters {name} has is not known here: give it with --set assumptions.parameters.{model.name}=7e9"
+        )
+    number, unit = found[-1]
+    return Parameters(float(number) * (1e9 if unit.lower() == "b" else 1e6), "its name")
+
+
+def _planned_documents(plan: Plan) -> int:
+    return sum(part.num_documents for part in plan.ranges)
+
+
+def _files_size(dataset: DatasetConfig, documents_per_shard: int, assumed: Assumed) -> tuple[int | None, float]:
+    files = find_files(dataset)
+    sizes = {name: files.filesystem.size(path) for name, path in files.paths.items()}
+    text_bytes = sum(
+        size if name.lower().endswith(_PLAIN) else size * assumed.take("expansion") for name, size in sizes.items()
+    )
+    if not files.is_local or sum(sizes.values()) > COUNTED_BYTES:
+        return None, text_bytes
+    everything = dataset.model_copy(update={"max_documents": None})
+    return sum(part.num_documents for part in plan_documents(everything, documents_per_shard)), text_bytes
+
+
+def _tensor_elements(file: Path) -> int:
+    """Elements of all tensors of a safetensors file, from its header: 8 bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
