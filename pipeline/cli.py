@@ -148,7 +148,7 @@ def plan(
     config: ConfigArgument = DEFAULT_CONFIG,
     run: RunOption = DEFAULT_RUN,
     sets: SetOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
     from pipeline.config import load_config

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import stage_table
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.stage_table import stage_spec
 from stages.contract.manifest import choices_key
@@ -35,7 +34,7 @@ def test_what_auto_came_to_stands_for_the_whole_folder(
     lost = manifests(run, "neox")[2]
     expected = json.loads(lost.read_text())
     lost.unlink()
-    monkeypatch.setattr(stage_table, "choose_backend", lambda *_: "vllm")  # as on a machine with a GPU and vLLM
+    monkeypatch.setattr("stages.logits.choice.choose_backend", lambda *_: "vllm")  # as on a machine with a GPU and vLLM
     ptafuse("logits", str(tiny_config), "--run", str(run), "--local")
     again = json.loads(lost.read_text())
     assert again["versions"]["backend"] == expected["versions"]["backend"] == "transformers"

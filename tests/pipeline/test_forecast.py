@@ -99,11 +99,13 @@ def test_what_is_left_follows_from_the_shards_that_are_done(partly_done: tuple[R
 def test_changed_setting_makes_a_step_stale_and_is_named(partly_done: tuple[ResolvedRun, Store]) -> None:
     run, store = partly_done
     fill(run, Path(store.url), {"logits/neox": NUM_SHARDS, "align/neox": NUM_SHARDS, "fuse": NUM_SHARDS})
-    found = {step.key: step for step in again(run, store, "align.epsilon=0.2").steps}
+    found = {step.key: step for step in again(run, store, "align.epsilon=0.7").steps}
     align, fuse = found["align/neox"], found["fuse"]
     before = run.steps["align/neox"].fingerprint
     assert align.state == "stale"
-    assert align.why == (f"there is {before} of tiny, with other settings: align.epsilon: 0.5 -> 0.2",)
+    assert align.why == (
+        f"there is {before} of tiny, with other settings: align.epsilon: {run.config.align.epsilon} -> 0.7",
+    )
     assert align.work.basis == f"measured: 10 shards of {before}"
     assert align.work.left.core_hours == pytest.approx(10 * 2.0 / 3600)
     assert fuse.state == "stale"
