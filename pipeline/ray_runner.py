@@ -12,6 +12,7 @@ from typing import Any
 import ray
 import ray.data
 import ray.exceptions
+from ray.util.metrics import Counter
 
 from pipeline.config import EngineConfig
 from pipeline.stage_table import Resources
@@ -35,6 +36,40 @@ class RayShardWorker:
         """Compute the shard."""
         status = self._worker.run(int(batch["shard"][0]))
         return {name: [value] for name, value in dataclasses.asdict(status).items()}
+
+
+class ShardMetrics:
+    """What was done, for the Prometheus endpoint of the driver's Ray node: ``ray_ptafuse_shards_done_total`` and others.
+
+    The driver counts, not the workers: those come and go, and what one counted in its last seconds would go with it.
+    """
+
+    def __init__(self, stage: str, model: str | None) -> None:
+        """Start at 0.
+
+        Args:
+            stage: becomes a label.
+            model: likewise; empty for a stage without one.
+        """
+        tags = {"stage": stage, "model": model or ""}
+        self._shards = _counter("ptafuse_shards_done", "Shards computed and committed.", tags)
+        self._tokens = _counter("ptafuse_tokens", "Tokens of these shards.", tags)
+        self._failures = _counter("ptafuse_shards_failed", "Shards given up after all their attempts.", tags)
+
+    def count(self, status: ShardStatus) -> None:
+        """Count a shard; one that was done before costs nothing and counts nothing."""
+        if status.outcome == "done":
+            self._shards.inc()
+            if status.num_tokens:  # a counter takes no 0
+                self._tokens.inc(status.num_tokens)
+        elif status.outcome == "failed":
+            self._failures.inc()
+
+
+def _counter(name: str, description: str, tags: dict[str, str]) -> Counter:
+    counter = Counter(name, description=description, tag_keys=tuple(tags))
+    counter.set_default_tags(tags)
+    return counter
 
 
 def start_ray(num_cpus: int | None) -> None:
@@ -94,9 +129,12 @@ def run_shards(
         num_cpus=resources.cpus,
         num_gpus=resources.gpus or None,
     )  # Ray Data's default restarts a killed actor without end: the attempts on disk are what bounds it
+    metrics = ShardMetrics(job.step.stage, job.step.model)
     try:
         for row in statuses.iter_rows():
-            yield ShardStatus(**row)
+            status = ShardStatus(**row)
+            metrics.count(status)
+            yield status
     except ray.exceptions.RayError as error:
         raise RuntimeError(
             f"{job.step.key}: Ray ended the job: {error}\nFinished shards are kept; run the same command again."
