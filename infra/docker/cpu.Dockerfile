@@ -1,0 +1,32 @@
+# The head, the driver and workers without a GPU: exactly the versions of requirements.txt.
+#   docker build --file infra/docker/cpu.Dockerfile --tag REGISTRY/ptafuse-cpu:TAG .
+# Ray refuses a cluster whose nodes differ in Python's or Ray's version: both images take them from one place.
+ARG PYTHON_VERSION=3.11.13
+FROM python:${PYTHON_VERSION}-slim-bookworm
+
+# KubeRay's probes call wget inside of the container; Debian removes old versions, so none is pinned.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --uid 1000 ray
+WORKDIR /home/ray/ptafuse
+
+# Apart from the code, so that a changed line of it does not download everything again.
+COPY requirements.txt ./
+# The index of CPU builds is PyTorch's; PyPI's torch would bring several GB of CUDA that no node here has.
+RUN pip install --no-cache-dir "$(grep '^torch==' requirements.txt)" --index-url https://download.pytorch.org/whl/cpu \
+    && pip install --no-cache-dir --requirement requirements.txt
+
+COPY --chown=ray pyproject.toml README.md LICENSE ./
+COPY --chown=ray pipeline pipeline
+COPY --chown=ray stages stages
+COPY --chown=ray train train
+RUN pip install --no-cache-dir --no-deps .
+# Once for all workers, which start twice as fast with bytecode; some packages carry files for other Python versions.
+RUN python -m compileall -q -j 0 /usr/local/lib || true
+
+USER 1000
+# Workers find ptafuse installed; nothing listens on its own.
+CMD ["ptafuse", "--help"]
