@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from tests.benchmarks import align, compilation, engine, logits, logits_files, train, workers
+from tests.benchmarks import align, compilation, engine, logits, logits_files, operate, train, workers
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import SkippedError, say, say_versions
 
@@ -29,6 +29,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     logits_files.bits_per_byte_vs_plain,
     compilation.compile_seconds,
     engine.overhead_per_shard,
+    operate.status_and_plan,
     train.loss_vs_dense_32k,
     train.loss_vs_released_32k,
     train.loss_vs_dense_152k,
