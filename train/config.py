@@ -70,7 +70,9 @@ class TrainConfig(Settings):
         "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
     )
     chunk_positions: Annotated[int, RUNTIME] = Field(
-        256, ge=1, description="Positions whose full logits exist at once."
+        128,
+        ge=1,
+        description="Positions whose full logits exist at once; more are faster on a GPU that has the memory.",
     )
     checkpoint_every_steps: Annotated[int, RUNTIME] = Field(
         500, ge=1, description="A checkpoint is written after so many steps, and after the last one."
