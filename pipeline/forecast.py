@@ -199,7 +199,7 @@ class _Planner:
         else:
             tokens = self._expected_tokens(step)
         left = 0.0 if status.is_done else tokens - status.num_tokens
-        known = shards or (self._figures.read(other.folder).shards if other else {})
+        known = shards or (self._figures.read(other.folder).shards if other and _has_same_rate(step, other) else {})
         known_tokens = sum(done.num_tokens for done in known.values())
         if known_tokens:
             part = left / known_tokens
@@ -261,7 +261,7 @@ class _Planner:
         gpu = self._on_gpu(self._config.target, train.device)
         spent_seconds, spent_tokens = training_seconds(read_training_log(step, self._store))
         seconds, known = spent_seconds, spent_tokens
-        if not known and other:
+        if not known and other is not None and _has_same_rate(step, other):
             seconds, known = training_seconds(read_training_log(other, self._store))
         if known:
             cost = cost_of(seconds, cpus=train.cpus_per_worker, gpus=float(gpu)) * (tokens * share / known)
@@ -308,6 +308,11 @@ class _Planner:
 
     def _model(self, step: Step) -> ModelConfig:
         return next(model for model in self._config.models if model.name == step.model)
+
+
+def _has_same_rate(step: Step, other: Step | None) -> bool:
+    """Another configuration's results tell this step's speed: where models run, those of the same weights alone."""
+    return other is not None and step.settings.get("weights") == other.settings.get("weights")
 
 
 def _state(status: StepStatus, other: tuple[str, Step] | None, config_name: str) -> Literal["done", "pending", "stale"]:

@@ -173,6 +173,14 @@ def test_new_learning_rate_retrains_at_the_measured_speed(
     assert steps["fuse"]["state"] == "done"
 
 
+def test_speed_of_other_weights_is_not_taken_over(tiny_config: Path, undisturbed_run: Path) -> None:
+    folder = tiny_config.parent
+    sets = [f'target.path="{folder / "gemma"}"', "train.learning_rate=1e-4"]
+    steps = by_step(plan_json(tiny_config, undisturbed_run, *sets))
+    assert steps["train"]["basis"] == steps["logits/llama"]["basis"] == "assumed"
+    assert steps["fuse"]["basis"].startswith("measured: ")  # no model runs there
+
+
 def test_unknown_dataset_asks_for_its_size(tmp_path: Path) -> None:
     refused = ptafuse("plan", LLAMA, "--run", str(tmp_path), "--set", "dataset.hub=a/b", check=False)
     assert refused.returncode == 1
