@@ -1,6 +1,5 @@
 """The logits stage's transformers path against ``model(...).logits.float().log_softmax(-1).topk()``, and its own overhead."""
 
-import re
 import statistics
 import subprocess
 import sys
@@ -8,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from stages.logits.topk import topk_logprobs
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, SkippedError, one_core, say
+from tests.benchmarks.memory import extra_peak, is_measurable
 
 VOCABULARIES = {"32k": 32_000, "152k": 151_936}
 TOP_K = 10
@@ -61,7 +60,7 @@ def _ways(vocab_size: int, shape: tuple[int, int]) -> dict[str, Work]:
 
 def peak_memory_vs_plain() -> list[Figure]:
     """Peak resident memory beyond the weights, 8,192 positions: each way in a process of its own, by VmHWM."""
-    if not Path("/proc/self/clear_refs").exists():
+    if not is_measurable():
         raise SkippedError("peak memory is read from Linux's /proc")
     figures = []
     for name, vocab_size in VOCABULARIES.items():
@@ -80,17 +79,7 @@ def _peak_in_child(way: str, vocab_size: int) -> int:
 def _measure_peak(way: str, vocab_size: int) -> None:
     """Print how far the work brings this process's resident memory above what it holds before, in bytes."""
     _ways(vocab_size, (1, 8))[way]()  # libraries' own buffers
-    work = _ways(vocab_size, PEAK_POSITIONS)[way]
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-    before = _memory("VmRSS")
-    work()
-    print(_memory("VmHWM") - before)
-
-
-def _memory(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    print(extra_peak(_ways(vocab_size, PEAK_POSITIONS)[way]))
 
 
 def speed_vs_plain() -> list[Figure]:

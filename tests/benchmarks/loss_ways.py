@@ -13,11 +13,11 @@ forward and backward.
 import json
 import sys
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from tests.benchmarks.memory import extra_peak
 from train.config import TrainConfig
 from train.divergence import SparseTargets
 from train.loss import LossSettings, fused_loss
@@ -35,7 +35,7 @@ def main(way: str, vocab_size: int, rounds: int) -> None:
     head = nn.Linear(H, vocab_size, bias=False)
     labels = torch.randint(0, vocab_size, (T,))
     rows = [_rows(vocab_size) for _ in range(CANDIDATES[vocab_size])]
-    peak = _extra_peak(lambda: run(way, hidden, head, labels, rows))
+    peak = extra_peak(lambda: run(way, hidden, head, labels, rows))
     seconds = []
     for _ in range(rounds):
         hidden.grad = head.weight.grad = None
@@ -74,20 +74,6 @@ def _rows(vocab_size: int) -> SparseTargets:
     part = vocab_size // K
     ids = torch.randint(0, part, (T, K)) + part * torch.arange(K)  # K different ids a row
     return SparseTargets(ids, torch.softmax(torch.randn(T, K), dim=1), None)
-
-
-def _extra_peak(work) -> int:
-    """Bytes that the process held at most during ``work``, beyond what it held before."""
-    status = Path("/proc/self/status")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = _field(status, "VmRSS")
-    work()
-    return _field(status, "VmHWM") - before
-
-
-def _field(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

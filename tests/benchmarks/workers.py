@@ -1,5 +1,6 @@
 """Align workers as processes: what two of them do together, and what one holds after many shards."""
 
+import gc
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from stages.contract.store import Store
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, say
+from tests.benchmarks.memory import begin_peak, memory_bytes
 
 PASSES = 2
 SMALL_SHARDS = (10, 1000)
@@ -95,9 +97,7 @@ def _serve(folder: str) -> None:
 
 
 def _measure_memory(folder: str) -> None:
-    """Print the peak after few and after many shards, in kilobytes."""
-    from resource import RUSAGE_SELF, getrusage
-
+    """Print the peak of few and of many shards, in kilobytes; it begins when set-up is over."""
     store = Store(folder)
     inputs = []
     for pair in align_data.shards():
@@ -111,12 +111,17 @@ def _measure_memory(folder: str) -> None:
                 )
             )
     stage = align_data.stage("paper")
+    stage.run(
+        {name: store.read_table(data, remake="") for name, data in zip(("target", "source"), inputs[0], strict=True)}
+    )
+    gc.collect()
+    begin_peak()
     for number in range(max(SMALL_SHARDS)):
         pair = inputs[number % len(inputs)]
         target, source = (store.read_table(data, remake="the benchmark") for data in pair)
         store.write_table("out.parquet", stage.run({"target": target, "source": source}).table)
         if number + 1 in SMALL_SHARDS:
-            print(getrusage(RUSAGE_SELF).ru_maxrss, flush=True)
+            print(memory_bytes("VmHWM") // 1024, flush=True)
 
 
 if __name__ == "__main__":
