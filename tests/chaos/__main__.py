@@ -95,10 +95,10 @@ class Chaos:
         assert self.driver is not None
         children = self.driver.children(recursive=True)
         self.remains |= set(children)
+        workers = [child for child in children if _is_worker(child)]
+        if victim != "server" and not workers:
+            return  # still starting: killed now, it would never come to anything
         if victim == "worker":
-            workers = [child for child in children if _is_worker(child)]
-            if not workers:
-                return
             self.chance.choice(workers).kill()
         elif victim == "driver":
             self.driver.kill()
