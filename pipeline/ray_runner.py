@@ -17,10 +17,13 @@ from ray.util.metrics import Counter
 from pipeline.config import EngineConfig
 from pipeline.stage_table import Resources
 from pipeline.worker import ShardJob, ShardStatus, ShardWorker
+from stages.contract.filesystem import StoreError
 
 log = logging.getLogger(__name__)
 
 SCALE_UP_UTILISATION = 1.0  # with one task in flight an actor's utilisation never exceeds 1; Ray's default is 1.75
+STORE_FAILED = "store failed"
+"""Outcome of a shard whose worker could not use the run directory or the dataset; it ends the command."""
 ACTOR_INIT_DEATHS = 3  # one out-of-memory while an actor starts must not end the job
 
 
@@ -34,8 +37,12 @@ class RayShardWorker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Compute the shard."""
-        status = self._worker.run(int(batch["shard"][0]))
-        return {name: [value] for name, value in dataclasses.asdict(status).items()}
+        shard = int(batch["shard"][0])
+        try:
+            row = dataclasses.asdict(self._worker.run(shard))
+        except StoreError as error:  # as a row: raised here, it would reach the user inside four tracebacks of Ray's
+            row = {**dataclasses.asdict(ShardStatus(shard, "failed", message=str(error))), "outcome": STORE_FAILED}
+        return {name: [value] for name, value in row.items()}
 
 
 class ShardMetrics:
@@ -132,6 +139,8 @@ def run_shards(
     metrics = ShardMetrics(job.step.stage, job.step.model)
     try:
         for row in statuses.iter_rows():
+            if row["outcome"] == STORE_FAILED:
+                raise StoreError(row["message"])
             status = ShardStatus(**row)
             metrics.count(status)
             yield status

@@ -143,7 +143,7 @@ def _checked(done: subprocess.CompletedProcess[str], check: bool) -> subprocess.
     return done
 
 
-def status(run: Path) -> dict[str, dict[str, Any]]:
+def status(run: Path | str) -> dict[str, dict[str, Any]]:
     """``ptafuse status --json``, by step."""
     return {step["step"]: step for step in json.loads(ptafuse("status", str(run), "--json").stdout)["steps"]}
 

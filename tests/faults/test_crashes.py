@@ -17,7 +17,7 @@ from stages.contract.filesystem import StoreError
 from stages.contract.store import Store
 from tests.faults.conftest import StageProcess
 from tests.faults.racing import race
-from tests.tiny_run import REPOSITORY, data_hashes, environment, ptafuse, status
+from tests.tiny_run import REPOSITORY, data_hashes, environment, ptafuse, ptafuse_process, status
 
 pytestmark = pytest.mark.slow
 
@@ -74,6 +74,17 @@ def test_process_killed_at_a_crash_point(
     assert data_hashes(run) == data_hashes(undisturbed_run)
     assert len(files_of_victim(run)[1]) == attempts_after
     assert ptafuse("verify", str(run)).returncode == 0
+
+
+def test_every_row_of_the_fault_table_names_its_test() -> None:
+    rows = [line for line in (REPOSITORY / "docs" / "faults.md").read_text().splitlines() if line.startswith("| ")]
+    rows = rows[2 : next(index for index, line in enumerate(rows) if line.startswith("| variable"))]
+    sources = "\n".join(path.read_text() for path in (REPOSITORY / "tests").rglob("test_*.py"))
+    assert len(rows) > 10
+    for row in rows:
+        names = re.findall(r"`(test_\w+)", row.rsplit("|", 2)[1])
+        assert names, row
+        assert all(f"def {name}(" in sources for name in names), row
 
 
 # --- races ------------------------------------------------------------------------------------------------------------
@@ -195,3 +206,29 @@ def test_node_dies_with_a_shard_on_it(
     assert data_hashes(run) == data_hashes(undisturbed_run)
     attempts = {shard["shard"]: shard["attempts"] for shard in status(run)["fuse"]["shards"]}
     assert attempts[VICTIM] == 2
+
+
+@pytest.mark.ray
+def test_storage_that_fails_under_ray_is_one_message(
+    tiny_config: Path, undisturbed_run: Path, run_without_fuse: Path
+) -> None:
+    """Only the workers find out: the folder of attempts is read-only, the rest of the run directory is not."""
+    run = run_without_fuse
+    ptafuse("fuse", str(tiny_config), "--run", str(run), "--local")
+    folder = next(run.glob("fuse/*"))
+    shutil.rmtree(folder / "manifests")
+    attempts = str(folder / "attempts")
+    for mount in (["--bind", attempts, attempts], ["-o", "remount,ro,bind", attempts]):
+        if subprocess.run(["mount", *mount], check=False, capture_output=True).returncode:
+            pytest.skip("this user may not mount a folder read-only")
+    try:
+        ended = ptafuse_process("fuse", str(tiny_config), "--run", str(run), check=False)
+    finally:
+        subprocess.run(["umount", "-l", attempts], check=True)
+    assert ended.returncode == 1
+    message = ended.stderr.splitlines()[-1]
+    assert message.startswith(f"ptafuse: {attempts}/shard-")
+    assert "the disk is mounted read-only: give a run directory that can be written" in message
+    assert "Traceback" not in ended.stderr
+    ptafuse("fuse", str(tiny_config), "--run", str(run), "--local")
+    assert data_hashes(run) == data_hashes(undisturbed_run)
