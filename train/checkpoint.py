@@ -21,13 +21,13 @@ from typing import Any, Self, cast
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from stages.contract.store import sync
+from train.checkpoint_reader import CheckpointReader
 from train.distributed import Workers
 
 logger = logging.getLogger(__name__)
@@ -143,7 +143,7 @@ class Checkpoints:
                 )
         tensors, groups = self._tensors()
         _check_tensors(tensors, folder)
-        load(tensors, checkpoint_id=folder, process_group=self._workers.storage)  # in place
+        load(tensors, storage_reader=CheckpointReader(folder), process_group=self._workers.storage)  # in place
         set_optimizer_state_dict(self._model, self._optimizer, {"state": tensors["optimizer"], "param_groups": groups})
         return state
 
@@ -223,7 +223,7 @@ def _check_tensors(tensors: dict[str, dict[str, Any]], folder: Path) -> None:
         wanted |= {f"optimizer.{name}.{field}": value.shape for field, value in fields.items()}
     saved = {
         name: entry.size
-        for name, entry in FileSystemReader(folder).read_metadata().state_dict_metadata.items()
+        for name, entry in CheckpointReader(folder).read_metadata().state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     if wanted.keys() != saved.keys():
