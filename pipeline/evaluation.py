@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def run_eval(run: Run) -> None:
-    """Evaluate every model of the run that has no figure yet on the validation split.
+    """Evaluate every model of the run that has no figure yet on the held-out split that ``eval.split`` names.
 
     Raises:
         StageError: the shard stage is incomplete, no document is held out, or, after all other models were evaluated,
@@ -38,7 +38,7 @@ def run_eval(run: Run) -> None:
         _complete_card(run)
         run.console.print("eval: nothing to do (every model has its figure)")
         return
-    segments = validation_segments(run, num_shards)
+    segments = held_out_segments(run, num_shards)
     for step in pending:
         if step.model == FUSED and not trained:
             continue
@@ -86,20 +86,20 @@ def _complete_card(run: Run) -> None:
     publish_card(run)
 
 
-def validation_segments(run: Run, num_shards: int) -> list[Segment]:
-    """The held-out segments, in the order of the documents.
+def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
+    """The segments of the split that ``eval.split`` names, in the order of the documents.
 
     Raises:
         StageError: no document is held out.
     """
-    step = run.resolved.steps["shard"]
+    split, step = run.config.eval.split, run.resolved.steps["shard"]
     manifests = run.store.manifests(step.folder)
     parts = [run.store.read_table(manifests[shard].data, remake="`make shard`") for shard in range(num_shards)]
-    rows = pa.concat_tables([part.filter(pc.equal(part["split"], "validation")) for part in parts]).to_pylist()
+    rows = pa.concat_tables([part.filter(pc.equal(part["split"], split)) for part in parts]).to_pylist()
     if not rows:
-        fraction = run.config.shard.validation_fraction
+        fraction = run.config.shard.fraction_of(split)
         raise StageError(
-            f"no document is held out: shard.validation_fraction = {fraction} of few documents; raise it, then run "
+            f"no document is held out: shard.{split}_fraction = {fraction} of few documents; raise it, then run "
             f"{command(run, 'shard')} and the stages after it"
         )
     return [Segment(doc_id=row["doc_id"], text=row["text"], is_last=row["is_last"]) for row in rows]

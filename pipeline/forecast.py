@@ -217,7 +217,7 @@ class _Planner:
         if step.stage == "shard":
             return self.sizes.tokens[target]
         if step.stage == "logits":
-            return self.sizes.tokens[str(step.model)] * (1 - self._config.shard.validation_fraction)
+            return self.sizes.tokens[str(step.model)] * self._config.shard.fraction_of("train")
         return self._tokens[f"logits/{target}"]
 
     def _cost_of(self, step: Step, shards: Mapping[int, DoneShard]) -> Cost:
@@ -281,7 +281,7 @@ class _Planner:
     def _eval_work(self, step: Step, status: StepStatus, other: Step | None) -> Work:
         del other  # results say how long they took, not on what
         model = self._config.target if step.model == FUSED else self._model(step)
-        share = self._config.shard.validation_fraction
+        share = self._config.shard.fraction_of(self._config.eval.split)
         if self._config.eval.max_documents is not None and self.sizes.num_documents:
             share = min(share, self._config.eval.max_documents / self.sizes.num_documents)
         tokens = self.sizes.tokens[model.name] * share

@@ -9,6 +9,7 @@ import numpy as np
 from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
 from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
+from stages.contract.fingerprint import canonical_json
 from stages.contract.manifest import Figure, Mean
 from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
@@ -55,19 +56,22 @@ class HeldOutRow:
 
 def held_out(runs: Sequence[ResolvedRun], store: Store) -> list[HeldOutRow]:
     """Every evaluated model once: sources and target, then what each configuration trained."""
-    before = _first_result([run.steps[f"eval/{run.config.target.name}"] for run in runs], store)
-    gold_only = _first_result([run.steps[f"eval/{FUSED}"] for run in runs if run.config.train.lambda_ == 1], store)
     rows: list[HeldOutRow] = []
     shown: set[str] = set()
     for run in runs:
-        labels = {model.name: f"source {model.name}" for model in run.config.sources}
-        labels[run.config.target.name] = f"target {run.config.target.name} before"
+        where = "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+        labels = {model.name: f"source {model.name}{where}" for model in run.config.sources}
+        labels[run.config.target.name] = f"target {run.config.target.name} before{where}"
         for name, label in labels.items():
             step = run.steps[f"eval/{name}"]
             if step.folder not in shown:
                 shown.add(step.folder)
                 rows.append(_held_out_row(label, read_result(store, step), None, None))
     for run in runs:
+        peers = [other for other in runs if _held_out_text(other) == _held_out_text(run)]
+        before = _first_result([peer.steps[f"eval/{peer.config.target.name}"] for peer in peers], store)
+        gold = [peer.steps[f"eval/{FUSED}"] for peer in peers if peer.config.train.lambda_ == 1]
+        gold_only = _first_result(gold, store)
         label = f"after {run.config.name} ({_describe(run)})"
         rows.append(_held_out_row(label, read_result(store, run.steps[f"eval/{FUSED}"]), before, gold_only))
     return rows
@@ -127,11 +131,17 @@ def _held_out_row(
     return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], *differences)
 
 
+def _held_out_text(run: ResolvedRun) -> tuple[str, str]:
+    """Which documents a run is scored on, and how: figures are compared where these agree."""
+    return run.steps["shard"].fingerprint, canonical_json(run.config.eval.result_settings())
+
+
 def _describe(run: ResolvedRun) -> str:
     train, align = run.config.train, run.config.align
+    where = "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
     if train.lambda_ == 1:
-        return "gold tokens only"
-    return f"lambda {train.lambda_}, {align.preset or align.pairing + ' ' + align.marginals}"
+        return f"gold tokens only{where}"
+    return f"lambda {train.lambda_}, {align.preset or align.pairing + ' ' + align.marginals}{where}"
 
 
 def _first_result(steps: list[Step], store: Store) -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ class StageSpec:
         settings: the settings that shape a step's result, for its fingerprint and for people.
         build: the stage for one step.
         section: the stage's own settings.
-        train_rows_only: the rows of the validation split are left out of what it reads.
+        train_rows_only: the rows of held-out documents are left out of what it reads.
         choices: settings of its section that are "auto" and change results -> what they come to on this machine.
     """
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
 
 class LoraConfig(Settings):
@@ -148,6 +148,9 @@ class TrainConfig(Settings):
 class EvalConfig(Settings):
     """How models are compared on held-out text."""
 
+    split: Annotated[Literal["validation", "test"], ADDED] = Field(
+        "validation", description="Held-out documents that are scored; `test` wants `shard.test_fraction`."
+    )
     max_length: int = Field(2048, ge=8, description="Most tokens a model sees at once.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Of the weights and activations.")
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(
@@ -161,5 +164,5 @@ class EvalConfig(Settings):
         512, ge=1, description="Positions whose full logits exist at once."
     )
     max_documents: int | None = Field(
-        None, ge=1, description="Validation documents used, the first ones; all by default."
+        None, ge=1, description="Held-out documents used, the first ones; all by default."
     )

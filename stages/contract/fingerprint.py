@@ -2,7 +2,7 @@
 
 A stage's folder in the run directory is named by its fingerprint: the hash of its result-changing settings, its
 algorithm version and its inputs' fingerprints. A setting that only says how to run (workers, batch sizes, paths) is
-annotated with ``RUNTIME`` where it is declared and stays out.
+annotated with ``RUNTIME`` where it is declared and stays out. One that came later is annotated with ``ADDED``.
 """
 
 import hashlib
@@ -26,18 +26,35 @@ RUNTIME: Final = _Runtime()
 """``num_workers: Annotated[int, RUNTIME] = 1``: not part of any fingerprint."""
 
 
+class _Added:
+    """Marks a setting that earlier versions did not have."""
+
+    def __repr__(self) -> str:
+        return "ADDED"
+
+
+ADDED: Final = _Added()
+"""``test_fraction: Annotated[float, ADDED] = 0``: at its default not part of any fingerprint, for the default does what
+was done before there was the setting; so an upgrade computes nothing again."""
+
+
 class Settings(BaseModel):
     """Base of every configuration class: frozen, and an unknown key is refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that change results, as JSON values; nested settings included, ``RUNTIME`` fields left out."""
+        """The settings that change results, as JSON values; nested settings included.
+
+        ``RUNTIME`` fields are left out, and ``ADDED`` ones at their default.
+        """
         settings = {}
         for name, field in type(self).model_fields.items():
             if any(isinstance(mark, _Runtime) for mark in field.metadata):
                 continue
             value = getattr(self, name)
+            if value == field.default and any(isinstance(mark, _Added) for mark in field.metadata):
+                continue
             settings[field.alias or name] = (
                 value.result_settings() if isinstance(value, Settings) else _json_value(value)
             )

@@ -15,13 +15,13 @@ SHARD: Final = pa.schema(
     [
         pa.field("doc_id", pa.int64(), nullable=False),  # index of the document in the dataset
         pa.field("segment", pa.int32(), nullable=False),  # index of the segment in its document, from 0
-        pa.field("split", pa.string(), nullable=False),  # "train" | "validation", by the hash of the document's text
+        pa.field("split", pa.string(), nullable=False),  # "train" | "validation" | "test", by the document's hash
         pa.field("byte_start", pa.int64(), nullable=False),  # where the segment begins in its document, UTF-8 bytes
         pa.field("is_last", pa.bool_(), nullable=False),  # the document ends here: EOS is appended
         pa.field("text", pa.string(), nullable=False),  # a document's segments concatenate to exactly its text
     ]
 )
-"""Written by shard; read by logits (train rows) and by eval (validation rows)."""
+"""Written by shard; read by logits (train rows) and by eval (held-out rows)."""
 
 QUARANTINE: Final = pa.schema(
     [

@@ -1,12 +1,12 @@
 """Settings of the shard stage."""
 
 from pathlib import Path
-from typing import Annotated, Final, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.filesystem import refuse_secrets
-from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.contract.models import check_place
 
 VERSION: Final = 1
@@ -55,8 +55,28 @@ class ShardConfig(Settings):
     validation_fraction: float = Field(
         0.01, ge=0, lt=1, description="Share of documents held out, by hash of their text."
     )
+    test_fraction: Annotated[float, ADDED] = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of documents held out a second time: settings are chosen on one, reported on the other.",
+    )
     max_bad_fraction: Annotated[float, RUNTIME] = Field(
         0.01, ge=0, le=1, description="A shard with more bad documents than this fails."
     )
     num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
     cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
+
+    @model_validator(mode="after")
+    def _something_is_left_to_train_on(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"validation_fraction + test_fraction = {self.validation_fraction} + {self.test_fraction} leaves no "
+                "document to train on: their sum must be below 1"
+            )
+        return self
+
+    def fraction_of(self, split: Literal["train", "validation", "test"]) -> float:
+        """Share of the documents that a split is expected to have."""
+        held_out = {"validation": self.validation_fraction, "test": self.test_fraction}
+        return held_out[split] if split in held_out else 1 - sum(held_out.values())

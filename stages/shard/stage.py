@@ -123,7 +123,7 @@ class ShardStage:
         num_bytes = 0
         for document in documents:
             texts = segments.get(document.doc_id, [])
-            split = _split(document.raw, self._config.validation_fraction)
+            split = _split(document.raw, self._config.validation_fraction, self._config.test_fraction)
             byte_start = 0
             for index, text in enumerate(texts):
                 row = (document.doc_id, index, split, byte_start, index == len(texts) - 1, text)
@@ -131,12 +131,13 @@ class ShardStage:
                     columns[name].append(value)
                 byte_start += len(text.encode())
             num_bytes += byte_start
-        num_train = columns["split"].count("train")
+        num_train, num_test = columns["split"].count("train"), columns["split"].count("test")
         return pa.table(columns, schema=SHARD), {
             "documents": len(segments),
             "segments": len(columns["text"]),
             "train_segments": num_train,
-            "validation_segments": len(columns["text"]) - num_train,
+            "validation_segments": len(columns["text"]) - num_train - num_test,
+            **({"test_segments": num_test} if self._config.test_fraction else {}),
             "bytes": num_bytes,
         }
 
@@ -160,10 +161,12 @@ def _decode(table: pa.Table, bad: list[BadRecord]) -> list[_Document]:
     return documents
 
 
-def _split(raw: bytes, validation_fraction: float) -> str:
+def _split(raw: bytes, validation_fraction: float, test_fraction: float) -> str:
     """Which split a document is in: by its bytes alone, so equal documents never stand on both sides."""
     share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
-    return "validation" if share < validation_fraction else "train"
+    if share < validation_fraction:
+        return "validation"
+    return "test" if share < validation_fraction + test_fraction else "train"
 
 
 def _measure(tokenizer: SegmentTokenizer) -> Measure:

@@ -9,6 +9,7 @@ from stages.align.config import AlignConfig
 from stages.contract.fingerprint import fingerprint
 from stages.contract.models import ModelConfig
 from stages.logits.config import LogitsConfig
+from stages.shard.config import ShardConfig
 from train.config import TrainConfig
 
 
@@ -17,6 +18,15 @@ def test_runtime_settings_change_no_fingerprint() -> None:
     other = LogitsConfig(batch_tokens=999, num_workers=8, device="cuda")
     assert one.result_settings() == other.result_settings()
     assert one.result_settings() != LogitsConfig(top_k=5).result_settings()
+
+
+def test_a_setting_that_came_later_changes_no_fingerprint_at_its_default() -> None:
+    assert "test_fraction" not in ShardConfig().result_settings()
+    assert ShardConfig(test_fraction=0.1).result_settings()["test_fraction"] == 0.1
+    assert (
+        ShardConfig(test_fraction=0.1).result_settings().keys() - {"test_fraction"}
+        == ShardConfig().result_settings().keys()
+    )
 
 
 def test_preset_and_its_settings_spelled_out_are_the_same_result() -> None:

@@ -106,6 +106,23 @@ def test_the_split_is_a_hash_of_the_document_alone(models: tuple[ModelConfig, ..
     assert set(none) == {"train"}
 
 
+def test_a_test_split_lies_beside_the_validation_split(models: tuple[ModelConfig, ...]) -> None:
+    documents = [f"document number {index}".encode() for index in range(300)]
+    before = _run(models, documents, validation_fraction=0.2).table["split"].to_pylist()
+    output = _run(models, documents, validation_fraction=0.2, test_fraction=0.3)
+    split = output.table["split"].to_pylist()
+    assert [name == "validation" for name in split] == [name == "validation" for name in before]
+    assert 60 <= split.count("test") <= 120
+    assert output.health["test_segments"] == split.count("test")
+    assert output.health["validation_segments"] == split.count("validation")
+    assert output.health["train_segments"] == split.count("train")
+
+
+def test_splits_that_leave_nothing_to_train_on_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"0\.5 \+ 0\.5 leaves no document to train on"):
+        ShardConfig(validation_fraction=0.5, test_fraction=0.5)
+
+
 def test_segments_of_one_document_and_equal_documents_share_a_split(output: StageOutput) -> None:
     splits: dict[str, set[str]] = {}
     for row in output.table.to_pylist():
