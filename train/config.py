@@ -70,7 +70,7 @@ class TrainConfig(Settings):
         "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
     )
     chunk_positions: Annotated[int, RUNTIME] = Field(
-        128,
+        256,
         ge=1,
         description="Positions whose full logits exist at once; more are faster on a GPU that has the memory.",
     )

@@ -9,10 +9,11 @@ counts in L_CLM alone. Both are means over a whole optimizer step: here are the 
 
 The forward pass goes through the positions chunk by chunk and computes the gradients of the hidden states and of the
 head's weights on the way, for which everything is at hand: the backward pass only hands them on. A chunk of C positions
-holds two arrays of C x vocabulary in float32 (128 x 32,000: 33 MB), and the head is applied once, not twice as with
-recomputation. Of the loss only -ln q and the gathers at the gold and the fused ids touch the logits; what is made of
-these few numbers a position is left to autograd, and its gradient is put back: softmax times the gradient of the
-normaliser, plus the gradients of the gathered logits at their places.
+holds its logits and their gradient, two arrays of C x vocabulary in the precision of the head (256 x 32,000 in bfloat16:
+16 MB each), and the head is applied once, not twice as with recomputation. What is computed of the logits is computed in
+float32, block by block of a few positions. Of the loss only -ln q and the gathers at the gold and the fused ids touch the
+logits; what is made of these few numbers a position is left to autograd, and its gradient is put back: softmax times the
+gradient of the normaliser, plus the gradients of the gathered logits at their places.
 
 Source: the idea of the gradient in the forward pass: Hsu et al. 2024, "Liger Kernel".
 """
@@ -28,6 +29,10 @@ from torch.autograd.function import once_differentiable
 
 from train.divergence import Divergence, SparseTargets, fusion_losses
 
+_BLOCK = 32
+"""Positions whose logits are in float32 at once: few enough to stay in a processor's cache."""
+_ROWS = 2048
+"""Of a weight's gradient, computed at once where it is converted to another precision."""
 IGNORED = -100
 """Label of a position that has no gold next token."""
 
@@ -177,7 +182,7 @@ class _Gradients:
         others = [weight for weight in self.weights if id(weight) not in linear]
         wanted = [states] if self.hidden is not None else []
         wanted += [output for _, _, output in layers] + others
-        found = list(torch.autograd.grad(logits, wanted, grad_logits.to(logits.dtype), allow_unused=True))
+        found = list(torch.autograd.grad(logits, wanted, grad_logits, allow_unused=True))
         if self.hidden is not None:
             self.hidden[part] = found.pop(0)
         for layer, inputs, _ in layers:
@@ -191,8 +196,10 @@ class _Gradients:
         total = self.totals[id(layer.weight)]
         if gradient.dtype == inputs.dtype == total.dtype:
             total.addmm_(gradient.t(), inputs)
-        else:  # half precision: as autograd does, the product in it, the sum in float32
-            total += gradient.t() @ inputs.to(gradient.dtype)
+        else:  # half precision: as autograd does, the product in it, the sum in float32; a few rows at once, in the cache
+            inputs = inputs.to(gradient.dtype)
+            for rows, columns in zip(total.split(_ROWS), gradient.split(_ROWS, dim=1), strict=True):
+                rows.add_(columns.t() @ inputs)
         if layer.bias is not None and layer.bias.requires_grad:
             self.totals[id(layer.bias)] += gradient.sum(dim=0)
 
@@ -210,35 +217,51 @@ def _chunk(
     states = hidden[part].detach()
     if gradients is None:
         with torch.no_grad():
-            return _loss_of(_needed_of(head(states).float(), labels, targets)[0], labels, targets, settings)[1]
+            return _loss_of(_needed_of(head(states), labels, targets), labels, targets, settings)[1]
     with torch.enable_grad(), gradients.watch(head) as layers:
         logits = head(states.requires_grad_(gradients.hidden is not None))
-    needed, softmax = _needed_of(logits.detach().float(), labels, targets)
-    needed = [part.requires_grad_() for part in needed]
+    needed = [part.requires_grad_() for part in _needed_of(logits.detach(), labels, targets)]
     with torch.enable_grad():
         total, sums = _loss_of(needed, labels, targets, settings)
-    of_normaliser, of_gold, *of_listed = torch.autograd.grad(total, needed)
     if logits.requires_grad:
-        grad_logits = softmax.mul_(of_normaliser[:, None])
-        grad_logits.scatter_add_(1, labels.clamp(min=0)[:, None], of_gold[:, None])
-        if targets is not None:
-            grad_logits.scatter_add_(1, targets.ids.clamp(min=0), of_listed[0])  # a pad adds 0 to id 0
-        gradients.add(part, states, logits, grad_logits, layers)
+        of_needed = torch.autograd.grad(total, needed)
+        gradients.add(part, states, logits, _of_logits(logits.detach(), needed[0], of_needed, labels, targets), layers)
     return sums
 
 
-def _needed_of(values: Tensor, labels: Tensor, targets: SparseTargets | None) -> tuple[list[Tensor], Tensor]:
-    """What the loss needs of the logits (C, V): the normaliser (C,), the gold logits (C,) and those of the fused ids
-    (C, k), if there are targets; and the softmax (C, V).
+def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None) -> list[Tensor]:
+    """What the loss needs of the logits (C, V), float32: the normaliser ln sum exp (C,), the gold logits (C,) and, if there
+    are targets, those of the fused ids (C, k).
     """
-    largest = values.amax(dim=1, keepdim=True)
-    softmax = torch.sub(values, largest).exp_()
-    sums = softmax.sum(dim=1, keepdim=True)
-    gold = values.gather(1, labels.clamp(min=0)[:, None]).squeeze(1)
-    needed = [(largest + sums.log()).squeeze(1), gold]
+    largest = logits.amax(dim=1).float()
+    sums = [
+        torch.sub(some.float(), top[:, None]).exp_().sum(dim=1)
+        for some, top in zip(logits.split(_BLOCK), largest.split(_BLOCK), strict=True)
+    ]
+    needed = [largest + torch.cat(sums).log(), logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).float()]
     if targets is not None:
-        needed.append(values.gather(1, targets.ids.clamp(min=0)))
-    return needed, softmax.div_(sums)
+        needed.append(logits.gather(1, targets.ids.clamp(min=0)).float())
+    return needed
+
+
+def _of_logits(
+    logits: Tensor,
+    normaliser: Tensor,
+    of_needed: Sequence[Tensor],
+    labels: Tensor,
+    targets: SparseTargets | None,
+) -> Tensor:
+    """The gradient of the logits (C, V) in their precision, from those of what ``_needed_of`` took of them."""
+    of_normaliser, of_gold, *of_listed = of_needed
+    result = torch.empty_like(logits)
+    for start in range(0, len(logits), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        block = torch.sub(logits[rows].float(), normaliser[rows, None]).exp_().mul_(of_normaliser[rows, None])
+        block.scatter_add_(1, labels[rows].clamp(min=0)[:, None], of_gold[rows, None])
+        if targets is not None:
+            block.scatter_add_(1, targets.ids[rows].clamp(min=0), of_listed[0][rows])  # a pad adds 0 to id 0
+        result[rows] = block
+    return result
 
 
 def _loss_of(

@@ -1,10 +1,12 @@
-"""The training loss in two ways, each in a process of its own: ``python -m tests.benchmarks.loss_ways WAY V ROUNDS``.
+"""The training loss in two ways, each in a process of its own: ``python -m tests.benchmarks.loss_ways WAY V DTYPE ROUNDS``.
 
 ``sparse`` is ``train.loss.fused_loss``. ``dense`` has a dense (T, V) target for each candidate, built from its top-k
 rows, takes the better candidate's, and computes cross-entropies of whole logits: as little as can be done with dense
 targets. ``released`` chooses as FuseLLM's and PTA-LLM's released trainer does, element by element: candidates stacked,
 argmax over rewards as large as they are, a gather. Candidates are three, as in the paper: the target model's own
 distributions and two sources'; ``dense`` makes do with two where three do not fit into memory (V = 151,936).
+
+DTYPE is of the hidden states and the head, as ``train.autocast`` has it; losses are computed in float32 in every way.
 
 Prints one JSON object: the most memory beyond what lay there before the forward pass, and the CPU time of each round,
 forward and backward.
@@ -27,12 +29,12 @@ CANDIDATES = {32_000: 3, 151_936: 2}
 LAMBDA = 0.8
 
 
-def main(way: str, vocab_size: int, rounds: int) -> None:
+def main(way: str, vocab_size: int, dtype: torch.dtype, rounds: int) -> None:
     """Measure one way."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    hidden = torch.randn(T, H, requires_grad=True)
-    head = nn.Linear(H, vocab_size, bias=False)
+    hidden = torch.randn(T, H, dtype=dtype, requires_grad=True)
+    head = nn.Linear(H, vocab_size, bias=False, dtype=dtype)
     labels = torch.randint(0, vocab_size, (T,))
     rows = [_rows(vocab_size) for _ in range(CANDIDATES[vocab_size])]
     peak = extra_peak(lambda: run(way, hidden, head, labels, rows))
@@ -54,7 +56,7 @@ def run(way: str, hidden: Tensor, head: nn.Linear, labels: Tensor, rows: list[Sp
         )
         fused_loss(hidden, head, labels, rows[0], settings).total.backward()
     else:
-        dense_loss(head(hidden), labels, rows, element_by_element=way == "released").backward()
+        dense_loss(head(hidden).float(), labels, rows, element_by_element=way == "released").backward()
 
 
 def dense_loss(logits: Tensor, labels: Tensor, rows: list[SparseTargets], *, element_by_element: bool) -> Tensor:
@@ -77,4 +79,4 @@ def _rows(vocab_size: int) -> SparseTargets:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), int(sys.argv[4]))

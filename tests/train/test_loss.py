@@ -104,6 +104,27 @@ def tiny_model(architecture: str, *, tied: bool):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_positions_and_of_the_vocabulary_add_up(dtype, monkeypatch):
+    """More positions than a block, more of the vocabulary than a slice of the weight's gradient; neither is a multiple."""
+    monkeypatch.setattr("train.loss._BLOCK", 4)
+    monkeypatch.setattr("train.loss._ROWS", 5)
+    setting = Setting(with_tail=True)
+    head = nn.Linear(H, V, dtype=dtype)
+    hidden = setting.hidden.detach().to(dtype).requires_grad_()
+    found = fused_loss(hidden, head, setting.labels, setting.targets, loss_settings(0.4, 0.6, chunk_positions=9))
+    found.total.backward()
+    exact = nn.functional.linear(hidden.detach().double(), head.weight.double(), head.bias.double())
+    exact = exact.to(dtype).double().requires_grad_()  # as the head gives them, in its precision
+    clm, fusion = dense_sums(exact, setting.labels, setting.targets, "forward-kl", 1.0)
+    (of_logits,) = torch.autograd.grad(0.4 * clm + 0.6 * fusion, exact)
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 2**-7}
+    assert found.total.item() == pytest.approx((0.4 * clm + 0.6 * fusion).item(), rel=1e-5)
+    wanted = (of_logits @ head.weight.double(), of_logits.T @ hidden.detach().double(), of_logits.sum(dim=0))
+    for one, other in zip((hidden.grad, head.weight.grad, head.bias.grad), wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bfloat16_keeps_near_float32(dtype):
     """Under autocast (float32 weights), and with weights in half precision, as FSDP2 gathers them."""
     setting = Setting(with_tail=True)
