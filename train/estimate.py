@@ -9,8 +9,9 @@ w = 2 bytes a working weight (bfloat16; 4 in float32), micro-batches of B blocks
 - gathered: w (P_o + 2 p), the working weights outside the layers, of the layer that computes and of the next one
   (w P where ``reshard_after_forward`` is off), and (w + 4) max(p_t, P_ot) for a layer's gradient and its float32 sum;
 - activations: B (outside + L a), a being what a layer saves; recomputed: B (outside + L i + a), i being its input;
-- loss: chunk_positions V (w + 4 + 4) for the logits, their float32 copy and their softmax, B T H (3 w) for the hidden
-  states that are counted and two gradients of them, and 4 V H for the head's gradient, where it is trained.
+- loss: chunk_positions V (2 w) for the logits and their gradient, 32 V (4 + 4) for the block of them that is in float32,
+  B T H (3 w) for the hidden states that are counted and two gradients of them, and 4 V H for the head's gradient, where
+  it is trained.
 
 Left out: the CUDA context, NCCL's buffers, fragmentation and the temporary tensors of single operations; so of a GPU's
 memory the part ``USABLE`` is counted on.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, fields
 
 from train.architecture import Architecture
 from train.config import TrainConfig
+from train.loss import BLOCK
 
 USABLE = 0.9
 """Part of a GPU's memory that an estimate may fill."""
@@ -60,7 +62,8 @@ def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_to
     else:
         block = saved.outside_layers + layers * saved.layer
     states = 3 * size * config.micro_batch_size * block_tokens * architecture.hidden_size
-    logits = (size + 8) * min(config.chunk_positions, config.micro_batch_size * block_tokens) * architecture.vocab_size
+    chunk = min(config.chunk_positions, config.micro_batch_size * block_tokens)
+    logits = (2 * size * chunk + 8 * min(BLOCK, chunk)) * architecture.vocab_size
     head_gradient = 0 if config.lora else 4 * architecture.vocab_size * architecture.hidden_size
     return Memory(
         weights=_share(4 * architecture.num_parameters, workers),

@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from train.divergence import Divergence, SparseTargets, fusion_losses
 
-_BLOCK = 32
+BLOCK = 32
 """Positions whose logits are in float32 at once: few enough to stay in a processor's cache."""
 _ROWS = 2048
 """Of a weight's gradient, computed at once where it is converted to another precision."""
@@ -236,7 +236,7 @@ def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None) ->
     largest = logits.amax(dim=1).float()
     sums = [
         torch.sub(some.float(), top[:, None]).exp_().sum(dim=1)
-        for some, top in zip(logits.split(_BLOCK), largest.split(_BLOCK), strict=True)
+        for some, top in zip(logits.split(BLOCK), largest.split(BLOCK), strict=True)
     ]
     needed = [largest + torch.cat(sums).log(), logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).float()]
     if targets is not None:
@@ -254,8 +254,8 @@ def _of_logits(
     """The gradient of the logits (C, V) in their precision, from those of what ``_needed_of`` took of them."""
     of_normaliser, of_gold, *of_listed = of_needed
     result = torch.empty_like(logits)
-    for start in range(0, len(logits), _BLOCK):
-        rows = slice(start, start + _BLOCK)
+    for start in range(0, len(logits), BLOCK):
+        rows = slice(start, start + BLOCK)
         block = torch.sub(logits[rows].float(), normaliser[rows, None]).exp_().mul_(of_normaliser[rows, None])
         block.scatter_add_(1, labels[rows].clamp(min=0)[:, None], of_gold[rows, None])
         if targets is not None:

@@ -27,7 +27,7 @@ def test_the_formulae():
     assert (found.weights, found.gradients, found.optimizer) == (4000, 4000, 8000)
     assert found.gathered == 2 * (200 + 2 * 100) + 6 * 200
     assert found.activations == 2 * (7 + 8 * 50)
-    assert found.loss == 4 * 15 * 10 + 3 * 2 * 2 * 16 * 10 + 4 * 15 * 10
+    assert found.loss == 4 * 15 * (2 * 2 + 8) + 3 * 2 * 2 * 16 * 10 + 4 * 15 * 10
     assert found.total == 4000 + 4000 + 8000 + found.gathered + found.activations + found.loss
 
 

@@ -106,7 +106,7 @@ def tiny_model(architecture: str, *, tied: bool):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_positions_and_of_the_vocabulary_add_up(dtype, monkeypatch):
     """More positions than a block, more of the vocabulary than a slice of the weight's gradient; neither is a multiple."""
-    monkeypatch.setattr("train.loss._BLOCK", 4)
+    monkeypatch.setattr("train.loss.BLOCK", 4)
     monkeypatch.setattr("train.loss._ROWS", 5)
     setting = Setting(with_tail=True)
     head = nn.Linear(H, V, dtype=dtype)
