@@ -1,11 +1,15 @@
 """Figures of the report against their definitions."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.results import paired_difference
+from pipeline.plan import recorded_runs
+from pipeline.results import HeldOutRow, held_out, paired_difference
+from stages.contract.store import Store
+from tests.tiny_run import ptafuse
 
 
 def evaluation(figures: list[float], sizes: list[int]) -> dict:
@@ -33,3 +37,30 @@ def test_paired_difference_weighs_documents_by_their_bytes() -> None:
 
 def test_one_document_has_no_standard_error() -> None:
     assert math.isnan(paired_difference(evaluation([1.0], [10]), evaluation([1.1], [10]))[1])
+
+
+def test_runs_are_compared_with_runs_on_the_same_documents(tmp_path: Path, tiny_config: Path) -> None:
+    """A run directory may hold figures of the validation split and of the test split."""
+    run_url = str(tmp_path / "run")
+    sets = ("shard.validation_fraction=0.3", "shard.test_fraction=0.3")
+    for name, split, lambda_ in (("a", "validation", 1.0), ("b", "test", 1.0), ("c", "test", 0.5)):
+        given = (*sets, f"name={name}", f"eval.split={split}", f"train.lambda={lambda_}")
+        command = ("eval", str(tiny_config), "--run", run_url, "--local", "--upstream")
+        ptafuse(*command, *(part for one in given for part in ("--set", one)))
+    store = Store(run_url)
+    rows = {row.label.split(" (")[0]: row for row in held_out(recorded_runs(store), store)}
+    assert rows["after a"].num_bytes != rows["after b"].num_bytes == rows["after c"].num_bytes
+    assert {"target llama before", "target llama before, test split"} <= rows.keys()
+    gold_only, before = rows["after b"], rows["target llama before, test split"]
+    assert rows["after c"].against_gold_only is not None
+    assert rows["after a"].against_gold_only is None, "it is the only one on gold tokens of its split"
+    assert rows["after c"].against_gold_only.mean == pytest.approx(
+        _figure(rows["after c"]) - _figure(gold_only), abs=1e-9
+    )
+    assert rows["after b"].against_before is not None
+    assert rows["after b"].against_before.mean == pytest.approx(_figure(gold_only) - _figure(before), abs=1e-9)
+
+
+def _figure(row: HeldOutRow) -> float:
+    assert row.bits_per_byte is not None
+    return row.bits_per_byte
