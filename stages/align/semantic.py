@@ -10,6 +10,7 @@ from rapidfuzz.process import cpdist
 
 from stages.align.pair_cache import NO_PAIR, PairCache
 from stages.align.support import NO_ID, text_ids
+from stages.contract.token_space import BLOCK_VALUES, TokenSpace
 from stages.contract.tokens import Encoding, Vocabulary
 
 CACHE_SLOTS: Final = 2**22
@@ -20,8 +21,6 @@ CONTEXTS: Final = ("", "\n", "a", ".")
 """Texts before a candidate, to see how the target's tokenizer cuts it: some put a space before a text's first word."""
 
 _SEED: Final = zlib.crc32(b"ptafuse: scale of the semantic cost")
-_BLOCK_VALUES: Final = 2**22
-"""Embedding values gathered at once; bounds memory."""
 
 Encode = Callable[[list[str]], Sequence[Encoding]]
 
@@ -92,11 +91,10 @@ def spell(source: Vocabulary, target: Vocabulary, *, exact: np.ndarray, encode: 
 class SemanticCosts:
     """Cosine distance of input embeddings, in edits.
 
-    The embeddings are centred first (language models share a large common direction in which all tokens look alike). A
-    source candidate is the mean of its pieces. ``cost = scale (1 - cos)``, with the scale at which two random tokens of
-    the target are as far apart as by edit distance, on average, so that an epsilon in edits means about the same; 0 for
-    the same token, and ``scale`` (unrelated) where a candidate has no embedding. Cosine and not Euclid: norms say how
-    often a token is met, and some models scale their embeddings.
+    Tokens are directions from their common centre (``TokenSpace``), a source candidate is the mean of its pieces.
+    ``cost = scale (1 - cos)``, with the scale at which two random tokens of the target are as far apart as by edit
+    distance, on average, so that an epsilon in edits means about the same; 0 for the same token, and ``scale``
+    (unrelated) where a candidate has no embedding.
 
     Costs are remembered in a table of fixed size.
 
@@ -120,14 +118,8 @@ class SemanticCosts:
         *,
         num_slots: int = CACHE_SLOTS,
     ) -> None:
-        if len(embeddings) < target.size:
-            raise ValueError(
-                f"{len(embeddings)} embedding rows for {target.size} tokens: is this tokenizer of this model? Give "
-                "`tokenizer` where the model's own one is"
-            )
         self._size = target.size
-        self._rows = np.asarray(embeddings[: target.size], np.float16)
-        self._mean = _ordinary_mean(self._rows, ~target.is_special)
+        self._space = TokenSpace(embeddings, target)
         self._pieces = pieces
         self._cache = PairCache(num_slots)
         self.scale = self._edits_per_unit(np.flatnonzero(~target.is_special), target_texts)
@@ -142,13 +134,13 @@ class SemanticCosts:
     def _pair_costs(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Costs of pairs, (Q,) each; every distinct token's vector is built once."""
         costs = np.empty(len(source), np.float32)
-        step = max(1, _BLOCK_VALUES // self._rows.shape[1])
+        step = max(1, BLOCK_VALUES // self._space.num_dimensions)
         for start in range(0, len(source), step):
             part = slice(start, start + step)
             ids, row = np.unique(source[part], return_inverse=True)
             vectors = np.stack([self._vector(self._pieces.row(token_id)) for token_id in ids.tolist()])
             other_ids, other_row = np.unique(target[part], return_inverse=True)
-            others = self._units(self._rows[other_ids])
+            others = self._space.directions(other_ids)
             cosine = np.einsum("qh,qh->q", vectors[row], others[other_row])
             costs[part] = self.scale * np.clip(1.0 - cosine, 0.0, 2.0)
         starts = self._pieces.starts
@@ -160,13 +152,8 @@ class SemanticCosts:
     def _vector(self, pieces: np.ndarray) -> np.ndarray:
         """(H,) of unit length; zeros without pieces: unrelated to everything."""
         if not len(pieces):
-            return np.zeros(self._rows.shape[1], np.float32)
-        return self._units(self._rows[pieces].astype(np.float32).mean(axis=0, keepdims=True))[0]
-
-    def _units(self, rows: np.ndarray) -> np.ndarray:
-        centred = rows.astype(np.float32) - self._mean
-        length = np.linalg.norm(centred, axis=1, keepdims=True)
-        return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+            return np.zeros(self._space.num_dimensions, np.float32)
+        return self._space.directions_of(self._space.rows[pieces].astype(np.float32).mean(axis=0, keepdims=True))[0]
 
     def _edits_per_unit(self, ordinary: np.ndarray, texts: Sequence[str]) -> float:
         """Mean edit distance over mean cosine distance of random pairs of different tokens; 1 if there are none."""
@@ -180,22 +167,13 @@ class SemanticCosts:
             [texts[i] for i in first], [texts[i] for i in second], scorer=Levenshtein.distance, dtype=np.int32
         )
         total = 0.0
-        step = max(1, _BLOCK_VALUES // self._rows.shape[1])
+        step = max(1, BLOCK_VALUES // self._space.num_dimensions)
         for start in range(0, SCALE_PAIRS, step):
             part = slice(start, start + step)
-            cosine = np.einsum("qh,qh->q", self._units(self._rows[first[part]]), self._units(self._rows[second[part]]))
+            directions = self._space.directions(first[part]), self._space.directions(second[part])
+            cosine = np.einsum("qh,qh->q", *directions)
             total += float((1.0 - cosine).sum(dtype=np.float64))
         return float(edits.sum()) / total if total > 0 else 1.0
-
-
-def _ordinary_mean(rows: np.ndarray, is_ordinary: np.ndarray) -> np.ndarray:
-    """(H,) float32; block by block, since the whole matrix in float32 is twice its size."""
-    total = np.zeros(rows.shape[1])
-    step = max(1, _BLOCK_VALUES // rows.shape[1])
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        total += rows[part][is_ordinary[part]].sum(axis=0, dtype=np.float64)
-    return (total / max(1, int(is_ordinary.sum()))).astype(np.float32)
 
 
 def _decoded(token: bytes) -> str | None:

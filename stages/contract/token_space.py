@@ -1,0 +1,63 @@
+"""Where a model's tokens lie to one another: directions of its input embeddings."""
+
+from typing import Final
+
+import numpy as np
+
+from stages.contract.tokens import Vocabulary
+
+BLOCK_VALUES: Final = 2**22
+"""Embedding values gathered at once; bounds memory."""
+
+
+class TokenSpace:
+    """The directions in which a vocabulary's tokens lie from their common centre.
+
+    The embeddings are centred first: language models share a large common direction in which all tokens look alike. Then
+    they are scaled to unit length: norms say how often a token is met, and some models scale their embeddings.
+
+    Attributes:
+        rows: (V, H) float16, the embeddings as they stand in the model.
+        mean: (H,) float32, over the ordinary tokens.
+
+    Args:
+        embeddings: (V or more, H) the model's input embeddings.
+        vocabulary: of the same model; special tokens do not count in the mean.
+
+    Raises:
+        ValueError: the matrix has too few rows.
+    """
+
+    def __init__(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> None:
+        if len(embeddings) < vocabulary.size:
+            raise ValueError(
+                f"{len(embeddings)} embedding rows for {vocabulary.size} tokens: is this tokenizer of this model? Give "
+                "`tokenizer` where the model's own one is"
+            )
+        self.rows = np.asarray(embeddings[: vocabulary.size], np.float16)
+        self.mean = _ordinary_mean(self.rows, ~vocabulary.is_special)
+
+    @property
+    def num_dimensions(self) -> int:
+        """H."""
+        return self.rows.shape[1]
+
+    def directions(self, ids: np.ndarray) -> np.ndarray:
+        """Of tokens: (Q,) ids to (Q, H) float32 of unit length."""
+        return self.directions_of(self.rows[ids])
+
+    def directions_of(self, rows: np.ndarray) -> np.ndarray:
+        """Of embeddings, or means of some, (Q, H): float32, of unit length; zeros for one that is the centre itself."""
+        centred = rows.astype(np.float32) - self.mean
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+
+
+def _ordinary_mean(rows: np.ndarray, is_ordinary: np.ndarray) -> np.ndarray:
+    """(H,) float32; block by block, since the whole matrix in float32 is twice its size."""
+    total = np.zeros(rows.shape[1])
+    step = max(1, BLOCK_VALUES // rows.shape[1])
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        total += rows[part][is_ordinary[part]].sum(axis=0, dtype=np.float64)
+    return (total / max(1, int(is_ordinary.sum()))).astype(np.float32)
