@@ -1,7 +1,7 @@
 """The fuse stage: one distribution a position from the target's and the sources', and the training blocks."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -40,13 +40,21 @@ class _Shard:
 
 
 @dataclass(frozen=True)
-class _Fused:
-    """One segment: N positions, C candidates."""
+class FusedSegment:
+    """One segment: N positions, C candidates, the target's own first.
+
+    Attributes:
+        candidates: C; none has a distribution at the last position.
+        gold: (N,) the next token; ``PAD_ID`` at the last position.
+        cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
+        weights: (N, C), see ``candidate_weights``.
+        mixture: what came of them.
+    """
 
     candidates: tuple[Candidate, ...]
-    gold: np.ndarray  # (N,) the next token; PAD_ID at the last position
-    cross_entropy: np.ndarray  # (N, C)
-    weights: np.ndarray  # (N, C)
+    gold: np.ndarray
+    cross_entropy: np.ndarray
+    weights: np.ndarray
     mixture: Mixture
 
     @property
@@ -94,11 +102,9 @@ class FuseStage:
         """
         shard = self._read(inputs)
         packing = pack(shard.lengths, max_length=self.config.max_length)
-        piece_ce = self._piece_cross_entropy(shard, packing)
         health = HealthCounts(self.names)
         segments = []
-        for row in range(len(shard.lengths)):
-            fused = self._fuse_segment(shard, row, packing, piece_ce)
+        for fused in self._fuse_rows(shard, packing, range(len(shard.lengths))):
             health.add(
                 fused=fused.mixture.rows,
                 target=fused.candidates[0].rows,
@@ -137,17 +143,30 @@ class FuseStage:
             raise IndexError(f"no position {position} in row {row}: the shard has {found} there")
         return self._explained(shard, row, self._fuse_row(shard, row), position)
 
+    def fused_segments(self, inputs: Mapping[str, pa.Table], rows: Sequence[int]) -> Iterator[FusedSegment]:
+        """The candidates of some segments and what ``run`` makes of them, one segment at a time.
+
+        Args:
+            inputs: as for ``run``; the whole shard, since candidates are judged on documents or blocks of it.
+            rows: of the target's logits table.
+        """
+        shard = self._read(inputs)
+        yield from self._fuse_rows(shard, pack(shard.lengths, max_length=self.config.max_length), rows)
+
     def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
         """How the fused distributions of a segment came about, position by position; see ``explain``."""
         shard = self._read(inputs)
         fused = self._fuse_row(shard, row)
         return [self._explained(shard, row, fused, position) for position in range(int(shard.lengths[row]))]
 
-    def _fuse_row(self, shard: _Shard, row: int) -> _Fused:
-        packing = pack(shard.lengths, max_length=self.config.max_length)
-        return self._fuse_segment(shard, row, packing, self._piece_cross_entropy(shard, packing))
+    def _fuse_row(self, shard: _Shard, row: int) -> FusedSegment:
+        return next(self._fuse_rows(shard, pack(shard.lengths, max_length=self.config.max_length), [row]))
 
-    def _explained(self, shard: _Shard, row: int, fused: _Fused, position: int) -> Explanation:
+    def _fuse_rows(self, shard: _Shard, packing: Packing, rows: Iterable[int]) -> Iterator[FusedSegment]:
+        piece_ce = self._piece_cross_entropy(shard, packing)
+        return (self._fuse_segment(shard, row, packing, piece_ce) for row in rows)
+
+    def _explained(self, shard: _Shard, row: int, fused: FusedSegment, position: int) -> Explanation:
         vocabulary = self._vocabularies[0]
         tokens = list_row(shard.target, "token_ids", row)[: position + 1]
         context = b"".join(vocabulary.token_bytes[token] for token in tokens)
@@ -213,7 +232,7 @@ class FuseStage:
         per_byte = self.config.unit == "bits-per-byte"
         return np.array([part.bits_per_byte if per_byte else part.nats_per_token for part in parts], np.float64)
 
-    def _fuse_segment(self, shard: _Shard, row: int, packing: Packing, piece_ce: np.ndarray) -> _Fused:
+    def _fuse_segment(self, shard: _Shard, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
         length = int(shard.lengths[row])
         gold = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
         candidates = self._candidates(shard, row)
@@ -225,7 +244,7 @@ class FuseStage:
         present = np.stack([part.rows.present for part in candidates], axis=1)
         weights = candidate_weights(judged, present, function=self.config.function)
         mixture = mix(candidates, weights, top_k=self.config.top_k, renormalise=shard.tail == "renormalise")
-        return _Fused(candidates, gold, judged, weights, mixture)
+        return FusedSegment(candidates, gold, judged, weights, mixture)
 
     def _candidates(self, shard: _Shard, row: int) -> tuple[Candidate, ...]:
         """The target's own rows and each source's aligned ones; none at the last position, which has no gold token."""

@@ -32,15 +32,37 @@ def candidate_weights(cross_entropy: np.ndarray, present: np.ndarray, *, functio
     """
     if cross_entropy.shape != present.shape:
         raise ValueError(f"cross_entropy has shape {cross_entropy.shape}, present {present.shape}; both are (N, C)")
-    known = np.where(np.isnan(cross_entropy), np.inf, cross_entropy.astype(np.float64))
-    best = np.where(present, known, np.inf).min(axis=1, initial=np.inf)
-    relative = np.where(np.isinf(best)[:, None], 0.0, known - np.where(np.isinf(best), 0.0, best)[:, None])
-    relative = np.where(present, relative, np.inf)
+    relative = _behind_the_best(cross_entropy, present)
     scores = np.exp(-relative)  # the best candidate's is 1: neither overflow nor a row of zeros
     if function == "min-ce":
         scores = np.where(present, np.arange(present.shape[1]) == relative.argmin(axis=1)[:, None], 0.0)
     total = scores.sum(axis=1, keepdims=True)
     return np.divide(scores, total, out=np.zeros_like(scores), where=total > 0)
+
+
+def win_shares(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Who wins at each position: the candidate with the lowest cross-entropy, and tied ones in equal parts.
+
+    ``candidate_weights`` must choose, and takes the first of tied candidates; a figure of how often each wins that
+    counted this choice would favour the target, which is the first.
+
+    Args:
+        cross_entropy: (N, C), NaN where unknown, as for ``candidate_weights``.
+        present: (N, C) bool, the candidate has a distribution at the position.
+
+    Returns:
+        (N, C) float64; a row sums to 1, or is zero where no candidate has a distribution.
+    """
+    is_best = present & (_behind_the_best(cross_entropy, present) == 0)
+    return is_best / np.maximum(is_best.sum(axis=1, keepdims=True), 1)
+
+
+def _behind_the_best(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """(N, C) how far each candidate stands behind the best of its position; infinite for those without a distribution."""
+    known = np.where(np.isnan(cross_entropy), np.inf, cross_entropy.astype(np.float64))
+    best = np.where(present, known, np.inf).min(axis=1, initial=np.inf)
+    relative = np.where(np.isinf(best)[:, None], 0.0, known - np.where(np.isinf(best), 0.0, best)[:, None])
+    return np.where(present, relative, np.inf)
 
 
 def gold_probability(rows: SparseRows, gold: np.ndarray) -> np.ndarray:

@@ -344,3 +344,13 @@ def test_places_outside_the_shard_are_refused(inputs):
         stage.explain(inputs.tables, 0, 4000)
     with pytest.raises(KeyError, match="not in this shard"):
         find_row(inputs.tables["logits/target"], 99, 0)
+
+
+def test_fused_segments_are_what_run_writes(inputs):
+    stage = inputs.stage(granularity="block")
+    table, target = stage.run(inputs.tables).table, inputs.tables["logits/target"]
+    starts = np.append(0, np.cumsum([len(target["token_ids"][row]) for row in range(target.num_rows)]))
+    chosen = np.concatenate([list_row(table, "chosen", block) for block in range(table.num_rows)])
+    rows = [2, 0]
+    for row, found in zip(rows, stage.fused_segments(inputs.tables, rows), strict=True):
+        assert found.chosen.tolist() == chosen[starts[row] : starts[row + 1]].tolist()

@@ -6,7 +6,13 @@ from hypothesis.extra import numpy as hnp
 
 from stages.contract.columns import PAD_ID, SparseRows
 from stages.contract.entropy import TEACHER_FLOOR
-from stages.fuse.weights import block_cross_entropy, candidate_weights, gold_probability, token_cross_entropy
+from stages.fuse.weights import (
+    block_cross_entropy,
+    candidate_weights,
+    gold_probability,
+    token_cross_entropy,
+    win_shares,
+)
 
 
 def test_min_ce_takes_the_lowest_cross_entropy():
@@ -80,3 +86,22 @@ def test_block_cross_entropy_is_the_mean_over_its_pieces_known_ones():
     segment_ce = np.array([[1.0, np.nan], [3.0, 5.0], [7.0, np.nan]])
     found = block_cross_entropy(segment_ce, segment=np.array([0, 1, 1, 2]), block=np.array([0, 0, 1, 2]))
     np.testing.assert_array_equal(found, [[2.0, 5.0], [3.0, 5.0], [7.0, np.nan]])
+
+
+def test_tied_candidates_share_a_win():
+    ce = np.array([[1.0, 1.0, 2.0], [np.nan, np.nan, np.nan], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]])
+    present = np.array([[True, True, True], [True, False, True], [True, True, False], [False, False, False]])
+    assert win_shares(ce, present).tolist() == [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 1, 0], [0, 0, 0]]
+
+
+@given(
+    hnp.arrays(np.float64, (5, 3), elements=st.sampled_from([0.0, 1.0, 2.5]) | st.floats(0, 2000) | st.just(np.nan)),
+    hnp.arrays(bool, (5, 3)),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_chosen_candidate_is_among_the_winners(ce, present):
+    shares, weights = win_shares(ce, present), candidate_weights(ce, present, function="min-ce")
+    np.testing.assert_allclose(shares.sum(axis=1), present.any(axis=1))
+    assert (shares[weights > 0] > 0).all()
+    order = [2, 0, 1]
+    np.testing.assert_array_equal(win_shares(ce[:, order], present[:, order]), shares[:, order])
