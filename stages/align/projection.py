@@ -42,6 +42,24 @@ def column_mass(plan: np.ndarray, projection: Literal["argmax", "plan"]) -> np.n
     return plan.sum(axis=1) if projection == "plan" else _argmax_mass(plan)
 
 
+def landed_mass(plan: np.ndarray, projection: Literal["argmax", "plan"]) -> np.ndarray:
+    """Which candidate's mass lands on which: the plan as ``column_mass`` projects it, before columns are added up.
+
+    Args:
+        plan: (P, n, m) >= 0.
+        projection: which of the two.
+
+    Returns:
+        (P, n, m) float64; its column sums are ``column_mass``.
+    """
+    if projection == "plan":
+        return plan
+    is_largest = np.arange(plan.shape[2]) == plan.argmax(axis=2)[:, :, None]
+    selected = np.where(is_largest, plan, 0.0)
+    kept, total = selected.sum(axis=(1, 2)), plan.sum(axis=(1, 2))
+    return selected * np.divide(total, kept, out=np.zeros_like(kept), where=kept > 0)[:, None, None]
+
+
 def keep_largest(ids: np.ndarray, mass: np.ndarray, *, top_k: int, tail: Literal["renormalise", "bucket"]) -> Projected:
     """Keep each row's largest entries.
 

@@ -10,7 +10,7 @@ from stages.align.config import AlignConfig
 from stages.align.cost import Costs
 from stages.align.pairing import NO_POSITION, Pairing, Role, boundary_pairing, choose_source, edit_distance_pairing
 from stages.align.problems import MassMover, Problems
-from stages.align.projection import column_mass, keep_largest
+from stages.align.projection import column_mass, keep_largest, landed_mass
 from stages.align.rows import ModelRows, Side
 from stages.align.support import NO_ID
 from stages.align.window import narrow
@@ -130,6 +130,10 @@ class SegmentAligner:
             result.ids[gold, 0] = target.token_ids[gold + 1]  # the next token: never the one the context ends with
             result.probs[gold, 0] = 1.0
         return result
+
+    def landed(self, problems: Problems) -> np.ndarray:
+        """(P, n, m) which candidate's mass lands on which, see ``landed_mass``."""
+        return landed_mass(problems.plan, self._mover.projection)
 
     def unpaired(self, target: ModelRows) -> AlignedSegment:
         """The result for a segment of which the source has no row: no distribution anywhere."""

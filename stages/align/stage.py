@@ -1,7 +1,7 @@
 """The align stage: a source's logits and the target's in, the source's distributions over the target's vocabulary out."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import numpy as np
@@ -11,9 +11,10 @@ from stages.align.config import AlignConfig
 from stages.align.explain import Explanation, explain_position
 from stages.align.health import AlignHealth
 from stages.align.mapping import exact_map
+from stages.align.pair_mass import PairMass, PairSums
 from stages.align.pairing import NO_POSITION
 from stages.align.rows import ModelRows, Side
-from stages.align.segment import AlignedSegment, SegmentAligner, same_vocabulary
+from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner, same_vocabulary
 from stages.align.semantic import SemanticCosts, spell
 from stages.align.support import prefix_map, same_bytes
 from stages.contract import schemas
@@ -131,16 +132,29 @@ class AlignStage:
         explain = self._explain(inputs, row)
         return [explain(position) for position in range(len(inputs["target"]["token_ids"][row]))]
 
+    def pair_mass(self, inputs: Mapping[str, pa.Table], rows: Sequence[int]) -> PairMass:
+        """Which source token's mass ``run`` moves to which target token, in some rows.
+
+        Args:
+            inputs: as for ``run``.
+            rows: of the target table.
+
+        Raises:
+            ValueError: there is no such row, or one cannot be aligned.
+        """
+        sums = PairSums(self._source.vocabulary, self._target.vocabulary)
+        align = self._align_row(inputs)
+        for row in rows:
+            _, _, _, aligned = align(row)
+            copied = aligned.outcome == IDENTITY
+            sums.add_copied(aligned.ids[copied], aligned.probs[copied])
+            if aligned.problems is not None:
+                sums.add(aligned.problems, self._aligner.landed(aligned.problems))
+        return sums.result()
+
     def _explain(self, inputs: Mapping[str, pa.Table], row: int) -> Callable[[int], Explanation]:
         """Align one row; the result explains any of its positions."""
-        target_table, source_table = inputs["target"], inputs["source"]
-        if not 0 <= row < target_table.num_rows:
-            raise ValueError(f"row {row}: expected 0 to {target_table.num_rows - 1}, the rows of this shard")
-        key = _keys(target_table)[row]
-        source_row = {found: number for number, found in enumerate(_keys(source_table))}
-        target = _model_rows(target_table, row)
-        source = _model_rows(source_table, source_row[key]) if key in source_row else None
-        aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
+        key, target, source, aligned = self._align_row(inputs)(row)
 
         def at(position: int) -> Explanation:
             return explain_position(
@@ -155,6 +169,25 @@ class AlignStage:
             )
 
         return at
+
+    def _align_row(
+        self, inputs: Mapping[str, pa.Table]
+    ) -> Callable[[int], tuple[tuple[int, int], ModelRows, ModelRows | None, AlignedSegment]]:
+        """What aligns a row of the target table: its key, the target's and the source's rows, and what comes of them."""
+        target_table, source_table = inputs["target"], inputs["source"]
+        keys = _keys(target_table)
+        source_row = {found: number for number, found in enumerate(_keys(source_table))}
+
+        def align(row: int) -> tuple[tuple[int, int], ModelRows, ModelRows | None, AlignedSegment]:
+            if not 0 <= row < len(keys):
+                raise ValueError(f"row {row}: expected 0 to {len(keys) - 1}, the rows of this shard")
+            key = keys[row]
+            target = _model_rows(target_table, row)
+            source = _model_rows(source_table, source_row[key]) if key in source_row else None
+            aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
+            return key, target, source, aligned
+
+        return align
 
 
 class _OutputRows:
