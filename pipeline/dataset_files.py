@@ -228,15 +228,15 @@ def file_identity(files: DatasetFiles, path: str) -> str:
     return f"{info['size']}:{etag or files.filesystem.ukey(path)}"
 
 
-def require_column(column: str, found: list[str], where: str) -> None:
-    """Refuse data without the text column."""
+def require_column(column: str, found: list[str], where: str, setting: str = "text_column") -> None:
+    """Refuse data without a column that a setting of ``[dataset]`` names."""
     if column not in found:
         raise DatasetError(
-            f"{where} has no column {column!r}: set dataset.text_column to one of {', '.join(map(repr, found))}"
+            f"{where} has no column {column!r}: set dataset.{setting} to one of {', '.join(map(repr, found))}"
         )
 
 
-def open_parquet(stream: BinaryIO, path: str, column: str) -> pq.ParquetFile:
+def open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text_column") -> pq.ParquetFile:
     """Read a Parquet file's footer.
 
     Raises:
@@ -246,22 +246,22 @@ def open_parquet(stream: BinaryIO, path: str, column: str) -> pq.ParquetFile:
         parquet = pq.ParquetFile(stream)
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{path} is not a whole Parquet file: {error}") from error
-    require_column(column, parquet.schema_arrow.names, path)
+    require_column(column, parquet.schema_arrow.names, path, setting)
     kind = parquet.schema_arrow.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(test(kind) for test in _TEXT_TYPES):
         raise DatasetError(
-            f"{path}: column {column!r} is {kind}, not text: set dataset.text_column to a column of strings"
+            f"{path}: column {column!r} is {kind}, not text: set dataset.{setting} to a column of strings"
         )
     return parquet
 
 
-def has_documents(files: DatasetFiles, name: str, column: str) -> bool:
+def has_documents(files: DatasetFiles, name: str, column: str, setting: str = "text_column") -> bool:
     """Does a file have rows, with the column? For JSON lines the first object decides."""
     path = files.paths[name]
     with files.open(name) as stream:
         if files.format == "parquet":
-            return bool(open_parquet(stream, path, column).metadata.num_rows)
+            return bool(open_parquet(stream, path, column, setting).metadata.num_rows)
         has_lines = False
         for number, line in enumerate(_lines(stream, path)):
             has_lines = True
@@ -272,7 +272,7 @@ def has_documents(files: DatasetFiles, name: str, column: str) -> bool:
             except (ValueError, RecursionError):
                 record = None
             if isinstance(record, dict):
-                require_column(column, list(record), path)
+                require_column(column, list(record), path, setting)
                 return True
             if number == _MAX_LINES_PROBED:
                 break

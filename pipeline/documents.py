@@ -69,9 +69,10 @@ def check_dataset(dataset: DatasetConfig) -> None:
 
     Raises:
         FileNotFoundError: there is no such file or folder, or a glob matches nothing.
-        DatasetError: nothing readable in it, or no such text column (lists those found).
+        DatasetError: nothing readable in it, or no such column of text or of kinds (lists those found).
     """
     files = find_files(dataset)
+    _check_kinds(dataset, files)
     if files.format == "txt" or any(has_documents(files, name, dataset.text_column) for name in files.paths):
         return
     raise DatasetError(f"{_place(dataset)} holds no documents: its {len(files.paths)} file(s) have no rows")
@@ -147,6 +148,38 @@ def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
     return pa.Table.from_arrays(
         [ids, pa.chunked_array(texts, pa.large_binary()), pa.chunked_array(errors, pa.string())], schema=DOCUMENTS
     )
+
+
+def read_kinds(dataset: DatasetConfig, shard_range: ShardRange) -> dict[int, str | None]:
+    """The kind of every document of a shard, by its number: what ``dataset.kind_column`` says.
+
+    Returns:
+        None where the record says nothing: no such key, null, or no string.
+
+    Raises:
+        FileNotFoundError: a file of the plan is gone.
+        DatasetError: a file has changed since it was planned, or has no such column.
+    """
+    assert dataset.kind_column is not None
+    _check_kinds(dataset, find_files(dataset))
+    table = read_documents(dataset.model_copy(update={"text_column": dataset.kind_column}), shard_range)
+    kinds = table["text"].to_pylist()
+    return {
+        doc_id: None if kind is None else kind.decode("utf-8", errors="replace")
+        for doc_id, kind in zip(table["doc_id"].to_pylist(), kinds, strict=True)
+    }
+
+
+def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
+    if dataset.kind_column is None:
+        return
+    if files.format == "txt":
+        raise DatasetError(
+            f"dataset.kind_column = {dataset.kind_column!r}: plain text files have no columns; leave it out"
+        )
+    for name in files.paths:
+        if has_documents(files, name, dataset.kind_column, "kind_column"):
+            return
 
 
 class _Plan:

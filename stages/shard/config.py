@@ -35,6 +35,11 @@ class DatasetConfig(Settings):
         None, description="A file (.parquet, .jsonl, .jsonl.zst, .txt), a folder of them, a glob, or an fsspec URL."
     )
     text_column: str = Field("text", description="The column that holds a document's text (.txt: one document a file).")
+    kind_column: Annotated[str | None, RUNTIME] = Field(
+        None,
+        description="A column of strings that says of what kind a document is (its source, subject, language): `ptafuse "
+        "interpret` tells by kind which model wins. No stage reads it, so it can be given after a run.",
+    )
     max_documents: int | None = Field(None, ge=1, description="Take the first this many documents; all when not given.")
 
     @model_validator(mode="after")

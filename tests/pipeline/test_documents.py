@@ -25,6 +25,7 @@ from pipeline.documents import (
     dataset_identity,
     plan_documents,
     read_documents,
+    read_kinds,
 )
 from stages.shard.config import DatasetConfig
 from tests.texts import texts
@@ -387,3 +388,44 @@ def test_a_dataset_may_move_between_plan_and_reading(tmp_path: Path) -> None:
     (tmp_path / "old").rename(tmp_path / "new")
     dataset = DatasetConfig(path=str(tmp_path / "new" / "folder"))
     assert [text for part in plan for text in _texts(read_documents(dataset, part))] == TEXTS
+
+
+# --- kinds of documents --------------------------------------------------------------------------------------------------
+
+
+def _with_kinds(folder: Path, file_format: str) -> DatasetConfig:
+    kinds = [None if index == 4 else f"kind {index % 3}" for index in range(len(TEXTS))]
+    if file_format == "parquet":
+        pq.write_table(pa.table({"text": TEXTS, "kind": kinds}), folder / "all.parquet", row_group_size=5)
+    else:
+        lines = [json.dumps({"kind": kind, "text": text}) for text, kind in zip(TEXTS, kinds, strict=True)]
+        (folder / "all.jsonl").write_text("\n".join([*lines, '{"text": "no kind"}', '{"text": "3", "kind": 3}']) + "\n")
+    return DatasetConfig(path=str(folder), kind_column="kind")
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
+def test_kinds_are_those_of_the_documents_of_the_shard(tmp_path: Path, file_format: str) -> None:
+    dataset = _with_kinds(tmp_path, file_format)
+    check_dataset(dataset)
+    found: dict[int, str | None] = {}
+    for part in plan_documents(dataset, 4):
+        found |= read_kinds(dataset, part)
+    expected = {index: None if index == 4 else f"kind {index % 3}" for index in range(len(TEXTS))}
+    assert found == (expected if file_format == "parquet" else expected | {23: None, 24: None})
+
+
+def test_a_kind_column_that_cannot_be_read_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    dataset = _with_kinds(tmp_path, "parquet")
+    with pytest.raises(
+        DatasetError, match=r"has no column 'subject': set dataset\.kind_column to one of 'text', 'kind'"
+    ):
+        check_dataset(dataset.model_copy(update={"kind_column": "subject"}))
+    plain = tmp_path / "plain.txt"
+    plain.write_text("x")
+    with pytest.raises(DatasetError, match="plain text files have no columns"):
+        check_dataset(DatasetConfig(path=str(plain), kind_column="kind"))
+
+
+def test_the_kind_column_is_no_setting_of_a_result(tmp_path: Path) -> None:
+    dataset = _with_kinds(tmp_path, "jsonl")
+    assert dataset.result_settings() == dataset.model_copy(update={"kind_column": None}).result_settings()
