@@ -95,12 +95,23 @@ def _show_segment(table: pa.Table, row: int, console: Console) -> None:
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space visible, and bytes that are no character as ``<0xE2>``."""
+    """A token's text with its white space visible, and all else that cannot be seen in hexadecimal; see ``printable``."""
     marks = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"}
-    shown = "".join(
-        marks.get(char, f"<0x{ord(char) - 0xDC00:02X}>" if 0xDC80 <= ord(char) <= 0xDCFF else char) for char in text
+    return "".join(marks.get(char) or printable(char) for char in text) or "∅"
+
+
+def printable(text: str) -> str:
+    """A text that a terminal and a page show as it is: bytes that are no character as ``<0xE2>``, characters that control
+    or cannot be seen (escape, zero width, changes of direction, spaces of other widths) as ``<U+200B>``.
+    """
+    return "".join(
+        char
+        if char.isprintable()
+        else f"<0x{ord(char) - 0xDC00:02X}>"
+        if 0xDC80 <= ord(char) <= 0xDCFF
+        else f"<U+{ord(char):04X}>"
+        for char in text
     )
-    return shown or "∅"
 
 
 def distribution_table(title: str, entries: Iterable[tuple[str, float]], tail_mass: float | None) -> Table:

@@ -63,6 +63,7 @@ def test_white_space_and_broken_characters_are_visible() -> None:
     assert visible(" a\n\t") == "·a⏎⇥"
     assert visible(b"\xe2".decode(errors="surrogateescape")) == "<0xE2>"
     assert visible("") == "∅"
+    assert visible("\x1b[2J\u202e\u00a0é") == "<U+001B>[2J<U+202E><U+00A0>é"  # nothing that a terminal would obey
 
 
 def test_plan_keeps_the_columns_of_most_mass() -> None:
