@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from pipeline.costs import AssumptionsConfig, PricesConfig
+from pipeline.interpret.config import InterpretConfig
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.models import ModelConfig
@@ -53,6 +54,7 @@ class RunConfig(Settings):
     fuse: FuseConfig = FuseConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    interpret: InterpretConfig = InterpretConfig()
     engine: Annotated[EngineConfig, RUNTIME] = EngineConfig()
     prices: Annotated[PricesConfig, RUNTIME] = PricesConfig()
     assumptions: Annotated[AssumptionsConfig, RUNTIME] = AssumptionsConfig()

@@ -20,7 +20,7 @@ from pipeline.rollup import is_manifest
 from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store
 
-FOLDERS = ("shard", "logits", "align", "fuse", "configs")
+FOLDERS = ("shard", "logits", "align", "fuse", "interpret", "configs")
 """Where attempts write. Not ``train`` and ``eval``."""
 
 _STEP = r"(?P<folder>(?:shard|fuse|(?:logits|align)/[^/]+)/[0-9a-f]{12})"

@@ -1,0 +1,1 @@
+"""``ptafuse interpret``: what fusing did, in figures that people can think about; see docs/interpretability.md."""

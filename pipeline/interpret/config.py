@@ -1,0 +1,23 @@
+"""Settings of ``ptafuse interpret``."""
+
+from typing import Final
+
+from pydantic import Field
+
+from stages.contract.fingerprint import Settings
+
+VERSION: Final = 1
+"""Of the figures; raised when the code gives others for the same settings."""
+
+
+class InterpretConfig(Settings):
+    """How much text the figures are taken from, and what is shown."""
+
+    max_positions: int = Field(
+        100_000,
+        ge=1,
+        description="Target positions that are read, about: whole documents, the same number of positions in each shard.",
+    )
+    max_shards: int = Field(8, ge=1, le=64, description="Shards from which documents are drawn.")
+    seed: int = Field(42, description="Of the draw of shards and documents.")
+    num_pairs: int = Field(20, ge=1, le=1000, description="Most moved pairs of tokens that are kept for each source.")

@@ -1,0 +1,169 @@
+"""Figures of documents: who wins at their positions, and how the distributions there lie to one another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+
+from pipeline.interpret.distances import center_distance, spread
+from stages.contract.columns import PAD_ID
+from stages.contract.standard_error import Estimate, weighted_mean
+from stages.contract.token_space import TokenSpace
+from stages.fuse.stage import FusedSegment
+from stages.fuse.weights import token_cross_entropy, win_shares
+
+MAX_KINDS: Final = 20
+"""Kinds of documents that are told apart: those with the most positions; the others are counted together."""
+ALL: Final = "all"
+
+
+@dataclass(frozen=True, eq=False)
+class DocumentFigures:
+    """Totals over positions of one document; they add up. C candidates, the target's own first.
+
+    Attributes:
+        num_positions: with a next token in their segment.
+        num_fused: of those, with a fused distribution.
+        num_tied: (2,) of those, with more than one winner: as configured, and judged token by token.
+        wins: (2, C) positions won so, ties in equal parts; each row sums to ``num_fused``.
+        distances: (C + 1, 4), rows the candidates and then the fused distribution: positions that have it; over these
+            its Inner Distance, that of the target's own distribution, and the Center Distance to it.
+    """
+
+    num_positions: int
+    num_fused: int
+    num_tied: np.ndarray
+    wins: np.ndarray
+    distances: np.ndarray
+
+    def __add__(self, other: "DocumentFigures") -> "DocumentFigures":
+        return DocumentFigures(
+            self.num_positions + other.num_positions,
+            self.num_fused + other.num_fused,
+            self.num_tied + other.num_tied,
+            self.wins + other.wins,
+            self.distances + other.distances,
+        )
+
+    @classmethod
+    def of_segment(cls, segment: FusedSegment, space: TokenSpace) -> Self:
+        """The figures of one segment.
+
+        Args:
+            segment: what the fuse stage makes of it.
+            space: the target's embeddings.
+        """
+        present = np.stack([part.rows.present for part in segment.candidates], axis=1)
+        judged = (
+            segment.cross_entropy,
+            token_cross_entropy([part.rows for part in segment.candidates], segment.gold),
+        )
+        shares = np.stack([win_shares(cross_entropy, present) for cross_entropy in judged])
+        own = spread(segment.candidates[0].rows, space)
+        others = [*(spread(part.rows, space) for part in segment.candidates[1:]), spread(segment.mixture.rows, space)]
+        return cls(
+            num_positions=int((segment.gold != PAD_ID).sum()),
+            num_fused=int(segment.present.sum()),
+            num_tied=((shares > 0).sum(axis=2) > 1).sum(axis=1),
+            wins=shares.sum(axis=1),
+            distances=np.stack([_totals(part.inner, own.inner, center_distance(part, own)) for part in (own, *others)]),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {
+            "num_positions": self.num_positions,
+            "num_fused": self.num_fused,
+            "num_tied": self.num_tied.tolist(),
+            "wins": self.wins.tolist(),
+            "distances": self.distances.tolist(),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read back what ``to_json`` gave."""
+        return cls(
+            values["num_positions"],
+            values["num_fused"],
+            np.array(values["num_tied"]),
+            np.array(values["wins"]),
+            np.array(values["distances"]),
+        )
+
+
+def _totals(inner: np.ndarray, own_inner: np.ndarray, center: np.ndarray) -> list[float]:
+    known = np.isfinite(center)  # both distributions are there
+    return [float(known.sum()), *(float(values[known].sum()) for values in (inner, own_inner, center))]
+
+
+def distance_rows(documents: Sequence[DocumentFigures], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Mean distances of each distribution, and their standard errors over documents.
+
+    Args:
+        documents: their figures.
+        names: of the C + 1 distributions.
+    """
+    totals = np.stack([part.distances for part in documents]) if documents else np.zeros((0, len(names), 4))
+    rows = []
+    for index, name in enumerate(names):
+        count, inner, own_inner, center = totals[totals[:, index, 0] > 0, index].T
+        rows.append(
+            {
+                "name": name,
+                "num_positions": int(count.sum()),
+                "inner": estimate_json(weighted_mean(inner / count, count)),
+                "own_inner": estimate_json(weighted_mean(own_inner / count, count)),
+                "inner_difference": estimate_json(weighted_mean((inner - own_inner) / count, count)),
+                "center": estimate_json(weighted_mean(center / count, count)),
+            }
+        )
+    return rows
+
+
+def win_rows(documents: Sequence[DocumentFigures], kinds: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Win rates of each candidate by kind of document, of all documents first, then of the kind with most positions.
+
+    Args:
+        documents: their figures.
+        kinds: of each.
+        names: of the C candidates.
+
+    Returns:
+        JSON values; ``shares`` as configured, ``token_shares`` judged token by token.
+    """
+    groups: dict[str, list[DocumentFigures]] = {}
+    for part, kind in zip(documents, kinds, strict=True):
+        groups.setdefault(kind, []).append(part)
+    ordered = sorted(groups.items(), key=lambda group: (-sum(part.num_fused for part in group[1]), group[0]))
+    rows = [_win_row(ALL, documents, names), *(_win_row(kind, group, names) for kind, group in ordered[:MAX_KINDS])]
+    rest = [part for _, group in ordered[MAX_KINDS:] for part in group]
+    if rest:
+        rows.append(_win_row(f"{len(ordered) - MAX_KINDS} other kinds", rest, names))
+    return rows
+
+
+def _win_row(kind: str, documents: Sequence[DocumentFigures], names: Sequence[str]) -> dict[str, Any]:
+    count = np.array([part.num_fused for part in documents])
+    wins = np.stack([part.wins for part in documents])[count > 0]  # (documents, 2, C)
+    num_tied = np.sum([part.num_tied for part in documents], axis=0)
+    return {
+        "kind": kind,
+        "num_documents": len(documents),
+        "num_positions": sum(part.num_positions for part in documents),
+        "num_fused": int(count.sum()),
+        "num_tied": int(num_tied[0]),
+        "shares": _shares(wins[:, 0], count[count > 0], names),
+        "num_token_tied": int(num_tied[1]),
+        "token_shares": _shares(wins[:, 1], count[count > 0], names),
+    }
+
+
+def _shares(wins: np.ndarray, count: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Of wins (D, C) at count (D,) positions."""
+    return {name: estimate_json(weighted_mean(wins[:, index] / count, count)) for index, name in enumerate(names)}
+
+
+def estimate_json(estimate: Estimate) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if np.isfinite(value) else None for name, value in estimate._asdict().items()}

@@ -1,0 +1,231 @@
+"""``ptafuse interpret``: computes the figures of a configuration once, shard by shard, and keeps them in the run directory.
+
+Nothing is stored of transport plans and of candidates that lost, so both are computed anew, by the stages themselves, on
+a sample. What a shard gave is kept until all are there: a command that was killed goes on with the next shard.
+"""
+
+import json
+import logging
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.documents import read_kinds
+from pipeline.engine import Run, StageError, command, read_inputs, require_complete
+from pipeline.interpret.config import VERSION
+from pipeline.interpret.figures import DocumentFigures, distance_rows, win_rows
+from pipeline.interpret.pairs import most_moved, part_of
+from pipeline.interpret.sample import choose_rows, choose_shards, length_kind
+from pipeline.plan import ResolvedRun, read_plan
+from pipeline.show import printable
+from stages.align.stage import AlignStage
+from stages.contract.columns import list_row
+from stages.contract.embeddings import load_input_embeddings
+from stages.contract.fingerprint import fingerprint
+from stages.contract.store import Store
+from stages.contract.token_space import TokenSpace
+from stages.contract.tokens import SegmentTokenizer
+from stages.fuse.stage import FuseStage
+
+FUSED: Final = "fused"
+MAX_KIND_LENGTH: Final = 40
+"""Characters of a document's kind; a column of longer texts hardly holds kinds."""
+
+log = logging.getLogger(__name__)
+
+
+def folder_of(run: ResolvedRun) -> str:
+    """Where the figures of a configuration are, in the run directory."""
+    settings = {"interpret": run.config.interpret.result_settings(), "kind_column": run.config.dataset.kind_column}
+    return f"interpret/{fingerprint('interpret', VERSION, settings, {'fuse': run.steps['fuse'].fingerprint})}"
+
+
+def read_interpretation(run: ResolvedRun, store: Store) -> dict[str, Any] | None:
+    """The figures of a configuration, None if they were not computed."""
+    try:
+        return json.loads(store.read(_result_key(run)))
+    except FileNotFoundError:
+        return None
+
+
+def interpret(run: Run) -> dict[str, Any]:
+    """Compute the figures of a configuration, or read them where that was done.
+
+    Returns:
+        JSON values; docs/interpretability.md says what each is.
+
+    Raises:
+        StageError: logits, align or fuse are incomplete, or the sample has no fused position.
+        DatasetError: ``dataset.kind_column`` cannot be read.
+    """
+    found = read_interpretation(run.resolved, run.store)
+    if found is not None:
+        run.console.print(f"interpret: nothing to do ({_result_key(run.resolved)} is there)", soft_wrap=True)
+        return found
+    steps = [step.key for step in run.resolved.steps.values() if step.stage in ("logits", "align", "fuse")]
+    num_shards = require_complete(run, steps, "interpret")
+    settings = run.config.interpret
+    shards = choose_shards(num_shards, max_shards=settings.max_shards, seed=settings.seed)
+    interpreter = _Interpreter(run, -(-settings.max_positions // len(shards)))
+    parts = []
+    for number, shard in enumerate(shards, start=1):
+        parts.append(_part(run, interpreter, shard))
+        run.console.print(f"interpret: shard {shard} ({number} of {len(shards)})", soft_wrap=True)
+    result = _result(run, parts, shards, num_shards)
+    run.store.create(_result_key(run.resolved), (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+    for shard in shards:
+        run.store.delete(_part_key(run.resolved, shard))
+    return result
+
+
+def _part(run: Run, interpreter: "_Interpreter", shard: int) -> dict[str, Any]:
+    """What one shard gives: read where an earlier command left it."""
+    key = _part_key(run.resolved, shard)
+    try:
+        raw = run.store.read(key)
+    except FileNotFoundError:
+        raw = json.dumps(interpreter.part(shard), allow_nan=False).encode()
+        run.store.create(key, raw)
+    return json.loads(raw)
+
+
+class _Interpreter:
+    """Computes shards; loads tokenizers, kernels and embeddings when the first one is to be computed.
+
+    Args:
+        run: the run.
+        max_positions: of each shard, about.
+    """
+
+    def __init__(self, run: Run, max_positions: int) -> None:
+        self._run = run
+        self._max_positions = max_positions
+        self._stages: tuple[FuseStage, dict[str, AlignStage], TokenSpace] | None = None
+
+    def part(self, shard: int) -> dict[str, Any]:
+        """The figures of a shard's documents, and the pairs of tokens of each source."""
+        fuse, aligns, space = self._loaded()
+        run, target_name = self._run, self._run.config.target.name
+        inputs = read_inputs(run.resolved, run.store, run.resolved.steps["fuse"], shard)
+        target = inputs[f"logits/{target_name}"]
+        doc_ids = target["doc_id"].to_numpy()
+        num_positions = np.maximum(pc.list_value_length(target["token_ids"]).to_numpy() - 1, 0)
+        rows = choose_rows(doc_ids, num_positions, max_positions=self._max_positions, seed=run.config.interpret.seed)
+        figures: dict[int, DocumentFigures] = {}
+        for row, segment in zip(rows, fuse.fused_segments(inputs, rows), strict=True):
+            doc_id, found = int(doc_ids[row]), DocumentFigures.of_segment(segment, space)
+            figures[doc_id] = figures[doc_id] + found if doc_id in figures else found
+        kinds = self._kinds(shard, target, rows)
+        pairs = {}
+        for name, stage in aligns.items():
+            tables = {"target": target, "source": inputs[f"logits/{name}"]}
+            pairs[name] = part_of(stage.pair_mass(tables, _aligned_rows(target, inputs[f"align/{name}"], rows)))
+        return {
+            "documents": [
+                {"doc_id": doc_id, "kind": kinds[doc_id], **found.to_json()} for doc_id, found in figures.items()
+            ],
+            "pairs": pairs,
+        }
+
+    def _loaded(self) -> tuple[FuseStage, dict[str, AlignStage], TokenSpace]:
+        if self._stages is None:
+            config = self._run.config
+            fuse = FuseStage(config.fuse, config.target, config.sources)
+            aligns = {model.name: AlignStage(config.align, config.target, model) for model in config.sources}
+            fuse.setup()
+            for stage in aligns.values():
+                stage.setup()
+            vocabulary = SegmentTokenizer.load(config.target).vocabulary
+            self._stages = fuse, aligns, TokenSpace(load_input_embeddings(config.target), vocabulary)
+        return self._stages
+
+    def _kinds(self, shard: int, target: pa.Table, rows: list[int]) -> dict[int, str]:
+        """The kind of each document: as the dataset says, else by its length."""
+        run = self._run
+        doc_ids = target["doc_id"].to_numpy()
+        if run.config.dataset.kind_column is None:
+            num_bytes: dict[int, int] = {}
+            for row in rows:
+                last = list_row(target, "byte_end", row)[-1:]
+                num_bytes[int(doc_ids[row])] = num_bytes.get(int(doc_ids[row]), 0) + int(last.sum())
+            return {doc_id: length_kind(size) for doc_id, size in num_bytes.items()}
+        plan = read_plan(run.store, run.resolved.steps["shard"].folder)
+        assert plan is not None  # the shard is fused
+        found = read_kinds(run.config.dataset, plan.ranges[shard])
+        chosen = {int(doc_ids[row]): found[int(doc_ids[row])] for row in rows}
+        missing = sum(kind is None for kind in chosen.values())
+        if missing:
+            log.warning(
+                "shard %d: %d of %d documents have no string in the column %r",
+                shard,
+                missing,
+                len(chosen),
+                run.config.dataset.kind_column,
+            )
+        return {doc_id: "(none)" if kind is None else _shortened(kind) for doc_id, kind in chosen.items()}
+
+
+def _shortened(kind: str) -> str:
+    shown = printable(kind)
+    return shown if len(shown) <= MAX_KIND_LENGTH else shown[: MAX_KIND_LENGTH - 1] + "…"
+
+
+def _aligned_rows(target: pa.Table, aligned: pa.Table, rows: list[int]) -> list[int]:
+    """Those of the target's rows that are aligned: not in align's quarantine."""
+    done = set(zip(aligned["doc_id"].to_pylist(), aligned["segment"].to_pylist(), strict=True))
+    keys = list(zip(target["doc_id"].to_pylist(), target["segment"].to_pylist(), strict=True))
+    return [row for row in rows if keys[row] in done]
+
+
+def _result(run: Run, parts: list[dict[str, Any]], shards: list[int], num_shards: int) -> dict[str, Any]:
+    config = run.config
+    records = [record for part in parts for record in part["documents"]]
+    documents = [DocumentFigures.from_json(record) for record in records]
+    if not any(part.num_fused for part in documents):
+        raise StageError(
+            f"interpret: none of the {sum(part.num_positions for part in documents):,} positions in {len(shards)} of "
+            f"{num_shards} shards has a fused distribution: look at the health of {command(run, 'fuse')}, or read more with "
+            "--set interpret.max_shards"
+        )
+    candidates = [model.name for model in config.models]
+    vocabularies = {model.name: SegmentTokenizer.load(model).vocabulary for model in config.models}
+    own = vocabularies[config.target.name]
+    return {
+        "target": config.target.name,
+        "sources": [model.name for model in config.sources],
+        "function": config.fuse.function,
+        "granularity": config.fuse.granularity,
+        "unit": config.fuse.unit,
+        "kind_column": config.dataset.kind_column,
+        "settings": config.interpret.result_settings(),
+        "version": VERSION,
+        "fuse": run.resolved.steps["fuse"].fingerprint,
+        "shards": shards,
+        "num_shards": num_shards,
+        "num_documents": len(documents),
+        "num_positions": sum(part.num_positions for part in documents),
+        "distances": distance_rows(documents, [*candidates, FUSED]),
+        "wins": win_rows(documents, [record["kind"] for record in records], candidates),
+        "pairs": [
+            {
+                "source": model.name,
+                **most_moved(
+                    [part["pairs"][model.name] for part in parts],
+                    vocabularies[model.name],
+                    own,
+                    num_pairs=config.interpret.num_pairs,
+                ),
+            }
+            for model in config.sources
+        ],
+    }
+
+
+def _result_key(run: ResolvedRun) -> str:
+    return f"{folder_of(run)}/figures.json"
+
+
+def _part_key(run: ResolvedRun, shard: int) -> str:
+    return f"{folder_of(run)}/parts/shard-{shard:05d}.json"
