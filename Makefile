@@ -17,7 +17,7 @@ VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-versio
 DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare report verify test test-fast test-vllm check format bench chaos clean
+.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ status: $(VENV)/.installed  ## what is done, and what to run next
 
 compare: $(VENV)/.installed $(DEMO_DATA)  ## from finished logits: teacher NLL of every way of aligning, on the same positions
 	$(PTAFUSE) compare $(CONFIG) --run $(RUN) $(ARGS)
+
+interpret: $(VENV)/.installed $(DEMO_DATA)  ## from finished fuse: distances, who wins by kind of document, most moved tokens
+	$(PTAFUSE) interpret $(CONFIG) --run $(RUN) $(ARGS)
 
 HTML ?= report.html
 report: $(VENV)/.installed  ## the tables of everything evaluated in RUN, and the same with plots and a viewer as the page HTML=

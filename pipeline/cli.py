@@ -315,6 +315,29 @@ def compare(
         print_comparison(loaded, part, tail, _console())
 
 
+@app.command()
+def interpret(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Spread and shift of the fused distributions, who wins by kind of document, and the most moved pairs of tokens."""
+    from pipeline.engine import open_run
+    from pipeline.interpret.run import interpret as interpret_run
+    from pipeline.interpret.tables import interpretation_tables
+    from pipeline.report import as_rich
+
+    progress = Console(stderr=True) if as_json else _console()
+    opened = open_run(Request(config, tuple(sets or ())), run, progress, local=True)
+    found = interpret_run(opened)
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        return
+    for table in interpretation_tables(opened.config.name, found):
+        _console().print(as_rich(table))
+
+
 @app.command(name="config")
 def show_config(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
     """Print the resolved configuration, every default and preset filled in."""

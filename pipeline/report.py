@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.interpret.tables import interpretation_tables, interpretations
 from pipeline.plan import recorded_runs
 from pipeline.results import ResultTable, held_out, held_out_table, teacher_rows, teacher_table, time_table
 from pipeline.status import read_status
@@ -25,6 +26,9 @@ def print_report(store: Store, console: Console) -> None:
     statuses = {run.config.name: read_status(run, store) for run in runs}
     console.print(as_rich(held_out_table(held_out(runs, store))))
     console.print(as_rich(teacher_table(teacher_rows(runs, statuses))))
+    for name, figures in interpretations(runs, store):
+        for table in interpretation_tables(name, figures):
+            console.print(as_rich(table))
     console.print(as_rich(time_table(runs, statuses, store)))
 
 

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import jinja2
 
+from pipeline.page.interpretation import described_interpretations
 from pipeline.page.plots import Bar, bars, curves
 from pipeline.page.viewer import viewer_data
 from pipeline.plan import ResolvedRun, recorded_runs
@@ -27,7 +28,7 @@ from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000
 """Positions in the document viewer, about 0.8 kB each."""
-SECTIONS: Final = ("Summary", "Teacher", "Training", "Sweeps", "Stages", "Documents", "Settings")
+SECTIONS: Final = ("Summary", "Teacher", "Interpretation", "Training", "Sweeps", "Stages", "Documents", "Settings")
 
 
 def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
@@ -67,6 +68,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         held_out_plot=_held_out_plot(results),
         teacher=teacher_table(teachers),
         teacher_plot=_teacher_plot(teachers),
+        interpretations=described_interpretations(runs, store),
         loss_plot=_loss_plot(runs, store),
         sweeps=[_described_sweep(sweep, store) for sweep in sweeps],
         times=time_table(runs, statuses, store),

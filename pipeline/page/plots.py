@@ -8,6 +8,7 @@ from typing import Any, Final
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 _INK: Final = "#010203"
 """Stands for the page's text colour in what Matplotlib draws; no plot uses it for anything else."""
@@ -39,12 +40,14 @@ class Bar:
         value: its length.
         error: half the length of its error bar, one standard error; None draws none.
         group: bars of a group share a colour.
+        signed: its number is a difference and always has a sign.
     """
 
     label: str
     value: float
     error: float | None = None
     group: int = 0
+    signed: bool = True
 
 
 def bars(entries: Sequence[Bar], *, axis: str, from_zero: bool = True) -> str:
@@ -92,7 +95,42 @@ def _limits(axes: Axes, entries: Sequence[Bar], *, from_zero: bool) -> None:
 
 
 def _number(entry: Bar) -> str:
-    return f"{entry.value:.4g}" if entry.error is None else f"{entry.value:+.4f} ± {entry.error:.4f}"
+    if entry.error is None:
+        return f"{entry.value:.4g}"
+    return f"{entry.value:{'+' if entry.signed else ''}.4f} ± {entry.error:.4f}"
+
+
+def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: str) -> str:
+    """Horizontal bars that are divided, the first one on top, with a legend.
+
+    Args:
+        rows: label -> its parts, one a name; at least one row.
+        names: of the parts.
+        axis: what the parts are shares of.
+
+    Returns:
+        An ``<svg>`` element.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(8, 1.1 + 0.34 * len(rows)), layout="constrained")
+        axes = figure.add_subplot()
+        left = [0.0] * len(rows)
+        for index, name in enumerate(names):
+            parts = [parts[index] for parts in rows.values()]
+            axes.barh(range(len(rows)), parts, left=left, height=0.7, label=name, color=COLOURS[index % len(COLOURS)])
+            left = [start + part for start, part in zip(left, parts, strict=True)]
+        axes.set_yticks(range(len(rows)), [plain(label) for label in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(1.0, *left))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel(axis)
+        figure.legend(loc="outside lower left", ncols=4)
+        return _svg(figure)
+
+
+def plain(text: str) -> str:
+    """A text of someone else's as a label: Matplotlib takes what stands between dollar signs for a formula."""
+    return text.replace("$", r"\$")
 
 
 def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, axis: str) -> str:

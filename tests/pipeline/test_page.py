@@ -34,8 +34,10 @@ CHROMIUM_FLAGS = (
 
 
 @pytest.fixture(scope="module")
-def page(undisturbed_run: Path) -> str:
-    return report_page(Store(str(undisturbed_run)), max_positions=600)
+def page(undisturbed_run: Path, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    run = shutil.copytree(undisturbed_run, tmp_path_factory.mktemp("page") / "run")
+    ptafuse("interpret", str(tiny_config), "--run", str(run))
+    return report_page(Store(str(run)), max_positions=600)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,11 @@ def test_page_in_a_browser(browser, page: str, tmp_path: Path, scheme: str, widt
     opened.on("request", lambda request: problems.append(request.url) if not request.url.startswith("file:") else None)
     opened.goto(path.as_uri())
     assert opened.evaluate("document.documentElement.scrollWidth") <= width  # nothing but tables scrolls sideways
+    assert opened.locator("#interpretation svg").count() == 3
+    opened.locator("#interpretation summary").focus()
+    assert opened.locator("#interpretation details table").is_visible()
+    opened.keyboard.press("Enter")
+    assert not opened.locator("#interpretation details table").is_visible()
     tokens = opened.locator("#document .token")
     for index in range(tokens.count()):
         tokens.nth(index).click()

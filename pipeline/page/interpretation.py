@@ -1,0 +1,54 @@
+"""The page's section on what fusing did: the tables of ``ptafuse interpret``, and plots of them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.interpret.tables import distance_table, interpretations, label, pair_tables, sample_of, win_tables
+from pipeline.page.plots import Bar, bars, shares
+from pipeline.plan import ResolvedRun
+from stages.contract.store import Store
+
+
+def described_interpretations(runs: Sequence[ResolvedRun], store: Store) -> list[dict[str, Any]]:
+    """What the template shows of every configuration that was interpreted."""
+    return [
+        {
+            "name": name,
+            "is_first": index == 0,
+            "sample": sample_of(figures),
+            "distances": distance_table(name, figures),
+            "distance_plot": _distance_plot(figures),
+            "wins": win_tables(name, figures),
+            "win_plots": _win_plots(figures),
+            "pairs": pair_tables(name, figures),
+        }
+        for index, (name, figures) in enumerate(interpretations(runs, store))
+    ]
+
+
+def _distance_plot(figures: Mapping[str, Any]) -> str:
+    """Inner Distances, then Center Distances, each distribution in its colour."""
+    entries = [
+        Bar(f"{what}: {label(row['name'], figures)}", row[key]["mean"], row[key]["error"], group=group, signed=False)
+        for what, key in (("Inner", "inner"), ("Center", "center"))
+        for group, row in enumerate(figures["distances"])
+        if row[key]["mean"] is not None and not (key == "center" and row["name"] == figures["target"])
+    ]
+    return bars(entries, axis=f"distance in {figures['target']}'s input embeddings") if entries else ""
+
+
+def _win_plots(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(What it shows, plot)."""
+    candidates = [figures["target"], *figures["sources"]]
+    judged = [(f"by cross-entropy of the {figures['granularity']}, as configured", "shares")]
+    if figures["granularity"] != "token":
+        judged.append(("token by token", "token_shares"))
+    plots = []
+    for words, key in judged:
+        rows = {
+            row["kind"]: [row[key][name]["mean"] for name in candidates] for row in figures["wins"] if row["num_fused"]
+        }
+        plots.append(
+            (f"Who wins {words}: share of positions by kind of document", shares(rows, candidates, axis="positions"))
+        )
+    return plots
