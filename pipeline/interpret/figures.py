@@ -25,14 +25,17 @@ class DocumentFigures:
     Attributes:
         num_positions: with a next token in their segment.
         num_fused: of those, with a fused distribution.
-        num_tied: (2,) of those, with more than one winner: as configured, and judged token by token.
-        wins: (2, C) positions won so, ties in equal parts; each row sums to ``num_fused``.
+        num_contested: of those, where more than one candidate has a distribution.
+        num_tied: (2,) positions with more than one winner: as configured, and judged token by token.
+        wins: (2, C) positions won, ties in equal parts: as configured, sums to ``num_fused``; and judged token by token where
+            that is contested, sums to ``num_contested``.
         distances: (C + 1, 4), rows the candidates and then the fused distribution: positions that have it; over these
             its Inner Distance, that of the target's own distribution, and the Center Distance to it.
     """
 
     num_positions: int
     num_fused: int
+    num_contested: int
     num_tied: np.ndarray
     wins: np.ndarray
     distances: np.ndarray
@@ -41,6 +44,7 @@ class DocumentFigures:
         return DocumentFigures(
             self.num_positions + other.num_positions,
             self.num_fused + other.num_fused,
+            self.num_contested + other.num_contested,
             self.num_tied + other.num_tied,
             self.wins + other.wins,
             self.distances + other.distances,
@@ -55,16 +59,17 @@ class DocumentFigures:
             space: the target's embeddings.
         """
         present = np.stack([part.rows.present for part in segment.candidates], axis=1)
-        judged = (
-            segment.cross_entropy,
-            token_cross_entropy([part.rows for part in segment.candidates], segment.gold),
+        contested = present.sum(axis=1) > 1
+        token_judged = token_cross_entropy([part.rows for part in segment.candidates], segment.gold)
+        shares = np.stack(
+            [win_shares(segment.cross_entropy, present), win_shares(token_judged, present & contested[:, None])]
         )
-        shares = np.stack([win_shares(cross_entropy, present) for cross_entropy in judged])
         own = spread(segment.candidates[0].rows, space)
         others = [*(spread(part.rows, space) for part in segment.candidates[1:]), spread(segment.mixture.rows, space)]
         return cls(
             num_positions=int((segment.gold != PAD_ID).sum()),
             num_fused=int(segment.present.sum()),
+            num_contested=int(contested.sum()),
             num_tied=((shares > 0).sum(axis=2) > 1).sum(axis=1),
             wins=shares.sum(axis=1),
             distances=np.stack([_totals(part.inner, own.inner, center_distance(part, own)) for part in (own, *others)]),
@@ -75,6 +80,7 @@ class DocumentFigures:
         return {
             "num_positions": self.num_positions,
             "num_fused": self.num_fused,
+            "num_contested": self.num_contested,
             "num_tied": self.num_tied.tolist(),
             "wins": self.wins.tolist(),
             "distances": self.distances.tolist(),
@@ -86,6 +92,7 @@ class DocumentFigures:
         return cls(
             values["num_positions"],
             values["num_fused"],
+            values["num_contested"],
             np.array(values["num_tied"]),
             np.array(values["wins"]),
             np.array(values["distances"]),
@@ -130,7 +137,7 @@ def win_rows(documents: Sequence[DocumentFigures], kinds: Sequence[str], names: 
         names: of the C candidates.
 
     Returns:
-        JSON values; ``shares`` as configured, ``token_shares`` judged token by token.
+        JSON values; ``shares`` of fused positions as configured, ``token_shares`` of contested ones judged token by token.
     """
     groups: dict[str, list[DocumentFigures]] = {}
     for part, kind in zip(documents, kinds, strict=True):
@@ -144,23 +151,26 @@ def win_rows(documents: Sequence[DocumentFigures], kinds: Sequence[str], names: 
 
 
 def _win_row(kind: str, documents: Sequence[DocumentFigures], names: Sequence[str]) -> dict[str, Any]:
-    count = np.array([part.num_fused for part in documents])
-    wins = np.stack([part.wins for part in documents])[count > 0]  # (documents, 2, C)
+    wins = np.stack([part.wins for part in documents])  # (documents, 2, C)
+    num_fused = np.array([part.num_fused for part in documents])
+    num_contested = np.array([part.num_contested for part in documents])
     num_tied = np.sum([part.num_tied for part in documents], axis=0)
     return {
         "kind": kind,
         "num_documents": len(documents),
         "num_positions": sum(part.num_positions for part in documents),
-        "num_fused": int(count.sum()),
+        "num_fused": int(num_fused.sum()),
         "num_tied": int(num_tied[0]),
-        "shares": _shares(wins[:, 0], count[count > 0], names),
+        "shares": _shares(wins[:, 0], num_fused, names),
+        "num_contested": int(num_contested.sum()),
         "num_token_tied": int(num_tied[1]),
-        "token_shares": _shares(wins[:, 1], count[count > 0], names),
+        "token_shares": _shares(wins[:, 1], num_contested, names),
     }
 
 
 def _shares(wins: np.ndarray, count: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Of wins (D, C) at count (D,) positions."""
+    """Of wins (D, C) at count (D,) positions; documents without any are left out."""
+    wins, count = wins[count > 0], count[count > 0]
     return {name: estimate_json(weighted_mean(wins[:, index] / count, count)) for index, name in enumerate(names)}
 
 

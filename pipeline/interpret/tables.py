@@ -66,31 +66,32 @@ def distance_table(name: str, figures: Mapping[str, Any]) -> ResultTable:
 
 
 def win_tables(name: str, figures: Mapping[str, Any]) -> list[ResultTable]:
-    """Who wins, by kind of document: as configured, and judged token by token."""
+    """Who wins, by kind of document: as configured, and token by token."""
     kinds = "by length" if figures["kind_column"] is None else f"column {figures['kind_column']!r}"
-    what = "share of the positions that have a fused distribution, by kind of document"
-    tables = [
+    return [
         _win_table(
-            f"{name}: who wins by cross-entropy of the {figures['granularity']}, {what} ({kinds}); tied ones in equal "
-            "parts; ± standard error over documents",
+            f"{name}: who wins by cross-entropy of the {figures['granularity']}, share of the positions that have a fused "
+            f"distribution, by kind of document ({kinds}); tied ones in equal parts; ± standard error over documents",
             figures,
-            ("num_tied", "shares"),
-        )
+            ("num_fused", "num_tied", "shares"),
+        ),
+        _win_table(
+            f"{name}: who gives the gold next token the most probability, share of the positions where more than one "
+            "model has a distribution",
+            figures,
+            ("num_contested", "num_token_tied", "token_shares"),
+        ),
     ]
-    if figures["granularity"] != "token":
-        title = f"{name}: who would win token by token (the most probability for the gold next token)"
-        tables.append(_win_table(title, figures, ("num_token_tied", "token_shares")))
-    return tables
 
 
-def _win_table(title: str, figures: Mapping[str, Any], keys: tuple[str, str]) -> ResultTable:
+def _win_table(title: str, figures: Mapping[str, Any], keys: tuple[str, str, str]) -> ResultTable:
     candidates = [figures["target"], *figures["sources"]]
-    tied, shares = keys
+    positions, tied, shares = keys
     rows = [
         (
             row["kind"],
             f"{row['num_documents']:,}",
-            f"{row['num_fused']:,}",
+            f"{row[positions]:,}",
             f"{row[tied]:,}",
             *(percent(row[shares][candidate]) for candidate in candidates),
         )

@@ -40,15 +40,13 @@ def _distance_plot(figures: Mapping[str, Any]) -> str:
 def _win_plots(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(What it shows, plot)."""
     candidates = [figures["target"], *figures["sources"]]
-    judged = [(f"by cross-entropy of the {figures['granularity']}, as configured", "shares")]
-    if figures["granularity"] != "token":
-        judged.append(("token by token", "token_shares"))
+    judged = (
+        (f"Who wins by cross-entropy of the {figures['granularity']}", "num_fused", "shares"),
+        ("Who gives the gold next token the most probability", "num_contested", "token_shares"),
+    )
     plots = []
-    for words, key in judged:
-        rows = {
-            row["kind"]: [row[key][name]["mean"] for name in candidates] for row in figures["wins"] if row["num_fused"]
-        }
-        plots.append(
-            (f"Who wins {words}: share of positions by kind of document", shares(rows, candidates, axis="positions"))
-        )
+    for words, count, key in judged:
+        rows = {row["kind"]: [row[key][name]["mean"] for name in candidates] for row in figures["wins"] if row[count]}
+        if rows:
+            plots.append((f"{words}, by kind of document", shares(rows, candidates, axis="positions")))
     return plots

@@ -25,10 +25,10 @@ def test_a_segment_by_hand():
     source = sparse({0: 1.0}, {2: 1.0}, {2: 0.5}, {}, {})
     segment = segment_of([[1.0, 2.0]] * 2 + [[1.0, 1.0]] * 3, target, source, [3, 2, 2, 1, PAD_ID])
     found = DocumentFigures.of_segment(segment, CROSS)
-    assert (found.num_positions, found.num_fused) == (4, 4)
+    assert (found.num_positions, found.num_fused, found.num_contested) == (4, 4, 3)
     # By the given cross-entropy the target wins two, a tie is split, and it wins alone where the source has nothing. Token
-    # by token: neither names the gold token; the source does; both give it the same; the target is alone.
-    np.testing.assert_allclose(found.wins, [[3.5, 0.5], [2.0, 2.0]])
+    # by token: neither names the gold token; the source does; both give it the same; where the target is alone nobody wins.
+    np.testing.assert_allclose(found.wins, [[3.5, 0.5], [1.0, 2.0]])
     assert found.num_tied.tolist() == [1, 2]
     own, aligned, fused = found.distances
     third = 1 / 6  # the tokens at 90 degrees, with 5/6 and 1/6 of the probability
@@ -41,7 +41,7 @@ def test_a_segment_by_hand():
 def document(wins, distances=((1, 0, 0, 0),) * 3) -> DocumentFigures:
     count = int(sum(wins))
     return DocumentFigures(
-        count + 1, count, np.array([0, 1]), np.array([wins, wins[::-1]], float), np.array(distances, float)
+        count + 1, count, count, np.array([0, 1]), np.array([wins, wins[::-1]], float), np.array(distances, float)
     )
 
 
