@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from pipeline.baselines import ENSEMBLE, WEIGHT_AVERAGE, BaselinesConfig
 from pipeline.costs import AssumptionsConfig, PricesConfig
 from pipeline.interpret.config import InterpretConfig
 from stages.align.config import AlignConfig
@@ -55,6 +56,7 @@ class RunConfig(Settings):
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     interpret: InterpretConfig = InterpretConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     engine: Annotated[EngineConfig, RUNTIME] = EngineConfig()
     prices: Annotated[PricesConfig, RUNTIME] = PricesConfig()
     assumptions: Annotated[AssumptionsConfig, RUNTIME] = AssumptionsConfig()
@@ -64,6 +66,10 @@ class RunConfig(Settings):
         names = [model.name for model in self.models]
         if "fused" in names:
             raise ValueError("a model cannot be named 'fused': that is the trained model's name")
+        for baseline in (ENSEMBLE, WEIGHT_AVERAGE):
+            if baseline in names:
+                raise ValueError(f"a model cannot be named {baseline!r}: that is a baseline's name")
+        self.baselines.check(len(self.sources))
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise ValueError(f"model names must differ (they name folders), but {double[0]!r} is given twice")

@@ -1,4 +1,4 @@
-"""The eval stage: bits per byte of the target before training, of each source, and of the trained model.
+"""The eval stage: bits per byte of the target before training, of each source, of baselines, and of the trained model.
 
 Each figure is kept under the fingerprint of the model and the text that it speaks of, so that runs which share them
 share it.
@@ -6,20 +6,22 @@ share it.
 
 import json
 import logging
+import shutil
 import time
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from pipeline.engine import Run, StageError, command, require_complete
 from pipeline.plan import FUSED, Step, result_key
-from pipeline.scratch import publish_card, trained_model
+from pipeline.scratch import local_folder, publish_card, trained_model
 from pipeline.training import is_trained
 from stages.contract.models import ModelConfig
 from stages.contract.store import Store
 from train.card import add_evaluation
-from train.evaluate import Segment, bits_per_byte
+from train.evaluate import Evaluation, Segment, bits_per_byte
 
 log = logging.getLogger(__name__)
 
@@ -35,41 +37,79 @@ def run_eval(run: Run) -> None:
     pending = [step for step in run.resolved.of_stage("eval") if not run.store.exists(result_key(step))]
     trained = is_trained(run)
     if not pending:
-        _complete_card(run)
+        if trained:  # a sweep keeps the figures of the models that it removes
+            _complete_card(run)
         run.console.print("eval: nothing to do (every model has its figure)")
         return
     segments = held_out_segments(run, num_shards)
     for step in pending:
         if step.model == FUSED and not trained:
             continue
-        model = _evaluated_model(run, step)
         started = time.monotonic()
-        evaluation = bits_per_byte(model, segments, run.config.eval, cpus=max(1, int(run.config.train.cpus_per_worker)))
-        total = evaluation.total
-        value: dict[str, Any] = {
-            "model": step.model,
-            "bits_per_byte": total.bits_per_byte,
-            "nats_per_token": total.nats_per_token,
-            "num_tokens": total.num_tokens,
-            "num_bytes": total.num_bytes,
-            "seconds": round(time.monotonic() - started, 1),
-            "documents": [
-                {"doc_id": doc_id, "bits_per_byte": part.bits_per_byte, "num_bytes": part.num_bytes}
-                for doc_id, part in evaluation.documents
-                if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
-            ],
-            "settings": dict(step.settings),
-        }
+        try:
+            evaluation, notes = _evaluate(run, step, segments)
+        except AverageRefusedError as error:
+            figures: dict[str, Any] = {"refused": str(error)}
+            shown = f"refused: {error}"
+        else:
+            total = evaluation.total
+            figures = {**_figures(evaluation), **notes}
+            shown = f"{total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} held-out bytes"
+        seconds = round(time.monotonic() - started, 1)
+        value = {"model": step.model, **figures, "seconds": seconds, "settings": dict(step.settings)}
         run.store.create(result_key(step), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-        run.console.print(f"{step.key}: {total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} held-out bytes")
+        run.console.print(f"{step.key}: {shown}", soft_wrap=True)
     if trained:
         _complete_card(run)
-    else:
+    elif any(step.model == FUSED for step in pending):
         raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
 
 
+def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation, dict[str, Any]]:
+    """A step's figures, and what else there is to record of them.
+
+    Raises:
+        AverageRefusedError: the models' weights cannot be averaged.
+    """
+    config = run.config
+    cpus = max(1, int(config.train.cpus_per_worker))
+    if step.model == ENSEMBLE:
+        from pipeline.ensemble import evaluate_ensemble  # compilers; the reports that read results do without
+
+        return evaluate_ensemble(config, segments, cpus=cpus)
+    if step.model != WEIGHT_AVERAGE:
+        return bits_per_byte(_evaluated_model(run, step), segments, config.eval, cpus=cpus), {}
+    from pipeline.weight_average import average_weights
+
+    weights = config.baselines.source_weights(WEIGHT_AVERAGE, len(config.sources))
+    folder = local_folder(run, step) / "model"
+    try:
+        model = average_weights(config.models, (1 - sum(weights), *weights), folder)
+        return bits_per_byte(model, segments, config.eval, cpus=cpus), {}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    total = evaluation.total
+    return {
+        "bits_per_byte": total.bits_per_byte,
+        "nats_per_token": total.nats_per_token,
+        "num_tokens": total.num_tokens,
+        "num_bytes": total.num_bytes,
+        "documents": [
+            {"doc_id": doc_id, "bits_per_byte": part.bits_per_byte, "num_bytes": part.num_bytes}
+            for doc_id, part in evaluation.documents
+            if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
+        ],
+    }
+
+
 def read_result(store: Store, step: Step) -> dict[str, Any] | None:
-    """The figure of one model, None when it was not evaluated."""
+    """The figures of one model, None when it was not evaluated.
+
+    A baseline that these models do not allow has ``refused``, the reason, in the place of figures.
+    """
     try:
         return json.loads(store.read(result_key(step)))
     except FileNotFoundError:
@@ -80,8 +120,13 @@ def _complete_card(run: Run) -> None:
     """Write the figures of all models into the trained model's card."""
     labels = {model.name: f"source {model.name}" for model in run.config.sources}
     labels |= {run.config.target.name: f"target {run.config.target.name} before", FUSED: "this model"}
+    labels |= BASELINE_LABELS
     found = [(labels[step.model or ""], read_result(run.store, step)) for step in run.resolved.of_stage("eval")]
-    figures = [(label, value["bits_per_byte"], value["num_bytes"]) for label, value in found if value is not None]
+    figures = [
+        (label, value["bits_per_byte"], value["num_bytes"])
+        for label, value in found
+        if value is not None and "refused" not in value
+    ]
     add_evaluation(trained_model(run), figures)
     publish_card(run)
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.baselines import ENSEMBLE, WEIGHT_AVERAGE
 from pipeline.changes import others_by_closeness, setting_changes
 from pipeline.config import RunConfig
 from pipeline.estimate import (
@@ -280,14 +281,20 @@ class _Planner:
 
     def _eval_work(self, step: Step, status: StepStatus, other: Step | None) -> Work:
         del other  # results say how long they took, not on what
-        model = self._config.target if step.model == FUSED else self._model(step)
+        target = self._config.target
+        if step.model == ENSEMBLE:
+            models = (target, *self._config.models)  # the target's window first, then its full distributions
+        else:
+            models = (target if step.model in (FUSED, WEIGHT_AVERAGE) else self._model(step),)
         share = self._config.shard.fraction_of(self._config.eval.split)
         if self._config.eval.max_documents is not None and self.sizes.num_documents:
             share = min(share, self._config.eval.max_documents / self.sizes.num_documents)
-        tokens = self.sizes.tokens[model.name] * share
+        counts = [self.sizes.tokens[model.name] * share for model in models]
         if status.is_done:
-            return Work(tokens, 0.0, 0.0, Cost(), Cost(), "")
-        return Work(tokens, tokens, 0.0, self._forward(model, tokens, self._config.eval.device), Cost(), "assumed")
+            return Work(sum(counts), 0.0, 0.0, Cost(), Cost(), "")
+        device = self._config.eval.device
+        cost = sum((self._forward(*part, device) for part in zip(models, counts, strict=True)), Cost())
+        return Work(sum(counts), sum(counts), 0.0, cost, Cost(), "assumed")
 
     def _forward(self, model: ModelConfig, tokens: float, device: str) -> Cost:
         gpu = self._on_gpu(model, device)

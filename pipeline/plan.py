@@ -10,9 +10,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pipeline.baselines import ENSEMBLE, Baseline
 from pipeline.config import RunConfig, config_id
 from pipeline.documents import ShardRange, dataset_identity, plan_documents
 from pipeline.stage_table import STAGES, StageSpec, step_key
+from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import fingerprint
 from stages.contract.manifest import sha256, stage_folder
 from stages.contract.models import ModelConfig
@@ -188,19 +190,39 @@ def _train_step(config: RunConfig, steps: Mapping[str, Step]) -> Step:
 
 
 def _eval_steps(config: RunConfig, steps: Mapping[str, Step]) -> list[Step]:
-    """One step a model: the target before training, each source, and the trained model ("fused")."""
-    weights = {model.name: (model.weights_identity(), model.tokenizer_identity()) for model in config.models}
-    settings = {"eval": config.eval.result_settings()}
-    found = []
-    for name in (*weights, FUSED):
-        chained = {"shard": steps["shard"].fingerprint}
-        if name == FUSED:
-            chained["train"] = steps["train"].fingerprint
-        else:
-            chained["weights"], chained["tokenizer"] = weights[name]
+    """One step a model: the target before training, each source, the baselines, and the trained model ("fused")."""
+    shared = {"eval": config.eval.result_settings()}
+    shard = {"shard": steps["shard"].fingerprint}
+    found: list[Step] = []
+
+    def add(name: str, settings: dict[str, Any], chained: dict[str, str]) -> None:
         print_ = fingerprint("eval", EVAL_VERSION, settings, chained)
         found.append(Step(f"eval/{name}", "eval", name, print_, {"shard": "shard"}, {**settings, "inputs": chained}))
+
+    models = [{"weights": model.weights_identity(), "tokenizer": model.tokenizer_identity()} for model in config.models]
+    for model, identities in zip(config.models, models, strict=True):
+        add(model.name, shared, {**shard, **identities})
+    roles = ("target", *(f"source {number}" for number in range(1, len(models))))
+    of_all = {
+        f"{what} of {role}": identity
+        for role, part in zip(roles, models, strict=True)
+        for what, identity in part.items()
+    }
+    for baseline in config.baselines.methods:
+        add(baseline, {**shared, **_baseline_settings(config, baseline)}, {**shard, **of_all})
+    add(FUSED, shared, {**shard, "train": steps["train"].fingerprint})
     return found
+
+
+def _baseline_settings(config: RunConfig, baseline: Baseline) -> dict[str, Any]:
+    """What a baseline's figure depends on beside the models and the text."""
+    settings: dict[str, Any] = {"baselines": config.baselines.baseline_settings(baseline, len(config.sources))}
+    if baseline == ENSEMBLE:
+        align = config.align.result_settings()
+        settings["align"] = {name: align[name] for name in align if name not in ("pairing", "inexact")}
+        settings["align version"] = ALIGN_VERSION
+        settings["logits"] = {"top_k": config.logits.top_k, "top_p": config.logits.top_p}
+    return settings
 
 
 def result_key(step: Step) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from pipeline.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
 from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
 from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
@@ -13,6 +14,9 @@ from stages.contract.fingerprint import canonical_json
 from stages.contract.manifest import Figure, Mean
 from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
+
+_Result = dict[str, Any] | None
+"""A model's figures, as ``read_result`` gives them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class HeldOutRow:
         num_bytes: of text.
         against_before: difference to the target before training; None for the target itself and for sources.
         against_gold_only: difference to training on the gold tokens alone; None without such a run, and for that run.
+        refused: why there is no such model, of a baseline that these models do not allow.
     """
 
     label: str
@@ -52,29 +57,42 @@ class HeldOutRow:
     num_bytes: int = 0
     against_before: Estimate | None = None
     against_gold_only: Estimate | None = None
+    refused: str | None = None
 
 
 def held_out(runs: Sequence[ResolvedRun], store: Store) -> list[HeldOutRow]:
-    """Every evaluated model once: sources and target, then what each configuration trained."""
+    """Every evaluated model once: sources and target, baselines, then what each configuration trained."""
     rows: list[HeldOutRow] = []
     shown: set[str] = set()
+
+    def show(label: str, step: Step, before: _Result = None, gold_only: _Result = None) -> None:
+        if step.folder not in shown:
+            shown.add(step.folder)
+            rows.append(_held_out_row(label, read_result(store, step), before, gold_only))
+
     for run in runs:
-        where = "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+        where = _split(run)
         labels = {model.name: f"source {model.name}{where}" for model in run.config.sources}
         labels[run.config.target.name] = f"target {run.config.target.name} before{where}"
         for name, label in labels.items():
-            step = run.steps[f"eval/{name}"]
-            if step.folder not in shown:
-                shown.add(step.folder)
-                rows.append(_held_out_row(label, read_result(store, step), None, None))
+            show(label, run.steps[f"eval/{name}"])
     for run in runs:
-        peers = [other for other in runs if _held_out_text(other) == _held_out_text(run)]
-        before = _first_result([peer.steps[f"eval/{peer.config.target.name}"] for peer in peers], store)
-        gold = [peer.steps[f"eval/{FUSED}"] for peer in peers if peer.config.train.lambda_ == 1]
-        gold_only = _first_result(gold, store)
+        for baseline in run.config.baselines.methods:
+            label = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline)})"
+            show(label, run.steps[f"eval/{baseline}"], *_references(run, runs, store))
+    for run in runs:
         label = f"after {run.config.name} ({_describe(run)})"
-        rows.append(_held_out_row(label, read_result(store, run.steps[f"eval/{FUSED}"]), before, gold_only))
+        fused = read_result(store, run.steps[f"eval/{FUSED}"])
+        rows.append(_held_out_row(label, fused, *_references(run, runs, store)))
     return rows
+
+
+def _references(run: ResolvedRun, runs: Sequence[ResolvedRun], store: Store) -> tuple[_Result, _Result]:
+    """What a run's figures are compared with: the target before training, and training on the gold tokens alone."""
+    peers = [other for other in runs if _held_out_text(other) == _held_out_text(run)]
+    before = [peer.steps[f"eval/{peer.config.target.name}"] for peer in peers]
+    gold_only = [peer.steps[f"eval/{FUSED}"] for peer in peers if peer.config.train.lambda_ == 1]
+    return _first_result(before, store), _first_result(gold_only, store)
 
 
 def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
@@ -83,7 +101,7 @@ def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
         "Held-out text (differences: over all bytes ± standard error over documents)",
         ("model", "bits per byte", "against target before", "against gold only", "bytes"),
         tuple(
-            (row.label, "not evaluated", "", "", "")
+            (_refused_label(row), "refused" if row.refused else "not evaluated", "", "", "")
             if row.bits_per_byte is None
             else (
                 row.label,
@@ -119,16 +137,29 @@ def document_differences(result: Mapping[str, Any], baseline: Mapping[str, Any])
     return differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64)
 
 
-def _held_out_row(
-    label: str, result: dict[str, Any] | None, before: dict[str, Any] | None, gold_only: dict[str, Any] | None
-) -> HeldOutRow:
+def _held_out_row(label: str, result: _Result, before: _Result, gold_only: _Result) -> HeldOutRow:
     if result is None:
         return HeldOutRow(label, None)
-    differences = [
+    if "refused" in result:
+        return HeldOutRow(label, None, refused=result["refused"])
+    against_before, against_gold_only = (
         None if baseline is None or baseline == result else paired_difference(result, baseline)
         for baseline in (before, gold_only)
-    ]
-    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], *differences)
+    )
+    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], against_before, against_gold_only)
+
+
+def _refused_label(row: HeldOutRow) -> str:
+    return row.label if row.refused is None else f"{row.label}; refused: {row.refused}"
+
+
+def _describe_baseline(run: ResolvedRun, baseline: Baseline) -> str:
+    weights = run.config.baselines.source_weights(baseline, len(run.config.sources))
+    parts = [f"{weight:.3g} {model.name}" for weight, model in zip(weights, run.config.sources, strict=True)]
+    if baseline != ENSEMBLE:
+        return " + ".join([f"{1 - sum(weights):.3g} {run.config.target.name}", *parts]) + _split(run)
+    align, contexts = run.config.align, run.config.baselines.ensemble_contexts
+    return f"{' + '.join(parts)}, {align.preset or align.marginals}, contexts by {contexts}{_split(run)}"
 
 
 def _held_out_text(run: ResolvedRun) -> tuple[str, str]:
@@ -136,15 +167,18 @@ def _held_out_text(run: ResolvedRun) -> tuple[str, str]:
     return run.steps["shard"].fingerprint, canonical_json(run.config.eval.result_settings())
 
 
+def _split(run: ResolvedRun) -> str:
+    return "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+
+
 def _describe(run: ResolvedRun) -> str:
-    train, align = run.config.train, run.config.align
-    where = "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+    train, align, where = run.config.train, run.config.align, _split(run)
     if train.lambda_ == 1:
         return f"gold tokens only{where}"
     return f"lambda {train.lambda_}, {align.preset or align.pairing + ' ' + align.marginals}{where}"
 
 
-def _first_result(steps: list[Step], store: Store) -> dict[str, Any] | None:
+def _first_result(steps: list[Step], store: Store) -> _Result:
     return next((found for step in steps if (found := read_result(store, step)) is not None), None)
 
 

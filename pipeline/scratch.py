@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from pipeline.engine import Run
+from pipeline.plan import Step
 from stages.contract.manifest import sha256
 from train.card import CARD
 
@@ -20,8 +21,13 @@ LOGS = ("log.jsonl",)
 
 
 def training_folder(run: Run) -> Path:
-    """Where training writes: the step's folder in a local run directory, else one of its own in ``engine.scratch``."""
-    folder = run.resolved.steps["train"].folder
+    """Where training writes."""
+    return local_folder(run, run.resolved.steps["train"])
+
+
+def local_folder(run: Run, step: Step) -> Path:
+    """The step's folder in a local run directory, else one of its own in ``engine.scratch``."""
+    folder = step.folder
     if run.store.is_local:
         return Path(run.store.path(folder))
     scratch = run.config.engine.scratch

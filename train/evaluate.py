@@ -1,6 +1,6 @@
 """Bits per byte of a model on held-out text, comparable between tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,10 @@ from stages.contract.models import ModelConfig, load_model, num_positions
 from stages.contract.tokens import Encoding, SegmentTokenizer
 from stages.contract.windows import windows
 from train.config import EvalConfig
+
+Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a model's logits (P, V) float32, the gold next tokens (P,) and the positions' places (P,), counted with all segments
+end to end, to ln p(gold token) (P,)."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,19 @@ class Evaluation:
         return self.total.bits_per_byte
 
 
+def own_logprob(logits: torch.Tensor, gold: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """What the model itself gives the gold tokens, ln p: the ``Scorer`` of every evaluation but a mixture's."""
+    del places
+    return logits.gather(1, gold[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+
+
 def bits_per_byte(
-    model: ModelConfig, segments: Sequence[Segment], config: EvalConfig, *, cpus: float = 1
+    model: ModelConfig,
+    segments: Sequence[Segment],
+    config: EvalConfig,
+    *,
+    cpus: float = 1,
+    score: Scorer = own_logprob,
 ) -> Evaluation:
     """Evaluate a model: a configured one, or an exported folder as ``ModelConfig(name=..., path=folder)``.
 
@@ -63,6 +78,7 @@ def bits_per_byte(
         segments: held-out text; a document's segments stand together.
         config: precision, batches, and how many documents.
         cpus: threads on a CPU.
+        score: what probability the gold token gets.
 
     Raises:
         ValueError: there is no text to score.
@@ -81,7 +97,12 @@ def bits_per_byte(
     loaded = load_model(model, dtype=config.dtype, attention=attention, device=str(device))
     check_head(loaded)
     logprobs = gold_logprobs(
-        loaded, encodings, config, num_ids=tokenizer.vocabulary.size, num_repeated=int(tokenizer.prepends_bos)
+        loaded,
+        encodings,
+        config,
+        num_ids=tokenizer.vocabulary.size,
+        num_repeated=int(tokenizer.prepends_bos),
+        score=score,
     )
     totals: dict[int, CrossEntropy] = {}
     for segment, encoding, gold in zip(segments, encodings, logprobs, strict=True):
@@ -101,7 +122,13 @@ def first_documents(segments: Sequence[Segment], max_documents: int | None) -> l
 
 @torch.inference_mode()
 def gold_logprobs(
-    model: Any, encodings: Sequence[Encoding], config: EvalConfig, *, num_ids: int, num_repeated: int
+    model: Any,
+    encodings: Sequence[Encoding],
+    config: EvalConfig,
+    *,
+    num_ids: int,
+    num_repeated: int,
+    score: Scorer = own_logprob,
 ) -> list[np.ndarray]:
     """The ln p(token t+1 | tokens <= t) of each segment, (N,) float32, NaN at its last position.
 
@@ -112,6 +139,7 @@ def gold_logprobs(
             half.
         num_ids: the tokenizer's size; embedding rows above it stand for no token and get no probability.
         num_repeated: first tokens (BOS) that stand before every window.
+        score: what probability the gold token gets.
     """
     max_length = num_positions(model, config.max_length)
     halves: tuple[Body, Head] = split_head(model)
@@ -133,12 +161,8 @@ def gold_logprobs(
         wanted = batch.gold_ids != NO_GOLD
         states = hidden[torch.from_numpy(batch.taken).to(device)][torch.from_numpy(wanted).to(device)]
         gold = torch.from_numpy(batch.gold_ids[wanted]).to(device)
-        chunks = zip(states.split(config.chunk_positions), gold.split(config.chunk_positions), strict=True)
-        parts = [_gold(head(part), ids, num_ids) for part, ids in chunks]
+        places = torch.from_numpy(batch.rows[wanted]).to(device)
+        chunks = zip(*(array.split(config.chunk_positions) for array in (states, gold, places)), strict=True)
+        parts = [score(head(part)[:, :num_ids].float(), ids, where) for part, ids, where in chunks]
         found[batch.rows[wanted]] = torch.cat(parts).cpu().numpy()
     return np.split(found, starts[1:-1])
-
-
-def _gold(logits: torch.Tensor, gold: torch.Tensor, num_ids: int) -> torch.Tensor:
-    logits = logits[:, :num_ids].float()
-    return logits.gather(1, gold[:, None]).squeeze(1) - logits.logsumexp(dim=1)

@@ -114,6 +114,14 @@ class AlignStage:
         table = rows.table(self._target.vocabulary.size)
         return StageOutput(table, num_tokens, health.figures(), tuple(quarantine))
 
+    def align_rows(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
+        """Align one segment as ``run`` does, from arrays and without rounding: for what no table is kept of.
+
+        Raises:
+            ValueError: the two rows are not of the same text, or not of these tokenizers.
+        """
+        return self._aligner.align(target, source)
+
     def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
         """What ``run`` does at one position.
 

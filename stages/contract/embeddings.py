@@ -1,6 +1,5 @@
 """A model's input embeddings, without the rest of the model where its files allow that."""
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stages.contract.models import ModelConfig, load_model
+from stages.contract.weights import model_file, tensor_files
 
 if TYPE_CHECKING:
     import torch
@@ -80,29 +80,7 @@ def _checkpoint_names(name: str, skeleton: Any) -> list[str]:
 
 def _file_of(model: ModelConfig, names: list[str]) -> tuple[Path, str] | None:
     """The safetensors file that holds one of these tensors, and the tensor's name there."""
-    from safetensors import safe_open
-
-    index = _cached_file(model, "model.safetensors.index.json")
-    if index is not None:
-        weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        stored = next((name for name in names if name in weight_map), None)
-        file = None if stored is None else _cached_file(model, weight_map[stored])
-        return None if file is None or stored is None else (file, stored)
-    file = _cached_file(model, "model.safetensors")
-    if file is None:
-        return None
-    with safe_open(str(file), framework="pt") as tensors:
-        keys = set(tensors.keys())
-    stored = next((name for name in names if name in keys), None)
-    return None if stored is None else (file, stored)
-
-
-def _cached_file(model: ModelConfig, name: str) -> Path | None:
-    """One of the model's files: in its folder, or fetched from the hub (or its cache)."""
-    from transformers.utils.hub import cached_file
-
-    if model.path is not None:
-        file = model.path / name
-        return file if file.exists() else None
-    found = cached_file(model.hub, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    files = tensor_files(model)
+    stored = next((name for name in names if name in files), None)
+    file = None if stored is None else model_file(model, files[stored])
+    return None if file is None or stored is None else (file, stored)

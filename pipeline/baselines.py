@@ -1,0 +1,74 @@
+"""Settings of the baselines that train nothing: the ensemble and the average of weights (docs/baselines.md)."""
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from stages.contract.fingerprint import RUNTIME, Settings
+
+ENSEMBLE: Final = "ensemble"
+WEIGHT_AVERAGE: Final = "weight-average"
+Baseline = Literal["ensemble", "weight-average"]
+BASELINE_LABELS: Final[dict[str, str]] = {
+    ENSEMBLE: "ensemble of target and sources",
+    WEIGHT_AVERAGE: "average of the weights",
+}
+
+ENSEMBLE_VERSION: Final = 1
+WEIGHT_AVERAGE_VERSION: Final = 1
+"""Of the two algorithms; raised when the code gives another figure for the same settings."""
+
+
+class AverageRefusedError(ValueError):
+    """The models' weights cannot be averaged; the message says why, in one line."""
+
+
+Weights = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
+
+
+class BaselinesConfig(Settings):
+    """What is evaluated beside the models, without training (docs/baselines.md)."""
+
+    methods: Annotated[tuple[Baseline, ...], RUNTIME] = Field(
+        (),
+        description="`ensemble`: the target's distribution mixed with the sources' aligned ones at each position; "
+        "`weight-average`: the mean of the models' weights, where their architectures and vocabularies agree.",
+    )
+    ensemble_weights: Weights | None = Field(
+        None, description="Of each source, in their order; the target has the rest. By default all models the same."
+    )
+    ensemble_contexts: Literal["prefix", "segment"] = Field(
+        "prefix",
+        description="What a source reads before it predicts. `prefix`: the text so far, tokenized by itself, as a decoder "
+        "would; `segment`: the tokens of the whole segment, where one ends there: cheaper, but it knows from text to come "
+        "where the source's tokens end.",
+    )
+    average_weights: Weights | None = Field(
+        None,
+        description="Of each source's tensors, in their order; the target's have the rest. By default all the same.",
+    )
+
+    def check(self, num_sources: int) -> None:
+        """Refuse weights that do not fit the sources.
+
+        Raises:
+            ValueError: says which.
+        """
+        for name, given in (("ensemble_weights", self.ensemble_weights), ("average_weights", self.average_weights)):
+            if given is not None and (len(given) != num_sources or not sum(given) < 1):
+                raise ValueError(
+                    f"baselines.{name} = {list(given)}: expected one number for each of the {num_sources} sources, with a "
+                    "sum below 1, for the target has the rest"
+                )
+
+    def source_weights(self, baseline: Baseline, num_sources: int) -> tuple[float, ...]:
+        """Each source's weight; the target has what is left of 1."""
+        given = self.ensemble_weights if baseline == ENSEMBLE else self.average_weights
+        return given if given is not None else (1 / (num_sources + 1),) * num_sources
+
+    def baseline_settings(self, baseline: Baseline, num_sources: int) -> dict[str, Any]:
+        """The settings that change this baseline's figure."""
+        settings: dict[str, Any] = {"weights": list(self.source_weights(baseline, num_sources))}
+        if baseline == ENSEMBLE:
+            return {**settings, "contexts": self.ensemble_contexts, "version": ENSEMBLE_VERSION}
+        return {**settings, "version": WEIGHT_AVERAGE_VERSION}

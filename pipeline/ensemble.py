@@ -1,0 +1,386 @@
+"""The token-level ensemble: the target's distribution mixed with the sources' aligned ones, without training.
+
+At every position the target's own distribution p and the sources' aligned distributions q_s are added up by weight,
+
+    p_ens = (1 - sum_s w_s) p + sum_s w_s q_s,
+
+where a row's tail mass lies on the tokens that it does not name, shared among them as the target shares it; a source without
+a distribution has the target's own in its place. So p_ens sums to 1 over the target's vocabulary, and its bits per byte are
+a code length. docs/baselines.md says what a source may know at a position.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from pipeline.baselines import ENSEMBLE
+from pipeline.config import RunConfig
+from stages.align.rows import ModelRows
+from stages.align.segment import same_vocabulary
+from stages.align.stage import AlignStage
+from stages.align.support import NO_ID
+from stages.contract.models import ModelConfig
+from stages.contract.tokens import Encoding, SegmentTokenizer
+from stages.contract.windows import Window, windows
+from stages.logits.backend import NotFiniteError, Predictions
+from stages.logits.config import LogitsConfig
+from stages.logits.transformers_backend import TransformersBackend
+from train.evaluate import Evaluation, Segment, bits_per_byte, first_documents, own_logprob
+
+TOKENS_AT_A_TIME: Final = 500_000
+"""Tokens of contexts for which a source's predictions are held at once: 80 bytes each at k = 10."""
+
+
+@dataclass(frozen=True, eq=False)
+class SourceRows:
+    """One source's distributions over the target's vocabulary at P positions, all segments end to end.
+
+    Attributes:
+        ids: (P, k) int64, each once in a row; -1 at pads, a row of pads where there is no distribution.
+        probs: (P, k) float64; 0 at pads.
+        tail_mass: (P,) float64; with the row's probabilities it sums to 1.
+    """
+
+    ids: torch.Tensor
+    probs: torch.Tensor
+    tail_mass: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """What a source reads for each position of a segment of M target tokens.
+
+    Attributes:
+        sequences: token ids of the source, none of which begins another.
+        sequence: (M,) which of them the position's context begins; -1: the source predicts nothing there.
+        position: (M,) the last token of the context in it.
+    """
+
+    sequences: tuple[np.ndarray, ...]
+    sequence: np.ndarray
+    position: np.ndarray
+
+
+class Mixture:
+    """``train.evaluate.Scorer`` of the ensemble: ln p_ens of the gold tokens.
+
+    Args:
+        weights: of each source; the target has what is left of 1, which is above 0.
+        sources: their distributions.
+    """
+
+    def __init__(self, weights: Sequence[float], sources: Sequence[SourceRows]) -> None:
+        self._weights = tuple(weights)
+        self._sources = tuple(sources)
+
+    def __call__(self, logits: torch.Tensor, gold: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """See ``train.evaluate.Scorer``."""
+        own = own_logprob(logits, gold, places).double()
+        parts = [own + np.log1p(-sum(self._weights))]
+        for weight, source in zip(self._weights, self._sources, strict=True):
+            if weight > 0:
+                parts.append(_source_logprob(source, logits, own, gold, places) + np.log(weight))
+        return torch.stack(parts).logsumexp(dim=0)
+
+
+def _source_logprob(
+    source: SourceRows,
+    logits: torch.Tensor,
+    own: torch.Tensor,
+    gold: torch.Tensor,
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """(P,) ln q_s(gold), float64; the target's own where the source has no distribution."""
+    device = logits.device
+    ids, probs, tail_mass = (array[places.cpu()].to(device) for array in (source.ids, source.probs, source.tail_mass))
+    is_gold = ids == gold[:, None]
+    named = torch.where(is_gold, probs, 0.0).sum(dim=1).log()
+    present = ids[:, 0] != NO_ID
+    filled = torch.where(ids == NO_ID, ids[:, :1], ids).clamp(min=0)  # a pad names its row's first token once more
+    # Not by 1 - sum of p: where the row names nearly all of the target's mass, nothing would be left of the difference.
+    unnamed = logits.scatter(1, filled, -torch.inf)
+    in_tail = tail_mass.log() + own_logprob(unnamed, gold, places)
+    in_tail = torch.where(is_gold.any(dim=1), -torch.inf, in_tail)
+    return torch.where(present, torch.logaddexp(named, in_tail), own)
+
+
+def evaluate_ensemble(
+    config: RunConfig, segments: Sequence[Segment], *, cpus: float
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Bits per byte of the ensemble of a run's target, as it is before training, and its sources.
+
+    The target is run twice, for its top-k that alignment needs and for its full distributions; a source once. Held at
+    once: one model, and 170 bytes a position and source (k = 10).
+
+    Args:
+        config: models, ``align`` (but for ``pairing`` and ``inexact``: contexts always agree here), ``eval``, ``baselines``.
+        segments: held-out text; a document's segments stand together.
+        cpus: threads on a CPU.
+
+    Returns:
+        The evaluation, and for each source how many positions with a next token it has a distribution at, and how many
+        tokens it read for that.
+
+    Raises:
+        FloatingPointError: a model's logprob is not finite.
+    """
+    segments = first_documents(segments, config.eval.max_documents)
+    tokenizer = SegmentTokenizer.load(config.target)
+    encodings = tokenizer.encode_batch([part.text for part in segments], is_last=[part.is_last for part in segments])
+    own = _target_rows(config, tokenizer, encodings, cpus)
+    rows, notes = [], {}
+    for source in config.sources:
+        found = _SourceReader(config, source, cpus).read(segments, encodings, own)
+        rows.append(found.rows)
+        notes[source.name] = {"covered": found.covered, "tokens_read": found.num_tokens}
+    weights = config.baselines.source_weights(ENSEMBLE, len(config.sources))
+    evaluation = bits_per_byte(config.target, segments, config.eval, cpus=cpus, score=Mixture(weights, rows))
+    positions = sum(max(0, len(encoding.ids) - 1) for encoding in encodings)
+    return evaluation, {"positions": positions, "sources": notes}
+
+
+# --- what a source reads ----------------------------------------------------------------------------------------------
+
+
+def prefix_contexts(text: str, byte_end: np.ndarray, tokenizer: SegmentTokenizer) -> Contexts:
+    """For each position the text up to its end, tokenized by the source: nothing of the text to come is used.
+
+    Args:
+        text: the segment's.
+        byte_end: (M,) where the target's tokens end.
+        tokenizer: the source's.
+
+    Returns:
+        No context at the last position, which predicts nothing in the segment; where the target's token ends inside a
+        character; and where the source has no token to read (no BOS, at the text's begin).
+    """
+    raw = text.encode()
+    prefixes = {end: prefix for end in byte_end[:-1].tolist() if (prefix := _decoded(raw[:end])) is not None}
+    encodings = tokenizer.encode_batch(list(prefixes.values()), is_last=[False] * len(prefixes))
+    ids = {end: encoding.ids for end, encoding in zip(prefixes, encodings, strict=True)}
+    return cover([ids.get(end) for end in byte_end.tolist()])
+
+
+def segment_contexts(source: Encoding, byte_end: np.ndarray) -> Contexts:
+    """For each position the source's tokens of the whole segment up to the last one that ends at the same byte.
+
+    Args:
+        source: the segment's tokens, without EOS.
+        byte_end: (M,) where the target's tokens end.
+    """
+    last = np.searchsorted(source.byte_end, byte_end, side="right")
+    ends = byte_end[:-1]
+    contexts: list[np.ndarray | None] = [
+        source.ids[:count] if count and source.byte_end[count - 1] == end else None
+        for count, end in zip(last[:-1].tolist(), ends.tolist(), strict=True)
+    ]
+    shares = len(ends) > 0 and ends[-1] == byte_end[-1]  # an EOS ends where the text does
+    return cover([*contexts, *([contexts[-1] if shares else None] if len(byte_end) else [])])
+
+
+def cover(contexts: Sequence[np.ndarray | None]) -> Contexts:
+    """Put contexts that begin one another into one sequence, so that one pass of the model gives all of them.
+
+    Args:
+        contexts: (N,) token ids each; None or empty: nothing to read.
+    """
+    raw = [b"" if ids is None else np.ascontiguousarray(ids, np.int32).tobytes() for ids in contexts]
+    kept: list[bytes] = []
+    sequence_of: dict[bytes, int] = {b"": -1}
+    for context in sorted(set(raw), key=lambda found: (-len(found), found)):
+        if not context:
+            continue
+        index = next((index for index, longer in enumerate(kept) if longer.startswith(context)), len(kept))
+        if index == len(kept):
+            kept.append(context)
+        sequence_of[context] = index
+    width = np.dtype(np.int32).itemsize
+    return Contexts(
+        sequences=tuple(np.frombuffer(found, np.int32) for found in kept),
+        sequence=np.array([sequence_of[context] for context in raw], np.int64),
+        position=np.array([len(context) // width - 1 for context in raw], np.int64),
+    )
+
+
+def _decoded(raw: bytes) -> str | None:
+    """The text, None where it ends inside a character."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+# --- what the models say ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A source's distributions, at how many positions it has one, and how many tokens it read."""
+
+    rows: SourceRows
+    covered: int
+    num_tokens: int
+
+
+class _SourceReader:
+    """Runs one source over the held-out text, and aligns what it says."""
+
+    def __init__(self, config: RunConfig, source: ModelConfig, cpus: float) -> None:
+        self._config = config
+        self._source = source
+        self._tokenizer = SegmentTokenizer.load(source)
+        self._backend = _backend(config, source, self._tokenizer, cpus)
+        top_p = config.align.top_p or (config.logits.top_p if config.logits.top_p < 1 else None)
+        settings = {"pairing": "boundary", "inexact": "mask", "top_p": top_p}
+        self._align = AlignStage(config.align.model_copy(update=settings), config.target, source)
+        self._align.setup()
+        self._same_vocabulary = same_vocabulary(
+            SegmentTokenizer.load(config.target).vocabulary, self._tokenizer.vocabulary
+        )
+
+    def read(self, segments: Sequence[Segment], encodings: Sequence[Encoding], own: Sequence[ModelRows]) -> _Read:
+        """All segments, some at a time."""
+        rows: list[SourceRows] = []
+        num_tokens = 0
+        for some, contexts in self._groups(segments, encodings):
+            sequences = [ids for part in contexts for ids in part.sequences]
+            predictions = _predict(
+                self._backend, self._source, sequences, self._cuts(contexts), int(self._tokenizer.prepends_bos)
+            )
+            num_tokens += int(predictions.starts[-1])
+            first = 0
+            for index, part in zip(some, contexts, strict=True):
+                aligned = self._align.align_rows(own[index], _source_rows(own[index], part, predictions, first))
+                tensors = (aligned.ids.astype(np.int64), aligned.probs, aligned.tail_mass)
+                rows.append(SourceRows(*map(torch.from_numpy, tensors)))
+                first += len(part.sequences)
+        names = ("ids", "probs", "tail_mass")
+        found = SourceRows(*(torch.cat([getattr(part, name) for part in rows]) for name in names))
+        return _Read(found, int((found.ids[:, 0] != NO_ID).sum()), num_tokens)
+
+    def _groups(
+        self, segments: Sequence[Segment], encodings: Sequence[Encoding]
+    ) -> Iterator[tuple[list[int], list[Contexts]]]:
+        """Runs of segments whose contexts together have ``TOKENS_AT_A_TIME`` tokens or little more."""
+        some: list[int] = []
+        contexts: list[Contexts] = []
+        for index, (segment, encoding) in enumerate(zip(segments, encodings, strict=True)):
+            some.append(index)
+            contexts.append(self._contexts(segment, encoding))
+            if sum(len(ids) for part in contexts for ids in part.sequences) >= TOKENS_AT_A_TIME:
+                yield some, contexts
+                some, contexts = [], []
+        if some:
+            yield some, contexts
+
+    def _contexts(self, segment: Segment, encoding: Encoding) -> Contexts:
+        whole = self._tokenizer.encode(segment.text, is_last=False)
+        if self._config.baselines.ensemble_contexts == "segment" or self._reads_the_same(whole, encoding):
+            return segment_contexts(whole, encoding.byte_end)
+        return prefix_contexts(segment.text, encoding.byte_end, self._tokenizer)
+
+    def _reads_the_same(self, source: Encoding, target: Encoding) -> bool:
+        """The models' tokens of the text are the same, so that the source may read what the target has read."""
+        if not self._same_vocabulary:
+            return False
+        is_special = self._tokenizer.vocabulary.is_special
+        return np.array_equal(*(part.ids[~is_special[part.ids]] for part in (source, target)))
+
+    def _cuts(self, contexts: Sequence[Contexts]) -> list[int]:
+        """The first position of each sequence that is asked for."""
+        return [
+            int(part.position[part.sequence == index].min())
+            for part in contexts
+            for index in range(len(part.sequences))
+        ]
+
+
+def _target_rows(
+    config: RunConfig, tokenizer: SegmentTokenizer, encodings: Sequence[Encoding], cpus: float
+) -> list[ModelRows]:
+    """The target's own top-k at every position of the segments."""
+    backend = _backend(config, config.target, tokenizer, cpus)
+    sequences = [encoding.ids for encoding in encodings]
+    predictions = _predict(backend, config.target, sequences, [0] * len(sequences), int(tokenizer.prepends_bos))
+    return [
+        ModelRows(
+            token_ids=encoding.ids,
+            byte_end=encoding.byte_end,
+            topk_ids=predictions.topk_ids[predictions.part(index)],
+            topk_probs=np.exp(predictions.topk_logprobs[predictions.part(index)].astype(np.float64)),
+        )
+        for index, encoding in enumerate(encodings)
+    ]
+
+
+def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions, first: int) -> ModelRows:
+    """The source's rows as if its tokens ended where the target's do: one for each target position, of its context.
+
+    Args:
+        target: M positions.
+        contexts: of the segment.
+        predictions: of the sequences of several segments.
+        first: the index of the segment's first sequence among them.
+    """
+    size, width = len(target), predictions.topk_ids.shape[1]
+    ids = np.full((size, width), NO_ID, np.int32)
+    probs = np.zeros((size, width))
+    last_token = np.zeros(size, np.int32)
+    read = np.flatnonzero(contexts.sequence >= 0)
+    places = predictions.starts[first + contexts.sequence[read]] + contexts.position[read]
+    ids[read], probs[read] = predictions.topk_ids[places], np.exp(predictions.topk_logprobs[places].astype(np.float64))
+    for index in read:
+        last_token[index] = contexts.sequences[contexts.sequence[index]][contexts.position[index]]
+    return ModelRows(token_ids=last_token, byte_end=target.byte_end, topk_ids=ids, topk_probs=probs)
+
+
+def _backend(config: RunConfig, model: ModelConfig, tokenizer: SegmentTokenizer, cpus: float) -> TransformersBackend:
+    """The model as the evaluation runs it, with the window that the logits stage keeps."""
+    settings = config.eval
+    return TransformersBackend(
+        LogitsConfig(
+            top_k=config.logits.top_k,
+            max_length=settings.max_length,
+            backend="transformers",
+            dtype=settings.dtype,
+            attention=settings.attention,
+            device=settings.device,
+            batch_tokens=settings.batch_tokens,
+            chunk_positions=settings.chunk_positions,
+            cpus_per_worker=cpus,
+        ),
+        model,
+        num_valid=tokenizer.vocabulary.size,
+    )
+
+
+def _predict(
+    backend: TransformersBackend,
+    model: ModelConfig,
+    sequences: Sequence[np.ndarray],
+    first_taken: Sequence[int],
+    num_bos: int,
+) -> Predictions:
+    """Run a model over sequences; of each the positions before ``first_taken`` are read and not predicted at.
+
+    Raises:
+        FloatingPointError: a logprob is not finite.
+    """
+    cuts = [
+        _cut(len(ids), first, max_length=backend.max_length, num_bos=num_bos)
+        for ids, first in zip(sequences, first_taken, strict=True)
+    ]
+    try:
+        return backend.predict(sequences, cuts)
+    except NotFiniteError as error:
+        raise FloatingPointError(f"model {model.name}: {error} of the held-out text") from error
+
+
+def _cut(length: int, first: int, *, max_length: int, num_bos: int) -> list[Window]:
+    if not length:
+        return []
+    cut = windows(length, max_length=max_length, num_bos=num_bos)
+    return [replace(window, take_start=max(first, window.take_start)) for window in cut if window.end > first]
