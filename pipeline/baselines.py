@@ -29,10 +29,9 @@ Weights = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
 class BaselinesConfig(Settings):
     """What is evaluated beside the models, without training (docs/baselines.md)."""
 
-    methods: Annotated[tuple[Baseline, ...], RUNTIME] = Field(
-        (),
-        description="`ensemble`: the target's distribution mixed with the sources' aligned ones at each position; "
-        "`weight-average`: the mean of the models' weights, where their architectures and vocabularies agree.",
+    ensemble: Annotated[bool, RUNTIME] = Field(
+        False,
+        description="Evaluate the token-level ensemble: the target's distribution mixed with the sources' aligned ones.",
     )
     ensemble_weights: Weights | None = Field(
         None, description="Of each source, in their order; the target has the rest. By default all models the same."
@@ -43,10 +42,20 @@ class BaselinesConfig(Settings):
         "would; `segment`: the tokens of the whole segment, where one ends there: cheaper, but it knows from text to come "
         "where the source's tokens end.",
     )
+    weight_average: Annotated[bool, RUNTIME] = Field(
+        False,
+        description="Evaluate the mean of the models' weights, where their architectures and vocabularies agree.",
+    )
     average_weights: Weights | None = Field(
         None,
         description="Of each source's tensors, in their order; the target's have the rest. By default all the same.",
     )
+
+    @property
+    def methods(self) -> tuple[Baseline, ...]:
+        """What is evaluated."""
+        wanted: dict[Baseline, bool] = {ENSEMBLE: self.ensemble, WEIGHT_AVERAGE: self.weight_average}
+        return tuple(name for name, is_wanted in wanted.items() if is_wanted)
 
     def check(self, num_sources: int) -> None:
         """Refuse weights that do not fit the sources.

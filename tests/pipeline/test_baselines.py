@@ -13,7 +13,7 @@ from stages.contract.store import Store
 from tests.tiny_models import save_model
 from tests.tiny_run import ptafuse
 
-BOTH = '--set=baselines.methods=["ensemble","weight-average"]'
+BOTH = ("--set=baselines.ensemble=true", "--set=baselines.weight_average=true")
 
 
 def results(run: Path) -> dict[str, dict]:
@@ -23,7 +23,7 @@ def results(run: Path) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def evaluated(tiny_config: Path, undisturbed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = Path(shutil.copytree(undisturbed_run, tmp_path_factory.mktemp("baselines") / "run"))
-    ptafuse("eval", str(tiny_config), "--run", str(run), "--local", BOTH)
+    ptafuse("eval", str(tiny_config), "--run", str(run), "--local", *BOTH)
     return run
 
 
@@ -51,7 +51,7 @@ def test_nothing_is_evaluated_twice_refusals_included(tiny_config: Path, evaluat
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr("pipeline.evaluation._evaluate", must_not_run)
-    done = ptafuse("eval", str(tiny_config), "--run", str(evaluated), "--local", BOTH)
+    done = ptafuse("eval", str(tiny_config), "--run", str(evaluated), "--local", *BOTH)
     assert "eval: nothing to do" in done.stdout
 
 
@@ -81,13 +81,13 @@ def test_status_and_plan_know_the_baselines(tiny_config: Path, evaluated: Path) 
 
 
 def _arguments(command: str, config: Path, run: Path) -> list[str]:
-    return ["status", str(run)] if command == "status" else ["plan", str(config), "--run", str(run), BOTH]
+    return ["status", str(run)] if command == "status" else ["plan", str(config), "--run", str(run), *BOTH]
 
 
 @pytest.mark.slow
 def test_only_settings_that_an_ensemble_reads_make_another_of_it(tiny_config: Path, evaluated: Path) -> None:
     def fingerprint(*sets: str) -> str:
-        arguments = [BOTH, *(f"--set={part}" for part in sets)]
+        arguments = [*BOTH, *(f"--set={part}" for part in sets)]
         ptafuse("plan", str(tiny_config), "--run", str(evaluated), *arguments, "--json")
         plan = json.loads(ptafuse("plan", str(tiny_config), "--run", str(evaluated), *arguments, "--json").stdout)
         return next(step["fingerprint"] for step in plan["steps"] if step["step"] == "eval/ensemble")
@@ -105,7 +105,7 @@ def test_two_models_of_one_family_are_averaged_in_a_run(tiny_config: Path, tmp_p
     run = tmp_path / "run"
     sets = (
         f'--set=sources=[{{name = "twin", path = "{tmp_path / "twin"}"}}]',
-        '--set=baselines.methods=["weight-average"]',
+        "--set=baselines.weight_average=true",
     )
     ptafuse("shard", str(tiny_config), "--run", str(run), "--local", *sets)
     done = ptafuse("eval", str(tiny_config), "--run", str(run), "--local", *sets, check=False)
