@@ -64,27 +64,29 @@ def held_out(runs: Sequence[ResolvedRun], store: Store) -> list[HeldOutRow]:
     """Every evaluated model once: sources and target, baselines, then what each configuration trained."""
     rows: list[HeldOutRow] = []
     shown: set[str] = set()
-
-    def show(label: str, step: Step, before: _Result = None, gold_only: _Result = None) -> None:
-        if step.folder not in shown:
-            shown.add(step.folder)
-            rows.append(_held_out_row(label, read_result(store, step), before, gold_only))
-
-    for run in runs:
-        where = _split(run)
-        labels = {model.name: f"source {model.name}{where}" for model in run.config.sources}
-        labels[run.config.target.name] = f"target {run.config.target.name} before{where}"
-        for name, label in labels.items():
-            show(label, run.steps[f"eval/{name}"])
-    for run in runs:
-        for baseline in run.config.baselines.methods:
-            label = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline)})"
-            show(label, run.steps[f"eval/{baseline}"], *_references(run, runs, store))
+    for is_baseline in (False, True):
+        for run in runs:
+            for label, step in untrained(run):
+                if step.folder in shown or is_baseline != (step.model in BASELINE_LABELS):
+                    continue
+                shown.add(step.folder)
+                references = _references(run, runs, store) if is_baseline else (None, None)
+                rows.append(_held_out_row(label, read_result(store, step), *references))
     for run in runs:
         label = f"after {run.config.name} ({_describe(run)})"
         fused = read_result(store, run.steps[f"eval/{FUSED}"])
         rows.append(_held_out_row(label, fused, *_references(run, runs, store)))
     return rows
+
+
+def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
+    """What a run evaluates without training it, for people and as steps: the sources, the target, the baselines."""
+    where = _split(run)
+    labels = {model.name: f"source {model.name}{where}" for model in run.config.sources}
+    labels[run.config.target.name] = f"target {run.config.target.name} before{where}"
+    for baseline in run.config.baselines.methods:
+        labels[baseline] = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline)})"
+    return [(label, run.steps[f"eval/{name}"]) for name, label in labels.items()]
 
 
 def _references(run: ResolvedRun, runs: Sequence[ResolvedRun], store: Store) -> tuple[_Result, _Result]:
@@ -101,7 +103,9 @@ def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
         "Held-out text (differences: over all bytes ± standard error over documents)",
         ("model", "bits per byte", "against target before", "against gold only", "bytes"),
         tuple(
-            (_refused_label(row), "refused" if row.refused else "not evaluated", "", "", "")
+            (f"{row.label}; refused: {row.refused}", "refused", "", "", "")
+            if row.refused
+            else (row.label, "not evaluated", "", "", "")
             if row.bits_per_byte is None
             else (
                 row.label,
@@ -147,10 +151,6 @@ def _held_out_row(label: str, result: _Result, before: _Result, gold_only: _Resu
         for baseline in (before, gold_only)
     )
     return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], against_before, against_gold_only)
-
-
-def _refused_label(row: HeldOutRow) -> str:
-    return row.label if row.refused is None else f"{row.label}; refused: {row.refused}"
 
 
 def _describe_baseline(run: ResolvedRun, baseline: Baseline) -> str:

@@ -137,7 +137,7 @@ def _described_sweep(sweep: SweepConfig, store: Store) -> dict[str, Any]:
     entries = [
         Bar(result.name, result.against_baseline.mean, result.against_baseline.error)
         for result in results
-        if result.against_baseline is not None
+        if result.against_baseline is not None and result.is_trained
     ]
     plot = bars(entries, axis=f"bits per byte, difference to {sweep.baseline}") if entries else ""
     return {"name": sweep.name, "table": sweep_table(sweep, results), "plot": plot}

@@ -124,4 +124,10 @@ def test_a_stopped_sweep_goes_on_and_computes_nothing_twice(sweep_file: Path, tm
     assert found.seed_error == pytest.approx(abs(differences[0] - differences[1]) / 2, abs=1e-6)
     assert not math.isnan(found.against_baseline.error)
     table = sweep_table(sweep, list(results.values()))
-    assert [row[:2] for row in table.rows] == [("gold", "2"), ("fused-lambda-0.8", "2"), ("fused-lambda-0.2", "2")]
+    assert [row[:2] for row in table.rows] == [
+        ("gold", "2"), ("fused-lambda-0.8", "2"), ("fused-lambda-0.2", "2"), ("source neox", ""), ("target llama before", "")
+    ]  # fmt: skip
+    before_training = json.loads(next(run.glob("eval/llama/*/bits-per-byte.json")).read_text())["bits_per_byte"]
+    gold = np.mean([by_name[f"lambda-gold-seed{seed}"]["bits_per_byte"] for seed in (1, 2)])
+    assert results["target llama before"].against_baseline.mean == pytest.approx(before_training - gold, abs=1e-6)
+    assert results["source neox"].against_baseline is None
