@@ -84,7 +84,7 @@ STAGE_HELP = {
     "align": "Pair each source's tokens with the target's, and move its distributions into the target's vocabulary.",
     "fuse": "Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
     "train": "Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
-    "eval": "Bits per byte on held-out text: the target before and after, and each source.",
+    "eval": "Bits per byte on held-out text: the target before and after, each source, and baselines.",
 }
 """The stages in their order."""
 
