@@ -73,7 +73,7 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
         ("[[sources]]\nname = 'c'\nhub = 'org/x'", "`hub` and `revision` go together"),
         ("[[sources]]\nname = 'C D'\npath = 'c'", r"sources\.1\.name"),
         ("[[sources]]\nname = 'fused'\npath = 'c'", "cannot be named 'fused'"),
-        ("[tarin]\nseed = 1", "tarin: there is no such setting; known here: align, assumptions, dataset"),
+        ("[tarin]\nseed = 1", "tarin: there is no such setting; known here: align, assumptions, baselines, dataset"),
     ],
 )
 def test_wrong_configuration_says_where_and_what(tmp_path: Path, addition: str, message: str) -> None:
