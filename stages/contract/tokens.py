@@ -6,7 +6,7 @@ What a tokenizer writes for a space (``▁he``, ``Ġhe``), for a raw byte (``<0x
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
@@ -71,6 +71,21 @@ class Encoding:
 
     ids: np.ndarray
     byte_end: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A text's tokens where mostly their number is wanted: BOS if the model uses it, no EOS.
+
+    Attributes:
+        num_tokens: BOS among them.
+        keeps_text: there is a token beside BOS; a tokenizer may keep nothing of a text (white space under WordPiece).
+        byte_end: () -> (num_tokens,) int32, as in ``Encoding``; computed when it is asked for.
+    """
+
+    num_tokens: int
+    keeps_text: bool
+    byte_end: Callable[[], np.ndarray]
 
 
 MAX_LOADED: Final = 8
@@ -155,6 +170,18 @@ class SegmentTokenizer:
             for found in self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
         ]
 
+    def measure(self, text: str) -> Measured:
+        """Tokenize a text in which no document ends; where its tokens end is not worked out before it is asked for."""
+        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+
+        def byte_end() -> np.ndarray:
+            ends = ends_by_bytes(text.encode(), self._pieces(found.ids)) if self._spells_text else None
+            if ends is None:
+                ((_, ends),) = self._tokenize_with_offsets([text])
+            return self._with_special(text, found.ids, ends, is_last=False).byte_end
+
+        return Measured(len(found) + self.prepends_bos, len(found) > 0, byte_end)
+
     @property
     def num_special(self) -> int:
         """Special tokens of a text at which a document ends: BOS and EOS, as the model uses them."""
@@ -173,10 +200,12 @@ class SegmentTokenizer:
                     done[index] = (found.ids, byte_end)
         rest = [index for index in range(len(texts)) if index not in done]
         if rest:
-            records = self._backend.encode_batch([texts[index] for index in rest], add_special_tokens=False)
-            for index, found in zip(rest, records, strict=True):
-                done[index] = (found.ids, self._ends(texts[index], found))
+            done |= zip(rest, self._tokenize_with_offsets([texts[index] for index in rest]), strict=True)
         return [done[index] for index in range(len(texts))]
+
+    def _tokenize_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
+        records = self._backend.encode_batch(texts, add_special_tokens=False)
+        return [(found.ids, self._ends(text, found)) for text, found in zip(texts, records, strict=True)]
 
     def _ends(self, text: str, found: Any) -> np.ndarray:
         if not found.ids:

@@ -2,12 +2,35 @@
 
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-Measure = Callable[[str], np.ndarray]
-"""Text -> (N,) where each of its tokens ends, UTF-8 bytes, nondecreasing: BOS (if used, at 0) and the text's tokens,
-without EOS. The last one ends at the text's length unless the tokenizer keeps nothing of the text."""
+from stages.contract.tokens import Measured
+
+Measure = Callable[[str], Measured]
+"""How a tokenizer reads a text in which no document ends."""
+
+
+class Cut(NamedTuple):
+    """A document in segments.
+
+    Attributes:
+        segments: end to end they are the text.
+        num_tokens: one a tokenizer: of all segments together, BOS of each among them, without EOS.
+    """
+
+    segments: list[str]
+    num_tokens: list[int]
+
+
+class _Fit(NamedTuple):
+    """How much of a piece of text fits, and its tokens under each tokenizer if all of it does."""
+
+    size: int
+    num_tokens: list[int]
+    keeps_text: bool
+
 
 _WINDOW_CHARACTERS_PER_TOKEN = 4
 _LONGEST_CLUSTER = 32
@@ -17,80 +40,72 @@ class CutError(ValueError):
     """A document has no cut that fits every tokenizer."""
 
 
-def cut_document(text: str, measures: Sequence[Measure], max_length: int) -> list[str]:
+def cut_document(text: str, measures: Sequence[Measure], max_length: int) -> Cut:
     """Cut a text into segments of at most ``max_length`` tokens under every tokenizer, an EOS each included.
 
     A cut falls at the end of a paragraph where one lies in the second half of what fits, else at the end of a line, else
     before white space, else between two characters (not before a combining mark where that can be had). The text is
-    tokenized in windows a little longer than a segment, so the cost is linear in its length.
+    tokenized in windows a little longer than a segment, and each segment once by itself: the cost is linear in the length.
 
     Args:
         text: not empty.
         measures: one a tokenizer.
         max_length: tokens, at least 2.
 
-    Returns:
-        The segments; end to end they are the text.
-
     Raises:
         CutError: one character has more than ``max_length`` tokens, or a segment would have no token at all.
     """
-    segments = []
+    cut = Cut([], [0] * len(measures))
     start, window = 0, _WINDOW_CHARACTERS_PER_TOKEN * max_length
     while start < len(text):
-        size = _next_size(text, start, window, measures, max_length)
-        segments.append(text[start : start + size])
-        start += size
-        window = size + size // 4 + 16
-    return segments
+        fit = _next_segment(text, start, window, measures, max_length)
+        segment = text[start : start + fit.size]
+        if not fit.keeps_text:  # a row without tokens would teach nothing, and has no last token to end it
+            raise CutError(
+                f"the {len(segment)} characters from {start} on, {segment[:8]!r}..., have no tokens under one of the run's "
+                "tokenizers, which drops all of them"
+            )
+        cut.segments.append(segment)
+        cut.num_tokens[:] = np.add(cut.num_tokens, fit.num_tokens).tolist()
+        start += fit.size
+        window = fit.size + fit.size // 4 + 16
+    return cut
 
 
-def _next_size(text: str, start: int, window: int, measures: Sequence[Measure], max_length: int) -> int:
-    """Characters of the segment that begins at ``start``."""
+def _next_segment(text: str, start: int, window: int, measures: Sequence[Measure], max_length: int) -> _Fit:
+    """The segment that begins at ``start``; all of it fits."""
     while True:
         piece = text[start : start + window]
-        limit, keeps = _fitting(piece, measures, max_length)
-        if limit < len(piece):
+        fit = _fitting(piece, measures, max_length)
+        if fit.size < len(piece):
             break
         if start + len(piece) == len(text):
-            return _refuse_dropped(piece, start, keeps)
+            return fit
         window *= 2
-    while limit > 0:
-        size = _preferred_cut(piece, limit)
-        limit, keeps = _fitting(piece[:size], measures, max_length)
-        if limit == size:
-            return _refuse_dropped(piece[:size], start, keeps)
+    while fit.size > 0:
+        size = _preferred_cut(piece, fit.size)
+        fit = _fitting(piece[:size], measures, max_length)
+        if fit.size == size:
+            return fit
     raise CutError(
         f"the text at character {start}, {text[start : start + 8]!r}, has more than {max_length} tokens and cannot be cut "
         "further: raise shard.max_length"
     )
 
 
-def _fitting(piece: str, measures: Sequence[Measure], max_length: int) -> tuple[int, bool]:
+def _fitting(piece: str, measures: Sequence[Measure], max_length: int) -> _Fit:
     """How much of a piece has at most ``max_length - 1`` tokens under every tokenizer: EOS has room.
 
-    Returns:
-        The number of characters; less than the whole piece is a guess, since the first part alone may be tokenized
-        otherwise. And whether every tokenizer keeps some of the text.
+    A size below the whole piece is a guess, since the first part alone may be tokenized otherwise.
     """
-    keeps = True
+    found = []
     for measure in measures:
-        byte_end = measure(piece)
-        keeps &= len(byte_end) > 0 and byte_end[-1] > 0
-        if len(byte_end) > max_length - 1:
-            fitting = piece.encode()[: byte_end[max_length - 2]].decode("utf-8", errors="ignore")
+        measured = measure(piece)
+        found.append(measured)
+        if measured.num_tokens > max_length - 1:
+            fitting = piece.encode()[: measured.byte_end()[max_length - 2]].decode("utf-8", errors="ignore")
             piece = fitting if len(fitting) < len(piece) else piece[:-1]
-    return len(piece), bool(keeps)
-
-
-def _refuse_dropped(segment: str, start: int, keeps: bool) -> int:
-    """The segment's length; a row without tokens would teach nothing, and has no last token to end it."""
-    if not keeps:
-        raise CutError(
-            f"the {len(segment)} characters from {start} on, {segment[:8]!r}..., have no tokens under one of the run's "
-            "tokenizers, which drops all of them"
-        )
-    return len(segment)
+    return _Fit(len(piece), [one.num_tokens for one in found], all(one.keeps_text for one in found))
 
 
 def _preferred_cut(piece: str, limit: int) -> int:

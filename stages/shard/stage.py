@@ -12,7 +12,7 @@ from stages.contract.schemas import SHARD
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import SegmentTokenizer
 from stages.shard.config import ShardConfig
-from stages.shard.cut import CutError, Measure, cut_document
+from stages.shard.cut import CutError, cut_document
 
 _SHORT_CHARACTERS_PER_TOKEN = 8
 """A document longer than this many characters for each of max_length tokens is not tried whole."""
@@ -66,8 +66,8 @@ class ShardStage:
                 num_empty += 1
             else:
                 documents.append(document)
-        tokens = dict.fromkeys((model.name for model in self._models), 0)
-        segments = self._cut(documents, tokens, bad)
+        segments, counts = self._cut(documents, bad)
+        tokens = dict(zip((model.name for model in self._models), counts, strict=True))
         table, health = self._table(documents, segments)
         return StageOutput(
             table=table,
@@ -80,11 +80,13 @@ class ShardStage:
             quarantine=tuple(sorted(bad, key=lambda record: record.doc_id)),
         )
 
-    def _cut(
-        self, documents: Sequence[_Document], tokens: dict[str, int], bad: list[BadRecord]
-    ) -> dict[int, list[str]]:
-        """Segments by doc_id; adds to ``tokens`` and to ``bad``. Documents that fit whole are only counted."""
-        measures = [_measure(tokenizer) for tokenizer in self._tokenizers]
+    def _cut(self, documents: Sequence[_Document], bad: list[BadRecord]) -> tuple[dict[int, list[str]], list[int]]:
+        """Segments by doc_id, and their tokens under each tokenizer together; adds to ``bad``.
+
+        Documents that fit whole are only counted.
+        """
+        measures = [tokenizer.measure for tokenizer in self._tokenizers]
+        has_eos = np.array([tokenizer.vocabulary.eos_id is not None for tokenizer in self._tokenizers], np.int64)
         whole, counts = self._fit_whole(documents)
         segments: dict[int, list[str]] = {}
         for document in documents:
@@ -92,20 +94,16 @@ class ShardStage:
                 segments[document.doc_id] = [document.text]
                 continue
             try:
-                segments[document.doc_id] = cut_document(document.text, measures, self._config.max_length)
+                cut = cut_document(document.text, measures, self._config.max_length)
             except CutError as error:
                 bad.append(BadRecord(document.doc_id, -1, "CannotCut", str(error)))
-        pieces = [
-            text for document in documents if document.doc_id not in whole for text in segments.get(document.doc_id, [])
-        ]
-        num_inner = len(pieces) - sum(doc_id not in whole for doc_id in segments)
-        for model, tokenizer, count in zip(self._models, self._tokenizers, counts, strict=True):
-            has_eos = tokenizer.vocabulary.eos_id is not None
-            tokens[model.name] = count + sum(tokenizer.count_batch(pieces)) - num_inner * has_eos
-        return segments
+                continue
+            segments[document.doc_id] = cut.segments
+            counts = counts + cut.num_tokens + has_eos
+        return segments, counts.tolist()
 
-    def _fit_whole(self, documents: Sequence[_Document]) -> tuple[set[int], list[int]]:
-        """Doc_ids of the documents that are one segment, and their tokens under each tokenizer."""
+    def _fit_whole(self, documents: Sequence[_Document]) -> tuple[set[int], np.ndarray]:
+        """Doc_ids of the documents that are one segment, and their tokens under each tokenizer together, int64."""
         limit = self._config.max_length
         short = [doc for doc in documents if len(doc.text) <= limit * _SHORT_CHARACTERS_PER_TOKEN]
         counts = np.array(
@@ -114,7 +112,7 @@ class ShardStage:
         fewest = np.array([tokenizer.num_special for tokenizer in self._tokenizers])[:, None]
         fits: np.ndarray = np.all((counts <= limit) & (counts > fewest), axis=0)
         whole = {doc.doc_id for doc, fit in zip(short, fits, strict=True) if fit}
-        return whole, counts[:, fits].sum(axis=1).tolist()
+        return whole, counts[:, fits].sum(axis=1)
 
     def _table(
         self, documents: Sequence[_Document], segments: Mapping[int, list[str]]
@@ -167,7 +165,3 @@ def _split(raw: bytes, validation_fraction: float, test_fraction: float) -> str:
     if share < validation_fraction:
         return "validation"
     return "test" if share < validation_fraction + test_fraction else "train"
-
-
-def _measure(tokenizer: SegmentTokenizer) -> Measure:
-    return lambda text: tokenizer.encode(text, is_last=False).byte_end
