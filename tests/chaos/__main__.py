@@ -5,11 +5,13 @@
 The same tiny models over the same documents, twice: in-process on local disk, left in peace; and on Ray, with run
 directory and dataset behind ``rclone serve s3``, which knows no conditional create. Every few seconds one of the second
 run's processes gets SIGKILL; a driver or a server that was killed is started again. At the end every shard must have the
-sha256 of the undisturbed one, and the trained weights too; no row may be missing or there twice. A run that finishes before
-it was disturbed enough is checked, and another one begun.
+sha256 of the undisturbed one, and the trained weights too; no row may be missing or there twice. One shard a document and
+several copies of the documents make the run outlast its 50 kills; one that finishes before all the same is checked, and
+another one begun.
 """
 
 import argparse
+import json
 import os
 import random
 import subprocess
@@ -26,15 +28,17 @@ import psutil
 from stages.contract.store import Store
 from tests.chaos.rows import same_rows
 from tests.s3.servers import BUCKET, S3Server, rclone, s3_environment
-from tests.tiny_run import REPOSITORY, command, environment, ptafuse, save_inputs
+from tests.tiny_run import REPOSITORY, command, documents, environment, ptafuse, save_inputs
 
 FIRST_PAUSE_SECONDS: Final = 1.0
-LONGEST_PAUSE_SECONDS: Final = 12.0
+LONGEST_PAUSE_SECONDS: Final = 8.0
 SERVER_DOWN_SECONDS: Final = 3.0
 MAX_SECONDS: Final = 3300
 VICTIMS: Final = ("worker", "worker", "worker", "server", "driver")
 """A worker is cheap to replace, and the likeliest to go."""
-SETTINGS: Final = ("shard.documents_per_shard=2", "engine.max_attempts=20")
+SETTINGS: Final = ("shard.documents_per_shard=1", "engine.max_attempts=20")
+NUM_COPIES: Final = 4
+"""Of the tiny run's documents, each told apart by its number: shards enough to be killed at."""
 
 
 @dataclass
@@ -135,6 +139,8 @@ def main() -> int:
 
 def _run(folder: Path, chance: random.Random, num_kills: int) -> int:
     toml = save_inputs(folder)
+    texts = [text and f"{copy}. {text}" for copy in range(NUM_COPIES) for text in documents()]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     sets = [f"--set={setting}" for setting in SETTINGS]
     ptafuse("train", str(toml), "--run", str(folder / "peace"), "--local", "--upstream", *sets)
     server = S3Server("rclone", folder / "s3").start()
@@ -150,9 +156,10 @@ def _run(folder: Path, chance: random.Random, num_kills: int) -> int:
     try:
         while not differences and (chaos.killed.total() < num_kills or number == 0):
             number += 1
+            before = chaos.killed.total()
             chaos.finish(f"s3://{BUCKET}/run-{number}")
             differences = same_rows(Store(f"s3://{BUCKET}/run-{number}"), Store(str(folder / "peace")))
-            sys.stderr.write(f"run {number} is finished after {chaos.killed.total()} kills\n")
+            sys.stderr.write(f"run {number} is finished after {chaos.killed.total() - before} kills\n")
     finally:
         chaos.clean_up()
         server.kill()
