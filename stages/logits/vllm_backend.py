@@ -81,6 +81,41 @@ class ValidIds:
         return len(found)
 
 
+def engine_arguments(
+    config: LogitsConfig, model: ModelConfig, *, max_length: int, batch_tokens: int, width: int
+) -> dict[str, Any]:
+    """What vLLM's engine is started with.
+
+    Args:
+        config: the stage's settings.
+        model: which model.
+        max_length: positions of a window.
+        batch_tokens: positions of an engine's step.
+        width: logprobs of a position.
+    """
+    place = {"model": str(model.path)} if model.path else {"model": model.hub, "revision": model.revision}
+    return {
+        **place,
+        "load_format": "safetensors",  # "auto" falls back to pickled weights, which could run anything
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": config.dtype,
+        "skip_tokenizer_init": True,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "distributed_executor_backend": "mp"
+        if config.tensor_parallel_size > 1
+        else "uni",  # the GPUs of this Ray actor
+        "max_model_len": max_length + 1,
+        "max_num_batched_tokens": batch_tokens,
+        "max_num_seqs": min(_MAX_SEQUENCES, batch_tokens),
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "enable_prefix_caching": False,  # a cached position has no logprobs
+        "enforce_eager": True,  # graphs are for decoding, of which there is none
+        "logprobs_mode": LOGPROBS_MODE,
+        "max_logprobs": width,
+        "worker_extension_cls": f"{ValidIds.__module__}.{ValidIds.__name__}",
+    }
+
+
 class VllmBackend:
     """A causal language model in vLLM; see ``backend.Backend``.
 
@@ -152,25 +187,11 @@ class VllmBackend:
         from vllm import LLM
 
         _shield_llvmlite()
-        config, model = self._config, self._model
-        tensor_parallel_size = config.tensor_parallel_size
-        place = {"model": str(model.path)} if model.path else {"model": model.hub, "revision": model.revision}
+        model = self._model
         engine = LLM(
-            **place,
-            trust_remote_code=model.trust_remote_code,
-            dtype=config.dtype,
-            skip_tokenizer_init=True,
-            tensor_parallel_size=tensor_parallel_size,
-            distributed_executor_backend="mp" if tensor_parallel_size > 1 else "uni",  # the GPUs of this Ray actor
-            max_model_len=self.max_length + 1,
-            max_num_batched_tokens=self._batch_tokens,
-            max_num_seqs=min(_MAX_SEQUENCES, self._batch_tokens),
-            gpu_memory_utilization=config.gpu_memory_utilization,
-            enable_prefix_caching=False,  # a cached position has no logprobs
-            enforce_eager=True,  # graphs are for decoding, of which there is none
-            logprobs_mode=LOGPROBS_MODE,
-            max_logprobs=self._width,
-            worker_extension_cls=f"{ValidIds.__module__}.{ValidIds.__name__}",
+            **engine_arguments(
+                self._config, model, max_length=self.max_length, batch_tokens=self._batch_tokens, width=self._width
+            )
         )
         if not all(engine.collective_rpc("keep_ids_below", args=(self._num_valid,))):
             raise ValueError(
