@@ -1,8 +1,6 @@
 """One optimizer step over all workers."""
 
 import math
-import resource
-import sys
 import time
 from typing import Any, cast
 
@@ -10,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from stages.contract.devices import peak_memory_bytes
 from train.config import TrainConfig
 from train.data import MicroBatch
 from train.distributed import Workers
@@ -134,14 +133,6 @@ class Stepper:
             group["lr"] = rate
         self._optimizer.step()
         return norm
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: of its GPU, or of the machine where it computes on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def total_norm(parameters: list[nn.Parameter]) -> float:

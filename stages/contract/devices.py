@@ -1,8 +1,15 @@
 """Where a model runs, and with which attention: one answer for logits, training and evaluation."""
 
 import importlib.util
+import re
+import resource
+import sys
+from pathlib import Path
+from typing import Final
 
 import torch
+
+_STATUS: Final = Path("/proc/self/status")
 
 
 def resolve_device(device: str) -> torch.device:
@@ -37,3 +44,25 @@ def set_threads(device: torch.device, cpus: float) -> None:
     """On a CPU, compute with as many threads as the process has CPUs."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(cpus)))
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held so far: of its GPU, or of the machine where it computes on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """The most of the machine's memory that this process has held so far."""
+    if not _STATUS.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident_bytes(
+        "VmHWM"
+    )  # ru_maxrss is inherited: it would begin at the peak of the process that forked this one
+
+
+def resident_bytes(field: str) -> int:
+    """What Linux tells of this process's memory: ``VmRSS``, held now, or ``VmHWM``, the most that was held."""
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
+    assert found is not None
+    return int(found[1]) * 1024

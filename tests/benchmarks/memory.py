@@ -1,8 +1,9 @@
 """This process's resident memory, from Linux's /proc: a peak that begins anew, and not at that of the parent process."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
+
+from stages.contract.devices import resident_bytes
 
 PROC = Path("/proc/self")
 
@@ -12,21 +13,14 @@ def is_measurable() -> bool:
     return (PROC / "clear_refs").exists()
 
 
-def memory_bytes(field: str) -> int:
-    """``VmRSS``: what is held now. ``VmHWM``: the most that was held since ``begin_peak``, or since the start."""
-    found = re.search(rf"{field}:\s+(\d+) kB", (PROC / "status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def begin_peak() -> None:
-    """Let ``VmHWM`` begin at what is held now."""
+    """Let the peak (``VmHWM``) begin at what is held now."""
     (PROC / "clear_refs").write_text("5")
 
 
 def extra_peak(work: Callable[[], object]) -> int:
     """Bytes that the process held at most during ``work``, beyond what it held before."""
     begin_peak()
-    before = memory_bytes("VmRSS")
+    before = resident_bytes("VmRSS")
     work()
-    return memory_bytes("VmHWM") - before
+    return resident_bytes("VmHWM") - before

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.contract.devices import peak_resident_bytes
 from stages.contract.store import Store
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, say
-from tests.benchmarks.memory import begin_peak, memory_bytes
+from tests.benchmarks.memory import begin_peak
 
 PASSES = 2
 SMALL_SHARDS = (10, 1000)
@@ -121,7 +122,7 @@ def _measure_memory(folder: str) -> None:
         target, source = (store.read_table(data, remake="the benchmark") for data in pair)
         store.write_table("out.parquet", stage.run({"target": target, "source": source}).table)
         if number + 1 in SMALL_SHARDS:
-            print(memory_bytes("VmHWM") // 1024, flush=True)
+            print(peak_resident_bytes() // 1024, flush=True)
 
 
 if __name__ == "__main__":
