@@ -1,6 +1,8 @@
 """Bad input, row by row of docs/bad-input.md: a clear message or a quarantined record, in the documented words."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.tiny_models import save_model
 from tests.tiny_run import REPOSITORY, data_hashes, ptafuse, status
 
 pytestmark = pytest.mark.slow
@@ -77,6 +80,7 @@ GOOD = [f"Plain sentence number {number} of a document that is good." for number
 def test_empty_and_blank_documents_are_counted(corpus: Corpus) -> None:
     corpus.write(*GOOD, "", " \n\t ", "\u3000").ptafuse("shard")
     assert re.search(said("an empty document"), ptafuse("status", str(corpus.run)).stdout.replace("\n", " "))
+    assert said("only white space") == said("an empty document")
     assert status(corpus.run)["shard"]["health"]["empty_documents"] == 3
     assert corpus.quarantined("shard") == []
 
@@ -189,6 +193,29 @@ def test_record_for_which_a_model_gives_nan_is_named_after_three_tries(corpus: C
     assert states == {0: ("done", 1), 1: ("failed", 3)}
 
 
+def test_text_with_a_token_that_the_model_has_no_row_for_is_quarantined(corpus: Corpus) -> None:
+    from stages.contract.models import ModelConfig
+    from stages.contract.tokens import SegmentTokenizer
+
+    tokenizer = SegmentTokenizer.load(ModelConfig(name="neox", path=corpus._models / "neox"))
+    known, unknown = "z q j", "The quick brown fox jumps over the lazy dog."
+    num_rows = int(tokenizer.encode(known, is_last=True).ids.max()) + 1
+    assert tokenizer.encode(unknown, is_last=True).ids.max() >= num_rows
+
+    folder = save_model(
+        corpus.folder / "neox",
+        architecture="gpt_neox",
+        tokenizer_family="byte-bpe",
+        vocab_padding=num_rows - tokenizer.vocabulary.size,
+    )
+    sets = ("shard.validation_fraction=0.0", "logits.max_bad_fraction=0.5")
+    corpus.write(known, unknown, known).ptafuse("fuse", *sets, neox=str(folder))
+    (bad,) = corpus.quarantined("logits/neox")
+    assert bad["doc_id"] == 1
+    assert re.search(said("a text with a token that the model has no row for"), bad["message"])
+    assert status(corpus.run)["fuse"]["is_done"]
+
+
 def change_tokenizer(folder: Path) -> None:
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "clean_up_tokenization_spaces": True}))
@@ -222,6 +249,18 @@ def test_tokenizer_that_changes_while_the_stage_starts_is_noticed(
     monkeypatch.setattr(engine, "_check_tokenizers", check_and_change)
     row = "a tokenizer that changed while a stage runs, or differs on another machine"
     assert re.search(said(row), corpus.refused("logits", llama=str(copy)))
+
+
+def test_full_disk_is_said_and_costs_no_attempt(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    corpus.write(*GOOD).ptafuse("shard")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert re.search(said("a full disk"), corpus.refused("logits"))
+    corpus.ptafuse("logits")
+    assert all(shard["error"] is None for shard in status(corpus.run)["logits/llama"]["shards"])
 
 
 @pytest.fixture
@@ -270,3 +309,10 @@ def test_secret_in_the_dataset_url_is_refused_and_not_recorded(corpus: Corpus) -
     assert re.search(said("a URL that holds a secret"), refused)
     assert "hunter2" not in refused
     assert not corpus.run.exists()
+
+
+def test_every_documented_message_is_compared_with_a_real_one() -> None:
+    rows = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| ") and line.endswith("` |")]
+    compared = Path(__file__).read_text()
+    assert len(rows) > 20
+    assert [row for row, *_ in rows if f'"{row.removeprefix("| ")}"' not in compared] == []
