@@ -115,12 +115,15 @@ def _named_files(store: Store, manifests: Sequence[str]) -> set[str]:
     for key, raw in store.read_all(manifests):
         try:
             manifest = Manifest.from_bytes(raw)
+            files = [file for file in (manifest.data, manifest.quarantine) if file is not None]
+            for file in files:
+                store.home_of(file)  # refuses one that no configuration names
         except ValueError as error:
             raise ValueError(
-                f"{store.url}: {key} is not a manifest of this version of ptafuse, so what it names is unknown and nothing was "
+                f"{store.url}: {key} is no manifest that this ptafuse can go by, so what it names is unknown and nothing was "
                 f"removed: {error}\nRun `ptafuse verify {store.url}`."
             ) from error
-        named |= {file.key for file in (manifest.data, manifest.quarantine) if file is not None}
+        named |= {file.key for file in files}
     return named
 
 

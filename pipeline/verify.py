@@ -114,6 +114,8 @@ def _problem(store: Store, key: str) -> str | None:
             raw = store.read_file(file)
         except FileNotFoundError:
             return f"{where} is missing"
+        except ValueError as error:  # it leads out of the run directory, or to one that no configuration names
+            return str(error)
         if sha256(raw) != file.sha256:
             return f"{where} is not the file that was committed (expected {file.num_bytes} bytes, found {len(raw)})"
     for name, reference in manifest.inputs.items():

@@ -11,6 +11,7 @@ that are not its own has lost. See docs/faults.md.
 
 import contextlib
 import hashlib
+import json
 import os
 import tempfile
 import uuid
@@ -83,6 +84,7 @@ class Store:
         is_s3 = self.url.split("://", 1)[0] in S3_PROTOCOLS
         self._read_options = {"max_concurrency": 1} if is_s3 else {}  # else every read asks for the size first
         self._upload_options = {"chunksize": UPLOAD_PART_BYTES} if is_s3 else {}
+        self._homes: dict[str, Store] = {self.url: self}
 
     def check(self) -> None:
         """Ask a remote store whether it can be used; nothing for a local one.
@@ -165,9 +167,37 @@ class Store:
 
         Raises:
             FileNotFoundError: there is no such file.
+            ValueError: the manifest names a run directory that no configuration does.
         """
-        store = self if file.home is None else Store(file.home)
-        return store.read(file.key)
+        return self.home_of(file).read(file.key)
+
+    def home_of(self, file: DataFile) -> "Store":
+        """The run directory that holds a file which a manifest names: this one, or one that a configuration shares from.
+
+        Raises:
+            ValueError: no configuration that ran here names that run directory as its ``logits_from``, nor one there.
+        """
+        home = file.home or self.url
+        if home not in self._homes:
+            self._find_homes()
+        if home not in self._homes:
+            raise ValueError(
+                f"{self.url}: a manifest says that {file.key} is in {home}, which no configuration that ran here names as "
+                "logits_from: the manifest was tampered with, or copied from another run directory. Run `ptafuse verify "
+                f"{self.url} --repair`, then the stage's command, with logits_from = {home!r} if its files are wanted"
+            )
+        return self._homes[home]
+
+    def _find_homes(self) -> None:
+        """Open what recorded configurations name as ``logits_from``, here and in what they name."""
+        unread = list(self._homes.values())
+        while unread:
+            store = unread.pop()
+            keys = [f"configs/{name}" for name in store.names("configs") if name.endswith(".json")]
+            named = {json.loads(raw).get("config", {}).get("logits_from") for _, raw in store.read_all(keys)}
+            found = {url.rstrip("/") for url in named if url} - self._homes.keys()
+            self._homes |= {url: Store(url) for url in found}
+            unread += [self._homes[url] for url in found]
 
     def delete(self, key: str) -> None:
         """Remove a file if it is there."""

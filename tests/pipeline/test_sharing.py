@@ -125,6 +125,47 @@ def test_a_file_that_is_damaged_there_is_noticed_here(
     assert victim.name in found.stdout
 
 
+def test_a_home_that_no_configuration_names_is_refused_everywhere(
+    tiny_config: Path, other: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    """As where someone writes into a manifest that its rows lie in another folder of this machine."""
+    run = Path(shutil.copytree(undisturbed_run, tmp_path / "run", ignore=shutil.ignore_patterns("train", "eval")))
+    for path in run.glob("logits/neox/*/manifests/*.json"):
+        manifest = json.loads(path.read_text())
+        manifest["data"]["home"] = str(other)
+        path.write_text(json.dumps(manifest))
+    shutil.rmtree(run / "fuse")
+    rows = {name for name in files(run) if "/data/" in name}
+    for arguments in (
+        ("fuse", str(tiny_config), "--run", str(run), "--local"),
+        ("inspect", str(run), "logits/neox", "0", "--segment", "0", "--position", "3"),
+        ("verify", str(run)),
+        ("gc", str(run)),
+    ):
+        refused = ptafuse(*arguments, check=False)
+        assert refused.returncode == 1, arguments
+        said = refused.stdout + refused.stderr
+        assert f"is in {other}, which no configuration that ran here names as logits_from" in said, arguments
+    assert {name for name in files(run) if "/data/" in name} == rows, "nothing was computed and nothing removed"
+    assert "6 shards or models are not" in ptafuse("verify", str(run), check=False).stdout, (
+        "the others are read all the same"
+    )
+    ptafuse("verify", str(run), "--repair", check=False)
+    ptafuse("retry", str(run))
+    ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", "--upstream")
+    assert sharded(run) == sharded(other)
+
+
+def test_a_run_directory_shares_what_it_shares_itself(tiny_config: Path, other: Path, tmp_path: Path) -> None:
+    """The third names the second alone, whose manifests name the first: that one is read."""
+    second, third = tmp_path / "second", tmp_path / "third"
+    fuse(tiny_config, second, other)
+    fuse(tiny_config, third, second)
+    assert not list(third.glob("logits/*/*/data/*"))
+    assert json.loads(next(third.glob("logits/neox/*/manifests/*.json")).read_text())["data"]["home"] == str(other)
+    assert ptafuse("verify", str(third)).returncode == 0
+
+
 def test_a_place_without_logits_is_refused(tiny_config: Path, tmp_path: Path) -> None:
     refused = ptafuse(
         "shard", str(tiny_config), "--run", str(tmp_path / "run"), "--set", f"logits_from={tmp_path}", check=False
