@@ -27,8 +27,8 @@ class EngineConfig(Settings):
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; all of the machine by default.")
     scratch: Path | None = Field(
         None,
-        description="Where training keeps its checkpoints when the run directory is in an object store: a local folder, "
-        "on a cluster one that all nodes see; ~/.cache/ptafuse/scratch by default.",
+        description="Where training works when the run directory is in an object store, which gets copies of its "
+        "checkpoints: a local folder, on a cluster one that all nodes see; ~/.cache/ptafuse/scratch by default.",
     )
     no_progress_timeout_seconds: int = Field(
         7200, ge=60, description="Ray Data gives up when no shard ends for this long; must exceed a shard's time."

@@ -1,7 +1,7 @@
 """Training for a run directory in an object store: it works in a local folder, and publishes what it made at its end.
 
-Checkpoints stay in that folder: a killed training goes on from them where the folder outlives the process, so on machines
-that disappear it belongs on a disk that stays (``engine.scratch``).
+Each committed checkpoint is copied to the store (``train.mirror``): a training that was killed goes on from the folder where
+that outlives the process, and from the newest copy where it does not.
 """
 
 import hashlib
@@ -9,11 +9,15 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.engine import Run
 from pipeline.plan import Step
 from stages.contract.manifest import sha256
 from train.card import CARD
+
+if TYPE_CHECKING:
+    from train.mirror import CheckpointMirror
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,27 @@ def local_folder(run: Run, step: Step) -> Path:
     return scratch.expanduser().absolute() / sha256(run.store.url.encode())[:12] / folder
 
 
+def checkpoint_store(run: Run) -> str | None:
+    """Where checkpoints are copied to: the step's folder in a remote run directory."""
+    return None if run.store.is_local else run.store.full_url(run.resolved.steps["train"].folder)
+
+
+def checkpoint_copies(run: Run) -> "CheckpointMirror | None":
+    """The copies of the job's checkpoints in a remote run directory; None for a local one."""
+    from train.mirror import CheckpointMirror
+
+    url = checkpoint_store(run)
+    return None if url is None else CheckpointMirror(url, keep=run.config.train.keep_checkpoints)
+
+
+def fetch_checkpoint(run: Run, output: Path) -> None:
+    """Bring the newest checkpoint from a remote run directory where this machine has none that is as new."""
+    copies = checkpoint_copies(run)
+    step = copies and copies.fetch(output)
+    if step:
+        run.console.print(f"train: fetched the checkpoint of step {step} from {run.store.url}", soft_wrap=True)
+
+
 def publish_training(run: Run, output: Path) -> None:
     """Put the finished model into a remote run directory, its manifest last: the proof that training is done."""
     if run.store.is_local:
@@ -49,7 +74,7 @@ def publish_training(run: Run, output: Path) -> None:
         if (output / name).is_file():
             run.store.upload(f"{folder}/{name}", output / name)
     run.store.replace(f"{folder}/manifest.json", raw)
-    log.info("the model and its manifest are at %s/%s; checkpoints stay in %s", run.store.url, folder, output)
+    log.info("the model and its manifest are at %s/%s", run.store.url, folder)
 
 
 def publish_card(run: Run) -> None:

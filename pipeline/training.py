@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.engine import Run, StageError, command, require_complete
-from pipeline.scratch import publish_training, training_folder
+from pipeline.scratch import checkpoint_copies, checkpoint_store, fetch_checkpoint, publish_training, training_folder
 from train.job import FusedFile, StepRecord, TrainJob
 
 POLL_SECONDS = 2.0
@@ -41,6 +41,7 @@ def train_job(run: Run) -> TrainJob:
         fingerprint=step.fingerprint,
         sources=tuple(model.name for model in run.config.sources),
         provenance=_provenance(run),
+        checkpoint_store=checkpoint_store(run),
     )
 
 
@@ -85,6 +86,9 @@ def discard_model(run: Run) -> None:
         run.store.delete(f"{folder}/manifest.json")
         for name in run.store.names(f"{folder}/model"):
             run.store.delete(f"{folder}/model/{name}")
+    copies = checkpoint_copies(run)
+    if copies:
+        copies.remove()
     here = training_folder(run)
     (here / "manifest.json").unlink(missing_ok=True)
     for part in (*here.glob("model"), *here.glob("checkpoint-*")):
@@ -101,6 +105,7 @@ def run_training(run: Run) -> None:
         run.console.print("train: nothing to do (the model is trained)")
         return
     job = train_job(run)
+    fetch_checkpoint(run, Path(job.output))
     try:
         with _StepLines(Path(job.output), run.console):
             _train(job, run)

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -71,9 +72,15 @@ def committed_steps(output: Path) -> list[int]:
     return sorted(step for step, folder in _folders(output) if (folder / COMMITTED).exists())
 
 
+def checkpoint_step(name: str) -> int | None:
+    """The step of a checkpoint's folder, None for a folder of another name."""
+    match = _FOLDER.match(name)
+    return int(match[1]) if match else None
+
+
 def _folders(output: Path) -> list[tuple[int, Path]]:
-    found = ((_FOLDER.match(folder.name), folder) for folder in output.glob("checkpoint-*"))
-    return [(int(match[1]), folder) for match, folder in found if match]
+    found = ((checkpoint_step(folder.name), folder) for folder in output.glob("checkpoint-*"))
+    return [(step, folder) for step, folder in found if step is not None]
 
 
 def remove_torn_checkpoints(output: Path) -> None:
@@ -96,7 +103,14 @@ class Checkpoints:
     """Saves and restores a sharded model and its optimizer; leaving its context waits for what is being written."""
 
     def __init__(
-        self, output: Path, model: nn.Module, optimizer: torch.optim.Optimizer, workers: Workers, *, keep: int
+        self,
+        output: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        workers: Workers,
+        *,
+        keep: int,
+        on_commit: Callable[[int, Path], None] | None = None,
     ) -> None:
         """All workers make one, for the same folder, which all of them see.
 
@@ -106,12 +120,14 @@ class Checkpoints:
             optimizer: of the model's parameters.
             workers: who share the model.
             keep: newest checkpoints that stay on disk.
+            on_commit: called by the first worker's thread with each checkpoint's step, and ``output``, when it is committed.
         """
         self._output = output
         self._model = model
         self._optimizer = optimizer
         self._workers = workers
         self._keep = keep
+        self._on_commit = on_commit
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptafuse-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -184,6 +200,8 @@ class Checkpoints:
         sync(folder)
         sync(self._output)
         remove_old_checkpoints(self._output, keep=self._keep)
+        if self._on_commit is not None:
+            self._on_commit(state.step, self._output)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """What a checkpoint holds, as views of the live tensors; and the optimizer's groups, which settings give.

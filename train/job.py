@@ -33,6 +33,7 @@ class TrainJob:
         fingerprint: of everything that changes the result; checkpoints of another one are refused.
         sources: names of the source models.
         provenance: JSON values for the model card: models, data, and the settings and fingerprint of each stage.
+        checkpoint_store: URL of a folder in an object store that committed checkpoints are copied to.
     """
 
     config: TrainConfig
@@ -42,6 +43,7 @@ class TrainJob:
     fingerprint: str
     sources: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint_store: str | None = None
 
 
 @dataclass(frozen=True)

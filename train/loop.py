@@ -27,6 +27,7 @@ from train.feed import Feed
 from train.isolation import check_isolation, wants_one_row
 from train.job import StepRecord, TrainJob, TrainResult
 from train.lora import add_adapters, merge_adapters
+from train.mirror import CheckpointMirror
 from train.optimizer import build_optimizer
 from train.parallel import LossModel, fill_parameters, full_state, shard_model
 from train.preemption import Notice, StoppedError, Watch, termination_watch
@@ -83,9 +84,11 @@ def _take_steps(
     optimizer = build_optimizer(root.model, config)
     schedule = Schedule(len(blocks), config.batch_size, config.num_epochs, config.seed)
     flatten = config.isolate_documents and wants_one_row(root.model)
+    keep = config.keep_checkpoints
+    copies = CheckpointMirror(job.checkpoint_store, keep=keep) if job.checkpoint_store else None
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(output, root.model, optimizer, workers, keep=config.keep_checkpoints)
+            Checkpoints(output, root.model, optimizer, workers, keep=keep, on_commit=copies.put if copies else None)
         )
         state = checkpoints.restore(_first_state(job, schedule))
         logger.info(

@@ -121,6 +121,11 @@ def _line(record: StepRecord) -> str:
     return json.dumps(asdict(record), allow_nan=False) + "\n"
 
 
+def log_until(output: Path, step: int) -> bytes:
+    """The log of a run as it was after a step: what ``log.jsonl`` holds of it."""
+    return "".join(_line(record) for record in read_log(output) if record.step <= step).encode()
+
+
 def read_log(output: Path) -> list[StepRecord]:
     """The records of a run, in order; a last line that a killed process left half written is skipped."""
     try:

@@ -123,3 +123,19 @@ def test_killed_upload_of_the_model_is_repeated_without_training_again(
         assert remote_run.ptafuse("train", check=False).returncode == 1
     assert "train: step" not in remote_run.ptafuse("train").stdout
     assert model_files(store) == expected
+
+
+def test_training_of_a_lost_machine_goes_on_from_the_copied_checkpoint(remote_run: RemoteRun, tmp_path: Path) -> None:
+    """Another machine has an empty scratch folder; the copy of the last step is taken away, so one step is left."""
+    store = Store(RUN)
+    expected, folder = model_files(store), recorded_run(store).steps["train"].folder
+    copies = [name for name in store.names(folder) if name.startswith("checkpoint-")]
+    assert len(copies) == 2, "as many as keep_checkpoints"
+    store.delete(f"{folder}/manifest.json")
+    for entry in store.files(f"{folder}/{copies[1]}"):
+        store.delete(entry.key)
+    shown = remote_run.ptafuse("train", "--set", f"engine.scratch={tmp_path}").stdout
+    assert f"train: fetched the checkpoint of step {int(copies[0].removeprefix('checkpoint-'))} from {RUN}" in shown
+    assert shown.count("train: step ") == 1
+    assert model_files(store) == expected
+    assert [name for name in store.names(folder) if name.startswith("checkpoint-")] == copies

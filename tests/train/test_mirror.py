@@ -1,0 +1,156 @@
+"""Copies of checkpoints in an object store; here fsspec's, in this process's memory."""
+
+import json
+import logging
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from stages.contract.store import Store, StoreError
+from tests.train.conftest import job_in
+from tests.train.test_card import RECORD
+from train.checkpoint import COMMITTED, committed_steps
+from train.loop import train
+from train.mirror import CheckpointMirror
+from train.preemption import Notice, StoppedError
+from train.run_log import RunLog, read_log
+
+
+def checkpoint(output: Path, step: int, text: str = "weights") -> Path:
+    """A committed checkpoint's folder, and a log beside it."""
+    folder = output / f"checkpoint-{step:06d}"
+    folder.mkdir(parents=True)
+    for name in ("__0_0.distcp", ".metadata", "state.json"):
+        (folder / name).write_text(f"{text} {name} {step}")
+    (folder / COMMITTED).write_text("x\n")
+    return folder
+
+
+def put(mirror: CheckpointMirror, output: Path, step: int) -> None:
+    checkpoint(output, step)
+    mirror.put(step, output)
+
+
+def write_log(output: Path, *, steps: int) -> None:
+    output.mkdir()
+    with RunLog(output, step=0) as log:
+        for step in range(1, steps + 1):
+            log.add(replace(RECORD, step=step))
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    return f"memory:/{tmp_path}"
+
+
+@pytest.fixture
+def mirror(url: str) -> CheckpointMirror:
+    return CheckpointMirror(url, keep=2)
+
+
+def names(url: str) -> list[str]:
+    return Store(url).names("")
+
+
+def test_newest_copy_comes_back_whole_with_the_log(mirror, tmp_path):
+    write_log(tmp_path / "here", steps=5)
+    for step in (2, 4):
+        put(mirror, tmp_path / "here", step)
+    assert mirror.fetch(tmp_path / "there") == 4
+    folder = tmp_path / "there" / "checkpoint-000004"
+    assert committed_steps(tmp_path / "there") == [4]
+    assert sorted(path.name for path in folder.iterdir()) == [".metadata", COMMITTED, "__0_0.distcp", "state.json"]
+    assert (folder / "__0_0.distcp").read_text() == "weights __0_0.distcp 4"
+    assert [record.step for record in read_log(tmp_path / "there")] == [1, 2, 3, 4], "up to the checkpoint's step"
+
+
+def test_nothing_is_fetched_where_the_checkpoint_here_is_as_new(mirror, tmp_path):
+    assert mirror.fetch(tmp_path / "here") is None
+    put(mirror, tmp_path / "here", 2)
+    assert mirror.fetch(tmp_path / "here") is None
+    newer = checkpoint(tmp_path / "here", 3, "newer")
+    assert mirror.fetch(tmp_path / "here") is None
+    assert (newer / "state.json").read_text() == "newer state.json 3"
+
+
+def test_older_copies_and_torn_ones_go_when_a_newer_one_is_complete(mirror, url, tmp_path):
+    Store(url).replace("checkpoint-000001/__0_0.distcp", b"of an upload that was killed")
+    Store(url).replace("model/model.safetensors", b"the trained model")
+    for step in (2, 4, 6):
+        put(mirror, tmp_path / "here", step)
+    found = [name for name in names(url) if Store(url).files(name)]
+    assert found == ["checkpoint-000004", "checkpoint-000006", "model"]
+    mirror.remove()
+    assert [name for name in names(url) if Store(url).files(name)] == ["model"]
+
+
+def test_upload_that_dies_leaves_the_copies_before_it(mirror, url, tmp_path, monkeypatch):
+    for step in (2, 4):
+        put(mirror, tmp_path / "here", step)
+    upload = Store.upload
+
+    def killed(self, key, file):
+        if file.name == "state.json":
+            raise KeyboardInterrupt
+        upload(self, key, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "upload", killed)
+        with pytest.raises(KeyboardInterrupt):
+            put(mirror, tmp_path / "here", 6)
+    assert "checkpoint-000006" in names(url)
+    assert mirror.fetch(tmp_path / "there") == 4
+
+
+def test_store_that_stays_away_does_not_end_the_training(mirror, tmp_path, monkeypatch, caplog):
+    def away(self, key, file):
+        raise StoreError("no useful answer for 300 seconds")
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Store, "upload", away)
+        put(mirror, tmp_path / "here", 2)
+    assert "checkpoint-000002 is not copied to" in caplog.text
+    put(mirror, tmp_path / "here", 4)
+    assert mirror.fetch(tmp_path / "there") == 4
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing", "list"])
+def test_damaged_copy_is_passed_over(mirror, url, tmp_path, damage, caplog):
+    for step in (2, 4):
+        put(mirror, tmp_path / "here", step)
+    store = Store(url)
+    if damage == "missing":
+        store.delete("checkpoint-000004/state.json")
+    else:
+        store.replace(f"checkpoint-000004/{COMMITTED if damage == 'list' else 'state.json'}", b"[]")
+    assert mirror.fetch(tmp_path / "there") == 2
+    assert committed_steps(tmp_path / "there") == [2]
+    assert "the copy of step 4 cannot be used" in caplog.text
+
+
+def test_copy_may_not_write_outside_its_folder(mirror, url, tmp_path):
+    put(mirror, tmp_path / "here", 2)
+    Store(url).replace(f"checkpoint-000002/{COMMITTED}", json.dumps({"files": {"../../../outside": "0" * 64}}).encode())
+    with pytest.raises(ValueError, match="is not a path inside the run directory"):
+        mirror.fetch(tmp_path / "there")
+    assert not (tmp_path / "outside").exists()
+
+
+def test_training_goes_on_from_the_copy_when_its_folder_is_lost(tiny_job, tmp_path, url):
+    train(job_in(tiny_job, tmp_path / "plain"))
+    job = replace(job_in(tiny_job, tmp_path / "run"), checkpoint_store=url)
+    answers = iter([Notice.NONE, Notice.NONE, Notice.NONE, Notice.STOP])
+    with pytest.raises(StoppedError):
+        train(job, watch=lambda: next(answers))
+    shutil.rmtree(tmp_path / "run")
+    assert CheckpointMirror(url, keep=2).fetch(tmp_path / "run") == 4
+    computed = []
+    train(job, on_step=lambda record: computed.append(record.step))
+    assert computed == [5, 6]
+    found, expected = read_log(tmp_path / "run"), read_log(tmp_path / "plain")
+    assert [(r.step, r.loss, r.blocks) for r in found] == [(r.step, r.loss, r.blocks) for r in expected]
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "plain")]
+    assert weights[0] == weights[1]
+    assert [name for name in names(url) if Store(url).files(name)] == ["checkpoint-000004", "checkpoint-000006"]
