@@ -6,6 +6,7 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,17 +43,23 @@ def _run_stage(config: str, run_url: str, stage: str, stderr: str, fault: str | 
 
 
 @pytest.fixture(scope="session")
-def stage_process(tmp_path_factory: pytest.TempPathFactory) -> StageProcess:
-    """Run a stage in a process of its own."""
+def forks() -> ForkServerContext:
+    """Makes processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pipeline.cli", "pipeline.worker", "transformers.activations", "tests.tiny_run"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def stage_process(forks: ForkServerContext, tmp_path_factory: pytest.TempPathFactory) -> StageProcess:
+    """Run a stage in a process of its own."""
     folder = tmp_path_factory.mktemp("processes")
 
     def run(config: Path, run_url: str, stage: str, *, fault: str | None = None, file_size: int | None = None) -> Ended:
         stderr = folder / "stderr"
         stderr.write_text("")
         arguments = (str(config), run_url, stage, str(stderr), fault, file_size)
-        process = context.Process(target=_run_stage, args=arguments)
+        process = forks.Process(target=_run_stage, args=arguments)
         process.start()
         process.join(timeout=120)
         assert process.exitcode is not None, "the process does not end"
