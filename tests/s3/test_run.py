@@ -139,3 +139,18 @@ def test_training_of_a_lost_machine_goes_on_from_the_copied_checkpoint(remote_ru
     assert shown.count("train: step ") == 1
     assert model_files(store) == expected
     assert [name for name in store.names(folder) if name.startswith("checkpoint-")] == copies
+
+
+@pytest.mark.parametrize("place", ["store", "disk"])
+def test_logits_are_shared_from_an_object_store(remote_run: RemoteRun, tmp_path: Path, place: str) -> None:
+    run = f"s3://{BUCKET}/sharing" if place == "store" else str(tmp_path / "run")
+    arguments = (str(remote_run.toml), "--run", run, "--local", "--upstream", "--set", f"logits_from={RUN}")
+    shown = ptafuse("fuse", *arguments).stdout
+    assert f"logits/neox: 6 of 6 shards are read in {RUN}" in shown
+    store, other = Store(run), Store(RUN)
+    assert not [entry.key for name in ("shard", "logits") for entry in store.files(name) if "/data/" in entry.key]
+    for step in recorded_run(store).of_stage("fuse"):
+        assert {shard: manifest.data.sha256 for shard, manifest in store.manifests(step.folder).items()} == {
+            shard: manifest.data.sha256 for shard, manifest in other.manifests(step.folder).items()
+        }
+    assert ptafuse("verify", run).returncode == 0
