@@ -25,7 +25,7 @@ RUN = f"s3://{BUCKET}/run"
 NUM_KILLS = 5
 NUM_MANIFESTS = 5 * 6
 """Of the run: five steps of six shards."""
-SECONDS = 120
+SECONDS = 300
 
 
 def fuse(config: str, endpoint: str, messages: str) -> None:
