@@ -72,6 +72,7 @@ class CheckpointMirror:
             self._remove(step)
 
     def _put(self, step: int, folder: Path) -> None:
+        self._store.delete(f"{folder.name}/{COMMITTED}")  # of an earlier copy of the same step
         hashes = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()

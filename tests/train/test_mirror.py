@@ -104,6 +104,25 @@ def test_upload_that_dies_leaves_the_copies_before_it(mirror, url, tmp_path, mon
     assert mirror.fetch(tmp_path / "there") == 4
 
 
+def test_same_step_is_copied_again_whole_or_not_at_all(mirror, url, tmp_path, monkeypatch):
+    """As where a killed training went on from an older checkpoint, and came by this step again."""
+    for step in (2, 4):
+        put(mirror, tmp_path / "here", step)
+    checkpoint(tmp_path / "again", 4, "again")
+
+    def killed(self, key, raw):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            mirror.put(4, tmp_path / "again")
+    assert mirror.fetch(tmp_path / "there") == 2
+    mirror.put(4, tmp_path / "again")
+    assert mirror.fetch(tmp_path / "there") == 4
+    assert (tmp_path / "there" / "checkpoint-000004" / "state.json").read_text() == "again state.json 4"
+
+
 def test_store_that_stays_away_does_not_end_the_training(mirror, tmp_path, monkeypatch, caplog):
     def away(self, key, file):
         raise StoreError("no useful answer for 300 seconds")
