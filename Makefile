@@ -30,6 +30,10 @@ $(VENV)/.installed: pyproject.toml requirements.txt
 	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib >/dev/null 2>&1
 	touch $@
 
+$(VENV)/.installed-eval: $(VENV)/.installed requirements-eval.txt
+	$(PIP) --requirement requirements-eval.txt
+	touch $@
+
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PIP) --requirement requirements-dev.txt
 	touch $@
@@ -48,6 +52,11 @@ shard: $(VENV)/.installed $(DEMO_DATA)  ## cut the dataset into frozen shards
 
 logits align fuse train eval: $(VENV)/.installed $(DEMO_DATA)  ## a stage, and the stages before it where they are incomplete
 	$(PTAFUSE) $@ $(CONFIG) --run $(RUN) --upstream $(ARGS)
+
+# SUITES='lambada mmlu': benchmarks besides bits per byte, with lm-evaluation-harness, which is installed for them.
+SUITES ?=
+eval: $(if $(SUITES),$(VENV)/.installed-eval)
+eval: override ARGS += $(SUITES:%=--suite %)
 
 sweep: $(VENV)/.installed $(DEMO_DATA)  ## SWEEP=file.toml: many settings and seeds, one table
 	$(PTAFUSE) sweep $(SWEEP) --run $(RUN) $(ARGS)

@@ -64,8 +64,10 @@ def run_named_stage(run: "Run", stage: str) -> None:
         run_training(run)
     elif stage == "eval":
         from pipeline.evaluation import run_eval
+        from pipeline.suites.run import run_suites
 
         run_eval(run)
+        run_suites(run)
     else:
         from pipeline.engine import run_stage
 
@@ -84,7 +86,7 @@ STAGE_HELP = {
     "align": "Pair each source's tokens with the target's, and move its distributions into the target's vocabulary.",
     "fuse": "Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
     "train": "Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
-    "eval": "Bits per byte on held-out text: the target before and after, each source, and baselines.",
+    "eval": "Bits per byte on held-out text: the target before and after, each source, and baselines; benchmarks on request.",
 }
 """The stages in their order."""
 
@@ -110,7 +112,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
 
 
 for _stage, _help in STAGE_HELP.items():
-    if _stage != "train":
+    if _stage not in ("train", "eval"):
         app.command(name=_stage, help=_help)(_stage_command(_stage))
 
 
@@ -141,6 +143,43 @@ def train(
             "it goes with --dry-run; a run's tokens are those of its fused shards", param_hint="--tokens"
         )
     _stage_command("train")(config, run, sets, local, upstream, strict)
+
+
+@app.command(name="eval", help=STAGE_HELP["eval"])
+def evaluate(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+    strict: StrictOption = False,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A benchmark, as in [eval] suites; repeat it: gsm8k, bbh, multipl-e, mmlu, toxigen, tydiqa, lambada, or one "
+            "sub-task, e.g. bbh/navigate."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model that goes through the suites, by name, or `fused`; repeat it. The target and `fused`."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each sub-task, the first ones.")] = None,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="Run the programs that models write, in a sandbox.")
+    ] = False,
+) -> None:
+    """Evaluate; the options are short for settings of [eval]."""
+    from pipeline.config import load_config
+    from pipeline.suites.run import check_suites
+
+    given = {"suites": suite, "suite_models": model, "limit": limit, "execute_code": execute_code or None}
+    short = tuple(f"eval.{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
+    overrides = (*(sets or ()), *short)
+    check_suites(load_config(config, overrides).eval, _console())
+    _stage_command("eval")(config, run, list(overrides), local, upstream, strict)
 
 
 @app.command()
@@ -371,6 +410,7 @@ def main() -> None:
         "ray",
         "datasets",
         "accelerate",
+        "lm_eval",
         "train",
     ):  # training steps are shown from their log
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -78,7 +78,7 @@ def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation
 
         return evaluate_ensemble(config, segments, cpus=cpus)
     if step.model != WEIGHT_AVERAGE:
-        return bits_per_byte(_evaluated_model(run, step), segments, config.eval, cpus=cpus), {}
+        return bits_per_byte(evaluated_model(run, step), segments, config.eval, cpus=cpus), {}
     from pipeline.weight_average import average_weights
 
     weights = config.baselines.source_weights(WEIGHT_AVERAGE, len(config.sources))
@@ -150,7 +150,8 @@ def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
     return [Segment(doc_id=row["doc_id"], text=row["text"], is_last=row["is_last"]) for row in rows]
 
 
-def _evaluated_model(run: Run, step: Step) -> ModelConfig:
+def evaluated_model(run: Run, step: Step) -> ModelConfig:
+    """The model that an eval step speaks of; the trained one as the folder it was exported to."""
     if step.model == FUSED:
         return ModelConfig(name=FUSED, path=trained_model(run), bos=run.config.target.bos)
     return next(model for model in run.config.models if model.name == step.model)

@@ -9,6 +9,8 @@ from pipeline.interpret.tables import interpretation_tables, interpretations
 from pipeline.plan import recorded_runs
 from pipeline.results import ResultTable, held_out, held_out_table, teacher_rows, teacher_table, time_table
 from pipeline.status import read_status
+from pipeline.suites.published import CAVEAT, PUBLISHED
+from pipeline.suites.results import suite_rows, suite_table
 from stages.contract.store import Store
 
 
@@ -25,6 +27,11 @@ def print_report(store: Store, console: Console) -> None:
         )
     statuses = {run.config.name: read_status(run, store) for run in runs}
     console.print(as_rich(held_out_table(held_out(runs, store))))
+    benchmarks = suite_rows(runs, store)
+    if benchmarks:
+        for table in (suite_table(benchmarks), *PUBLISHED):
+            console.print(as_rich(table))
+        console.print(CAVEAT)
     console.print(as_rich(teacher_table(teacher_rows(runs, statuses))))
     for name, figures in interpretations(runs, store):
         for table in interpretation_tables(name, figures):

@@ -1,10 +1,18 @@
 """Settings of the train stage and of the evaluation."""
 
-from typing import Annotated, Literal, Self
+from pathlib import Path
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
+
+SUITE_NAMES: Final = ("gsm8k", "bbh", "multipl-e", "mmlu", "toxigen", "tydiqa", "lambada")
+"""Benchmarks that ``[eval] suites`` may name."""
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
 
 
 class LoraConfig(Settings):
@@ -166,3 +174,33 @@ class EvalConfig(Settings):
     max_documents: int | None = Field(
         None, ge=1, description="Held-out documents used, the first ones; all by default."
     )
+    # What follows is no part of the figure in bits per byte; each result of a suite has a fingerprint of its own.
+    suites: Annotated[tuple[str, ...], RUNTIME] = Field(
+        (),
+        description=f"Benchmarks of lm-evaluation-harness, besides bits per byte: {', '.join(SUITE_NAMES)}; `bbh/navigate` "
+        "is one sub-task. None by default. See docs/evaluation.md.",
+    )
+    suite_models: Annotated[tuple[str, ...], RUNTIME] = Field(
+        (),
+        description="Models that go through the suites, by name, `fused` for the trained one; by default the target before "
+        "training and the trained one.",
+    )
+    data: Annotated[Path | None, AfterValidator(_absolute), RUNTIME] = Field(
+        None,
+        description="Folder with the suites' local files; by default `$PTAFUSE_DATA/eval` where that is set, else the hub.",
+    )
+    limit: Annotated[int | None, RUNTIME] = Field(
+        None, ge=1, description="Documents of each sub-task of a suite, the first ones; all by default."
+    )
+    suite_batch_size: Annotated[int, RUNTIME] = Field(8, ge=1, description="Requests of a suite in a forward pass.")
+    execute_code: Annotated[bool, RUNTIME] = Field(
+        False, description="Run the programs that models write for `multipl-e`, in a sandbox (docs/evaluation.md)."
+    )
+
+    @field_validator("suites")
+    @classmethod
+    def _suites_are_known(cls, suites: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in suites if name.partition("/")[0] not in SUITE_NAMES]
+        if unknown:
+            raise ValueError(f"there is no suite {unknown[0]!r}; known: {', '.join(SUITE_NAMES)}, or e.g. bbh/navigate")
+        return suites

@@ -23,12 +23,25 @@ from pipeline.results import (
     time_table,
 )
 from pipeline.status import RunStatus, StepStatus, read_status, read_training_log, shown_figure
+from pipeline.suites.catalogue import SUITES
+from pipeline.suites.published import CAVEAT, PUBLISHED
+from pipeline.suites.results import SuiteRow, subtask_table, suite_rows, suite_table
 from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name, sweep_results, sweep_table
 from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000
 """Positions in the document viewer, about 0.8 kB each."""
-SECTIONS: Final = ("Summary", "Teacher", "Interpretation", "Training", "Sweeps", "Stages", "Documents", "Settings")
+SECTIONS: Final = (
+    "Summary",
+    "Benchmarks",
+    "Teacher",
+    "Interpretation",
+    "Training",
+    "Sweeps",
+    "Stages",
+    "Documents",
+    "Settings",
+)
 
 
 def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
@@ -54,6 +67,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
     statuses = {run.config.name: read_status(run, store) for run in runs}
     results = held_out(runs, store)
     teachers = teacher_rows(runs, statuses)
+    benchmarks = suite_rows(runs, store)
     viewer = viewer_data(runs, store, max_positions=max_positions)
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     return environment.from_string(_asset("template.html")).render(
@@ -66,6 +80,12 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         runs=[_described(run, statuses[run.config.name]) for run in runs],
         held_out=held_out_table(results),
         held_out_plot=_held_out_plot(results),
+        has_benchmarks=bool(benchmarks),
+        benchmarks=suite_table(benchmarks),
+        benchmark_plot=_benchmark_plot(benchmarks),
+        subtasks=subtask_table(runs, store),
+        published=PUBLISHED,
+        published_caveat=CAVEAT,
         teacher=teacher_table(teachers),
         teacher_plot=_teacher_plot(teachers),
         interpretations=described_interpretations(runs, store),
@@ -115,6 +135,16 @@ def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
         if row.against_gold_only is not None
     ]
     return bars(entries, axis="bits per byte, difference") if entries else ""
+
+
+def _benchmark_plot(rows: Sequence[SuiteRow]) -> str:
+    """Differences to the target before training, of the shares: a perplexity has another scale."""
+    entries = [
+        Bar(f"{row.suite}: {row.model}", 100 * row.against_before.mean, 100 * row.against_before.error, group=index)
+        for index, row in enumerate(rows)
+        if row.against_before is not None and row.metric == SUITES[row.suite].metrics[0]
+    ]
+    return bars(entries, axis="percentage points, difference") if entries else ""
 
 
 def _teacher_plot(rows: Sequence[TeacherRow]) -> str:

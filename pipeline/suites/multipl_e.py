@@ -1,0 +1,49 @@
+"""Code generation in MultiPL-E's manner: one greedy completion a problem, then its tests in the sandbox."""
+
+from typing import Any, Final
+
+from pipeline.suites.languages import LANGUAGES, execute
+
+MAX_NEW_TOKENS: Final = 512
+"""Of a completion; MultiPL-E's problems are HumanEval's, whose solutions have a few dozen lines."""
+
+NUM_LANGUAGES: Final = 19
+"""MultiPL-E's 18, and Python, from which it translates."""
+
+
+def hub_dataset(language: str) -> dict[str, str]:
+    """Where the hub has the problems of a language: arguments of ``datasets.load_dataset``."""
+    if language == "py":
+        return {"path": "openai/openai_humaneval"}
+    return {"path": "nuprl/MultiPL-E", "name": f"humaneval-{language}"}
+
+
+def task_config(language: str, stop_tokens: list[str]) -> dict[str, Any]:
+    """The harness's task of one language, without its data.
+
+    Args:
+        language: as MultiPL-E names it.
+        stop_tokens: texts that end a completion.
+    """
+
+    def score(doc: dict[str, Any], completions: list[str]) -> dict[str, float]:
+        _, passed = execute(language, f"{doc['prompt']}{completions[0]}\n{doc['tests']}")
+        return {"pass@1": float(passed)}
+
+    return {
+        "task": f"multipl_e_{language}",
+        "output_type": "generate_until",
+        "test_split": "test",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{tests}}",
+        "generation_kwargs": {"until": stop_tokens, "max_gen_toks": MAX_NEW_TOKENS, "do_sample": False},
+        "process_results": score,
+        "metric_list": [{"metric": "pass@1", "aggregation": "mean", "higher_is_better": True}],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }
+
+
+def languages_on_hub() -> tuple[str, ...]:
+    """Languages that are tried when no sub-task is named and the data comes from the hub."""
+    return tuple(LANGUAGES)

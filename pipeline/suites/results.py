@@ -1,0 +1,211 @@
+"""The suites' results in a run directory, as tables: a suite's figure is over all documents of the sub-tasks that ran."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from pipeline.plan import FUSED, ResolvedRun
+from pipeline.results import ResultTable
+from pipeline.suites.catalogue import SUITES, Metric
+from pipeline.suites.figures import difference, figure
+from pipeline.suites.run import FOLDER, model_inputs
+from stages.contract.fingerprint import canonical_json
+from stages.contract.standard_error import Estimate
+from stages.contract.store import Store
+
+Result = Mapping[str, Any]
+FEW_SUBTASKS: Final = 4
+"""So many are named in the table of suites; the table of sub-tasks names all."""
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """One figure of a model in a suite.
+
+    Attributes:
+        suite: its name.
+        metric: which of its figures.
+        model: as people read it.
+        subtasks: the sub-tasks that ran.
+        num_subtasks: of the whole suite.
+        num_documents: that were evaluated, over all sub-tasks.
+        num_fewshot: examples before each question.
+        figure: over all those documents.
+        against_before: difference to the target before training, paired by document; None for the target itself, for
+            sources, and where the target did not go through the same documents.
+    """
+
+    suite: str
+    metric: Metric
+    model: str
+    subtasks: tuple[str, ...]
+    num_subtasks: int
+    num_documents: int
+    num_fewshot: int
+    figure: Estimate
+    against_before: Estimate | None
+
+
+def suite_rows(runs: Sequence[ResolvedRun], store: Store) -> list[SuiteRow]:
+    """Every figure of the models of these runs: suites in their order, then models in the runs' order."""
+    models = _models(runs)
+    found: dict[tuple[str, str], dict[str, list[Result]]] = {}  # (suite, settings) -> model -> results of sub-tasks
+    for result in _results(store):
+        model = canonical_json(result["model_inputs"])
+        if model in models:
+            found.setdefault((result["suite"], _settings(result)), {}).setdefault(model, []).append(result)
+    order = list(SUITES)
+    rows = []
+    for (name, _), by_model in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        for metric in SUITES[name].metrics:
+            for model in (model for model in models if model in by_model):
+                baseline = by_model.get(models[model].before or "")
+                rows.append(_row(name, metric, models[model].label, by_model[model], baseline))
+    return rows
+
+
+def suite_table(rows: Sequence[SuiteRow]) -> ResultTable:
+    """The rows for people."""
+    return ResultTable(
+        "Benchmarks (figure ± standard error over documents; differences paired by document; each document weighs the same)",
+        ("suite", "figure", "model", "value", "against target before", "documents", "sub-tasks", "examples shown"),
+        tuple(
+            (
+                row.suite,
+                row.metric.label,
+                row.model,
+                _shown(row.figure, row.metric),
+                "" if row.against_before is None else _shown(row.against_before, row.metric, signed=True),
+                f"{row.num_documents:,}",
+                _subtasks(row),
+                str(row.num_fewshot),
+            )
+            for row in rows
+        ),
+        text_columns=(0, 1, 2, 6),
+    )
+
+
+def subtask_table(runs: Sequence[ResolvedRun], store: Store) -> ResultTable:
+    """Every sub-task's headline figure of the models of these runs, and what it was computed with."""
+    models = _models(runs)
+    results = [result for result in _results(store) if canonical_json(result["model_inputs"]) in models]
+    order = list(models)
+    results.sort(
+        key=lambda result: (
+            list(SUITES).index(result["suite"]),
+            result["subtask"],
+            order.index(canonical_json(result["model_inputs"])),
+        )
+    )
+    return ResultTable(
+        "Sub-tasks",
+        ("sub-task", "model", "figure", "value", "documents", "prompts cut", "examples shown", "data", "harness"),
+        tuple(
+            (
+                f"{result['suite']}/{result['subtask']}",
+                models[canonical_json(result["model_inputs"])].label,
+                metric.label,
+                _shown(figure(_values([result], metric), metric.kind), metric),
+                f"{result['num_documents']:,} of {result['num_documents_in_data']:,}",
+                str(result["num_truncated_prompts"]),
+                str(result["settings"]["num_fewshot"]),
+                "hub" if result["data"] == "hub" else f"local, {result['data'][:19]}",
+                result["settings"]["harness"],
+            )
+            for result in results
+            for metric in SUITES[result["suite"]].metrics[:1]
+        ),
+        text_columns=(0, 1, 2, 7, 8),
+    )
+
+
+@dataclass(frozen=True)
+class _Model:
+    label: str
+    before: str | None
+
+
+def _models(runs: Sequence[ResolvedRun]) -> dict[str, _Model]:
+    """What identifies a model -> its label and its target before training; each model once, in the runs' order."""
+    found: dict[str, _Model] = {}
+    for run in runs:
+        target = run.config.target.name
+        labels = {target: f"target {target} before"} | {
+            model.name: f"source {model.name}" for model in run.config.sources
+        }
+        for name, label in labels.items():
+            found.setdefault(_identity(run, name), _Model(label, None))
+    for run in runs:
+        found.setdefault(
+            _identity(run, FUSED), _Model(f"after {run.config.name}", _identity(run, run.config.target.name))
+        )
+    return found
+
+
+def _identity(run: ResolvedRun, model: str) -> str:
+    return canonical_json(model_inputs(run.steps[f"eval/{model}"]))
+
+
+def _results(store: Store) -> list[dict[str, Any]]:
+    keys = [entry.key for entry in store.files(FOLDER) if entry.key.endswith(".json")]
+    return [json.loads(raw) for _, raw in sorted(store.read_all(keys))]
+
+
+def _settings(result: Result) -> str:
+    """The settings that results of one suite must share to be one figure."""
+    return canonical_json({name: value for name, value in result["settings"].items() if name != "subtask"})
+
+
+def _row(
+    name: str, metric: Metric, label: str, results: Sequence[Result], baseline: Sequence[Result] | None
+) -> SuiteRow:
+    results = sorted(results, key=_subtask)
+    values = _values(results, metric)
+    against = None
+    if baseline is not None and _documents(results) == _documents(sorted(baseline, key=_subtask)):
+        against = difference(values, _values(sorted(baseline, key=_subtask), metric), metric.kind)
+    return SuiteRow(
+        suite=name,
+        metric=metric,
+        model=label,
+        subtasks=tuple(result["subtask"] for result in results),
+        num_subtasks=results[0]["num_subtasks"],
+        num_documents=sum(result["num_documents"] for result in results),
+        num_fewshot=results[0]["settings"]["num_fewshot"],
+        figure=figure(values, metric.kind),
+        against_before=against,
+    )
+
+
+def _subtask(result: Result) -> tuple[str, str]:
+    return result["subtask"], result["data"]
+
+
+def _values(results: Sequence[Result], metric: Metric) -> list[np.ndarray]:
+    return [np.array(result["documents"][metric.key]) for result in results]
+
+
+def _documents(results: Sequence[Result]) -> list[tuple[str, str, int]]:
+    return [(result["subtask"], result["data"], result["num_documents"]) for result in results]
+
+
+def _subtasks(row: SuiteRow) -> str:
+    count = (
+        f"all {row.num_subtasks}"
+        if len(row.subtasks) == row.num_subtasks
+        else f"{len(row.subtasks)} of {row.num_subtasks}"
+    )
+    if len(row.subtasks) == row.num_subtasks or len(row.subtasks) > FEW_SUBTASKS:
+        return count
+    return f"{count}: {', '.join(row.subtasks)}"
+
+
+def _shown(estimate: Estimate, metric: Metric, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    if metric.kind == "perplexity":
+        return f"{estimate.mean:{sign}.2f} ± {estimate.error:.2f}"
+    return f"{100 * estimate.mean:{sign}.1f} % ± {100 * estimate.error:.1f}"

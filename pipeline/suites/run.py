@@ -1,0 +1,284 @@
+"""``[eval] suites``: runs models through benchmarks; each sub-task of a model is a result of its own, computed once."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from pipeline.engine import Run, StageError, command
+from pipeline.evaluation import evaluated_model
+from pipeline.plan import FUSED, Step
+from pipeline.suites.catalogue import SUITES, Suite, selected
+from pipeline.suites.figures import figure
+from pipeline.suites.harness import (
+    Data,
+    build_task,
+    harness_subtasks,
+    harness_version,
+    load_harness_model,
+    score,
+)
+from pipeline.suites.languages import LanguageMissingError, check_language
+from pipeline.suites.local_data import EXPECTED, LocalTask, local_tasks
+from pipeline.suites.multipl_e import MAX_NEW_TOKENS, NUM_LANGUAGES, languages_on_hub
+from pipeline.training import is_trained
+from stages.contract.fingerprint import fingerprint
+from train.config import EvalConfig
+
+log = logging.getLogger(__name__)
+
+SUITE_VERSION = 1
+FOLDER = "suites"
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """A sub-task that models are to go through.
+
+    Attributes:
+        suite: its suite.
+        subtask: its name.
+        num_subtasks: of the whole suite.
+        data: split -> documents; None where the harness fetches its own from the hub.
+        data_identity: what identifies the documents.
+        num_fewshot: examples before each question.
+        settings: all that changes a model's result, the data and the model left out.
+        sandbox: how programs are isolated; empty for suites that run none.
+    """
+
+    suite: Suite
+    subtask: str
+    num_subtasks: int
+    data: Data | None
+    data_identity: str
+    num_fewshot: int
+    settings: Mapping[str, Any]
+    sandbox: Mapping[str, bool]
+
+    def key(self, model: Mapping[str, str]) -> str:
+        """Where the result of a model is.
+
+        Args:
+            model: what identifies it.
+        """
+        inputs = {**model, "data": self.data_identity}
+        print_ = fingerprint("suite", SUITE_VERSION, dict(self.settings), inputs)
+        return f"{FOLDER}/{self.suite.name}/{self.subtask}/{print_}.json"
+
+
+def model_inputs(step: Step) -> dict[str, str]:
+    """What identifies the model of an eval step: its weights and tokenizer, or the training that made it."""
+    return {name: value for name, value in step.settings["inputs"].items() if name != "shard"}
+
+
+def run_suites(run: Run) -> None:
+    """Run every suite of the configuration that a model has no result of; nothing where there is none.
+
+    Raises:
+        StageError: a suite cannot be run here; says why, and what to do.
+    """
+    if not run.config.eval.suites:
+        return
+    tasks = plan_suites(run.config.eval, run.console)
+    for name in _model_names(run):
+        inputs = model_inputs(run.resolved.steps[f"eval/{name}"])
+        pending = [task for task in tasks if not run.store.exists(task.key(inputs))]
+        if not pending:
+            run.console.print(f"suites of {name}: nothing to do")
+            continue
+        if name == FUSED and not is_trained(run):
+            raise StageError(
+                f"the trained model cannot be evaluated, for train is not complete: {command(run, 'train')}"
+            )
+        step = run.resolved.steps[f"eval/{name}"]
+        model = load_harness_model(
+            evaluated_model(run, step), run.config.eval, cpus=max(1, int(run.config.train.cpus_per_worker))
+        )
+        for task in pending:
+            result = _evaluate(model, name, inputs, task, limit=run.config.eval.limit)
+            run.store.create(task.key(inputs), (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+            run.console.print(_line(name, result), soft_wrap=True)
+
+
+def check_suites(config: EvalConfig, console: Console) -> None:
+    """Refuse suites that cannot be run here before anything is computed.
+
+    Raises:
+        StageError: says why, and what to do.
+    """
+    if config.suites:
+        plan_suites(config, console)
+
+
+def plan_suites(config: EvalConfig, console: Console) -> list[PlannedTask]:
+    """The sub-tasks that the configuration asks for, with their data where that is local.
+
+    Args:
+        config: the evaluation's settings.
+        console: what is left out of a suite, and why, is told there.
+
+    Raises:
+        StageError: the harness, a file, or a language is missing, or code would have to be executed without leave.
+    """
+    try:
+        version = harness_version()
+        folder = data_folder(config)
+        return [
+            _planned(SUITES[name], subtask, config, version, local)
+            for name, wanted in selected(config.suites).items()
+            for subtask, local in _subtasks(SUITES[name], wanted, folder, config, console).items()
+        ]
+    except (ImportError, LanguageMissingError, OSError, ValueError) as error:
+        raise StageError(str(error)) from error
+
+
+def data_folder(config: EvalConfig) -> Path | None:
+    """Where the suites' files are; None for the hub.
+
+    Raises:
+        FileNotFoundError: the configured folder is not there.
+    """
+    if config.data is not None:
+        if not config.data.is_dir():
+            raise FileNotFoundError(f"eval.data: there is no folder {config.data}")
+        return config.data
+    shared = os.environ.get("PTAFUSE_DATA")
+    return Path(shared, "eval") if shared and Path(shared, "eval").is_dir() else None
+
+
+def _model_names(run: Run) -> Sequence[str]:
+    known = [*(model.name for model in run.config.models), FUSED]
+    names = run.config.eval.suite_models or (run.config.target.name, FUSED)
+    for name in names:
+        if name not in known:
+            raise StageError(
+                f"eval.suite_models: there is no model {name!r} in this run; its models: {', '.join(known)}"
+            )
+    return names
+
+
+def _subtasks(
+    suite: Suite, wanted: tuple[str, ...] | None, folder: Path | None, config: EvalConfig, console: Console
+) -> dict[str, LocalTask | None]:
+    """Sub-task -> its local data, None for the hub."""
+    if suite.folder is None and not config.execute_code:
+        raise ValueError(
+            f"the suite {suite.name} runs programs that models write: allow it with --execute-code, or execute_code = true "
+            "in [eval]. They run in a sandbox; docs/evaluation.md says what that does not isolate"
+        )
+    everything = languages_on_hub() if suite.folder is None else harness_subtasks(suite)
+    there: Mapping[str, LocalTask | None]
+    there = dict.fromkeys(everything) if folder is None else local_tasks(suite.name, folder)
+    for subtask in wanted or there:
+        if subtask not in there:
+            place = "the harness" if folder is None else f"{folder} (expected {EXPECTED[suite.name]})"
+            raise ValueError(f"{suite.name}/{subtask} is not in {place}; there: {', '.join(there)}")
+        if suite.folder is not None and subtask not in everything:
+            raise ValueError(f"{suite.name} has no sub-task {subtask!r}; it has: {', '.join(everything)}")
+    names = wanted or tuple(there)
+    if suite.folder is None:
+        names = _runnable(names, console, insists=wanted is not None)
+    return {name: there[name] for name in names}
+
+
+def _runnable(languages: Sequence[str], console: Console, *, insists: bool) -> tuple[str, ...]:
+    """The languages whose programs run here; the others are told, or refused where they were named."""
+    found = []
+    for language in languages:
+        try:
+            check_language(language)
+        except LanguageMissingError as error:
+            if insists:
+                raise
+            console.print(f"multipl-e leaves out {error}", soft_wrap=True)
+        else:
+            found.append(language)
+    if not found:
+        raise LanguageMissingError(f"multipl-e: no language of {', '.join(languages)} can be run here")
+    return tuple(found)
+
+
+def _planned(suite: Suite, subtask: str, config: EvalConfig, version: str, local: LocalTask | None) -> PlannedTask:
+    data = None if local is None else local.read()
+    num_fewshot = suite.num_fewshot
+    if data is not None and suite.fewshot_from == "dev split":
+        num_fewshot = min(num_fewshot, len(data.get("dev", ())))
+    settings = {
+        "suite": suite.name,
+        "subtask": subtask,
+        "num_fewshot": num_fewshot,
+        "limit": config.limit,
+        "dtype": config.dtype,
+        "harness": version,
+        **({} if suite.folder else {"max_new_tokens": MAX_NEW_TOKENS}),
+    }
+    sandbox: dict[str, bool] = {}
+    num_subtasks = NUM_LANGUAGES
+    if suite.folder is None:
+        isolation = check_language(subtask)
+        sandbox = {"has_namespaces": isolation.has_namespaces, "is_read_only": isolation.is_read_only}
+    else:
+        num_subtasks = len(harness_subtasks(suite))
+    return PlannedTask(
+        suite=suite,
+        subtask=subtask,
+        num_subtasks=num_subtasks,
+        data=data,
+        data_identity="hub" if local is None else local.identity(),
+        num_fewshot=num_fewshot,
+        settings=settings,
+        sandbox=sandbox,
+    )
+
+
+def _evaluate(model: Any, name: str, inputs: Mapping[str, str], task: PlannedTask, *, limit: int | None) -> dict:
+    """Run a model through a sub-task; what is written of it."""
+    started = time.monotonic()
+    built = build_task(task.suite, task.subtask, task.data, num_fewshot=task.num_fewshot)
+    scores = score(model, task.suite, built, limit=limit)
+    return {
+        "suite": task.suite.name,
+        "subtask": task.subtask,
+        "model": name,
+        "model_inputs": dict(inputs),
+        "data": task.data_identity,
+        "settings": dict(task.settings),
+        "num_subtasks": task.num_subtasks,
+        "num_documents": len(next(iter(scores.values.values()))),
+        "num_documents_in_data": scores.num_documents,
+        "num_truncated_prompts": scores.num_truncated,
+        "max_length": scores.max_length,
+        "metrics": {
+            metric.key: _metric(metric.label, figure([np.array(scores.values[metric.key])], metric.kind))
+            for metric in task.suite.metrics
+        },
+        "documents": scores.values,
+        "sandbox": dict(task.sandbox),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _metric(label: str, estimate: tuple[float, float]) -> dict[str, Any]:
+    value, error = estimate
+    return {"label": label, "value": value, "standard_error": None if np.isnan(error) else error}
+
+
+def _line(name: str, result: Mapping[str, Any]) -> str:
+    figures = ", ".join(
+        f"{part['label']} {part['value']:.4f}"
+        + ("" if part["standard_error"] is None else f" ± {part['standard_error']:.4f}")
+        for part in result["metrics"].values()
+    )
+    count, whole = result["num_documents"], result["num_documents_in_data"]
+    cut = result["num_truncated_prompts"]
+    return (
+        f"{result['suite']}/{result['subtask']} of {name}: {figures} ({count:,} of {whole:,} documents, "
+        f"{result['settings']['num_fewshot']}-shot" + (f"; {cut} prompts lost their beginning)" if cut else ")")
+    )
