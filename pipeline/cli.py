@@ -178,7 +178,7 @@ def evaluate(
     given = {"suites": suite, "suite_models": model, "limit": limit, "execute_code": execute_code or None}
     short = tuple(f"eval.{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
     overrides = (*(sets or ()), *short)
-    check_suites(load_config(config, overrides).eval, _console())
+    check_suites(load_config(config, overrides), _console())
     _stage_command("eval")(config, run, list(overrides), local, upstream, strict)
 
 

@@ -192,7 +192,7 @@ class EvalConfig(Settings):
     limit: Annotated[int | None, RUNTIME] = Field(
         None, ge=1, description="Documents of each sub-task of a suite, the first ones; all by default."
     )
-    suite_batch_size: Annotated[int, RUNTIME] = Field(8, ge=1, description="Requests of a suite in a forward pass.")
+    suite_batch_size: Annotated[int, RUNTIME] = Field(4, ge=1, description="Requests of a suite in a forward pass.")
     execute_code: Annotated[bool, RUNTIME] = Field(
         False, description="Run the programs that models write for `multipl-e`, in a sandbox (docs/evaluation.md)."
     )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from pipeline.config import RunConfig
 from pipeline.engine import Run, StageError, command
 from pipeline.evaluation import evaluated_model
 from pipeline.plan import FUSED, Step
@@ -87,7 +88,7 @@ def run_suites(run: Run) -> None:
     if not run.config.eval.suites:
         return
     tasks = plan_suites(run.config.eval, run.console)
-    for name in _model_names(run):
+    for name in _model_names(run.config):
         inputs = model_inputs(run.resolved.steps[f"eval/{name}"])
         pending = [task for task in tasks if not run.store.exists(task.key(inputs))]
         if not pending:
@@ -107,14 +108,15 @@ def run_suites(run: Run) -> None:
             run.console.print(_line(name, result), soft_wrap=True)
 
 
-def check_suites(config: EvalConfig, console: Console) -> None:
+def check_suites(config: RunConfig, console: Console) -> None:
     """Refuse suites that cannot be run here before anything is computed.
 
     Raises:
         StageError: says why, and what to do.
     """
-    if config.suites:
-        plan_suites(config, console)
+    if config.eval.suites:
+        _model_names(config)
+        plan_suites(config.eval, console)
 
 
 def plan_suites(config: EvalConfig, console: Console) -> list[PlannedTask]:
@@ -153,9 +155,9 @@ def data_folder(config: EvalConfig) -> Path | None:
     return Path(shared, "eval") if shared and Path(shared, "eval").is_dir() else None
 
 
-def _model_names(run: Run) -> Sequence[str]:
-    known = [*(model.name for model in run.config.models), FUSED]
-    names = run.config.eval.suite_models or (run.config.target.name, FUSED)
+def _model_names(config: RunConfig) -> Sequence[str]:
+    known = [*(model.name for model in config.models), FUSED]
+    names = config.eval.suite_models or (config.target.name, FUSED)
     for name in names:
         if name not in known:
             raise StageError(

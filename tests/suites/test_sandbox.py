@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -54,11 +53,9 @@ def test_exit_codes_and_signals_are_told() -> None:
 
 
 def test_endless_program_is_ended() -> None:
-    started = time.monotonic()
     done = run("print('begun', flush=True)\nwhile True: pass", seconds=1)
     assert done.exit_code is None
     assert "begun" in done.output
-    assert time.monotonic() - started < 20  # not the 10 seconds of the default twice over: it was killed
     assert not survivors()
 
 
