@@ -6,13 +6,10 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
+from stages.contract.models import absolute_path
 
 SUITE_NAMES: Final = ("gsm8k", "bbh", "multipl-e", "mmlu", "toxigen", "tydiqa", "lambada")
 """Benchmarks that ``[eval] suites`` may name."""
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return None if path is None else path.expanduser().absolute()
 
 
 class LoraConfig(Settings):
@@ -185,7 +182,7 @@ class EvalConfig(Settings):
         description="Models that go through the suites, by name, `fused` for the trained one; by default the target before "
         "training and the trained one.",
     )
-    data: Annotated[Path | None, AfterValidator(_absolute), RUNTIME] = Field(
+    data: Annotated[Path | None, AfterValidator(absolute_path), RUNTIME] = Field(
         None,
         description="Folder with the suites' local files; by default `$PTAFUSE_DATA/eval` where that is set, else the hub.",
     )

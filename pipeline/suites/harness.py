@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pipeline.suites.catalogue import Suite
 from pipeline.suites.local_data import Document, as_multipl_e
@@ -144,15 +144,17 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None) -> Scores:
 def _is_truncated(model: Any, requests: list[tuple]) -> bool:
     """Does a prompt of a document exceed what the model can read of it?"""
     for prompt, rest in requests:
-        if isinstance(rest, str):
-            length = len(model.tok_encode(prompt + rest)) - 1  # the last token is predicted, never read
-            room = model.max_length
-        else:
-            length = len(model.tok_encode(prompt))
-            room = model.max_length - rest.get("max_gen_toks", model.max_gen_toks)
-        if length > room:
+        is_answer = isinstance(rest, str)
+        text = prompt + rest if is_answer else prompt
+        # of an answer the last token is predicted, never read
+        room = model.max_length + 1 if is_answer else model.max_length - rest.get("max_gen_toks", model.max_gen_toks)
+        if len(text.encode()) > room - NUM_SPECIAL and len(model.tok_encode(text)) > room:
             return True
     return False
+
+
+NUM_SPECIAL: Final = 8
+"""Tokens that a tokenizer may add; every other token has a byte at least, so a text of few bytes fits."""
 
 
 def _manager(suite: Suite) -> Any:

@@ -52,14 +52,10 @@ class SuiteRow:
 def suite_rows(runs: Sequence[ResolvedRun], store: Store) -> list[SuiteRow]:
     """Every figure of the models of these runs: suites in their order, then models in the runs' order."""
     models = _models(runs)
-    found: dict[tuple[str, str], dict[str, list[Result]]] = {}  # (suite, settings) -> model -> results of sub-tasks
-    for result in _results(store):
-        model = canonical_json(result["model_inputs"])
-        if model in models:
-            found.setdefault((result["suite"], _settings(result)), {}).setdefault(model, []).append(result)
     order = list(SUITES)
     rows = []
-    for (name, _), by_model in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+    groups = sorted(_grouped(_results(store)).items(), key=lambda item: (order.index(item[0][0]), item[0][1:]))
+    for (name, *_), by_model in groups:
         for metric in SUITES[name].metrics:
             for model in (model for model in models if model in by_model):
                 baseline = by_model.get(models[model].before or "")
@@ -153,6 +149,23 @@ def _identity(run: ResolvedRun, model: str) -> str:
 def _results(store: Store) -> list[dict[str, Any]]:
     keys = [entry.key for entry in store.files(FOLDER) if entry.key.endswith(".json")]
     return [json.loads(raw) for _, raw in sorted(store.read_all(keys))]
+
+
+def _grouped(results: Sequence[Result]) -> dict[tuple[str, str, int], dict[str, list[Result]]]:
+    """(suite, settings, number of the data) -> model -> results of sub-tasks.
+
+    A sub-task that was evaluated on other files later is another row, not the same documents twice.
+    """
+    data: dict[tuple[str, str, str], list[str]] = {}
+    found: dict[tuple[str, str, int], dict[str, list[Result]]] = {}
+    for result in sorted(results, key=lambda result: result["data"]):
+        suite, settings = result["suite"], _settings(result)
+        seen = data.setdefault((suite, settings, result["subtask"]), [])
+        if result["data"] not in seen:
+            seen.append(result["data"])
+        group = found.setdefault((suite, settings, seen.index(result["data"])), {})
+        group.setdefault(canonical_json(result["model_inputs"]), []).append(result)
+    return found
 
 
 def _settings(result: Result) -> str:

@@ -38,7 +38,7 @@ def check_place(*, hub: str | None, revision: str | None, path: object) -> None:
         raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
 
 
-def _absolute(path: Path | None) -> Path | None:
+def absolute_path(path: Path | None) -> Path | None:
     """A relative path means this process's folder; a worker may run in another one."""
     return None if path is None else path.expanduser().absolute()
 
@@ -50,7 +50,7 @@ class PretrainedFiles(Settings):
     revision: str | None = Field(
         None, description="Commit, tag or branch on the hub; required with `hub`, best a commit."
     )
-    path: Annotated[Path | None, AfterValidator(_absolute), RUNTIME] = Field(
+    path: Annotated[Path | None, AfterValidator(absolute_path), RUNTIME] = Field(
         None, description="A local folder, or a .gguf file."
     )
 

@@ -103,6 +103,12 @@ def test_other_data_or_limit_is_another_result(evaluated: Path, tiny_config: Pat
     assert sorted((part["model"], part["num_documents"]) for part in counts) == [
         ("fused", 6), ("llama", 2), ("llama", 3), ("llama", 6), ("neox", 6)
     ]  # fmt: skip
+    store = Store(str(mine))
+    rows = [row for row in suite_rows([recorded_run(store)], store) if row.metric.label == "accuracy"]
+    shown = [(row.model, row.num_documents) for row in rows if row.suite == "lambada"]
+    assert sorted(shown) == [
+        ("after tiny", 6), ("source neox", 6), *(("target llama before", count) for count in (2, 3, 6))
+    ]  # fmt: skip
 
 
 def test_folder_of_the_environment_is_used(
@@ -117,7 +123,8 @@ def test_folder_of_the_environment_is_used(
 
 def test_report_pools_sub_tasks_and_pairs_documents(evaluated: Path) -> None:
     store = Store(str(evaluated))
-    rows = {(row.suite, row.metric.label, row.model): row for row in suite_rows([recorded_run(store)], store)}
+    listed = suite_rows([recorded_run(store)], store)
+    rows = {(row.suite, row.metric.label, row.model): row for row in listed}
     found = results(evaluated)
 
     def values(model: str, key: str, *tasks: str) -> list[np.ndarray]:
@@ -128,7 +135,7 @@ def test_report_pools_sub_tasks_and_pairs_documents(evaluated: Path) -> None:
     assert shown.figure == pytest.approx(figure(after, "perplexity"))
     assert shown.against_before == pytest.approx(difference(after, before, "perplexity"))
     assert rows["lambada", "perplexity", "target llama before"].against_before is None
-    accuracies = [row for key, row in rows.items() if key[0] == "mmlu"]
+    accuracies = [row for row in listed if row.suite == "mmlu"]
     assert {row.subtasks for row in accuracies} == {("astronomy",), ("philosophy",)}  # 5-shot is not mixed with 0-shot
     assert {row.num_subtasks for row in accuracies} == {57}
 
