@@ -195,13 +195,19 @@ def _runnable(languages: Sequence[str], console: Console, *, insists: bool) -> t
     found = []
     for language in languages:
         try:
-            check_language(language)
+            isolation = check_language(language)
         except LanguageMissingError as error:
             if insists:
                 raise
             console.print(f"multipl-e leaves out {error}", soft_wrap=True)
         else:
             found.append(language)
+            if not isolation.has_namespaces:
+                log.warning(
+                    "multipl-e/%s: this system gives programs no namespaces of their own: they have the network, and can write "
+                    "where their user can (docs/evaluation.md)",
+                    language,
+                )
     if not found:
         raise LanguageMissingError(f"multipl-e: no language of {', '.join(languages)} can be run here")
     return tuple(found)
