@@ -138,10 +138,10 @@ def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
 
 
 def _benchmark_plot(rows: Sequence[SuiteRow]) -> str:
-    """Differences to the target before training, of the shares: a perplexity has another scale."""
+    """Differences to the target before training in each suite's headline figure."""
     entries = [
-        Bar(f"{row.suite}: {row.model}", 100 * row.against_before.mean, 100 * row.against_before.error, group=index)
-        for index, row in enumerate(rows)
+        Bar(f"{row.suite}: {row.model}", 100 * row.against_before.mean, 100 * row.against_before.error)
+        for row in rows
         if row.against_before is not None and row.metric == SUITES[row.suite].metrics[0]
     ]
     return bars(entries, axis="percentage points, difference") if entries else ""

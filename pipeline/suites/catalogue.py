@@ -97,7 +97,7 @@ SUITES: Final = {
         ),
     )
 }
-"""Few-shot counts are the harness's own; the paper publishes none (docs/evaluation.md)."""
+"""Few-shot counts are the harness's own; those of the paper are not known to us (docs/evaluation.md)."""
 
 
 def selected(names: tuple[str, ...]) -> dict[str, tuple[str, ...] | None]:

@@ -29,6 +29,7 @@ FUSE_LLM: Final = ResultTable(
 )
 PUBLISHED: Final = (PTA_LLM, FUSE_LLM)
 CAVEAT: Final = (
-    "The papers state neither prompts nor few-shot counts, and average MMLU over 17 subject groups, ToxiGen over 14 groups on "
-    "another scale than accuracy, and MultiPL-E over 10 languages: compare models of one table, not figures across tables."
+    "Prompts and few-shot counts behind these figures are not known to us. They count MMLU as 17 tasks and MultiPL-E as 10, "
+    "and ToxiGen as 14 with figures that cannot be the two-way accuracy measured here: compare the models of one table, not "
+    "figures across tables."
 )

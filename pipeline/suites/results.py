@@ -67,7 +67,7 @@ def suite_table(rows: Sequence[SuiteRow]) -> ResultTable:
     """The rows for people."""
     return ResultTable(
         "Benchmarks (figure ± standard error over documents; differences paired by document; each document weighs the same)",
-        ("suite", "figure", "model", "value", "against target before", "documents", "sub-tasks", "examples shown"),
+        ("suite", "figure", "model", "value", "against target before", "documents", "sub-tasks", "shots"),
         tuple(
             (
                 row.suite,
@@ -99,7 +99,7 @@ def subtask_table(runs: Sequence[ResolvedRun], store: Store) -> ResultTable:
     )
     return ResultTable(
         "Sub-tasks",
-        ("sub-task", "model", "figure", "value", "documents", "prompts cut", "examples shown", "data", "harness"),
+        ("sub-task", "model", "figure", "value", "documents", "prompts cut", "shots", "data", "harness"),
         tuple(
             (
                 f"{result['suite']}/{result['subtask']}",
@@ -207,14 +207,10 @@ def _documents(results: Sequence[Result]) -> list[tuple[str, str, int]]:
 
 
 def _subtasks(row: SuiteRow) -> str:
-    count = (
-        f"all {row.num_subtasks}"
-        if len(row.subtasks) == row.num_subtasks
-        else f"{len(row.subtasks)} of {row.num_subtasks}"
-    )
-    if len(row.subtasks) == row.num_subtasks or len(row.subtasks) > FEW_SUBTASKS:
-        return count
-    return f"{count}: {', '.join(row.subtasks)}"
+    if len(row.subtasks) == row.num_subtasks:
+        return "all" if row.num_subtasks == 1 else f"all {row.num_subtasks}"
+    count = f"{len(row.subtasks)} of {row.num_subtasks}"
+    return count if len(row.subtasks) > FEW_SUBTASKS else f"{count}: {', '.join(row.subtasks)}"
 
 
 def _shown(estimate: Estimate, metric: Metric, *, signed: bool = False) -> str:
