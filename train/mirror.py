@@ -98,7 +98,7 @@ class CheckpointMirror:
         except (ValueError, KeyError, TypeError) as error:
             return f"its {COMMITTED} is damaged ({error})"
         for name, digest in hashes.items():
-            self._store.path(f"{folder.name}/{name}")  # refuses one that would leave the folder
+            self._store.path(name)  # refuses one that would leave the folder: absolute, or with ".."
             try:
                 self._store.download(f"{folder.name}/{name}", folder / name)
             except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Copies of checkpoints in an object store; here fsspec's, in this process's memory."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -149,9 +150,14 @@ def test_damaged_copy_is_passed_over(mirror, url, tmp_path, damage, caplog):
     assert "the copy of step 4 cannot be used" in caplog.text
 
 
-def test_copy_may_not_write_outside_its_folder(mirror, url, tmp_path):
+@pytest.mark.parametrize("kind", ["parent", "absolute"])
+def test_copy_may_not_write_outside_its_folder(mirror, url, tmp_path, kind):
     put(mirror, tmp_path / "here", 2)
-    Store(url).replace(f"checkpoint-000002/{COMMITTED}", json.dumps({"files": {"../../../outside": "0" * 64}}).encode())
+    name = "../../../outside" if kind == "parent" else str(tmp_path / "outside")
+    if kind == "absolute":  # an object store has such names
+        Store(url).replace(f"checkpoint-000002/{name}", b"anything")
+    digest = hashlib.sha256(b"anything").hexdigest()
+    Store(url).replace(f"checkpoint-000002/{COMMITTED}", json.dumps({"files": {name: digest}}).encode())
     with pytest.raises(ValueError, match="is not a path inside the run directory"):
         mirror.fetch(tmp_path / "there")
     assert not (tmp_path / "outside").exists()
