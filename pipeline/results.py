@@ -10,7 +10,6 @@ from pipeline.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
 from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
 from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
-from stages.contract.fingerprint import canonical_json
 from stages.contract.manifest import Figure, Mean
 from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
@@ -91,10 +90,10 @@ def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
 
 def _references(run: ResolvedRun, runs: Sequence[ResolvedRun], store: Store) -> tuple[_Result, _Result]:
     """What a run's figures are compared with: the target before training, and training on the gold tokens alone."""
-    peers = [other for other in runs if _held_out_text(other) == _held_out_text(run)]
-    before = [peer.steps[f"eval/{peer.config.target.name}"] for peer in peers]
+    before = _target_before(run)
+    peers = [other for other in runs if _target_before(other).fingerprint == before.fingerprint]
     gold_only = [peer.steps[f"eval/{FUSED}"] for peer in peers if peer.config.train.lambda_ == 1]
-    return _first_result(before, store), _first_result(gold_only, store)
+    return read_result(store, before), _first_result(gold_only, store)
 
 
 def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
@@ -162,9 +161,11 @@ def _describe_baseline(run: ResolvedRun, baseline: Baseline) -> str:
     return f"{' + '.join(parts)}, {align.preset or align.marginals}, contexts by {contexts}{_split(run)}"
 
 
-def _held_out_text(run: ResolvedRun) -> tuple[str, str]:
-    """Which documents a run is scored on, and how: figures are compared where these agree."""
-    return run.steps["shard"].fingerprint, canonical_json(run.config.eval.result_settings())
+def _target_before(run: ResolvedRun) -> Step:
+    """The run's target as it is before training. Its fingerprint says which weights and tokenizer it has, which documents
+    are scored, and how: figures are compared where all of it agrees.
+    """
+    return run.steps[f"eval/{run.config.target.name}"]
 
 
 def _split(run: ResolvedRun) -> str:

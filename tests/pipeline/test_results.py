@@ -1,12 +1,15 @@
 """Figures of the report against their definitions."""
 
+import itertools
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.plan import recorded_runs
+from pipeline.config import load_config
+from pipeline.plan import FUSED, Request, recorded_runs, resolve, result_key
 from pipeline.results import HeldOutRow, held_out, paired_difference
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse
@@ -59,6 +62,33 @@ def test_runs_are_compared_with_runs_on_the_same_documents(tmp_path: Path, tiny_
     )
     assert rows["after b"].against_before is not None
     assert rows["after b"].against_before.mean == pytest.approx(_figure(gold_only) - _figure(before), abs=1e-9)
+
+
+def test_runs_are_compared_with_runs_of_the_same_target(tmp_path: Path, tiny_config: Path) -> None:
+    """Two models that teach one another have the same segments, since these depend on the tokenizers alone."""
+    store = Store(str(tmp_path / "run"))
+    text = tiny_config.read_text()
+    swapped = tmp_path / "swapped.toml"
+    swapped.write_text(
+        text.replace("[target]", "[swap]").replace("[[sources]]", "[target]").replace("[swap]", "[[sources]]")
+    )
+    runs = []
+    for name, path, lambda_ in (("a", tiny_config, 1.0), ("b", swapped, 1.0), ("c", swapped, 0.5)):
+        request = Request(path, (f"name={name}", f"train.lambda={lambda_}"))
+        runs.append(resolve(load_config(path, request.overrides), store, request))
+    assert len({run.steps["shard"].fingerprint for run in runs}) == 1
+    figures = {("a", "llama"): 1.0, ("a", FUSED): 0.9, ("b", "neox"): 2.0, ("b", FUSED): 1.8, ("c", FUSED): 1.7}
+    for run, (name, model) in itertools.product(runs, figures):
+        if run.config.name == name:
+            figure = figures[name, model]
+            result = {**evaluation([figure], [100]), "bits_per_byte": figure, "num_bytes": 100}
+            store.replace(result_key(run.steps[f"eval/{model}"]), json.dumps(result).encode())
+    rows = {row.label.split(" (")[0]: row for row in held_out(runs, store)}
+    against_before = [rows[f"after {name}"].against_before for name in "abc"]
+    assert [found and found.mean for found in against_before] == pytest.approx([-0.1, -0.2, -0.3])
+    gold_only = rows["after c"].against_gold_only
+    assert gold_only is not None
+    assert gold_only.mean == pytest.approx(-0.1)
 
 
 def _figure(row: HeldOutRow) -> float:
