@@ -179,7 +179,7 @@ class Store:
         """
         home = file.home or self.url
         if home not in self._homes:
-            self._find_homes()
+            self._find_home(home)
         if home not in self._homes:
             raise ValueError(
                 f"{self.url}: a manifest says that {file.key} is in {home}, which no configuration that ran here names as "
@@ -188,11 +188,14 @@ class Store:
             )
         return self._homes[home]
 
-    def _find_homes(self) -> None:
-        """Open what recorded configurations name as ``logits_from``, here and in what they name."""
+    def _find_home(self, home: str) -> None:
+        """Open what recorded configurations name as ``logits_from``, here and then in what they name, until it is found.
+
+        Not further: a run directory that is not read need not be there any more.
+        """
         unread = list(self._homes.values())
-        while unread:
-            store = unread.pop()
+        while unread and home not in self._homes:
+            store = unread.pop(0)
             keys = [f"configs/{name}" for name in store.names("configs") if name.endswith(".json")]
             named = {json.loads(raw).get("config", {}).get("logits_from") for _, raw in store.read_all(keys)}
             found = {url.rstrip("/") for url in named if url} - self._homes.keys()

@@ -1,5 +1,6 @@
 """The run directory: nothing half-written is ever seen, and nothing is published twice."""
 
+import json
 import os
 import time
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, list_row, sparse_columns, sparse_row
-from stages.contract.store import Store
+from stages.contract.manifest import DataFile
+from stages.contract.store import Store, StoreError
 
 
 def shard_table(num_rows: int = 3) -> pa.Table:
@@ -97,6 +99,25 @@ def test_create_publishes_once_in_an_object_store() -> None:
 def test_key_that_leaves_the_run_directory_is_refused(tmp_path: Path, key: str) -> None:
     with pytest.raises(ValueError, match="not a path inside the run directory"):
         Store(str(tmp_path)).path(key)
+
+
+def test_home_of_a_file_is_found_though_another_one_cannot_be_asked(tmp_path: Path, monkeypatch) -> None:
+    """A run directory that shares from two others, one of which is not to be reached any more."""
+    store, other = Store(str(tmp_path / "run")), Store(str(tmp_path / "other"))
+    for name, home in (("a", other.url), ("b", "memory://gone")):
+        store.create(f"configs/{name}.json", json.dumps({"config": {"logits_from": home}}).encode())
+    other.create("x.bin", b"shared")
+    names = Store.names
+
+    def names_unless_gone(self: Store, folder: str) -> list[str]:
+        if self.url.startswith("memory:"):
+            raise StoreError("no useful answer for 300 s")
+        return names(self, folder)
+
+    monkeypatch.setattr(Store, "names", names_unless_gone)
+    assert store.read_file(DataFile(key="x.bin", sha256="", num_bytes=6, home=other.url)) == b"shared"
+    with pytest.raises(StoreError, match="no useful answer"):
+        store.read_file(DataFile(key="x.bin", sha256="", num_bytes=6, home=str(tmp_path / "third")))
 
 
 def test_missing_folder_has_no_names(tmp_path: Path) -> None:
