@@ -53,16 +53,20 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 def peak_resident_bytes() -> int:
     """The most of the machine's memory that this process has held so far."""
-    if not _STATUS.exists():
+    try:
+        return resident_bytes("VmHWM")
+    except LookupError:  # this figure is inherited: it begins at the peak of the process that forked this one
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return resident_bytes(
-        "VmHWM"
-    )  # ru_maxrss is inherited: it would begin at the peak of the process that forked this one
 
 
 def resident_bytes(field: str) -> int:
-    """What Linux tells of this process's memory: ``VmRSS``, held now, or ``VmHWM``, the most that was held."""
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text())
-    assert found is not None
+    """What Linux tells of this process's memory: ``VmRSS``, held now, or ``VmHWM``, the most that was held.
+
+    Raises:
+        LookupError: it is not told: on other systems, and in sandboxes that imitate Linux.
+    """
+    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
+    if found is None:
+        raise LookupError(f"{_STATUS} has no {field}: it is Linux that tells of a process's memory there")
     return int(found[1]) * 1024

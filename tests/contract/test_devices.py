@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from stages.contract import devices
 from stages.contract.devices import peak_memory_bytes, peak_resident_bytes
 
 _MIB = 2**20
@@ -22,3 +23,12 @@ def test_peak_memory_is_the_process_s_own_and_not_that_of_its_parent() -> None:
     assert 10 * _MIB < int(child.stdout) < 900 * _MIB
     del ballast
     assert peak_memory_bytes(torch.device("cpu")) >= 1000 * _MIB, "the peak stays"
+
+
+@pytest.mark.parametrize("told", [None, "Name:\tpython\nVmRSS:\t  4096 kB\n"])
+def test_peak_memory_is_known_where_the_kernel_does_not_tell_it(tmp_path: Path, monkeypatch, told: str | None) -> None:
+    status = tmp_path / "status"
+    if told is not None:
+        status.write_text(told)
+    monkeypatch.setattr(devices, "_STATUS", status)
+    assert peak_resident_bytes() > 10 * _MIB
