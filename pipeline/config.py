@@ -81,6 +81,8 @@ class RunConfig(Settings):
             raise ValueError(
                 f"align.top_p = {self.align.top_p} asks for more probability than logits.top_p = {self.logits.top_p} keeps"
             )
+        if self.eval.split == "test" and self.shard.test_fraction == 0:
+            raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')
         return self
 
     @property

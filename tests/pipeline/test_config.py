@@ -73,6 +73,7 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
         ("[[sources]]\nname = 'c'\nhub = 'org/x'", "`hub` and `revision` go together"),
         ("[[sources]]\nname = 'C D'\npath = 'c'", r"sources\.1\.name"),
         ("[[sources]]\nname = 'fused'\npath = 'c'", "cannot be named 'fused'"),
+        ("[eval]\nsplit = 'test'", 'eval.split = "test" has no documents: set shard.test_fraction'),
         ("[tarin]\nseed = 1", "tarin: there is no such setting; known here: align, assumptions, baselines, dataset"),
     ],
 )
