@@ -114,7 +114,7 @@ def _amount(config: RunConfig, store: Store, tokens: int | None) -> Amount | Non
     """From the fused shards of the same configuration, else from what the user says."""
     if tokens is not None:
         return Amount(math.ceil(tokens / config.fuse.max_length), tokens, "as given by --tokens")
-    unread = {"train": None, "eval": None, "baselines": None, "engine": None}
+    unread = {"train": None, "eval": None, "baselines": None, "interpret": None, "engine": None}
     same = config.model_copy(update=unread)
     for run in recorded_runs(store):
         if run.config.model_copy(update=unread) != same:
