@@ -44,7 +44,7 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
         folder: is made anew, with as many bytes as the first model.
 
     Raises:
-        AverageRefusedError: the models differ in architecture, vocabulary or tensors.
+        AverageRefusedError: the models differ in architecture, vocabulary or tensors, or one is quantized.
     """
     target = models[0]
     _check_configurations(models)
@@ -127,6 +127,9 @@ def _tied_tensors(model: ModelConfig) -> frozenset[str]:
 
 
 def _check_configurations(models: Sequence[ModelConfig]) -> None:
+    for model in models:
+        if getattr(load_config(model), "quantization_config", None) is not None:
+            raise AverageRefusedError(f"{model.name} is quantized: its tensors are codes, whose mean is no weight")
     target, *sources = (_architecture(model) for model in models)
     for model, source in zip(models[1:], sources, strict=True):
         known = [key for key in (*_SHAPE, *sorted(target.keys() - set(_SHAPE))) if key in target and key in source]

@@ -103,6 +103,15 @@ def test_models_that_differ_are_refused_with_the_reason(tmp_path: Path, settings
     assert not (tmp_path / "average").exists()
 
 
+def test_quantized_models_are_refused(tmp_path: Path) -> None:
+    models = [saved(tmp_path, "one"), saved(tmp_path, "two", seed=1)]
+    file = tmp_path / "two" / "config.json"
+    quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": quantization}))
+    with pytest.raises(AverageRefusedError, match="two is quantized"):
+        average_weights(models, (0.5, 0.5), tmp_path / "average")
+
+
 def test_a_vocabulary_of_the_same_size_with_other_tokens_is_refused(tmp_path: Path) -> None:
     models = [saved(tmp_path, "one"), saved(tmp_path, "two")]
     file = tmp_path / "two" / "tokenizer.json"
