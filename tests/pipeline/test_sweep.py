@@ -6,9 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from pipeline import sweep as sweeping
 from pipeline.config import ConfigError
-from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, sweep_results, sweep_table
+from pipeline.engine import Run
+from pipeline.plan import result_key
+from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep, sweep_results, sweep_table
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse
 
@@ -131,3 +135,35 @@ def test_a_stopped_sweep_goes_on_and_computes_nothing_twice(sweep_file: Path, tm
     gold = np.mean([by_name[f"lambda-gold-seed{seed}"]["bits_per_byte"] for seed in (1, 2)])
     assert results["target llama before"].against_baseline.mean == pytest.approx(before_training - gold, abs=1e-6)
     assert results["source neox"].against_baseline is None
+
+
+def test_baselines_that_are_asked_for_later_are_evaluated_without_training_again(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    evaluated: list[str] = []
+
+    def compute(run: Run) -> None:
+        trained.append(run.config.name)
+        evaluate(run)
+
+    def evaluate(run: Run) -> None:
+        for step in run.resolved.of_stage("eval"):
+            if not run.store.exists(result_key(step)):
+                run.store.create(result_key(step), b"{}")
+                evaluated.append(step.key)
+
+    def go(path: Path) -> None:
+        run_sweep(load_sweep(path), str(tmp_path / "run"), Console(quiet=True), local=True, run_stages=compute)
+
+    monkeypatch.setattr(sweeping, "discard_model", lambda run: None)
+    monkeypatch.setattr(sweeping, "run_eval", evaluate)
+    go(sweep_file)
+    assert len(trained) == 6
+    assert not {"eval/ensemble", "eval/weight-average"} & set(evaluated)
+    asked = sweep_file.read_text().replace('"train.lambda" = 1.0', '"train.lambda" = 1.0, "baselines.ensemble" = true')
+    sweep_file.write_text(asked)
+    evaluated.clear()
+    go(sweep_file)
+    assert len(trained) == 6
+    assert set(evaluated) == {"eval/ensemble"}
