@@ -125,7 +125,7 @@ def evaluate_ensemble(
         tokens it read for that.
 
     Raises:
-        FloatingPointError: a model's logprob is not finite.
+        ValueError: a model's logprob is not finite.
     """
     segments = first_documents(segments, config.eval.max_documents)
     tokenizer = SegmentTokenizer.load(config.target)
@@ -367,7 +367,7 @@ def _predict(
     """Run a model over sequences; of each the positions before ``first_taken`` are read and not predicted at.
 
     Raises:
-        FloatingPointError: a logprob is not finite.
+        ValueError: a logprob is not finite.
     """
     cuts = [
         _cut(len(ids), first, max_length=backend.max_length, num_bos=num_bos)
@@ -376,7 +376,10 @@ def _predict(
     try:
         return backend.predict(sequences, cuts)
     except NotFiniteError as error:
-        raise FloatingPointError(f"model {model.name}: {error} of the held-out text") from error
+        raise ValueError(
+            f"eval/{ENSEMBLE}: model {model.name}: {error} of the held-out text: its weights hold NaN, or eval.dtype "
+            "overflows: try --set eval.dtype=float32, or leave baselines.ensemble out"
+        ) from error
 
 
 def _cut(length: int, first: int, *, max_length: int, num_bos: int) -> list[Window]:

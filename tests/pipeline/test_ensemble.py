@@ -12,6 +12,8 @@ from pipeline.config import RunConfig, load_config
 from pipeline.ensemble import Mixture, SourceRows, cover, evaluate_ensemble, prefix_contexts, segment_contexts
 from stages.contract.models import ModelConfig, load_model
 from stages.contract.tokens import SegmentTokenizer
+from stages.logits.backend import NotFiniteError
+from stages.logits.transformers_backend import TransformersBackend
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 from train.evaluate import Segment, bits_per_byte
@@ -258,6 +260,15 @@ def test_the_whole_segments_tokens_cost_one_pass_of_the_source(folder: Path) -> 
     whole, prefixes = notes["sources"]["source"], causal["sources"]["source"]
     assert whole["tokens_read"] <= SegmentTokenizer.load(run.sources[0]).count(TEXTS[0]) < prefixes["tokens_read"]
     assert whole["covered"] < prefixes["covered"] == causal["positions"]
+
+
+def test_a_model_that_gives_no_number_ends_with_what_to_try(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(self, sequences, cuts):
+        raise NotFiniteError(1, 5)
+
+    monkeypatch.setattr(TransformersBackend, "predict", predict)
+    with pytest.raises(ValueError, match=r"model target: .* position 5 of sequence 1 .*eval\.dtype=float32"):
+        evaluate_ensemble(config(folder, target="neox", source="llama"), SEGMENTS, cpus=1)
 
 
 @pytest.mark.parametrize("weights", [[0.5], [0.5, 0.5], [0.2, 0.2, 0.2]])
