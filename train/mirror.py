@@ -97,6 +97,8 @@ class CheckpointMirror:
             hashes: dict[str, str] = json.loads(self._store.read(f"{folder.name}/{COMMITTED}"))["files"]
         except (ValueError, KeyError, TypeError) as error:
             return f"its {COMMITTED} is damaged ({error})"
+        if not isinstance(hashes, dict):
+            return f"its {COMMITTED} is damaged (it names no files)"
         for name, digest in hashes.items():
             self._store.path(name)  # refuses one that would leave the folder: absolute, or with ".."
             try:
@@ -105,6 +107,8 @@ class CheckpointMirror:
                 return f"{name} is missing"
             if _sha256(folder / name) != digest:
                 return f"{name} is not the file that was written"
+        if _LOG not in hashes:
+            return f"its {COMMITTED} is damaged (it names no {_LOG})"
         (folder / _LOG).replace(output / _LOG)
         for path in folder.rglob("*"):
             sync(path)

@@ -136,13 +136,19 @@ def test_store_that_stays_away_does_not_end_the_training(mirror, tmp_path, monke
     assert mirror.fetch(tmp_path / "there") == 4
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing", "list"])
+@pytest.mark.parametrize("damage", ["changed", "missing", "list", "list of files", "no log"])
 def test_damaged_copy_is_passed_over(mirror, url, tmp_path, damage, caplog):
     for step in (2, 4):
         put(mirror, tmp_path / "here", step)
     store = Store(url)
+    committed = f"checkpoint-000004/{COMMITTED}"
     if damage == "missing":
         store.delete("checkpoint-000004/state.json")
+    elif damage == "list of files":
+        store.replace(committed, b'{"files": ["state.json"]}')
+    elif damage == "no log":
+        files = json.loads(store.read(committed))["files"]
+        store.replace(committed, json.dumps({"files": {"state.json": files["state.json"]}}).encode())
     else:
         store.replace(f"checkpoint-000004/{COMMITTED if damage == 'list' else 'state.json'}", b"[]")
     assert mirror.fetch(tmp_path / "there") == 2
