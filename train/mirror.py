@@ -12,6 +12,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 from stages.contract.store import Store, sync
 from train.checkpoint import COMMITTED, checkpoint_folder, checkpoint_step, committed_steps
@@ -94,7 +95,7 @@ class CheckpointMirror:
         if folder.exists():
             shutil.rmtree(folder)  # not committed
         try:
-            hashes: dict[str, str] = json.loads(self._store.read(f"{folder.name}/{COMMITTED}"))["files"]
+            hashes: Any = json.loads(self._store.read(f"{folder.name}/{COMMITTED}"))["files"]
         except (ValueError, KeyError, TypeError) as error:
             return f"its {COMMITTED} is damaged ({error})"
         if not isinstance(hashes, dict):
