@@ -151,7 +151,11 @@ class _StepLines:
         self._shown = max((record.step for record in self._read()), default=0)
         self._bar: Progress | None = None
         if self._shown:
-            console.print(f"train: {self._shown} steps were logged before; going on from the newest checkpoint")
+            console.print(
+                f"train: {self._shown} steps were logged before; going on from the newest checkpoint, or from the beginning "
+                "where there is none; steps are shown from where the log ends",
+                soft_wrap=True,
+            )
         if console.is_terminal:
             columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
             self._bar = Progress(*columns, TextColumn("{task.description}"), console=console)
