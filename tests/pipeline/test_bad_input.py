@@ -304,6 +304,24 @@ def test_changed_data_file_is_refused(corpus: Corpus) -> None:
     assert re.search(said("a data file that was changed or cut"), corpus.refused("logits"))
 
 
+def test_kind_column_that_is_not_there_is_refused(corpus: Corpus) -> None:
+    refused = corpus.write(*GOOD).refused("shard", "dataset.kind_column=kind")
+    assert re.search(said("a missing `kind_column`, or one beside plain text files"), refused)
+
+
+def test_documents_without_a_kind_are_counted(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    kinds = [{"kind": "prose"}, {"kind": 3}, {"kind": None}, {}, {"kind": "prose"}, {"kind": "prose"}]
+    rows = [{"text": text, **kind} for text, kind in zip(GOOD, kinds, strict=True)]
+    corpus.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = ("dataset.kind_column=kind", "shard.validation_fraction=0.0", "shard.documents_per_shard=10")
+    corpus.ptafuse("fuse", *sets)
+    shown = ptafuse("interpret", str(corpus.config()), "--run", str(corpus.run), *(f"--set={one}" for one in sets))
+    row = "a document whose kind is missing, null or no string"
+    assert re.search(said(row), caplog.text)
+    assert "3 of 6 documents" in caplog.text
+    assert "(none)" in shown.stdout
+
+
 def test_secret_in_the_dataset_url_is_refused_and_not_recorded(corpus: Corpus) -> None:
     refused = corpus.refused("shard", "dataset.path=https://user:hunter2@host/corpus.jsonl")
     assert re.search(said("a URL that holds a secret"), refused)
