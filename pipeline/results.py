@@ -11,8 +11,8 @@ from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
 from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
 from stages.contract.manifest import Figure, Mean
-from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
+from stages.measures.standard_error import Estimate, weighted_mean
 
 _Result = dict[str, Any] | None
 """A model's figures, as ``read_result`` gives them."""

@@ -24,8 +24,8 @@ from pipeline.plan import FUSED, Request, Step, recorded_runs
 from pipeline.results import ResultTable, document_differences, untrained
 from pipeline.training import discard_model
 from stages.contract.fingerprint import Settings
-from stages.contract.standard_error import Estimate, weighted_mean
 from stages.contract.store import Store
+from stages.measures.standard_error import Estimate, weighted_mean
 
 Scalar = bool | int | float | str
 

@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from stages.contract.standard_error import Estimate
+from stages.measures.standard_error import Estimate
 
 Kind = Literal["mean", "perplexity"]
 

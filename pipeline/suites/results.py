@@ -13,8 +13,8 @@ from pipeline.suites.catalogue import SUITES, Metric
 from pipeline.suites.figures import difference, figure
 from pipeline.suites.run import FOLDER, model_inputs
 from stages.contract.fingerprint import canonical_json
-from stages.contract.standard_error import Estimate
 from stages.contract.store import Store
+from stages.measures.standard_error import Estimate
 
 Result = Mapping[str, Any]
 FEW_SUBTASKS: Final = 4

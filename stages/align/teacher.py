@@ -12,8 +12,8 @@ from typing import Final, Literal
 import numpy as np
 
 from stages.align.window import narrow
-from stages.contract.entropy import TEACHER_FLOOR
-from stages.contract.standard_error import Estimate, clustered_mean
+from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.measures.standard_error import Estimate, clustered_mean
 
 MAX_NLL: Final = -math.log(TEACHER_FLOOR)
 """What a position costs at most, in nats: a candidate list that misses the gold token."""

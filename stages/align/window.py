@@ -3,7 +3,7 @@
 import numpy as np
 
 from stages.align.support import NO_ID
-from stages.contract.nucleus import outside_nucleus
+from stages.measures.nucleus import outside_nucleus
 
 
 def narrow(ids: np.ndarray, probs: np.ndarray, *, top_k: int, top_p: float | None) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
-from stages.contract.entropy import CrossEntropy, cross_entropy
 from stages.contract.models import ModelConfig
 from stages.contract.schemas import Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
@@ -21,6 +20,7 @@ from stages.fuse.health import HealthCounts
 from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy
 
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 

@@ -10,10 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.contract.columns import PAD_ID, SparseRows, list_column, round_to_half, sparse_columns
-from stages.contract.entropy import CrossEntropy, cross_entropy
 from stages.contract.manifest import Health, Mean
 from stages.contract.models import ModelConfig
-from stages.contract.nucleus import outside_nucleus
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
 from stages.contract.tokens import Encoding, SegmentTokenizer
@@ -23,6 +21,8 @@ from stages.logits.choice import choose_backend
 from stages.logits.config import LogitsConfig
 from stages.logits.transformers_backend import TransformersBackend
 from stages.logits.vllm_backend import VllmBackend
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy
+from stages.measures.nucleus import outside_nucleus
 
 logger = logging.getLogger(__name__)
 

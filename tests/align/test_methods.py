@@ -14,9 +14,9 @@ from stages.align.teacher import compare_shared, distribution_nll, own_nll
 from stages.contract import schemas
 from stages.contract.columns import list_row, sparse_row
 from stages.contract.embeddings import load_input_embeddings
-from stages.contract.entropy import TEACHER_FLOOR
 from stages.contract.models import ModelConfig
 from stages.contract.tokens import SegmentTokenizer
+from stages.measures.cross_entropy import TEACHER_FLOOR
 from tests.align.synthetic import HALF, logits_table
 from tests.align.test_distance import levenshtein, prefix_cost
 from tests.tiny_models import save_model

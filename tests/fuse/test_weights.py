@@ -5,7 +5,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stages.contract.columns import PAD_ID, SparseRows
-from stages.contract.entropy import TEACHER_FLOOR
 from stages.fuse.weights import (
     block_cross_entropy,
     candidate_weights,
@@ -13,6 +12,7 @@ from stages.fuse.weights import (
     token_cross_entropy,
     win_shares,
 )
+from stages.measures.cross_entropy import TEACHER_FLOOR
 
 
 def test_min_ce_takes_the_lowest_cross_entropy():

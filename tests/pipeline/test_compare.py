@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.compare import SOURCE_ROW, TARGET_ROW, ways_of
 from stages.align.config import AlignConfig
-from stages.contract.entropy import TEACHER_FLOOR
+from stages.measures.cross_entropy import TEACHER_FLOOR
 from tests.tiny_run import ptafuse
 
 # --- the rows ------------------------------------------------------------------------------------------------------------

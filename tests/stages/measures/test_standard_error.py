@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.contract.standard_error import clustered_mean, weighted_mean
+from stages.measures.standard_error import clustered_mean, weighted_mean
 
 
 def test_documents_of_one_position_have_the_usual_standard_error():
