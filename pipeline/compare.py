@@ -23,9 +23,9 @@ from stages.align.config import PRESETS, AlignConfig
 from stages.align.stage import AlignStage
 from stages.align.teacher import SharedNll, compare_shared, distribution_nll, window_nll
 from stages.contract.columns import list_row, sparse_row
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate
+from stages.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from pipeline.costs import AssumptionsConfig, PricesConfig
 from pipeline.interpret.config import InterpretConfig
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
-from stages.contract.models import ModelConfig
 from stages.fuse.config import FuseConfig
 from stages.logits.config import LogitsConfig
+from stages.models.config import ModelConfig
 from stages.shard.config import DatasetConfig, ShardConfig, absolute_or_url
 from train.config import EvalConfig, TrainConfig
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from stages.contract.filesystem import check_reachable, is_transient, open_filesystem, patiently
-from stages.contract.models import file_sha256
+from stages.models.config import file_sha256
 from stages.shard.config import DatasetConfig
 
 Result = TypeVar("Result")

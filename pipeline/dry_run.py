@@ -13,8 +13,8 @@ from rich.table import Table
 from pipeline.config import RunConfig
 from pipeline.engine import StageError
 from pipeline.plan import recorded_runs
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
+from stages.models.config import ModelConfig
 from train.architecture import Architecture, architecture
 from train.config import LoraConfig, TrainConfig
 from train.estimate import USABLE, Memory, estimate_memory, fits, num_steps, remedies

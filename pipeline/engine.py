@@ -261,7 +261,7 @@ def _check_tokenizers(run: Run, step: Step) -> None:
     Raises:
         ValueError: names the model, and says what to give instead.
     """
-    from stages.contract.tokens import SegmentTokenizer
+    from stages.models.tokenizer import SegmentTokenizer
 
     for model in run.config.models:
         if step.stage == "shard" or (step.stage == "logits" and model.name == step.model):

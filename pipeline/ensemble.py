@@ -22,12 +22,12 @@ from stages.align.rows import ModelRows
 from stages.align.segment import same_vocabulary
 from stages.align.stage import AlignStage
 from stages.align.support import NO_ID
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import Encoding, SegmentTokenizer
-from stages.contract.windows import Window, windows
 from stages.logits.backend import NotFiniteError, Predictions
 from stages.logits.config import LogitsConfig
 from stages.logits.transformers_backend import TransformersBackend
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import Encoding, SegmentTokenizer
+from stages.models.windows import Window, windows
 from train.evaluate import Evaluation, Segment, bits_per_byte, first_documents, own_logprob
 
 TOKENS_AT_A_TIME: Final = 500_000

@@ -18,8 +18,8 @@ from pipeline.engine import Run, StageError, command, require_complete
 from pipeline.plan import FUSED, Step, result_key
 from pipeline.scratch import local_folder, publish_card, trained_model
 from pipeline.training import is_trained
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
+from stages.models.config import ModelConfig
 from train.card import add_evaluation
 from train.evaluate import Evaluation, Segment, bits_per_byte
 

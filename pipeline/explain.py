@@ -14,11 +14,11 @@ from pipeline.show import distribution_table, plan_table, side_by_side, token_li
 from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage
 from stages.contract.columns import PAD_ID, list_row, sparse_row
-from stages.contract.models import ModelConfig
 from stages.contract.schemas import PAIRED_BY
 from stages.contract.store import Store
-from stages.contract.tokens import SegmentTokenizer, Vocabulary
 from stages.fuse.stage import FuseStage, find_row, locate
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from pipeline.rollup import DoneShard, FiguresReader
 from pipeline.sizes import Parameters, count_parameters, measure_sizes
 from pipeline.stage_table import stage_spec
 from pipeline.status import StatusReader, StepStatus, read_training_log, training_seconds
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
+from stages.models.config import ModelConfig
 
 NEVER = "pending, never computed here"
 """Why a step is not done of which the run directory holds no result, of any configuration."""

@@ -22,6 +22,6 @@ def _num_gpus(resources: Resources) -> float:
     """GPUs that this process computes on: one where a model may use one and there is one."""
     if resources.gpus == 0:
         return 0.0
-    from stages.contract.devices import resolve_device
+    from stages.models.devices import resolve_device
 
     return 1.0 if resolve_device("auto").type == "cuda" else 0.0

@@ -17,8 +17,8 @@ from pipeline.stage_table import STAGES, StageSpec, step_key
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import fingerprint
 from stages.contract.manifest import sha256, stage_folder
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
+from stages.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

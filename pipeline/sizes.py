@@ -14,7 +14,7 @@ from pipeline.documents import plan_documents
 from pipeline.estimate import Assumed, Sizes
 from pipeline.plan import Plan
 from pipeline.status import StepStatus
-from stages.contract.models import ModelConfig
+from stages.models.config import ModelConfig
 from stages.shard.config import DatasetConfig
 
 COUNTED_BYTES = 2**28

@@ -13,10 +13,10 @@ from typing import Any, Final
 from pipeline.config import RunConfig
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
-from stages.contract.models import ModelConfig
 from stages.contract.stage import Stage
 from stages.fuse.config import VERSION as FUSE_VERSION
 from stages.logits.config import VERSION as LOGITS_VERSION
+from stages.models.config import ModelConfig
 from stages.shard.config import VERSION as SHARD_VERSION
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from pipeline.baselines import WEIGHT_AVERAGE, AverageRefusedError
 from stages.align.segment import same_vocabulary
-from stages.contract.models import ModelConfig, empty_model, load_config
-from stages.contract.tokens import SegmentTokenizer, Vocabulary
-from stages.contract.weights import model_file, tensor_files
+from stages.models.config import ModelConfig, empty_model, load_config
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.weights import model_file, tensor_files
 
 _NOT_COMPUTED: Final = frozenset({
     "_name_or_path", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward", "dtype",

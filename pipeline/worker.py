@@ -37,9 +37,9 @@ from stages.contract.manifest import (
     quarantine_key,
     sha256,
 )
-from stages.contract.models import ModelConfig
 from stages.contract.stage import Stage, StageOutput
 from stages.contract.store import Store
+from stages.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import load, save
 
-from stages.contract.models import ModelConfig, load_model, load_tokenizer
+from stages.models.config import ModelConfig, load_model, load_tokenizer
 from tests.tiny_models import save_model
 from tests.tiny_run import REPOSITORY, data_hashes, ptafuse
 from train.checkpoint_reader import CheckpointReader

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stages.contract.heads import split_head
+from stages.models.heads import split_head
 from train.config import LoraConfig
 from train.lora import add_adapters
 

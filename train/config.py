@@ -6,7 +6,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
-from stages.contract.models import absolute_path
+from stages.models.config import absolute_path
 
 SUITE_NAMES: Final = ("gsm8k", "bbh", "multipl-e", "mmlu", "toxigen", "tydiqa", "lambada")
 """Benchmarks that ``[eval] suites`` may name."""

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.contract.batches import NO_GOLD, padded_batch, token_batches
-from stages.contract.devices import attention_choices, resolve_device, set_threads
-from stages.contract.heads import Body, Head, check_head, split_head
-from stages.contract.models import ModelConfig, load_model, num_positions
-from stages.contract.tokens import Encoding, SegmentTokenizer
-from stages.contract.windows import windows
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
+from stages.models.batches import NO_GOLD, padded_batch, token_batches
+from stages.models.config import ModelConfig, load_model, num_positions
+from stages.models.devices import attention_choices, resolve_device, set_threads
+from stages.models.heads import Body, Head, check_head, split_head
+from stages.models.tokenizer import Encoding, SegmentTokenizer
+from stages.models.windows import windows
 from train.config import EvalConfig
 
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from stages.contract.heads import split_head
+from stages.models.heads import split_head
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 5e-2

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from stages.contract.models import ModelConfig
+from stages.models.config import ModelConfig
 from train.config import TrainConfig
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from stages.contract.devices import attention_choices, resolve_device, set_threads
-from stages.contract.heads import check_head
-from stages.contract.models import empty_model, load_model, load_tokenizer, num_positions
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import empty_model, load_model, load_tokenizer, num_positions
+from stages.models.devices import attention_choices, resolve_device, set_threads
+from stages.models.heads import check_head
+from stages.models.tokenizer import SegmentTokenizer
 from train.card import model_card
 from train.checkpoint import Checkpoints, TrainState
 from train.data import FusedBlocks

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from stages.contract.heads import Body, ModelHead, split_head
+from stages.models.heads import Body, ModelHead, split_head
 from train.architecture import decoder_layers
 from train.config import TrainConfig
 from train.data import MicroBatch

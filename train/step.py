@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from stages.contract.devices import peak_memory_bytes
+from stages.models.devices import peak_memory_bytes
 from train.config import TrainConfig
 from train.data import MicroBatch
 from train.distributed import Workers

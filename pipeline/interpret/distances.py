@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from stages.contract.columns import PAD_ID, SparseRows
-from stages.contract.token_space import BLOCK_VALUES, TokenSpace
+from stages.models.token_space import BLOCK_VALUES, TokenSpace
 
 
 class Spread(NamedTuple):

@@ -8,10 +8,10 @@ import numpy as np
 
 from pipeline.interpret.distances import center_distance, spread
 from stages.contract.columns import PAD_ID
-from stages.contract.token_space import TokenSpace
 from stages.fuse.stage import FusedSegment
 from stages.fuse.weights import token_cross_entropy, win_shares
 from stages.measures.standard_error import Estimate, weighted_mean
+from stages.models.token_space import TokenSpace
 
 MAX_KINDS: Final = 20
 """Kinds of documents that are told apart: those with the most positions; the others are counted together."""

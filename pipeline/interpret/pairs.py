@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from pipeline.show import visible
 from stages.align.pair_mass import PairMass
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 KEPT_PAIRS: Final = 20_000
 """Pairs of different texts that a shard hands on. The mass of the others is told as ``cut_mass``: a pair's mass in the

@@ -22,12 +22,12 @@ from pipeline.plan import ResolvedRun, read_plan
 from pipeline.show import printable
 from stages.align.stage import AlignStage
 from stages.contract.columns import list_row
-from stages.contract.embeddings import load_input_embeddings
 from stages.contract.fingerprint import fingerprint
 from stages.contract.store import Store
-from stages.contract.token_space import TokenSpace
-from stages.contract.tokens import SegmentTokenizer
 from stages.fuse.stage import FuseStage
+from stages.models.embeddings import load_input_embeddings
+from stages.models.token_space import TokenSpace
+from stages.models.tokenizer import SegmentTokenizer
 
 FUSED: Final = "fused"
 MAX_KIND_LENGTH: Final = 40

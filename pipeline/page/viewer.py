@@ -18,9 +18,9 @@ from stages.align.explain import printable
 from stages.align.stage import AlignStage
 from stages.contract.columns import list_row
 from stages.contract.store import Store
-from stages.contract.tokens import SegmentTokenizer
 from stages.fuse import explanation as fused
 from stages.fuse.stage import FuseStage
+from stages.models.tokenizer import SegmentTokenizer
 
 UNIT: Final = 10_000
 """A probability of 1 in the JSON; what is smaller than half a unit shows as 0."""

@@ -11,8 +11,8 @@ from typing import Any, Final
 from pipeline.suites.catalogue import Suite
 from pipeline.suites.local_data import Document, as_multipl_e
 from pipeline.suites.multipl_e import hub_dataset, task_config
-from stages.contract.devices import attention_choices, resolve_device, set_threads
-from stages.contract.models import ModelConfig, load_model, load_tokenizer
+from stages.models.config import ModelConfig, load_model, load_tokenizer
+from stages.models.devices import attention_choices, resolve_device, set_threads
 from train.config import EvalConfig
 
 Data = Mapping[str, list[Document]]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from stages.contract.models import file_sha256
+from stages.models.config import file_sha256
 
 Document = dict[str, Any]
 

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from stages.align.support import NO_ID
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 EDITS_PER_BYTE: Final = 0.1
 """What a byte of difference costs where one text begins with the other."""

@@ -10,7 +10,7 @@ from stages.align.rows import ModelRows, Side
 from stages.align.segment import AlignedSegment
 from stages.align.support import NO_ID
 from stages.align.window import narrow
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 CONTEXT_TOKENS: Final = 4
 """Target tokens shown on each side of the position."""

@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from stages.align.support import NO_ID, special_ids, text_ids
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 _UNKNOWN: Final = -2
 """A source token for which the nearest target token has not been looked for yet."""

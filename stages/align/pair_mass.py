@@ -8,7 +8,7 @@ import numpy as np
 from stages.align.cost import text_numbers
 from stages.align.problems import Problems
 from stages.align.support import NO_ID
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 _PENDING_PAIRS: Final = 2**21
 """Entries of plans that are kept before equal pairs are added up; bounds memory."""

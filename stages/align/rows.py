@@ -6,7 +6,7 @@ import numpy as np
 
 from stages.align.pairing import ROLE_TEXTS, Role, token_roles
 from stages.align.support import NO_ID
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)

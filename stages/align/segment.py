@@ -14,7 +14,7 @@ from stages.align.projection import column_mass, keep_largest, landed_mass
 from stages.align.rows import ModelRows, Side
 from stages.align.support import NO_ID
 from stages.align.window import narrow
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 NONE: Final = 0
 TRANSPORT: Final = 1

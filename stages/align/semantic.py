@@ -10,8 +10,8 @@ from rapidfuzz.process import cpdist
 
 from stages.align.pair_cache import NO_PAIR, PairCache
 from stages.align.support import NO_ID, text_ids
-from stages.contract.token_space import BLOCK_VALUES, TokenSpace
-from stages.contract.tokens import Encoding, Vocabulary
+from stages.models.token_space import BLOCK_VALUES, TokenSpace
+from stages.models.tokenizer import Encoding, Vocabulary
 
 CACHE_SLOTS: Final = 2**22
 """Slots of ``SemanticCosts``: 16 bytes each, 67 MB a worker."""

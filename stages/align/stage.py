@@ -19,10 +19,10 @@ from stages.align.semantic import SemanticCosts, spell
 from stages.align.support import prefix_map, same_bytes
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
-from stages.contract.embeddings import load_input_embeddings
-from stages.contract.models import ModelConfig
 from stages.contract.stage import BadRecord, StageOutput
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.embeddings import load_input_embeddings
+from stages.models.tokenizer import SegmentTokenizer
 
 _PROBE_CONTEXTS: Final = ("", "\n", "a")
 """Texts before a token to see which of several ids its tokenizer gives it."""

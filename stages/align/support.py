@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from numba import njit
 
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 NO_ID = -1
 

@@ -10,10 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
-from stages.contract.models import ModelConfig
 from stages.contract.schemas import Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
-from stages.contract.tokens import SegmentTokenizer, Vocabulary
 from stages.fuse.config import FuseConfig
 from stages.fuse.explanation import ExplainedCandidate, Explanation, Place
 from stages.fuse.health import HealthCounts
@@ -21,6 +19,8 @@ from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 

@@ -11,8 +11,8 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 
-from stages.contract.batches import token_batches
-from stages.contract.windows import Window
+from stages.models.batches import token_batches
+from stages.models.windows import Window
 
 log = logging.getLogger(__name__)
 

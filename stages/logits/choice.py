@@ -4,9 +4,9 @@ from typing import Literal
 
 import torch
 
-from stages.contract.models import ModelConfig
 from stages.logits.config import LogitsConfig
 from stages.logits.vllm_backend import is_installed, knows_architecture
+from stages.models.config import ModelConfig
 
 
 def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transformers", "vllm"]:

@@ -11,11 +11,8 @@ import pyarrow.compute as pc
 
 from stages.contract.columns import PAD_ID, SparseRows, list_column, round_to_half, sparse_columns
 from stages.contract.manifest import Health, Mean
-from stages.contract.models import ModelConfig
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
-from stages.contract.tokens import Encoding, SegmentTokenizer
-from stages.contract.windows import windows
 from stages.logits.backend import Backend, NotFiniteError, Predictions
 from stages.logits.choice import choose_backend
 from stages.logits.config import LogitsConfig
@@ -23,6 +20,9 @@ from stages.logits.transformers_backend import TransformersBackend
 from stages.logits.vllm_backend import VllmBackend
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
 from stages.measures.nucleus import outside_nucleus
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import Encoding, SegmentTokenizer
+from stages.models.windows import windows
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from stages.contract.batches import NO_GOLD
+from stages.models.batches import NO_GOLD
 
 _BLOCKS: Final = (256, 16)
 """Block widths of ``stable_topk``. Measured on one core of a busy machine, float32, k = 10, against a whole ``torch.topk``

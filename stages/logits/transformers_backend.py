@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from stages.contract.batches import padded_batch
-from stages.contract.devices import attention_choices, resolve_device, set_threads
-from stages.contract.heads import check_head, split_head
-from stages.contract.models import ModelConfig, load_model, num_positions
-from stages.contract.windows import Window
 from stages.logits.backend import Predictions, run_batches
 from stages.logits.config import LogitsConfig
 from stages.logits.topk import topk_logprobs
+from stages.models.batches import padded_batch
+from stages.models.config import ModelConfig, load_model, num_positions
+from stages.models.devices import attention_choices, resolve_device, set_threads
+from stages.models.heads import check_head, split_head
+from stages.models.windows import Window
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from stages.contract.devices import resolve_device
-from stages.contract.models import ModelConfig, load_config, num_positions
-from stages.contract.windows import Window
 from stages.logits.backend import Predictions, run_batches
 from stages.logits.config import LogitsConfig
+from stages.models.config import ModelConfig, load_config, num_positions
+from stages.models.devices import resolve_device
+from stages.models.windows import Window
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.filesystem import refuse_secrets
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
-from stages.contract.models import check_place
+from stages.models.config import check_place
 
 VERSION: Final = 1
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stages.contract.tokens import Measured
+from stages.models.tokenizer import Measured
 
 Measure = Callable[[str], Measured]
 """How a tokenizer reads a text in which no document ends."""

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from stages.contract.models import ModelConfig
 from stages.contract.schemas import SHARD
 from stages.contract.stage import BadRecord, StageOutput
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from stages.shard.config import ShardConfig
 from stages.shard.cut import CutError, cut_document
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, round_to_half, sparse_columns
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer
 
 HALF = 2.0**-11
 """Largest relative error of a number rounded to float16's precision, as stored tail masses are."""

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
 from stages.align.distance import PairDistances, levenshtein_matrix
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 
 def levenshtein(a: str, b: str) -> int:

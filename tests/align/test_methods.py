@@ -13,10 +13,10 @@ from stages.align.stage import AlignStage
 from stages.align.teacher import compare_shared, distribution_nll, own_nll
 from stages.contract import schemas
 from stages.contract.columns import list_row, sparse_row
-from stages.contract.embeddings import load_input_embeddings
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer
 from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.models.config import ModelConfig
+from stages.models.embeddings import load_input_embeddings
+from stages.models.tokenizer import SegmentTokenizer
 from tests.align.synthetic import HALF, logits_table
 from tests.align.test_distance import levenshtein, prefix_cost
 from tests.tiny_models import save_model

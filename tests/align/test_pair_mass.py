@@ -13,8 +13,8 @@ from stages.align.problems import Problems
 from stages.align.projection import column_mass, landed_mass
 from stages.align.stage import AlignStage
 from stages.contract.columns import sparse_row
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer, Vocabulary
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 from tests.align.synthetic import logits_table
 from tests.tiny_tokenizers import TEXTS, save_tokenizer
 

@@ -10,8 +10,8 @@ from stages.align.mapping import NearestTokens, exact_map
 from stages.align.semantic import spell
 from stages.align.stage import _preferred_tokens
 from stages.align.support import text_ids
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 
 pytestmark = pytest.mark.skipif(
     "PTAFUSE_DATA" not in os.environ, reason="PTAFUSE_DATA names no folder of reference tokenizers"

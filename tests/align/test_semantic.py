@@ -3,7 +3,7 @@ import pytest
 
 from stages.align.mapping import exact_map
 from stages.align.semantic import Pieces, SemanticCosts, spell
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer
 from tests.align.test_distance import levenshtein
 from tests.align.test_support import vocabulary
 from tests.tiny_tokenizers import FAMILIES, save_tokenizer

@@ -15,9 +15,9 @@ from stages.align.pairing import Role, boundary_pairing, choose_source, edit_dis
 from stages.align.rows import Side
 from stages.align.stage import AlignStage, _side
 from stages.contract.columns import list_row, sparse_row
-from stages.contract.models import ModelConfig
 from stages.contract.stage import StageOutput
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.align.synthetic import logits_table
 from tests.align.test_distance import levenshtein
 from tests.texts import texts

@@ -10,9 +10,9 @@ from stages.align.config import AlignConfig
 from stages.align.stage import AlignStage
 from stages.contract import schemas
 from stages.contract.columns import list_row, sparse_row
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer
 from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.align.synthetic import HALF, logits_table
 from tests.align.test_distance import levenshtein, prefix_cost
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer

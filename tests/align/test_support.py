@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.align.support import prefix_map, same_bytes, target_support, union_support
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 
 def vocabulary(*tokens: bytes, special: tuple[bytes, ...] = ()) -> Vocabulary:

@@ -16,7 +16,7 @@ from stages.align.stage import AlignStage
 from stages.align.transport import sinkhorn as solve
 from stages.contract import schemas
 from stages.contract.store import Store
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer
 from tests.benchmarks import align_data, limits, reference
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, cpu_seconds, one_core, say

@@ -12,9 +12,9 @@ from stages.align.config import AlignConfig
 from stages.align.distance import PairDistances
 from stages.align.stage import AlignStage
 from stages.contract.manifest import DataFile
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.benchmarks.measure import SkippedError
 
 TARGET, SOURCE = "smollm2", "gemma3"

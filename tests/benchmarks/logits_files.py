@@ -11,14 +11,14 @@ import torch
 
 from pipeline.plan import ResolvedRun, recorded_run
 from stages.contract import schemas
-from stages.contract.batches import NO_GOLD
 from stages.contract.columns import list_row, round_to_half
-from stages.contract.heads import split_head
-from stages.contract.models import ModelConfig, load_model
 from stages.contract.store import Store
-from stages.contract.tokens import SegmentTokenizer
 from stages.logits.topk import topk_logprobs
 from stages.measures.cross_entropy import TEACHER_FLOOR, cross_entropy
+from stages.models.batches import NO_GOLD
+from stages.models.config import ModelConfig, load_model
+from stages.models.heads import split_head
+from stages.models.tokenizer import SegmentTokenizer
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import say

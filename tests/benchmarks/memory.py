@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from stages.contract.devices import resident_bytes
+from stages.models.devices import resident_bytes
 
 PROC = Path("/proc/self")
 

@@ -10,7 +10,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from stages.align.pairing import ROLE_TEXTS, Role, token_roles
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer
 
 
 def pair(source: Sequence[str], target: Sequence[str]) -> tuple[int, list[tuple[int, int]]]:

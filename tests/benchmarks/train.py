@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from stages.contract.models import ModelConfig, empty_model, load_model
 from stages.contract.store import Store
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig, empty_model, load_model
+from stages.models.tokenizer import SegmentTokenizer
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.loss_ways import CANDIDATES, H, T

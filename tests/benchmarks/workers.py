@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from stages.contract.devices import peak_resident_bytes
 from stages.contract.store import Store
+from stages.models.devices import peak_resident_bytes
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, say

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 
 from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, sparse_columns, sparse_row
-from stages.contract.models import ModelConfig
 from stages.contract.schemas import aligned_schema, fused_schema, id_type, logits_schema
-from stages.contract.tokens import SegmentTokenizer
 from stages.fuse.config import FuseConfig
 from stages.fuse.stage import FuseStage, find_row, locate
 from stages.measures.cross_entropy import TEACHER_FLOOR, CrossEntropy, cross_entropy
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_tokenizers import TEXTS, save_tokenizer
 
 SEGMENTS = [(3, 0, False), (3, 1, True), (5, 0, True), (8, 0, True)]

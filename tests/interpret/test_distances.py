@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pipeline.interpret import distances
 from pipeline.interpret.distances import center_distance, spread
 from stages.contract.columns import PAD_ID, SparseRows
-from stages.contract.token_space import TokenSpace
-from tests.contract.test_token_space import vocabulary
+from stages.models.token_space import TokenSpace
+from tests.stages.models.test_token_space import vocabulary
 
 SIZE, WIDTH = 30, 5
 

@@ -8,8 +8,8 @@ from stages.contract.columns import PAD_ID
 from stages.fuse.mix import Candidate, mix
 from stages.fuse.stage import FusedSegment
 from stages.fuse.weights import candidate_weights
-from tests.contract.test_token_space import vocabulary
 from tests.interpret.test_distances import CROSS, sparse
+from tests.stages.models.test_token_space import vocabulary
 
 
 def segment_of(cross_entropy, target_rows, source_rows, gold) -> FusedSegment:

@@ -13,10 +13,10 @@ from pipeline.interpret import run as interpreting
 from pipeline.page.page import report_page
 from pipeline.plan import recorded_run
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
-from stages.contract.embeddings import load_input_embeddings
 from stages.contract.store import Store
-from stages.contract.token_space import TokenSpace
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.embeddings import load_input_embeddings
+from stages.models.token_space import TokenSpace
+from stages.models.tokenizer import SegmentTokenizer
 from tests.interpret.conftest import kind_of
 from tests.interpret.test_distances import by_definition
 from tests.tiny_run import ptafuse

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.contract.columns import PAD_ID, list_row, round_to_half, sparse_row
-from stages.contract.models import ModelConfig, load_model
 from stages.contract.schemas import SHARD, logits_schema
-from stages.contract.tokens import SegmentTokenizer
 from stages.logits.config import LogitsConfig
 from stages.logits.stage import LogitsStage
 from stages.measures.cross_entropy import cross_entropy
+from stages.models.config import ModelConfig, load_model
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_models import ARCHITECTURES, save_model
 from tests.tiny_tokenizers import TEXTS
 

@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from stages.contract.heads import check_head, split_head
-from stages.contract.models import ModelConfig, load_model
 from stages.contract.schemas import SHARD
-from stages.contract.tokens import SegmentTokenizer
 from stages.logits.config import LogitsConfig
 from stages.logits.stage import LogitsStage
 from stages.logits.topk import NO_GOLD, stable_topk, topk_logprobs
+from stages.models.config import ModelConfig, load_model
+from stages.models.heads import check_head, split_head
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_models import ARCHITECTURES, save_model
 from tests.tiny_tokenizers import TEXTS
 

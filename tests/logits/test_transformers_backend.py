@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from stages.contract.models import ModelConfig
-from stages.contract.windows import windows
 from stages.logits.backend import NotFiniteError, Predictions
 from stages.logits.config import LogitsConfig
 from stages.logits.transformers_backend import TransformersBackend
+from stages.models.config import ModelConfig
+from stages.models.windows import windows
 from tests.tiny_models import save_model
 
 NUM_VALID = 300

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from stages.contract.models import ModelConfig
 from stages.logits.config import LogitsConfig
 from stages.logits.vllm_backend import ValidIds, engine_arguments
+from stages.models.config import ModelConfig
 
 LOCAL = ModelConfig(name="m", path=Path("/models/m"))
 REMOTE = ModelConfig(name="m", hub="someone/m", revision="abc")

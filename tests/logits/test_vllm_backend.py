@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.contract.columns import sparse_row
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer
-from stages.contract.windows import windows
 from stages.logits.choice import choose_backend
 from stages.logits.config import LogitsConfig
 from stages.logits.transformers_backend import TransformersBackend
 from stages.logits.vllm_backend import VllmBackend, is_installed, knows_architecture, vllm_version
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
+from stages.models.windows import windows
 from tests.logits.test_stage import make_stage, shard_table
 from tests.tiny_models import save_model
 from tests.tiny_run import CONFIG, documents, ptafuse, ptafuse_process

@@ -10,11 +10,11 @@ import torch
 from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.stage_table import stage_spec
 from stages.contract.manifest import choices_key
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
 from stages.logits.choice import choose_backend
 from stages.logits.config import LogitsConfig
 from stages.logits.vllm_backend import is_installed
+from stages.models.config import ModelConfig
 from tests.tiny_run import ptafuse, status
 
 MODEL = ModelConfig(name="tiny", path=Path("model"))

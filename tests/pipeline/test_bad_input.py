@@ -171,8 +171,8 @@ def test_model_whose_weights_are_nan_is_refused_before_its_first_shard(corpus: C
 
 
 def test_record_for_which_a_model_gives_nan_is_named_after_three_tries(corpus: Corpus) -> None:
-    from stages.contract.models import ModelConfig
-    from stages.contract.tokens import SegmentTokenizer
+    from stages.models.config import ModelConfig
+    from stages.models.tokenizer import SegmentTokenizer
 
     tokenizer = SegmentTokenizer.load(ModelConfig(name="llama", path=corpus._models / "llama"))
     odd = "\U0001f600 \u0416\u0416"
@@ -194,8 +194,8 @@ def test_record_for_which_a_model_gives_nan_is_named_after_three_tries(corpus: C
 
 
 def test_text_with_a_token_that_the_model_has_no_row_for_is_quarantined(corpus: Corpus) -> None:
-    from stages.contract.models import ModelConfig
-    from stages.contract.tokens import SegmentTokenizer
+    from stages.models.config import ModelConfig
+    from stages.models.tokenizer import SegmentTokenizer
 
     tokenizer = SegmentTokenizer.load(ModelConfig(name="neox", path=corpus._models / "neox"))
     known, unknown = "z q j", "The quick brown fox jumps over the lazy dog."

@@ -15,8 +15,8 @@ from pipeline.estimate import Assumed
 from pipeline.forecast import Forecast, forecast
 from pipeline.plan import Request, ResolvedRun, Step, resolve
 from pipeline.sizes import count_parameters, dataset_size
-from stages.contract.models import ModelConfig
 from stages.contract.store import Store
+from stages.models.config import ModelConfig
 from tests.synthetic_run import SHARDED, TOKENS, fill, synthetic_run
 from tests.tiny_run import ptafuse
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.baselines import AverageRefusedError
 from pipeline.weight_average import average_weights
-from stages.contract.models import ModelConfig, load_model
+from stages.models.config import ModelConfig, load_model
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 from train.config import EvalConfig

@@ -12,10 +12,10 @@ from s3fs import S3FileSystem
 from stages.contract import filesystem, store
 from stages.contract.filesystem import StoreError, StoreUnreachableError
 from stages.contract.store import Store
-from tests.contract.test_store import shard_table
 from tests.s3.conftest import use
 from tests.s3.proxy import FAULTS, Fault, FaultyProxy
 from tests.s3.servers import BUCKET, S3Server, free_port
+from tests.stages.contract.test_store import shard_table
 
 pytestmark = pytest.mark.s3
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import Measured, SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import Measured, SegmentTokenizer
 from stages.shard.cut import CutError, _preferred_cut, cut_document
 from tests.texts import texts
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer

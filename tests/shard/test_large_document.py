@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from stages.shard.config import ShardConfig
 from stages.shard.stage import ShardStage
 from tests.benchmarks.memory import extra_peak, is_measurable

@@ -6,10 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from stages.contract.models import ModelConfig
 from stages.contract.schemas import SHARD
 from stages.contract.stage import StageOutput
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from stages.shard.config import ShardConfig
 from stages.shard.stage import ShardStage
 from tests.tiny_tokenizers import TEXTS, save_tokenizer

@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (r
 from pipeline.suites.catalogue import SUITES
 from pipeline.suites.harness import build_task, harness_subtasks, load_harness_model, score
 from pipeline.suites.local_data import local_tasks
-from stages.contract.models import ModelConfig
+from stages.models.config import ModelConfig
 from tests.suites.tiny_data import HUMANEVAL, mmlu_rows, save_data
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 from tests.train.fused_files import fused_table, save, text_blocks

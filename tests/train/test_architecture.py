@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.contract.heads import split_head
+from stages.models.heads import split_head
 from train.architecture import SavedTensors, architecture, saved_bytes
 from train.config import LoraConfig, TrainConfig
 from train.estimate import estimate_memory
@@ -75,7 +75,7 @@ import re
 import torch
 from pathlib import Path
 from tests.train.test_architecture import peak_config, real_model
-from stages.contract.heads import split_head
+from stages.models.heads import split_head
 torch.set_num_threads(1)
 model = real_model(peak_config())
 body, _ = split_head(model)

@@ -1,6 +1,6 @@
 import pytest
 
-from stages.contract.models import ModelConfig
+from stages.models.config import ModelConfig
 from train.card import add_evaluation, model_card
 from train.config import TrainConfig
 from train.job import StepRecord, TrainJob

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from stages.contract.models import ModelConfig, load_model
-from stages.contract.tokens import SegmentTokenizer
+from stages.models.config import ModelConfig, load_model
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 from train.config import EvalConfig

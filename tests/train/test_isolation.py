@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from stages.contract.columns import PAD_ID
-from stages.contract.heads import split_head
-from stages.contract.models import ModelConfig, load_model
+from stages.models.config import ModelConfig, load_model
+from stages.models.heads import split_head
 from tests.tiny_models import save_model
 from tests.train.dense_loss import loss_settings
 from tests.train.fused_files import fused_table, replaced_pieces, save

@@ -9,7 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.contract.models import load_model
+from stages.models.config import load_model
 from tests.train.conftest import job_in
 from train import loop
 from train.checkpoint import committed_steps

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.contract.heads import check_head, split_head
+from stages.models.heads import check_head, split_head
 from tests.train.dense_loss import loss_settings
 from train.config import LoraConfig, TrainConfig
 from train.lora import add_adapters, merge_adapters

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from stages.contract.columns import PAD_ID
-from stages.contract.heads import split_head
+from stages.models.heads import split_head
 from tests.train.dense_loss import dense_sums, loss_settings
 from tests.train.fused_files import random_rows
 from train.divergence import REST_EPSILON, SparseTargets

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from stages.contract.heads import split_head
-from stages.contract.models import ModelConfig, empty_model, load_model
+from stages.models.config import ModelConfig, empty_model, load_model
+from stages.models.heads import split_head
 from tests.tiny_models import ARCHITECTURES, save_model
 from tests.train.conftest import make_config
 from train.architecture import decoder_layers

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from stages.contract.columns import list_column
-from stages.contract.models import ModelConfig
+from stages.models.config import ModelConfig
 from tests.tiny_models import save_model
 from tests.train.conftest import job_in
 from tests.train.fused_files import save

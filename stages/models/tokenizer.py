@@ -12,8 +12,8 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from stages.contract.byte_offsets import METASPACE, ends_by_bytes, ends_by_offsets
-from stages.contract.models import ModelConfig, load_tokenizer
+from stages.models.byte_offsets import METASPACE, ends_by_bytes, ends_by_offsets
+from stages.models.config import ModelConfig, load_tokenizer
 
 BOS_TEXT: Final = b"<bos>"
 EOS_TEXT: Final = b"<eos>"

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stages.contract.models import ModelConfig, load_model
-from stages.contract.weights import model_file, tensor_files
+from stages.models.config import ModelConfig, load_model
+from stages.models.weights import model_file, tensor_files
 
 if TYPE_CHECKING:
     import torch

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from stages.contract.token_space import TokenSpace
-from stages.contract.tokens import Vocabulary
+from stages.models.token_space import TokenSpace
+from stages.models.tokenizer import Vocabulary
 
 
 def vocabulary(num_ordinary: int, num_special: int = 0) -> Vocabulary:

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.contract.heads import check_head, split_head
+from stages.models.heads import check_head, split_head
 
 SHAPE = {
     "vocab_size": 50,

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.contract import devices
-from stages.contract.devices import peak_memory_bytes, peak_resident_bytes
+from stages.models import devices
+from stages.models.devices import peak_memory_bytes, peak_resident_bytes
 
 _MIB = 2**20
-_CHILD = "from stages.contract.devices import peak_resident_bytes; print(peak_resident_bytes())"
+_CHILD = "from stages.models.devices import peak_resident_bytes; print(peak_resident_bytes())"
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere a child's peak begins at its parent's")

@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from stages.contract.tokens import Vocabulary
+from stages.models.tokenizer import Vocabulary
 
 BLOCK_VALUES: Final = 2**22
 """Embedding values gathered at once; bounds memory."""

@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from stages.contract.windows import Window
+from stages.models.windows import Window
 
 NO_GOLD: Final = -1
 """In the place of a gold token where there is none."""

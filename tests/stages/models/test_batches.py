@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.contract.batches import token_batches
+from stages.models.batches import token_batches
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from stages.contract.models import ModelConfig
+from stages.models.config import ModelConfig
 
 
 def tensor_files(model: ModelConfig) -> dict[str, str]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from stages.contract import embeddings
-from stages.contract.embeddings import load_input_embeddings
-from stages.contract.models import ModelConfig
+from stages.models import embeddings
+from stages.models.config import ModelConfig
+from stages.models.embeddings import load_input_embeddings
 from tests.tiny_models import Architecture, save_model
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from stages.contract.byte_offsets import character_positions, ends_by_bytes, ends_by_offsets
+from stages.models.byte_offsets import character_positions, ends_by_bytes, ends_by_offsets
 
 
 def test_character_positions_count_utf8_bytes() -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.contract.windows import windows
+from stages.models.windows import windows
 
 
 @given(length=st.integers(1, 400), max_length=st.integers(4, 60), num_bos=st.integers(0, 1))

@@ -7,8 +7,8 @@ from pydantic import ValidationError
 
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import fingerprint
-from stages.contract.models import ModelConfig
 from stages.logits.config import LogitsConfig
+from stages.models.config import ModelConfig
 from stages.shard.config import ShardConfig
 from train.config import TrainConfig
 

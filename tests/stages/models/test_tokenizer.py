@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from stages.contract.models import ModelConfig
-from stages.contract.tokens import BOS_TEXT, EOS_TEXT, Encoding, SegmentTokenizer
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import BOS_TEXT, EOS_TEXT, Encoding, SegmentTokenizer
 from tests.texts import texts
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
 

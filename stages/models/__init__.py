@@ -1,0 +1,1 @@
+"""What the stages and the trainer know of language models: loading, tokenizers, heads, embeddings, devices, batches."""
