@@ -21,7 +21,7 @@ from pipeline.config import RunConfig
 from stages.align.rows import ModelRows
 from stages.align.segment import same_vocabulary
 from stages.align.stage import AlignStage
-from stages.align.support import NO_ID
+from stages.align.vocabulary_maps import NO_ID
 from stages.logits.backend import NotFiniteError, Predictions
 from stages.logits.config import LogitsConfig
 from stages.logits.transformers_backend import TransformersBackend

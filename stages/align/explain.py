@@ -6,10 +6,9 @@ from typing import Final
 import numpy as np
 
 from stages.align.config import AlignConfig
-from stages.align.rows import ModelRows, Side
+from stages.align.rows import ModelRows, Side, narrow
 from stages.align.segment import AlignedSegment
-from stages.align.support import NO_ID
-from stages.align.window import narrow
+from stages.align.vocabulary_maps import NO_ID
 from stages.models.tokenizer import Vocabulary
 
 CONTEXT_TOKENS: Final = 4

@@ -5,10 +5,9 @@ from typing import Final
 import numpy as np
 
 from stages.align.config import AlignConfig
-from stages.align.rows import ModelRows
+from stages.align.rows import ModelRows, narrow
 from stages.align.segment import GOLD, IDENTITY, TRANSPORT, AlignedSegment
 from stages.align.teacher import distribution_nll, own_nll
-from stages.align.window import narrow
 from stages.contract.columns import SparseRows
 from stages.contract.manifest import Mean
 

@@ -5,9 +5,9 @@ from typing import Final
 
 import numpy as np
 
-from stages.align.cost import text_numbers
-from stages.align.problems import Problems
-from stages.align.support import NO_ID
+from stages.align.mass_mover import Problems
+from stages.align.transport.moved_mass import text_numbers
+from stages.align.vocabulary_maps import NO_ID
 from stages.models.tokenizer import Vocabulary
 
 _PENDING_PAIRS: Final = 2**21

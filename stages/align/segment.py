@@ -7,13 +7,19 @@ from typing import Final
 import numpy as np
 
 from stages.align.config import AlignConfig
-from stages.align.cost import Costs
-from stages.align.pairing import NO_POSITION, Pairing, Role, boundary_pairing, choose_source, edit_distance_pairing
-from stages.align.problems import MassMover, Problems
-from stages.align.projection import column_mass, keep_largest, landed_mass
-from stages.align.rows import ModelRows, Side
-from stages.align.support import NO_ID
-from stages.align.window import narrow
+from stages.align.costs.base import Costs
+from stages.align.mass_mover import MassMover, Problems
+from stages.align.pairing.token_pairing import (
+    NO_POSITION,
+    Pairing,
+    Role,
+    boundary_pairing,
+    choose_source,
+    edit_distance_pairing,
+)
+from stages.align.rows import ModelRows, Side, narrow
+from stages.align.transport.projection import column_mass, keep_largest, landed_mass
+from stages.align.vocabulary_maps import NO_ID
 from stages.models.tokenizer import Vocabulary
 
 NONE: Final = 0
@@ -61,7 +67,7 @@ class SegmentAligner:
         config: the settings.
         target: the target's tokenizer.
         source: the source's tokenizer.
-        first_token: (V of the source,) from ``support.prefix_map``; only a union support reads it.
+        first_token: (V of the source,) from ``vocabulary_maps.prefix_map``; only a union support reads it.
         preferred: bytes -> id, where several target tokens have the same bytes; only hard mappings read it.
         semantic: costs by the target's embeddings; only ``cost = "semantic"`` reads it.
     """

@@ -8,15 +8,14 @@ import numpy as np
 import pyarrow as pa
 
 from stages.align.config import AlignConfig
+from stages.align.costs.semantic import SemanticCosts, spell
 from stages.align.explain import Explanation, explain_position
 from stages.align.health import AlignHealth
-from stages.align.mapping import exact_map
 from stages.align.pair_mass import PairMass, PairSums
-from stages.align.pairing import NO_POSITION
+from stages.align.pairing.token_pairing import NO_POSITION
 from stages.align.rows import ModelRows, Side
 from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner, same_vocabulary
-from stages.align.semantic import SemanticCosts, spell
-from stages.align.support import prefix_map, same_bytes
+from stages.align.vocabulary_maps import exact_map, prefix_map, same_bytes
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
 from stages.contract.stage import BadRecord, StageOutput

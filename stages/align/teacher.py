@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 import numpy as np
 
-from stages.align.window import narrow
+from stages.align.rows import narrow
 from stages.measures.cross_entropy import TEACHER_FLOOR
 from stages.measures.standard_error import Estimate, clustered_mean
 

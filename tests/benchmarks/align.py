@@ -11,9 +11,9 @@ import numpy as np
 import ot
 import pyarrow as pa
 
-from stages.align import pairing
+from stages.align.pairing import token_pairing
 from stages.align.stage import AlignStage
-from stages.align.transport import sinkhorn as solve
+from stages.align.transport.sinkhorn import sinkhorn as solve
 from stages.contract import schemas
 from stages.contract.store import Store
 from stages.models.tokenizer import SegmentTokenizer
@@ -34,8 +34,8 @@ def pairing_vs_python() -> list[Figure]:
         for name in ("mpt-7b", "qwen3"):
             source, source_end = _tokens(name, text)
 
-            def ours_once(source: list[str] = source, source_end: np.ndarray = source_end) -> pairing.Pairing:
-                return pairing.edit_distance_pairing(
+            def ours_once(source: list[str] = source, source_end: np.ndarray = source_end) -> token_pairing.Pairing:
+                return token_pairing.edit_distance_pairing(
                     source, target, source_byte_end=source_end, target_byte_end=target_end
                 )
 
@@ -61,7 +61,7 @@ def _tokens(name: str, text: str) -> tuple[list[str], np.ndarray]:
     return reference.texts(tokenizer, encoding.ids.tolist()), encoding.byte_end
 
 
-def _path(found: pairing.Pairing) -> list[tuple[int, int]]:
+def _path(found: token_pairing.Pairing) -> list[tuple[int, int]]:
     """Every pair: a path of steps (1, 1), (1, 0) and (0, 1) is its columns' spans."""
     return [(k, j) for j in range(len(found.start)) for k in range(found.start[j], found.end[j])]
 

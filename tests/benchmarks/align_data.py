@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages.align.config import AlignConfig
-from stages.align.distance import PairDistances
+from stages.align.costs.edit_distance import PairDistances
 from stages.align.stage import AlignStage
 from stages.contract.manifest import DataFile
 from stages.contract.store import Store

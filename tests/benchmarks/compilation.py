@@ -11,8 +11,8 @@ from tests.benchmarks.measure import say
 _PROGRAM = """
 import time
 import numpy as np
-from stages.align.pairing import edit_distance_pairing
-from stages.align.transport import semi_relaxed, sinkhorn
+from stages.align.pairing.token_pairing import edit_distance_pairing
+from stages.align.transport.sinkhorn import semi_relaxed, sinkhorn
 started = time.perf_counter()
 one = np.ones((1, 1))
 edit_distance_pairing(["a"], ["a"], source_byte_end=np.ones(1), target_byte_end=np.ones(1))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from stages.align.pairing import ROLE_TEXTS, Role, token_roles
+from stages.align.pairing.token_pairing import ROLE_TEXTS, Role, token_roles
 from stages.models.tokenizer import SegmentTokenizer
 
 

@@ -1,0 +1,67 @@
+"""The cost of the paper: edit distances between the texts of candidates."""
+
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+from rapidfuzz.process import cpdist
+
+from stages.align.costs.pair_cache import NO_PAIR, PairCache
+
+CACHE_SLOTS: Final = 2**22
+"""Slots of ``PairDistances``: 16 bytes each, 67 MB a worker."""
+
+
+class PairDistances:
+    """Distances between candidates of two vocabularies, remembered: the same candidates come back all the time.
+
+    Memory is bounded, and results do not depend on what was asked before (``PairCache``).
+
+    Args:
+        source_texts: text of each source id.
+        target_texts: text of each target id.
+        num_slots: a power of two.
+    """
+
+    def __init__(
+        self, source_texts: Sequence[str], target_texts: Sequence[str], *, num_slots: int = CACHE_SLOTS
+    ) -> None:
+        self._source_texts = _objects(source_texts)
+        self._target_texts = _objects(target_texts)
+        self._cache = PairCache(num_slots)
+
+    @property
+    def num_cached(self) -> int:
+        """Distinct pairs that the table holds now."""
+        return self._cache.num_cached
+
+    def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
+        """Cost matrices of a batch of transport problems.
+
+        Args:
+            source_ids: (P, n), -1 at pads.
+            target_ids: (P, m), -1 at pads.
+
+        Returns:
+            (P, n, m) float64, in edits; 0 at pads.
+        """
+        keys = source_ids[:, :, None].astype(np.int64) * len(self._target_texts) + target_ids[:, None, :]
+        keys[(source_ids < 0)[:, :, None] | (target_ids < 0)[:, None, :]] = NO_PAIR
+        return self._cache.lookup(keys.reshape(-1), self._distances).reshape(keys.shape)
+
+    def _distances(self, keys: np.ndarray) -> np.ndarray:
+        """Of pairs given as source * (number of target texts) + target."""
+        source, target = np.divmod(keys, len(self._target_texts))
+        return cpdist(
+            self._source_texts[source].tolist(),
+            self._target_texts[target].tolist(),
+            scorer=Levenshtein.distance,
+            dtype=np.int32,
+        )
+
+
+def _objects(texts: Sequence[str]) -> np.ndarray:
+    array = np.empty(len(texts), object)
+    array[:] = list(texts)
+    return array

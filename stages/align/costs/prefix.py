@@ -1,0 +1,82 @@
+"""The prefix cost: a byte of difference costs little where one text begins with the other."""
+
+from typing import Final
+
+import numpy as np
+from numba import njit
+
+from stages.align.costs.base import Costs
+from stages.align.vocabulary_maps import NO_ID
+from stages.models.tokenizer import Vocabulary
+
+EDITS_PER_BYTE: Final = 0.1
+"""What a byte of difference costs where one text begins with the other."""
+
+
+class PrefixCosts:
+    """0.1 per byte of difference where one text begins with the other, else the edit distance.
+
+    A source that says `` inter`` does not contradict `` international``: it has the same text to come, cut elsewhere.
+    A special token is no prefix of anything and nothing is one of it.
+
+    Args:
+        source: vocabulary of the source.
+        target: vocabulary of the target.
+        distances: their edit distances.
+    """
+
+    def __init__(self, source: Vocabulary, target: Vocabulary, distances: Costs) -> None:
+        self._distances = distances
+        self._source = _flat_texts(source)
+        self._target = _flat_texts(target)
+
+    def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
+        """See ``Costs``."""
+        costs = np.array(self._distances.costs(source_ids, target_ids), np.float64)
+        _lower_prefixes(costs, source_ids, target_ids, *self._source, *self._target)
+        return costs
+
+
+def _flat_texts(vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
+    """All ordinary tokens' bytes end to end, and where each begins (V + 1); special tokens have none."""
+    texts = [
+        b"" if is_special else token
+        for token, is_special in zip(vocabulary.token_bytes, vocabulary.is_special.tolist(), strict=True)
+    ]
+    starts = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=starts[1:])
+    return np.frombuffer(b"".join(texts), np.uint8), starts
+
+
+@njit(cache=True)
+def _lower_prefixes(
+    costs: np.ndarray,
+    source_ids: np.ndarray,
+    target_ids: np.ndarray,
+    source_bytes: np.ndarray,
+    source_starts: np.ndarray,
+    target_bytes: np.ndarray,
+    target_starts: np.ndarray,
+) -> None:
+    num_problems, n, m = costs.shape
+    for problem in range(num_problems):
+        for x in range(n):
+            source = source_ids[problem, x]
+            if source == NO_ID:
+                continue
+            source_start = source_starts[source]
+            source_length = source_starts[source + 1] - source_start
+            for y in range(m):
+                target = target_ids[problem, y]
+                if target == NO_ID:
+                    continue
+                target_start = target_starts[target]
+                target_length = target_starts[target + 1] - target_start
+                shared = min(source_length, target_length)
+                if shared == 0:
+                    continue
+                same = 0
+                while same < shared and source_bytes[source_start + same] == target_bytes[target_start + same]:
+                    same += 1
+                if same == shared:
+                    costs[problem, x, y] = EDITS_PER_BYTE * abs(source_length - target_length)

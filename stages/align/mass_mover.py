@@ -1,0 +1,189 @@
+"""How the source's mass moves to target tokens: the transport problems of a segment, or a hard mapping."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from stages.align.config import AlignConfig
+from stages.align.costs.base import Costs
+from stages.align.costs.edit_distance import PairDistances
+from stages.align.costs.prefix import PrefixCosts
+from stages.align.rows import ModelRows, Side, narrow
+from stages.align.transport.hard_mapping import NearestTokens, hard_plan
+from stages.align.transport.moved_mass import moved_share, text_numbers
+from stages.align.transport.sinkhorn import semi_relaxed, sinkhorn
+from stages.align.transport.support import target_support, union_support
+from stages.align.vocabulary_maps import NO_ID, exact_map
+
+
+@dataclass(frozen=True, eq=False)
+class Problems:
+    """How the source's mass moves at P positions of a segment, whatever the method.
+
+    Attributes:
+        positions: (P,) target positions.
+        source_ids: (P, n) source candidates; -1 at pads.
+        source_mass: (P, n) a, the source marginal.
+        support_ids: (P, m) target candidates; -1 at pads.
+        prior: (P, m) b, the target marginal or prior; sums to 1; zeros for a method without one.
+        cost: (P, n, m) edits.
+        plan: (P, n, m); rows sum to the source's mass, or to 0 for a candidate that a hard mapping has no token for.
+        marginal_error: (P,) largest violation of a marginal that binds, relative to the source's mass.
+        converged: (P,) bool.
+        mass_moved: (P,) share of the plan's mass that lands, as it is projected, on a token of another text.
+    """
+
+    positions: np.ndarray
+    source_ids: np.ndarray
+    source_mass: np.ndarray
+    support_ids: np.ndarray
+    prior: np.ndarray
+    cost: np.ndarray
+    plan: np.ndarray
+    marginal_error: np.ndarray
+    converged: np.ndarray
+    mass_moved: np.ndarray
+
+    def unmapped_share(self) -> np.ndarray:
+        """(P,) the share of the source's mass that the plan has nothing for."""
+        total = self.source_mass.sum(axis=1)
+        return np.maximum(
+            0.0, 1.0 - np.divide(self.plan.sum(axis=(1, 2)), total, out=np.zeros_like(total), where=total > 0)
+        )
+
+
+class MassMover:
+    """Moves the source's mass at the positions of a segment, by the configured method.
+
+    Args:
+        config: the settings.
+        target: the target's tokenizer.
+        source: the source's tokenizer.
+        first_token: (V of the source,) from ``vocabulary_maps.prefix_map``; only a union support reads it.
+        preferred: bytes -> id, where several target tokens have the same bytes; only hard mappings read it.
+        semantic: costs by the target's embeddings; only ``cost = "semantic"`` reads it.
+
+    Raises:
+        ValueError: what the settings need is missing.
+    """
+
+    def __init__(
+        self,
+        config: AlignConfig,
+        target: Side,
+        source: Side,
+        *,
+        first_token: np.ndarray | None,
+        preferred: Mapping[bytes, int],
+        semantic: Costs | None,
+    ) -> None:
+        self._config = config
+        self._first_token = first_token
+        self._distances = PairDistances(source.texts, target.texts)
+        self._numbers = text_numbers(source.vocabulary, target.vocabulary)
+        self.projection: Literal["argmax", "plan"] = config.projection if config.method == "transport" else "plan"
+        if config.method != "transport":
+            self._exact = exact_map(source.vocabulary, target.vocabulary, preferred)
+            self._nearest = NearestTokens(
+                source.vocabulary,
+                target.vocabulary,
+                source_texts=source.texts,
+                target_texts=target.texts,
+                exact=self._exact,
+                preferred=preferred,
+            )
+            return
+        if config.support == "union" and first_token is None:
+            raise ValueError("support = 'union' needs the prefix map of the two vocabularies")
+        self._costs: Costs = self._distances
+        if config.cost == "prefix":
+            self._costs = PrefixCosts(source.vocabulary, target.vocabulary, self._distances)
+        elif config.cost == "semantic":
+            if semantic is None:
+                raise ValueError("cost = 'semantic' needs the target's embeddings")
+            self._costs = semantic
+
+    def move(
+        self, target: ModelRows, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray
+    ) -> Problems:
+        """Move the mass at P positions.
+
+        Args:
+            target: the target's rows.
+            positions: (P,) of the target.
+            source_ids: (P, n) the source's candidates; -1 at pads.
+            source_mass: (P, n) their mass.
+        """
+        config = self._config
+        target_ids, target_probs = narrow(
+            target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
+        )
+        if config.method != "transport":
+            return self._map(positions, source_ids, source_mass, target_ids)
+        return self._transport(positions, source_ids, source_mass, target_ids, target_probs)
+
+    def _map(
+        self, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray, target_ids: np.ndarray
+    ) -> Problems:
+        """A hard mapping, each candidate whole to one token."""
+        if self._config.method == "exact":
+            mapped = np.where(source_ids != NO_ID, self._exact[source_ids], NO_ID)
+        else:
+            mapped = self._nearest.map(source_ids, target_ids, self._distances.costs(source_ids, target_ids))
+        support_ids, plan = hard_plan(mapped, source_mass)
+        return Problems(
+            positions=positions,
+            source_ids=source_ids,
+            source_mass=source_mass,
+            support_ids=support_ids,
+            prior=np.zeros(support_ids.shape),
+            cost=self._distances.costs(source_ids, support_ids),
+            plan=plan,
+            marginal_error=np.zeros(len(positions)),
+            converged=np.ones(len(positions), np.bool_),
+            mass_moved=self._moved(plan, source_ids, support_ids),
+        )
+
+    def _transport(
+        self,
+        positions: np.ndarray,
+        source_ids: np.ndarray,
+        source_mass: np.ndarray,
+        target_ids: np.ndarray,
+        target_probs: np.ndarray,
+    ) -> Problems:
+        config = self._config
+        if config.support == "union":
+            assert self._first_token is not None
+            support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
+        else:
+            support_ids, prior = target_support(target_ids, target_probs)
+        cost = self._costs.costs(source_ids, support_ids)
+        total = source_mass.sum(axis=1)
+        share = source_mass / total[:, None]
+        if config.marginals == "balanced":
+            plan, error, converged, _ = sinkhorn(
+                cost,
+                share,
+                prior,
+                epsilon=config.epsilon,
+                tolerance=config.tolerance,
+                max_iterations=config.max_iterations,
+            )
+        else:
+            plan = semi_relaxed(cost, share, prior, epsilon=config.epsilon)
+            error = np.abs(plan.sum(axis=2) - share).max(axis=1, initial=0.0)
+            converged = np.ones(len(positions), np.bool_)
+        plan = plan * total[:, None, None]
+        moved = self._moved(plan, source_ids, support_ids)
+        return Problems(
+            positions, source_ids, source_mass, support_ids, prior, cost, plan, error, converged, mass_moved=moved
+        )
+
+    def _moved(self, plan: np.ndarray, source_ids: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
+        source_numbers, target_numbers = self._numbers
+        return moved_share(
+            plan, source_numbers[source_ids], target_numbers[support_ids], largest_only=self.projection == "argmax"
+        )

@@ -1,0 +1,1 @@
+"""Which source token belongs to which target token."""

@@ -1,0 +1,1 @@
+"""Move a source distribution to target tokens: support, plan, projection."""
