@@ -22,7 +22,7 @@ from pipeline.stage_table import Resources, stage_spec
 from pipeline.worker import ShardJob, ShardStatus, library_versions
 from stages.contract.manifest import Manifest, manifest_key
 from stages.contract.store import Store
-from stages.logits.vllm_backend import vllm_version
+from stages.logits.backends.vllm import vllm_version
 
 log = logging.getLogger(__name__)
 

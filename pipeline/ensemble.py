@@ -22,9 +22,9 @@ from stages.align.rows import ModelRows
 from stages.align.segment import same_vocabulary
 from stages.align.stage import AlignStage
 from stages.align.vocabulary_maps import NO_ID
-from stages.logits.backend import NotFiniteError, Predictions
+from stages.logits.backends.base import NotFiniteError, Predictions
+from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
-from stages.logits.transformers_backend import TransformersBackend
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import Encoding, SegmentTokenizer
 from stages.models.windows import Window, windows

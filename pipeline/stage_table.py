@@ -92,7 +92,7 @@ def _model(model: ModelConfig | None) -> ModelConfig:
 def _logits_choices(config: RunConfig, model: ModelConfig | None) -> dict[str, str]:
     if config.logits.backend != "auto":
         return {}
-    from stages.logits.choice import choose_backend
+    from stages.logits.backends.choose import choose_backend
 
     return {"backend": choose_backend(config.logits, _model(model))}
 

@@ -13,11 +13,11 @@ from stages.contract.columns import PAD_ID, SparseRows, list_column, round_to_ha
 from stages.contract.manifest import Health, Mean
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
-from stages.logits.backend import Backend, NotFiniteError, Predictions
-from stages.logits.choice import choose_backend
+from stages.logits.backends.base import Backend, NotFiniteError, Predictions
+from stages.logits.backends.choose import choose_backend
+from stages.logits.backends.transformers import TransformersBackend
+from stages.logits.backends.vllm import VllmBackend
 from stages.logits.config import LogitsConfig
-from stages.logits.transformers_backend import TransformersBackend
-from stages.logits.vllm_backend import VllmBackend
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
 from stages.measures.nucleus import outside_nucleus
 from stages.models.config import ModelConfig

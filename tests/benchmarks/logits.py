@@ -13,9 +13,9 @@ import torch
 
 from pipeline.plan import recorded_run
 from stages.contract.store import Store
+from stages.logits.backends.topk import topk_logprobs
 from stages.logits.config import LogitsConfig
 from stages.logits.stage import LogitsStage
-from stages.logits.topk import topk_logprobs
 from stages.models.heads import split_head
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure

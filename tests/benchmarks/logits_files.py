@@ -13,7 +13,7 @@ from pipeline.plan import ResolvedRun, recorded_run
 from stages.contract import schemas
 from stages.contract.columns import list_row, round_to_half
 from stages.contract.store import Store
-from stages.logits.topk import topk_logprobs
+from stages.logits.backends.topk import topk_logprobs
 from stages.measures.cross_entropy import TEACHER_FLOOR, cross_entropy
 from stages.models.batches import NO_GOLD
 from stages.models.config import ModelConfig, load_model

@@ -11,9 +11,9 @@ from pipeline.config import ConfigError, RunConfig, load_config
 from pipeline.stage_table import stage_spec
 from stages.contract.manifest import choices_key
 from stages.contract.store import Store
-from stages.logits.choice import choose_backend
+from stages.logits.backends.choose import choose_backend
+from stages.logits.backends.vllm import is_installed
 from stages.logits.config import LogitsConfig
-from stages.logits.vllm_backend import is_installed
 from stages.models.config import ModelConfig
 from tests.tiny_run import ptafuse, status
 
@@ -34,7 +34,9 @@ def test_what_auto_came_to_stands_for_the_whole_folder(
     lost = manifests(run, "neox")[2]
     expected = json.loads(lost.read_text())
     lost.unlink()
-    monkeypatch.setattr("stages.logits.choice.choose_backend", lambda *_: "vllm")  # as on a machine with a GPU and vLLM
+    monkeypatch.setattr(
+        "stages.logits.backends.choose.choose_backend", lambda *_: "vllm"
+    )  # as on a machine with a GPU and vLLM
     ptafuse("logits", str(tiny_config), "--run", str(run), "--local")
     again = json.loads(lost.read_text())
     assert again["versions"]["backend"] == expected["versions"]["backend"] == "transformers"
@@ -68,8 +70,8 @@ def test_auto_without_a_gpu_is_transformers(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_auto_takes_transformers_for_gguf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("stages.logits.choice.is_installed", lambda: True)
-    monkeypatch.setattr("stages.logits.choice.knows_architecture", lambda _: True)
+    monkeypatch.setattr("stages.logits.backends.choose.is_installed", lambda: True)
+    monkeypatch.setattr("stages.logits.backends.choose.knows_architecture", lambda _: True)
     assert choose_backend(LogitsConfig(), MODEL) == "vllm"
     assert choose_backend(LogitsConfig(), ModelConfig(name="m", path=Path("m.gguf"))) == "transformers"
     assert choose_backend(LogitsConfig(device="cpu"), MODEL) == "transformers"

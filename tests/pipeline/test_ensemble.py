@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from pipeline.config import RunConfig, load_config
 from pipeline.ensemble import Mixture, SourceRows, cover, evaluate_ensemble, prefix_contexts, segment_contexts
-from stages.logits.backend import NotFiniteError
-from stages.logits.transformers_backend import TransformersBackend
+from stages.logits.backends.base import NotFiniteError
+from stages.logits.backends.transformers import TransformersBackend
 from stages.models.config import ModelConfig, load_model
 from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_models import save_model

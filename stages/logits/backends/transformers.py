@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from stages.logits.backend import Predictions, run_batches
+from stages.logits.backends.base import Predictions, run_batches
+from stages.logits.backends.topk import topk_logprobs
 from stages.logits.config import LogitsConfig
-from stages.logits.topk import topk_logprobs
 from stages.models.batches import padded_batch
 from stages.models.config import ModelConfig, load_model, num_positions
 from stages.models.devices import attention_choices, resolve_device, set_threads

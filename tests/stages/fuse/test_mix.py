@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from stages.contract.columns import PAD_ID
 from stages.fuse.mix import Candidate, as_candidate, mix, without
-from tests.fuse.test_weights import rows
+from tests.stages.fuse.test_weights import rows
 
 
 def candidate(*dicts: dict[int, float], tail: list[float] | None = None) -> Candidate:

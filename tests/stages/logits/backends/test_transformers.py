@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from stages.logits.backend import NotFiniteError, Predictions
+from stages.logits.backends.base import NotFiniteError, Predictions
+from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
-from stages.logits.transformers_backend import TransformersBackend
 from stages.models.config import ModelConfig
 from stages.models.windows import windows
 from tests.tiny_models import save_model

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from stages.logits.backends.vllm import ValidIds, engine_arguments
 from stages.logits.config import LogitsConfig
-from stages.logits.vllm_backend import ValidIds, engine_arguments
 from stages.models.config import ModelConfig
 
 LOCAL = ModelConfig(name="m", path=Path("/models/m"))

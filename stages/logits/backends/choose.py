@@ -4,8 +4,8 @@ from typing import Literal
 
 import torch
 
+from stages.logits.backends.vllm import is_installed, knows_architecture
 from stages.logits.config import LogitsConfig
-from stages.logits.vllm_backend import is_installed, knows_architecture
 from stages.models.config import ModelConfig
 
 

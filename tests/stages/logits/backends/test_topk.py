@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from stages.contract.schemas import SHARD
+from stages.logits.backends.topk import NO_GOLD, stable_topk, topk_logprobs
 from stages.logits.config import LogitsConfig
 from stages.logits.stage import LogitsStage
-from stages.logits.topk import NO_GOLD, stable_topk, topk_logprobs
 from stages.models.config import ModelConfig, load_model
 from stages.models.heads import check_head, split_head
 from stages.models.tokenizer import SegmentTokenizer

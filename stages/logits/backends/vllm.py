@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from stages.logits.backend import Predictions, run_batches
+from stages.logits.backends.base import Predictions, run_batches
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig, load_config, num_positions
 from stages.models.devices import resolve_device

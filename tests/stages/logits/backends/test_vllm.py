@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.contract.columns import sparse_row
-from stages.logits.choice import choose_backend
+from stages.logits.backends.choose import choose_backend
+from stages.logits.backends.transformers import TransformersBackend
+from stages.logits.backends.vllm import VllmBackend, is_installed, knows_architecture, vllm_version
 from stages.logits.config import LogitsConfig
-from stages.logits.transformers_backend import TransformersBackend
-from stages.logits.vllm_backend import VllmBackend, is_installed, knows_architecture, vllm_version
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
 from stages.models.windows import windows
-from tests.logits.test_stage import make_stage, shard_table
+from tests.stages.logits.test_stage import make_stage, shard_table
 from tests.tiny_models import save_model
 from tests.tiny_run import CONFIG, documents, ptafuse, ptafuse_process
 from tests.tiny_tokenizers import TEXTS
