@@ -274,7 +274,7 @@ def gc(
     older_than: Annotated[str, typer.Option(metavar="DURATION", help="Younger files stay: 30m, 12h, 1d.")] = "1d",
 ) -> None:
     """Remove what killed attempts left: files that no manifest names, of any configuration."""
-    from pipeline.durations import parse_duration
+    from pipeline.display.durations import parse_duration
     from pipeline.garbage import collect_garbage
 
     seconds = parse_duration(older_than)
@@ -317,7 +317,7 @@ def sweep(
     local: LocalOption = False,
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
-    from pipeline.report import as_rich
+    from pipeline.display.table import as_rich
     from pipeline.sweep import load_sweep, run_sweep, sweep_results, sweep_table
 
     loaded, console = load_sweep(path), _console()
@@ -362,10 +362,10 @@ def interpret(
     as_json: JsonOption = False,
 ) -> None:
     """Spread and shift of the fused distributions, who wins by kind of document, and the most moved pairs of tokens."""
+    from pipeline.display.table import as_rich
     from pipeline.engine import open_run
     from pipeline.interpret.run import interpret as interpret_run
     from pipeline.interpret.tables import interpretation_tables
-    from pipeline.report import as_rich
 
     progress = Console(stderr=True) if as_json else _console()
     opened = open_run(Request(config, tuple(sets or ())), run, progress, local=True)

@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.display.text import visible
 from pipeline.engine import StageError, read_inputs
 from pipeline.plan import ResolvedRun, Step
-from pipeline.show import distribution_table, plan_table, side_by_side, token_line, visible
+from pipeline.show import distribution_table, plan_table, side_by_side, token_line
 from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage
 from stages.contract.columns import PAD_ID, list_row, sparse_row

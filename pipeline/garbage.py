@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from pipeline.attempts import is_running
-from pipeline.durations import DAY_SECONDS, format_duration
+from pipeline.display.durations import DAY_SECONDS, format_duration
 from pipeline.rollup import is_manifest
 from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store

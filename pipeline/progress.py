@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.durations import format_duration
+from pipeline.display.durations import format_duration
 from pipeline.worker import ShardStatus
 
 PLAIN_LINE_SECONDS = 10.0

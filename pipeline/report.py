@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
+from pipeline.display.table import as_rich
 from pipeline.interpret.tables import interpretation_tables, interpretations
 from pipeline.plan import recorded_runs
-from pipeline.results import ResultTable, held_out, held_out_table, teacher_rows, teacher_table, time_table
+from pipeline.results import held_out, held_out_table, teacher_rows, teacher_table, time_table
 from pipeline.status import read_status
 from pipeline.suites.published import CAVEAT, PUBLISHED
 from pipeline.suites.results import suite_rows, suite_table
@@ -68,13 +68,3 @@ def serve_page(store: Store, console: Console, *, port: int) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             console.print("ended")
-
-
-def as_rich(data: ResultTable) -> Table:
-    """A table for the terminal."""
-    table = Table(title=data.title, title_justify="left")
-    for index, name in enumerate(data.columns):
-        table.add_column(name, justify="left" if index in data.text_columns else "right")
-    for row in data.rows:
-        table.add_row(*row)
-    return table

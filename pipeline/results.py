@@ -7,6 +7,7 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
+from pipeline.display.table import ResultTable
 from pipeline.evaluation import read_result
 from pipeline.plan import FUSED, ResolvedRun, Step
 from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
@@ -16,23 +17,6 @@ from stages.measures.standard_error import Estimate, weighted_mean
 
 _Result = dict[str, Any] | None
 """A model's figures, as ``read_result`` gives them."""
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """A table as people read it.
-
-    Attributes:
-        title: what it says, in which units.
-        columns: their names.
-        rows: cells, one a column.
-        text_columns: indices of the columns that hold words, not numbers.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    text_columns: tuple[int, ...] = (0,)
 
 
 # --- held-out text ---------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.display.text import visible
 from pipeline.engine import StageError
 from pipeline.plan import ResolvedRun, Step
 from stages.contract.manifest import Manifest
@@ -92,26 +93,6 @@ def _show_segment(table: pa.Table, row: int, console: Console) -> None:
 
 
 # --- parts that the views of single positions share --------------------------------------------------------------------
-
-
-def visible(text: str) -> str:
-    """A token's text with its white space visible, and all else that cannot be seen in hexadecimal; see ``printable``."""
-    marks = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"}
-    return "".join(marks.get(char) or printable(char) for char in text) or "∅"
-
-
-def printable(text: str) -> str:
-    """A text that a terminal and a page show as it is: bytes that are no character as ``<0xE2>``, characters that control
-    or cannot be seen (escape, zero width, changes of direction, spaces of other widths) as ``<U+200B>``.
-    """
-    return "".join(
-        char
-        if char.isprintable()
-        else f"<0x{ord(char) - 0xDC00:02X}>"
-        if 0xDC80 <= ord(char) <= 0xDCFF
-        else f"<U+{ord(char):04X}>"
-        for char in text
-    )
 
 
 def distribution_table(title: str, entries: Iterable[tuple[str, float]], tail_mass: float | None) -> Table:

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.durations import format_duration
+from pipeline.display.durations import format_duration
 from pipeline.status import RunStatus, StepStatus
 
 log = logging.getLogger(__name__)

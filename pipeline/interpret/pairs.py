@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from pipeline.show import visible
+from pipeline.display.text import visible
 from stages.align.pair_mass import PairMass
 from stages.models.tokenizer import Vocabulary
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.display.table import ResultTable
 from pipeline.interpret.run import FUSED, folder_of, read_interpretation
 from pipeline.plan import ResolvedRun
-from pipeline.results import ResultTable
 from stages.contract.store import Store
 
 

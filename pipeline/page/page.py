@@ -8,20 +8,12 @@ from typing import Any, Final
 
 import jinja2
 
+from pipeline.display.table import ResultTable
 from pipeline.page.interpretation import described_interpretations
 from pipeline.page.plots import Bar, bars, curves
 from pipeline.page.viewer import viewer_data
 from pipeline.plan import ResolvedRun, recorded_runs
-from pipeline.results import (
-    HeldOutRow,
-    ResultTable,
-    TeacherRow,
-    held_out,
-    held_out_table,
-    teacher_rows,
-    teacher_table,
-    time_table,
-)
+from pipeline.results import HeldOutRow, TeacherRow, held_out, held_out_table, teacher_rows, teacher_table, time_table
 from pipeline.status import RunStatus, StepStatus, read_status, read_training_log, shown_figure
 from pipeline.suites.catalogue import SUITES
 from pipeline.suites.published import CAVEAT, PUBLISHED

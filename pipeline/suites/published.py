@@ -2,7 +2,7 @@
 
 from typing import Final
 
-from pipeline.results import ResultTable
+from pipeline.display.table import ResultTable
 
 PTA_LLM: Final = ResultTable(
     "Published, not measured here: PTA-LLM, arXiv 2509.17276, Table 2 (7B models, in percent; as transcribed in the notes "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.durations import DAY_SECONDS, format_duration, parse_duration
+from pipeline.display.durations import DAY_SECONDS, format_duration, parse_duration
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1d", DAY_SECONDS)])

@@ -1,0 +1,1 @@
+"""Texts, tables and durations as people read them, in the terminal and on the page."""
