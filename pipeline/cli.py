@@ -133,8 +133,8 @@ def train(
 ) -> None:
     """Train, or tell what training needs."""
     if dry:
-        from pipeline.config import load_config
         from pipeline.dry_run import dry_run
+        from pipeline.settings.load import load_config
 
         dry_run(load_config(config, tuple(sets or ())), Store(run), _console(), tokens=tokens)
         return
@@ -172,7 +172,7 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate; the options are short for settings of [eval]."""
-    from pipeline.config import load_config
+    from pipeline.settings.load import load_config
     from pipeline.suites.run import check_suites
 
     given = {"suites": suite, "suite_models": model, "limit": limit, "execute_code": execute_code or None}
@@ -190,10 +190,10 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
-    from pipeline.config import load_config
     from pipeline.forecast import forecast
     from pipeline.forecast_view import forecast_json, print_forecast
     from pipeline.plan import resolve
+    from pipeline.settings.load import load_config
 
     request = Request(config, tuple(sets or ()))
     loaded = load_config(request.config_path, request.overrides)
@@ -380,7 +380,7 @@ def interpret(
 @app.command(name="config")
 def show_config(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
     """Print the resolved configuration, every default and preset filled in."""
-    from pipeline.config import load_config
+    from pipeline.settings.load import load_config
 
     sys.stdout.write(load_config(config, tuple(sets or ())).model_dump_json(indent=1, by_alias=True) + "\n")
 

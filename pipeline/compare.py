@@ -16,9 +16,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import RunConfig, load_config
 from pipeline.engine import Run, StageError, read_inputs, require_complete
 from pipeline.plan import Request, resolve
+from pipeline.settings.load import load_config
+from pipeline.settings.run import RunConfig
 from stages.align.config import PRESETS, AlignConfig
 from stages.align.stage import AlignStage
 from stages.align.teacher import SharedNll, compare_shared, distribution_nll, window_nll

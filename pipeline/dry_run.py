@@ -10,9 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import RunConfig
 from pipeline.engine import StageError
 from pipeline.plan import recorded_runs
+from pipeline.settings.run import RunConfig
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
 from train.architecture import Architecture, architecture

@@ -11,12 +11,13 @@ import pyarrow as pa
 from rich.console import Console
 
 from pipeline import local_runner
-from pipeline.config import EngineConfig, RunConfig, load_config
 from pipeline.dataset_files import reading
 from pipeline.documents import check_dataset
 from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
 from pipeline.rollup import SHARDS_A_ROLLUP, roll_up
+from pipeline.settings.load import load_config
+from pipeline.settings.run import EngineConfig, RunConfig
 from pipeline.sharing import SHARED_STAGES, check_shared, take_up_plan, take_up_shards
 from pipeline.stage_table import Resources, stage_spec
 from pipeline.worker import ShardJob, ShardStatus, library_versions

@@ -16,8 +16,8 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from pipeline.baselines import ENSEMBLE
-from pipeline.config import RunConfig
+from pipeline.settings.baselines import ENSEMBLE
+from pipeline.settings.run import RunConfig
 from stages.align.rows import ModelRows
 from stages.align.segment import same_vocabulary
 from stages.align.stage import AlignStage

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from pipeline.config import RunConfig
-from pipeline.costs import AssumptionsConfig, PricesConfig
+from pipeline.settings.planning import AssumptionsConfig, PricesConfig
+from pipeline.settings.run import RunConfig
 
 HOUR_SECONDS = 3600.0
 WEIGHT_BYTES = 4

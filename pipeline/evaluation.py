@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from pipeline.engine import Run, StageError, command, require_complete
 from pipeline.plan import FUSED, Step, result_key
 from pipeline.scratch import local_folder, publish_card, trained_model
+from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from pipeline.training import is_trained
 from stages.contract.store import Store
 from stages.models.config import ModelConfig

@@ -5,9 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.baselines import ENSEMBLE, WEIGHT_AVERAGE
 from pipeline.changes import others_by_closeness, setting_changes
-from pipeline.config import RunConfig
 from pipeline.estimate import (
     Assumed,
     Cost,
@@ -24,6 +22,8 @@ from pipeline.estimate import (
 )
 from pipeline.plan import FUSED, ResolvedRun, Step, read_plan, recorded_steps, result_key
 from pipeline.rollup import DoneShard, FiguresReader
+from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE
+from pipeline.settings.run import RunConfig
 from pipeline.sizes import Parameters, count_parameters, measure_sizes
 from pipeline.stage_table import stage_spec
 from pipeline.status import StatusReader, StepStatus, read_training_log, training_seconds

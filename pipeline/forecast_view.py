@@ -5,9 +5,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.costs import AssumptionsConfig
 from pipeline.estimate import Cost
 from pipeline.forecast import NEVER, Forecast, StepPlan
+from pipeline.settings.planning import AssumptionsConfig
 
 
 def print_forecast(found: Forecast, console: Console) -> None:

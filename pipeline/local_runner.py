@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from pipeline.config import EngineConfig
+from pipeline.settings.run import EngineConfig
 from pipeline.stage_table import Resources
 from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 

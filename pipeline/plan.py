@@ -10,9 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.baselines import ENSEMBLE, Baseline
-from pipeline.config import RunConfig, config_id
 from pipeline.documents import ShardRange, dataset_identity, plan_documents
+from pipeline.settings.baselines import ENSEMBLE, Baseline
+from pipeline.settings.load import config_id
+from pipeline.settings.run import RunConfig
 from pipeline.stage_table import STAGES, StageSpec, step_key
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import fingerprint

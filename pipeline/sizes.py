@@ -7,12 +7,12 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import RunConfig
-from pipeline.costs import HUB_DATASETS
 from pipeline.dataset_files import find_files
 from pipeline.documents import plan_documents
 from pipeline.estimate import Assumed, Sizes
 from pipeline.plan import Plan
+from pipeline.settings.planning import HUB_DATASETS
+from pipeline.settings.run import RunConfig
 from pipeline.status import StepStatus
 from stages.models.config import ModelConfig
 from stages.shard.config import DatasetConfig

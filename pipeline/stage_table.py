@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pipeline.config import RunConfig
+from pipeline.settings.run import RunConfig
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
 from stages.contract.stage import Stage

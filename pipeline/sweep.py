@@ -17,12 +17,12 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
-from pipeline.config import ConfigError, load_config
 from pipeline.display.table import ResultTable
 from pipeline.engine import Run, open_run
 from pipeline.evaluation import read_result, run_eval
 from pipeline.plan import FUSED, Request, Step, recorded_runs
 from pipeline.results import document_differences, untrained
+from pipeline.settings.load import ConfigError, load_config
 from pipeline.training import discard_model
 from stages.contract.fingerprint import Settings
 from stages.contract.store import Store

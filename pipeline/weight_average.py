@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from pipeline.baselines import WEIGHT_AVERAGE, AverageRefusedError
+from pipeline.settings.baselines import WEIGHT_AVERAGE, AverageRefusedError
 from stages.align.segment import same_vocabulary
 from stages.models.config import ModelConfig, empty_model, load_config
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary

@@ -19,10 +19,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import RunConfig
 from pipeline.dataset_files import reading
 from pipeline.documents import read_documents
 from pipeline.plan import Step, read_plan
+from pipeline.settings.run import RunConfig
 from pipeline.stage_table import stage_spec
 from stages.contract import schemas
 from stages.contract.filesystem import StoreError

@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.config import load_config
 from pipeline.plan import Request, ResolvedRun, freeze_plan, record, resolve
+from pipeline.settings.load import load_config
 from pipeline.worker import library_versions
 from stages.contract.manifest import (
     DataFile,

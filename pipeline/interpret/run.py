@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 from pipeline.display.text import printable
 from pipeline.documents import read_kinds
 from pipeline.engine import Run, StageError, command, read_inputs, require_complete
-from pipeline.interpret.config import VERSION
 from pipeline.interpret.figures import DocumentFigures, distance_rows, win_rows
 from pipeline.interpret.pairs import most_moved, part_of
 from pipeline.interpret.sample import choose_rows, choose_shards, length_kind
 from pipeline.plan import ResolvedRun, read_plan
+from pipeline.settings.interpret import VERSION
 from stages.align.stage import AlignStage
 from stages.contract.columns import list_row
 from stages.contract.fingerprint import fingerprint

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pipeline.config import RunConfig
 from pipeline.engine import Run, StageError, command
 from pipeline.evaluation import evaluated_model
 from pipeline.plan import FUSED, Step
+from pipeline.settings.run import RunConfig
 from pipeline.suites.catalogue import SUITES, Suite, selected
 from pipeline.suites.figures import figure
 from pipeline.suites.harness import (

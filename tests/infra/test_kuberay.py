@@ -87,7 +87,7 @@ def test_deletion_rules_are_ones_that_the_operator_accepts(infra: Path) -> None:
 
 
 def test_job_runs_a_shipped_configuration_to_its_end(infra: Path) -> None:
-    from pipeline.config import load_config
+    from pipeline.settings.load import load_config
 
     words = load(infra, "rayjob")["spec"]["entrypoint"].split()
     assert words[:2] == ["ptafuse", "eval"]

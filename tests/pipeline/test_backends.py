@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import ConfigError, RunConfig, load_config
+from pipeline.settings.load import ConfigError, load_config
+from pipeline.settings.run import RunConfig
 from pipeline.stage_table import stage_spec
 from stages.contract.manifest import choices_key
 from stages.contract.store import Store

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, load_config
 from pipeline.plan import recorded_run
 from pipeline.results import held_out
+from pipeline.settings.load import ConfigError, load_config
 from stages.contract.store import Store
 from tests.tiny_models import save_model
 from tests.tiny_run import ptafuse

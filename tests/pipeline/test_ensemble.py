@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import RunConfig, load_config
 from pipeline.ensemble import Mixture, SourceRows, cover, evaluate_ensemble, prefix_contexts, segment_contexts
+from pipeline.settings.load import load_config
+from pipeline.settings.run import RunConfig
 from stages.logits.backends.base import NotFiniteError
 from stages.logits.backends.transformers import TransformersBackend
 from stages.models.config import ModelConfig, load_model

@@ -4,8 +4,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import RunConfig, load_config
-from pipeline.costs import AssumptionsConfig, PricesConfig
 from pipeline.estimate import (
     Assumed,
     Cost,
@@ -19,6 +17,9 @@ from pipeline.estimate import (
     train_bytes,
     train_cost,
 )
+from pipeline.settings.load import load_config
+from pipeline.settings.planning import AssumptionsConfig, PricesConfig
+from pipeline.settings.run import RunConfig
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from pipeline.changes import others_by_closeness, setting_changes
-from pipeline.config import load_config
-from pipeline.costs import AssumptionsConfig
 from pipeline.estimate import Assumed
 from pipeline.forecast import Forecast, forecast
 from pipeline.plan import Request, ResolvedRun, Step, resolve
+from pipeline.settings.load import load_config
+from pipeline.settings.planning import AssumptionsConfig
 from pipeline.sizes import count_parameters, dataset_size
 from stages.contract.store import Store
 from stages.models.config import ModelConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import EngineConfig
+from pipeline.settings.run import EngineConfig
 from pipeline.stage_table import Resources
 from tests.pipeline.test_worker import corpus_with_bad_line, job_for
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import load_config
 from pipeline.plan import FUSED, Request, recorded_runs, resolve, result_key
 from pipeline.results import HeldOutRow, held_out, paired_difference
+from pipeline.settings.load import load_config
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
 from pipeline.plan import Request, resolve
+from pipeline.settings.load import load_config
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse, status
 

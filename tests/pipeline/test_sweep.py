@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console
 
 from pipeline import sweep as sweeping
-from pipeline.config import ConfigError
 from pipeline.engine import Run
 from pipeline.plan import result_key
+from pipeline.settings.load import ConfigError
 from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep, sweep_results, sweep_table
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse

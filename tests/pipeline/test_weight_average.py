@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.baselines import AverageRefusedError
+from pipeline.settings.baselines import AverageRefusedError
 from pipeline.weight_average import average_weights
 from stages.models.config import ModelConfig, load_model
 from tests.tiny_models import save_model

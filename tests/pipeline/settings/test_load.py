@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import ConfigError, load_config, shipped_configs
+from pipeline.settings.load import ConfigError, load_config, shipped_configs
 
 MINIMAL = """
 name = "x"

@@ -1,0 +1,106 @@
+"""Read the TOML file of a run."""
+
+import hashlib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.settings.run import RunConfig
+from stages.contract.fingerprint import Settings
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used; the message says where and what to do."""
+
+
+def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Read a run's configuration.
+
+    Args:
+        path: a TOML file; a bare name such as ``demo`` or ``pipeline/configs/demo.toml`` of an installed ptafuse
+            finds the shipped one.
+        overrides: ``"align.epsilon=0.2"``: a dotted key and a TOML value (bare words are strings).
+
+    Raises:
+        ConfigError: a file, key or value is wrong.
+    """
+    source = _find(Path(path))
+    try:
+        values = tomllib.loads(source.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from None
+    for override in overrides:
+        _set(values, override)
+    return parse_config(values, where=str(source))
+
+
+def parse_config(values: dict[str, Any], *, where: str) -> RunConfig:
+    """Check a configuration's values.
+
+    Raises:
+        ConfigError: lists every wrong key and value, with its place in the file.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        lines = [f"{where}: {error.error_count()} wrong setting(s)"]
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "(the file)"
+            message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "extra_forbidden":
+                message = f"there is no such setting; known here: {', '.join(_known(problem['loc'][:-1]))}"
+            lines.append(f"  {key}: {message}")
+        raise ConfigError("\n".join(lines)) from None
+
+
+def shipped_configs() -> list[Path]:
+    """The configurations that come with ptafuse."""
+    folder = Path(str(resources.files("pipeline"))) / "configs"
+    return sorted(folder.glob("*.toml"))
+
+
+def config_id(config: RunConfig) -> str:
+    """12 hexadecimal digits that identify a resolved configuration, runtime settings included."""
+    return hashlib.sha256(config.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for shipped in shipped_configs():
+        if path in (Path(shipped.name), Path(shipped.stem), Path("pipeline/configs") / shipped.name):
+            return shipped
+    names = ", ".join(shipped.stem for shipped in shipped_configs())
+    raise ConfigError(
+        f"no such configuration: {path}. Give the path of a TOML file, or one of the shipped ones: {names}"
+    )
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: expected KEY=VALUE, e.g. --set align.epsilon=0.2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *tables, last = key.split(".")
+    for table in tables:
+        values = values.setdefault(table, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override}: {table} is not a table")
+    values[last] = value
+
+
+def _known(location: tuple[int | str, ...]) -> list[str]:
+    kind: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = kind.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        kind = next(option for option in options if isinstance(option, type) and issubclass(option, Settings))
+    return sorted(field.alias or name for name, field in kind.model_fields.items())

@@ -1,0 +1,88 @@
+"""One TOML file a run: the stages' configuration classes, composed."""
+
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE, BaselinesConfig
+from pipeline.settings.interpret import InterpretConfig
+from pipeline.settings.planning import AssumptionsConfig, PricesConfig
+from stages.align.config import AlignConfig
+from stages.contract.fingerprint import RUNTIME, Settings
+from stages.fuse.config import FuseConfig
+from stages.logits.config import LogitsConfig
+from stages.models.config import ModelConfig
+from stages.shard.config import DatasetConfig, ShardConfig, absolute_or_url
+from train.config import EvalConfig, TrainConfig
+
+
+class EngineConfig(Settings):
+    """How shards are scheduled; changes no result."""
+
+    max_attempts: int = Field(3, ge=1, description="Attempts at a shard before it counts as failed.")
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; all of the machine by default.")
+    scratch: Path | None = Field(
+        None,
+        description="Where training works when the run directory is in an object store, which gets copies of its "
+        "checkpoints: a local folder, on a cluster one that all nodes see; ~/.cache/ptafuse/scratch by default.",
+    )
+    no_progress_timeout_seconds: int = Field(
+        7200, ge=60, description="Ray Data gives up when no shard ends for this long; must exceed a shard's time."
+    )
+
+
+class RunConfig(Settings):
+    """The whole configuration of a run."""
+
+    name: Annotated[str, RUNTIME] = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Names the recorded configuration: lower case, no spaces."
+    )
+    logits_from: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
+        None,
+        description="Another run directory (a path or an fsspec URL): shards and logits that are done there under the same "
+        "fingerprint are read there instead of being computed; nothing is written there.",
+    )
+    dataset: DatasetConfig
+    target: ModelConfig
+    sources: tuple[ModelConfig, ...] = Field(min_length=1, description="The models fused into the target, one or more.")
+    shard: ShardConfig = ShardConfig()
+    logits: LogitsConfig = LogitsConfig()
+    align: AlignConfig = AlignConfig()
+    fuse: FuseConfig = FuseConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    interpret: InterpretConfig = InterpretConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    engine: Annotated[EngineConfig, RUNTIME] = EngineConfig()
+    prices: Annotated[PricesConfig, RUNTIME] = PricesConfig()
+    assumptions: Annotated[AssumptionsConfig, RUNTIME] = AssumptionsConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        names = [model.name for model in self.models]
+        if "fused" in names:
+            raise ValueError("a model cannot be named 'fused': that is the trained model's name")
+        for baseline in (ENSEMBLE, WEIGHT_AVERAGE):
+            if baseline in names:
+                raise ValueError(f"a model cannot be named {baseline!r}: that is a baseline's name")
+        self.baselines.check(len(self.sources))
+        double = sorted({name for name in names if names.count(name) > 1})
+        if double:
+            raise ValueError(f"model names must differ (they name folders), but {double[0]!r} is given twice")
+        if self.align.top_k > self.logits.top_k:
+            raise ValueError(
+                f"align.top_k = {self.align.top_k} asks for more candidates than logits.top_k = {self.logits.top_k} keeps"
+            )
+        if self.align.top_p is not None and self.align.top_p > self.logits.top_p:
+            raise ValueError(
+                f"align.top_p = {self.align.top_p} asks for more probability than logits.top_p = {self.logits.top_p} keeps"
+            )
+        if self.eval.split == "test" and self.shard.test_fraction == 0:
+            raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')
+        return self
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The target, then the sources."""
+        return (self.target, *self.sources)
