@@ -11,8 +11,8 @@ import pyarrow as pa
 from rich.console import Console
 
 from pipeline import local_runner
-from pipeline.dataset_files import reading
-from pipeline.documents import check_dataset
+from pipeline.dataset.documents import check_dataset
+from pipeline.dataset.files import reading
 from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
 from pipeline.rollup import SHARDS_A_ROLLUP, roll_up

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.documents import ShardRange, dataset_identity, plan_documents
+from pipeline.dataset.documents import ShardRange, dataset_identity, plan_documents
 from pipeline.settings.baselines import ENSEMBLE, Baseline
 from pipeline.settings.load import config_id
 from pipeline.settings.run import RunConfig

@@ -7,8 +7,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.dataset_files import find_files
-from pipeline.documents import plan_documents
+from pipeline.dataset.documents import plan_documents
+from pipeline.dataset.files import find_files
 from pipeline.estimate import Assumed, Sizes
 from pipeline.plan import Plan
 from pipeline.settings.planning import HUB_DATASETS

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.dataset_files import reading
-from pipeline.documents import read_documents
+from pipeline.dataset.documents import read_documents
+from pipeline.dataset.files import reading
 from pipeline.plan import Step, read_plan
 from pipeline.settings.run import RunConfig
 from pipeline.stage_table import stage_spec

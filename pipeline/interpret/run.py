@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.dataset.documents import read_kinds
 from pipeline.display.text import printable
-from pipeline.documents import read_kinds
 from pipeline.engine import Run, StageError, command, read_inputs, require_complete
 from pipeline.interpret.figures import DocumentFigures, distance_rows, win_rows
 from pipeline.interpret.pairs import most_moved, part_of

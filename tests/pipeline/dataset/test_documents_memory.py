@@ -13,7 +13,7 @@ import pytest
 _MEMORY_PROGRAM = """
 import re, sys
 from pathlib import Path
-from pipeline.documents import dataset_identity, plan_documents, read_documents
+from pipeline.dataset.documents import dataset_identity, plan_documents, read_documents
 from stages.shard.config import DatasetConfig
 
 def memory(field):
@@ -45,7 +45,7 @@ def test_memory_does_not_grow_with_the_dataset(tmp_path: Path, suffix: str) -> N
             check=True,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=Path(__file__).parents[2],
+            cwd=Path(__file__).parents[3],
             env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
         )
         num_shards, found[megabytes] = map(int, done.stdout.split())

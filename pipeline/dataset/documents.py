@@ -11,17 +11,8 @@ from typing import Any, Final, Self
 
 import pyarrow as pa
 
-from pipeline.dataset_files import (
-    DatasetError,
-    DatasetFiles,
-    FileRange,
-    file_identity,
-    find_files,
-    has_documents,
-    open_parquet,
-    read_rows,
-    scan_lines,
-)
+from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity, find_files
+from pipeline.dataset.formats import has_documents, open_parquet, read_rows, scan_lines
 from stages.shard.config import DatasetConfig
 
 log = logging.getLogger(__name__)

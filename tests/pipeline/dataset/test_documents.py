@@ -16,9 +16,8 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline import dataset_files
-from pipeline.dataset_files import DatasetError
-from pipeline.documents import (
+from pipeline.dataset import files
+from pipeline.dataset.documents import (
     DOCUMENTS,
     ShardRange,
     check_dataset,
@@ -27,6 +26,7 @@ from pipeline.documents import (
     read_documents,
     read_kinds,
 )
+from pipeline.dataset.files import DatasetError
 from stages.shard.config import DatasetConfig
 from tests.texts import texts
 
@@ -167,9 +167,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the dataset would be downloaded whole"))
-    dataset_files._hub_files.cache_clear()
+    files._hub_files.cache_clear()
     yield found
-    dataset_files._hub_files.cache_clear()
+    files._hub_files.cache_clear()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.zst"])
@@ -281,7 +281,7 @@ def test_one_shard_of_json_lines_is_read_from_where_it_begins(tmp_path: Path, mo
     dataset = DatasetConfig(path=str(_write(tmp_path, SOURCES["one.jsonl"]) / "one.jsonl"))
     parsed = []
     monkeypatch.setattr(
-        "pipeline.dataset_files._text_of_line", lambda line, column: parsed.append(line) or (line, None)
+        "pipeline.dataset.formats._text_of_line", lambda line, column: parsed.append(line) or (line, None)
     )
     plan = plan_documents(dataset, 5)
     starts = [part.files[0].byte_start for part in plan]
