@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from pipeline.plan import Request, recorded_run
+from pipeline.run.records import recorded_run
+from pipeline.run.steps import Request
 from stages.contract.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.engine import Run
+    from pipeline.run.session import Run
 
 DEFAULT_CONFIG = "pipeline/configs/demo.toml"
 DEFAULT_RUN = "runs/demo"
@@ -100,7 +101,7 @@ def _stage_command(stage: str) -> Callable[..., None]:
         upstream: UpstreamOption = False,
         strict: StrictOption = False,
     ) -> None:
-        from pipeline.engine import open_run
+        from pipeline.run.session import open_run
 
         opened = open_run(Request(config, tuple(sets or ())), run, _console(), local=local, strict=strict)
         order = list(STAGE_HELP)
@@ -192,7 +193,7 @@ def plan(
     """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
     from pipeline.forecast import forecast
     from pipeline.forecast_view import forecast_json, print_forecast
-    from pipeline.plan import resolve
+    from pipeline.run.resolve import resolve
     from pipeline.settings.load import load_config
 
     request = Request(config, tuple(sets or ()))
@@ -259,7 +260,7 @@ def verify(
     ] = False,
 ) -> None:
     """Re-read every file of a run directory against its manifest."""
-    from pipeline.engine import StageError
+    from pipeline.run.session import StageError
     from pipeline.verify import verify_run
 
     problems = verify_run(Store(run), _console(), repair=repair)
@@ -284,7 +285,7 @@ def gc(
 @app.command()
 def retry(run: RunArgument = DEFAULT_RUN, config: ConfigNameOption = None) -> None:
     """Forget the failed attempts of unfinished shards, so that the stage's command tries them again."""
-    from pipeline.verify import forget_failures
+    from pipeline.run.attempts import forget_failures
 
     store = Store(run)
     count = forget_failures(recorded_run(store, config), store)
@@ -363,9 +364,9 @@ def interpret(
 ) -> None:
     """Spread and shift of the fused distributions, who wins by kind of document, and the most moved pairs of tokens."""
     from pipeline.display.table import as_rich
-    from pipeline.engine import open_run
     from pipeline.interpret.run import interpret as interpret_run
     from pipeline.interpret.tables import interpretation_tables
+    from pipeline.run.session import open_run
 
     progress = Console(stderr=True) if as_json else _console()
     opened = open_run(Request(config, tuple(sets or ())), run, progress, local=True)

@@ -16,8 +16,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.engine import Run, StageError, read_inputs, require_complete
-from pipeline.plan import Request, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.session import Run, StageError, read_inputs, require_complete
+from pipeline.run.steps import Request
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from stages.align.config import PRESETS, AlignConfig

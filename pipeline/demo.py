@@ -9,9 +9,9 @@ from rich.console import Console
 
 from pipeline.cli import run_all_stages
 from pipeline.demo_data import prepare
-from pipeline.engine import open_run
-from pipeline.plan import Request
 from pipeline.report import print_report
+from pipeline.run.session import open_run
+from pipeline.run.steps import Request
 from stages.contract.store import Store
 
 DEMO_CONFIG: Final = "pipeline/configs/demo.toml"

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.engine import StageError
-from pipeline.plan import recorded_runs
+from pipeline.run.records import recorded_runs
+from pipeline.run.session import StageError
 from pipeline.settings.run import RunConfig
 from stages.contract.store import Store
 from stages.models.config import ModelConfig

@@ -1,80 +1,29 @@
 """Runs one stage of a run: finds what is pending, hands it to a runner, and says how it ended."""
 
 import logging
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
-import pyarrow as pa
-from rich.console import Console
 
 from pipeline import local_runner
 from pipeline.dataset.documents import check_dataset
 from pipeline.dataset.files import reading
-from pipeline.plan import Request, ResolvedRun, Step, freeze_plan, read_plan, record, resolve
 from pipeline.progress import StepProgress
-from pipeline.rollup import SHARDS_A_ROLLUP, roll_up
-from pipeline.settings.load import load_config
-from pipeline.settings.run import EngineConfig, RunConfig
-from pipeline.sharing import SHARED_STAGES, check_shared, take_up_plan, take_up_shards
-from pipeline.stage_table import Resources, stage_spec
+from pipeline.run.rollup import SHARDS_A_ROLLUP, roll_up
+from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
+from pipeline.run.shard_plan import freeze_plan, read_plan
+from pipeline.run.sharing import SHARED_STAGES, take_up_plan, take_up_shards
+from pipeline.run.stage_table import Resources, stage_spec
+from pipeline.run.steps import Step
+from pipeline.settings.run import EngineConfig
 from pipeline.worker import ShardJob, ShardStatus, library_versions
-from stages.contract.manifest import Manifest, manifest_key
+from stages.contract.manifest import Manifest
 from stages.contract.store import Store
 from stages.logits.backends.vllm import vllm_version
 
 log = logging.getLogger(__name__)
 
 Runner = Callable[[ShardJob, Sequence[int], Resources, EngineConfig], Iterator[ShardStatus]]
-
-
-class StageError(RuntimeError):
-    """A stage cannot run or did not finish; the message says what to run next."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A resolved configuration and the run directory it works in."""
-
-    resolved: ResolvedRun
-    store: Store
-    console: Console
-    local: bool
-    strict: bool = False
-
-    @property
-    def config(self) -> RunConfig:
-        """The configuration."""
-        return self.resolved.config
-
-
-def open_run(request: Request, run_url: str, console: Console, *, local: bool, strict: bool = False) -> Run:
-    """Check a configuration's files, name its results, and record it in the run directory.
-
-    Args:
-        request: the configuration as the user asked for it.
-        run_url: the run directory, a local path or an fsspec URL.
-        console: where progress is shown.
-        local: compute in this process, without Ray.
-        strict: refuse to go on with other library versions than finished shards were computed with.
-
-    Raises:
-        ConfigError: a file, key or value of the configuration is wrong.
-        FileNotFoundError: a model, tokenizer or dataset is missing.
-    """
-    config = load_config(request.config_path, request.overrides)
-    for model in config.models:
-        model.check()
-    _warn_of_branches(config)
-    if config.logits_from is not None:
-        check_shared(config.logits_from)
-    store = Store(run_url)
-    store.check()
-    resolved = resolve(config, store, request)
-    record(resolved, store)
-    return Run(resolved, store, console, local, strict)
 
 
 def run_stage(run: Run, stage: str) -> None:
@@ -92,60 +41,6 @@ def run_stage(run: Run, stage: str) -> None:
             reading(dataset, freeze_plan, run.resolved, run.store)
     for step in run.resolved.of_stage(stage):
         _run_step(run, step)
-
-
-def pending_shards(store: Store, step: Step, num_shards: int) -> list[int]:
-    """Shards without a manifest."""
-    names = set(store.manifest_names(step.folder))
-    return [shard for shard in range(num_shards) if manifest_key("", shard).rsplit("/", 1)[-1] not in names]
-
-
-def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
-    """Refuse to go on while an input step is incomplete.
-
-    Args:
-        run: the run.
-        keys: steps that must be complete.
-        what: who asks, for the message.
-
-    Returns:
-        The number of shards.
-    """
-    plan = read_plan(run.store, run.resolved.steps["shard"].folder)
-    if plan is None:
-        raise StageError(f"{what} needs shards, and shard has not run yet: run {command(run, 'shard')}")
-    for key in keys:
-        step = run.resolved.steps[key]
-        missing = len(pending_shards(run.store, step, plan.num_shards))
-        if missing:
-            done = plan.num_shards - missing
-            raise StageError(
-                f"{key} is incomplete ({done} of {plan.num_shards} shards): run {command(run, step.stage)}"
-            )
-    return plan.num_shards
-
-
-def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[str, pa.Table]:
-    """What a step reads for a shard, by input name.
-
-    Raises:
-        StageError: an input is not done, or not there any more.
-    """
-    tables = {}
-    for name, key in step.inputs.items():
-        manifest = store.read_manifest(run.steps[key].folder, shard)
-        if manifest is None:
-            raise StageError(
-                f"{key} shard {shard}, which {step.key} is computed from, is not there: run "
-                f"{run.command(run.steps[key].stage, store.url)}"
-            )
-        tables[name] = store.read_table(manifest.data, remake=f"`make {run.steps[key].stage}`")
-    return tables
-
-
-def command(run: Run, stage: str) -> str:
-    """What the user types to run a stage of this run."""
-    return run.resolved.command(stage, run.store.url)
 
 
 def _run_step(run: Run, step: Step) -> None:
@@ -226,14 +121,6 @@ def _failures(failed: Sequence[ShardStatus]) -> str:
     for status in sorted(failed, key=lambda status: status.shard):
         causes.setdefault(status.message, []).append(status.shard)
     return "\n".join(f"  shard {', '.join(map(str, shards))}: {cause}" for cause, shards in causes.items())
-
-
-def _warn_of_branches(config: RunConfig) -> None:
-    """A branch may move between two commands, and a fingerprint that holds its name would not notice."""
-    places = {model.name: model.revision for model in config.models} | {"dataset": config.dataset.revision}
-    for name, revision in places.items():
-        if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
-            log.warning("%s: revision %r is no commit: a later change on the hub would go unnoticed", name, revision)
 
 
 def _check_drift(run: Run, step: Step) -> None:

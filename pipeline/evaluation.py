@@ -13,13 +13,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.engine import Run, StageError, command, require_complete
-from pipeline.plan import FUSED, Step, result_key
-from pipeline.scratch import local_folder, publish_card, trained_model
+from pipeline.run.outcomes import read_result
+from pipeline.run.session import Run, StageError, command, require_complete
+from pipeline.run.steps import FUSED, Step, result_key
+from pipeline.run.trained_model import evaluated_model, is_trained, local_folder, publish_card, trained_model
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
-from pipeline.training import is_trained
-from stages.contract.store import Store
-from stages.models.config import ModelConfig
 from train.card import add_evaluation
 from train.evaluate import Evaluation, Segment, bits_per_byte
 
@@ -105,17 +103,6 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def read_result(store: Store, step: Step) -> dict[str, Any] | None:
-    """The figures of one model, None when it was not evaluated.
-
-    A baseline that these models do not allow has ``refused``, the reason, in the place of figures.
-    """
-    try:
-        return json.loads(store.read(result_key(step)))
-    except FileNotFoundError:
-        return None
-
-
 def _complete_card(run: Run) -> None:
     """Write the figures of all models into the trained model's card."""
     labels = {model.name: f"source {model.name}" for model in run.config.sources}
@@ -148,10 +135,3 @@ def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
             f"{command(run, 'shard')} and the stages after it"
         )
     return [Segment(doc_id=row["doc_id"], text=row["text"], is_last=row["is_last"]) for row in rows]
-
-
-def evaluated_model(run: Run, step: Step) -> ModelConfig:
-    """The model that an eval step speaks of; the trained one as the folder it was exported to."""
-    if step.model == FUSED:
-        return ModelConfig(name=FUSED, path=trained_model(run), bos=run.config.target.bos)
-    return next(model for model in run.config.models if model.name == step.model)

@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.display.text import visible
-from pipeline.engine import StageError, read_inputs
-from pipeline.plan import ResolvedRun, Step
+from pipeline.run.session import StageError, read_inputs
+from pipeline.run.steps import ResolvedRun, Step
 from pipeline.show import distribution_table, plan_table, side_by_side, token_line
 from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage

@@ -20,13 +20,16 @@ from pipeline.estimate import (
     train_bytes,
     train_cost,
 )
-from pipeline.plan import FUSED, ResolvedRun, Step, read_plan, recorded_steps, result_key
-from pipeline.rollup import DoneShard, FiguresReader
+from pipeline.run.outcomes import read_training_log, training_seconds
+from pipeline.run.records import recorded_steps
+from pipeline.run.rollup import DoneShard, FiguresReader
+from pipeline.run.shard_plan import read_plan
+from pipeline.run.stage_table import stage_spec
+from pipeline.run.steps import FUSED, ResolvedRun, Step, result_key
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE
 from pipeline.settings.run import RunConfig
 from pipeline.sizes import Parameters, count_parameters, measure_sizes
-from pipeline.stage_table import stage_spec
-from pipeline.status import StatusReader, StepStatus, read_training_log, training_seconds
+from pipeline.status import StatusReader, StepStatus
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from pipeline.attempts import is_running
 from pipeline.display.durations import DAY_SECONDS, format_duration
-from pipeline.rollup import is_manifest
+from pipeline.run.attempts import is_running
+from pipeline.run.rollup import is_manifest
 from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store
 

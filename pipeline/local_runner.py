@@ -3,8 +3,8 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
-from pipeline.stage_table import Resources
 from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 
 

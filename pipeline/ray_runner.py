@@ -14,8 +14,8 @@ import ray.data
 import ray.exceptions
 from ray.util.metrics import Counter
 
+from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
-from pipeline.stage_table import Resources
 from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 from stages.contract.filesystem import StoreError
 

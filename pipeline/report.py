@@ -6,8 +6,8 @@ from rich.console import Console
 
 from pipeline.display.table import as_rich
 from pipeline.interpret.tables import interpretation_tables, interpretations
-from pipeline.plan import recorded_runs
 from pipeline.results import held_out, held_out_table, teacher_rows, teacher_table, time_table
+from pipeline.run.records import recorded_runs
 from pipeline.status import read_status
 from pipeline.suites.published import CAVEAT, PUBLISHED
 from pipeline.suites.results import suite_rows, suite_table

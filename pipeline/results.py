@@ -7,10 +7,10 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.display.table import ResultTable
-from pipeline.evaluation import read_result
-from pipeline.plan import FUSED, ResolvedRun, Step
+from pipeline.run.outcomes import read_result, read_training_log, training_seconds
+from pipeline.run.steps import FUSED, ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
-from pipeline.status import RunStatus, StepStatus, read_training_log, training_seconds
+from pipeline.status import RunStatus, StepStatus
 from stages.contract.manifest import Figure, Mean
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean

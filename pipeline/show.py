@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.display.text import visible
-from pipeline.engine import StageError
-from pipeline.plan import ResolvedRun, Step
+from pipeline.run.session import StageError
+from pipeline.run.steps import ResolvedRun, Step
 from stages.contract.manifest import Manifest
 from stages.contract.store import Store
 

@@ -1,16 +1,17 @@
 """What is done, running and failed in a run directory, read from storage alone (no Ray, no models)."""
 
-import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.attempts import is_running, unfinished_attempts
-from pipeline.plan import ResolvedRun, Step, read_plan, result_key
-from pipeline.rollup import DoneShard, FiguresReader
+from pipeline.run.attempts import is_running, unfinished_attempts
+from pipeline.run.outcomes import read_training_log
+from pipeline.run.rollup import DoneShard, FiguresReader
+from pipeline.run.shard_plan import read_plan
+from pipeline.run.steps import ResolvedRun, Step, result_key
 from stages.contract.manifest import Figure, Mean
 from stages.contract.store import Store
 
@@ -154,24 +155,6 @@ class StatusReader:
 def read_status(resolved: ResolvedRun, store: Store) -> RunStatus:
     """Read where a run stands, once."""
     return StatusReader(resolved, store).read()
-
-
-def read_training_log(step: Step, store: Store) -> list[dict[str, Any]]:
-    """The records of the train step so far (``train.job.StepRecord``); a line that is half written is left out."""
-    try:
-        lines = store.read(f"{step.folder}/log.jsonl").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith(b"\n")]
-
-
-def training_seconds(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-    """Seconds in optimizer steps, and tokens, from the records of the step log."""
-    seconds, before = 0.0, 0
-    for record in records:
-        seconds += (record["num_tokens"] - before) / record["tokens_per_second"]
-        before = record["num_tokens"]
-    return seconds, before
 
 
 def print_status(status: RunStatus, console: Console) -> None:

@@ -18,12 +18,14 @@ from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
 from pipeline.display.table import ResultTable
-from pipeline.engine import Run, open_run
-from pipeline.evaluation import read_result, run_eval
-from pipeline.plan import FUSED, Request, Step, recorded_runs
+from pipeline.evaluation import run_eval
 from pipeline.results import document_differences, untrained
+from pipeline.run.outcomes import read_result
+from pipeline.run.records import recorded_runs
+from pipeline.run.session import Run, open_run
+from pipeline.run.steps import FUSED, Request, Step
+from pipeline.run.trained_model import discard_model
 from pipeline.settings.load import ConfigError, load_config
-from pipeline.training import discard_model
 from stages.contract.fingerprint import Settings
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean

@@ -1,7 +1,5 @@
 """The train stage of a run: from the fuse manifests to a trained model in the run directory."""
 
-import json
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,8 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pipeline.engine import Run, StageError, command, require_complete
-from pipeline.scratch import checkpoint_copies, checkpoint_store, fetch_checkpoint, publish_training, training_folder
+from pipeline.run.session import Run, StageError, command, require_complete
+from pipeline.run.trained_model import (
+    checkpoint_store,
+    fetch_checkpoint,
+    is_trained,
+    publish_training,
+    training_folder,
+)
 from train.job import FusedFile, StepRecord, TrainJob
 
 POLL_SECONDS = 2.0
@@ -54,45 +58,6 @@ def _provenance(run: Run) -> dict[str, Any]:
         "sources": [{"name": model.name, "weights": model.weights_identity()} for model in config.sources],
         "stages": {step.key: {"fingerprint": step.fingerprint, "settings": dict(step.settings)} for step in stages},
     }
-
-
-def is_trained(run: Run) -> bool:
-    """The train stage of this run is done.
-
-    Raises:
-        StageError: its manifest says so, but files of the model are missing.
-    """
-    folder = run.resolved.steps["train"].folder
-    try:
-        manifest = json.loads(run.store.read(f"{folder}/manifest.json"))
-    except FileNotFoundError:
-        return False
-    missing = [name for name in manifest["model_files"] if not run.store.exists(f"{folder}/model/{name}")]
-    if missing:
-        raise StageError(
-            f"{run.store.url}/{folder} is said to be done, but {', '.join(missing)} of its model is missing: run "
-            f"`ptafuse verify {run.store.url} --repair`, then {command(run, 'train')}"
-        )
-    return True
-
-
-def discard_model(run: Run) -> None:
-    """Remove a trained model and its checkpoints, which are large; its step log stays.
-
-    The step counts as not done afterwards, so the manifest goes first.
-    """
-    folder = run.resolved.steps["train"].folder
-    if not run.store.is_local:
-        run.store.delete(f"{folder}/manifest.json")
-        for name in run.store.names(f"{folder}/model"):
-            run.store.delete(f"{folder}/model/{name}")
-    copies = checkpoint_copies(run)
-    if copies:
-        copies.remove()
-    here = training_folder(run)
-    (here / "manifest.json").unlink(missing_ok=True)
-    for part in (*here.glob("model"), *here.glob("checkpoint-*")):
-        shutil.rmtree(part)
 
 
 def run_training(run: Run) -> None:

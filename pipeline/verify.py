@@ -4,9 +4,7 @@ import json
 
 from rich.console import Console
 
-from pipeline.plan import ResolvedRun
-from pipeline.worker import read_attempts
-from stages.contract.manifest import Manifest, attempts_folder, manifest_key, sha256
+from stages.contract.manifest import Manifest, sha256
 from stages.contract.store import Store
 
 SHARDED = ("shard", "logits", "align", "fuse")
@@ -64,25 +62,6 @@ def stage_folders(store: Store) -> list[str]:
                 inner = [f"{stage}/{name}/{part}" for part in store.names(f"{stage}/{name}")]
                 found.extend(folder for folder in inner if store.manifest_names(folder))
     return found
-
-
-def forget_failures(resolved: ResolvedRun, store: Store) -> int:
-    """Remove the recorded attempts of shards that failed and are not done.
-
-    Returns:
-        How many shards that were.
-    """
-    count = 0
-    for step in resolved.steps.values():
-        for name in store.names(f"{step.folder}/attempts"):
-            shard = int(name.removeprefix("shard-"))
-            failed = any(record.get("error") for record in read_attempts(store, step.folder, shard))
-            if failed and not store.exists(manifest_key(step.folder, shard)):
-                where = attempts_folder(step.folder, shard)
-                for file in store.names(where):
-                    store.delete(f"{where}/{file}")
-                count += 1
-    return count
 
 
 def _model_problem(store: Store, folder: str) -> str | None:

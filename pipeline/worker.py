@@ -6,31 +6,30 @@ shard that kills every worker is refused after ``max_attempts`` instead of being
 
 import json
 import logging
-import os
 import platform
 import socket
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any, Literal
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.dataset.documents import read_documents
 from pipeline.dataset.files import reading
-from pipeline.plan import Step, read_plan
+from pipeline.run.attempts import Attempt
+from pipeline.run.shard_plan import read_plan
+from pipeline.run.stage_table import stage_spec
+from pipeline.run.steps import Step
 from pipeline.settings.run import RunConfig
-from pipeline.stage_table import stage_spec
 from stages.contract import schemas
 from stages.contract.filesystem import StoreError
 from stages.contract.manifest import (
     DataFile,
     InputRef,
     Manifest,
-    attempts_folder,
     choices_key,
     data_key,
     manifest_key,
@@ -287,55 +286,6 @@ def settle_choices(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
                 "%s: %s is %r in this folder; here auto would be %r", job.step.key, name, value, choices.get(name)
             )
     return config.model_copy(update={spec.name: spec.section(config).model_copy(update=recorded)})
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One try at a shard, with its record on disk."""
-
-    key: str
-    name: str
-    number: int
-    record: Mapping[str, Any]
-
-    @classmethod
-    def begin(cls, store: Store, folder: str, shard: int, launch: str, max_attempts: int) -> "Attempt | str":
-        """Record that an attempt starts.
-
-        Attempts that ended in an error count against the shard for ever; those that just ended (a killed worker) count
-        within the command that started them: a new command after a preemption starts afresh.
-
-        Returns:
-            The attempt, or, when there were enough, the reason why there is no further one.
-        """
-        past = read_attempts(store, folder, shard)
-        counted = [record for record in past if record.get("error") or record["launch"] == launch]
-        if len(counted) >= max_attempts:
-            errors = [record["error"] for record in counted if record.get("error")]
-            return errors[-1] if errors else "the worker died in every attempt (out of memory, or killed)"
-        number = len(past) + 1
-        name = f"{number}-{uuid.uuid4().hex[:8]}"
-        key = f"{attempts_folder(folder, shard)}/{name}.json"
-        record = {
-            "attempt": number,
-            "launch": launch,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": time.time(),
-        }
-        store.create(key, json.dumps(record).encode())
-        return cls(key, name, number, record)
-
-    def fail(self, store: Store, error: Exception) -> None:
-        """Record how the attempt ended."""
-        store.replace(self.key, json.dumps({**self.record, "error": f"{type(error).__name__}: {error}"}).encode())
-
-
-def read_attempts(store: Store, folder: str, shard: int) -> list[dict[str, Any]]:
-    """The recorded attempts at a shard, oldest first."""
-    where = attempts_folder(folder, shard)
-    records = [json.loads(store.read(f"{where}/{name}")) for name in store.names(where) if name.endswith(".json")]
-    return sorted(records, key=lambda record: record["started"])
 
 
 def library_versions() -> dict[str, str]:

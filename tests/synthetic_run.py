@@ -5,7 +5,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.plan import Request, ResolvedRun, freeze_plan, record, resolve
+from pipeline.run.records import record
+from pipeline.run.resolve import resolve
+from pipeline.run.shard_plan import freeze_plan
+from pipeline.run.steps import Request, ResolvedRun
 from pipeline.settings.load import load_config
 from pipeline.worker import library_versions
 from stages.contract.manifest import (

@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.documents import read_kinds
 from pipeline.display.text import printable
-from pipeline.engine import Run, StageError, command, read_inputs, require_complete
 from pipeline.interpret.figures import DocumentFigures, distance_rows, win_rows
 from pipeline.interpret.pairs import most_moved, part_of
 from pipeline.interpret.sample import choose_rows, choose_shards, length_kind
-from pipeline.plan import ResolvedRun, read_plan
+from pipeline.run.session import Run, StageError, command, read_inputs, require_complete
+from pipeline.run.shard_plan import read_plan
+from pipeline.run.steps import ResolvedRun
 from pipeline.settings.interpret import VERSION
 from stages.align.stage import AlignStage
 from stages.contract.columns import list_row

@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.display.table import ResultTable
 from pipeline.interpret.run import FUSED, folder_of, read_interpretation
-from pipeline.plan import ResolvedRun
+from pipeline.run.steps import ResolvedRun
 from stages.contract.store import Store
 
 

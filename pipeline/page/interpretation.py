@@ -5,7 +5,7 @@ from typing import Any
 
 from pipeline.interpret.tables import distance_table, interpretations, label, pair_tables, sample_of, win_tables
 from pipeline.page.plots import Bar, bars, shares
-from pipeline.plan import ResolvedRun
+from pipeline.run.steps import ResolvedRun
 from stages.contract.store import Store
 
 

@@ -12,9 +12,11 @@ from pipeline.display.table import ResultTable
 from pipeline.page.interpretation import described_interpretations
 from pipeline.page.plots import Bar, bars, curves
 from pipeline.page.viewer import viewer_data
-from pipeline.plan import ResolvedRun, recorded_runs
 from pipeline.results import HeldOutRow, TeacherRow, held_out, held_out_table, teacher_rows, teacher_table, time_table
-from pipeline.status import RunStatus, StepStatus, read_status, read_training_log, shown_figure
+from pipeline.run.outcomes import read_training_log
+from pipeline.run.records import recorded_runs
+from pipeline.run.steps import ResolvedRun
+from pipeline.status import RunStatus, StepStatus, read_status, shown_figure
 from pipeline.suites.catalogue import SUITES
 from pipeline.suites.published import CAVEAT, PUBLISHED
 from pipeline.suites.results import SuiteRow, subtask_table, suite_rows, suite_table

@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.explain import Place
-from pipeline.plan import ResolvedRun, Step, read_plan
+from pipeline.run.shard_plan import read_plan
+from pipeline.run.steps import ResolvedRun, Step
 from stages.align import explain as aligned
 from stages.align.explain import printable
 from stages.align.stage import AlignStage

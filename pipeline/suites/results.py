@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.display.table import ResultTable
-from pipeline.plan import FUSED, ResolvedRun
+from pipeline.run.steps import FUSED, ResolvedRun
 from pipeline.suites.catalogue import SUITES, Metric
 from pipeline.suites.figures import difference, figure
 from pipeline.suites.run import FOLDER, model_inputs

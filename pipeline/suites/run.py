@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pipeline.engine import Run, StageError, command
-from pipeline.evaluation import evaluated_model
-from pipeline.plan import FUSED, Step
+from pipeline.run.session import Run, StageError, command
+from pipeline.run.steps import FUSED, Step
+from pipeline.run.trained_model import evaluated_model, is_trained
 from pipeline.settings.run import RunConfig
 from pipeline.suites.catalogue import SUITES, Suite, selected
 from pipeline.suites.figures import figure
@@ -29,7 +29,6 @@ from pipeline.suites.harness import (
 from pipeline.suites.languages import LanguageMissingError, check_language
 from pipeline.suites.local_data import EXPECTED, LocalTask, local_tasks
 from pipeline.suites.multipl_e import MAX_NEW_TOKENS, NUM_LANGUAGES, languages_on_hub
-from pipeline.training import is_trained
 from stages.contract.fingerprint import fingerprint
 from train.config import EvalConfig
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from stages.contract.store import Store
 from stages.logits.backends.topk import topk_logprobs
 from stages.logits.config import LogitsConfig

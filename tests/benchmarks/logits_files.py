@@ -9,7 +9,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.plan import ResolvedRun, recorded_run
+from pipeline.run.records import recorded_run
+from pipeline.run.steps import ResolvedRun
 from stages.contract import schemas
 from stages.contract.columns import list_row, round_to_half
 from stages.contract.store import Store

@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.plan import ResolvedRun
-from pipeline.rollup import manifest_entries, read_lines, roll_up, write_rollup
+from pipeline.run.rollup import manifest_entries, read_lines, roll_up, write_rollup
+from pipeline.run.steps import ResolvedRun
 from stages.contract.store import Store
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import say

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from stages.contract.store import Store
 
 KEYS = {

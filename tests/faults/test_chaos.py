@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from stages.contract.store import Store
 from tests.s3.conftest import use
 from tests.s3.servers import BUCKET, S3Server, rclone, s3_environment

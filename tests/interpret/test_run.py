@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.interpret import run as interpreting
 from pipeline.page.page import report_page
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
 from stages.contract.store import Store
 from stages.models.embeddings import load_input_embeddings

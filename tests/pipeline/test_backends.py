@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.run.stage_table import stage_spec
 from pipeline.settings.load import ConfigError, load_config
 from pipeline.settings.run import RunConfig
-from pipeline.stage_table import stage_spec
 from stages.contract.manifest import choices_key
 from stages.contract.store import Store
 from stages.logits.backends.choose import choose_backend

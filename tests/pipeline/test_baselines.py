@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan import recorded_run
 from pipeline.results import held_out
+from pipeline.run.records import recorded_run
 from pipeline.settings.load import ConfigError, load_config
 from stages.contract.store import Store
 from tests.tiny_models import save_model

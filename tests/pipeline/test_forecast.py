@@ -11,7 +11,8 @@ import pytest
 from pipeline.changes import others_by_closeness, setting_changes
 from pipeline.estimate import Assumed
 from pipeline.forecast import Forecast, forecast
-from pipeline.plan import Request, ResolvedRun, Step, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.steps import Request, ResolvedRun, Step
 from pipeline.settings.load import load_config
 from pipeline.settings.planning import AssumptionsConfig
 from pipeline.sizes import count_parameters, dataset_size

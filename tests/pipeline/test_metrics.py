@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
-from pipeline.stage_table import Resources
 from tests.pipeline.test_worker import corpus_with_bad_line, job_for
 
 DEADLINE_SECONDS = 60.0

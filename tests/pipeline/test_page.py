@@ -16,7 +16,7 @@ from pipeline.page.page import SECTIONS, _embedded, report_page
 from pipeline.page.plots import Bar, bars, curves
 from pipeline.page.serve import page_server
 from pipeline.page.viewer import UNIT
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from stages.contract.columns import PAD_ID, list_row, sparse_row
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse

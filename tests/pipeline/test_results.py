@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.plan import FUSED, Request, recorded_runs, resolve, result_key
 from pipeline.results import HeldOutRow, held_out, paired_difference
+from pipeline.run.records import recorded_runs
+from pipeline.run.resolve import resolve
+from pipeline.run.steps import FUSED, Request, result_key
 from pipeline.settings.load import load_config
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse

@@ -307,7 +307,8 @@ def test_removed_source_takes_up_the_finished_shards(tiny_config: Path, tmp_path
 
 @pytest.mark.slow
 def test_order_of_sources_names_another_fuse_folder(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:
-    from pipeline.plan import Request, resolve
+    from pipeline.run.resolve import resolve
+    from pipeline.run.steps import Request
     from pipeline.settings.load import load_config
     from stages.contract.store import Store
 

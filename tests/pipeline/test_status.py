@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.plan import recorded_run, recorded_runs
 from pipeline.progress import StepProgress
+from pipeline.run.records import recorded_run, recorded_runs
 from pipeline.status import read_status
 from pipeline.worker import ShardStatus
 from stages.contract.manifest import Mean

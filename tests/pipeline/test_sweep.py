@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from pipeline import sweep as sweeping
-from pipeline.engine import Run
-from pipeline.plan import result_key
+from pipeline.run.session import Run
+from pipeline.run.steps import result_key
 from pipeline.settings.load import ConfigError
 from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep, sweep_results, sweep_table
 from stages.contract.store import Store

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.plan import ResolvedRun, recorded_run
-from pipeline.rollup import DoneShard
+from pipeline.run.records import recorded_run
+from pipeline.run.rollup import DoneShard
+from pipeline.run.steps import ResolvedRun
 from pipeline.status import RunStatus, StatusReader, StepStatus
 from pipeline.watch import Speed, step_speed, watch
 from stages.contract.manifest import attempts_folder, manifest_key

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from stages.contract.filesystem import patiently
 from stages.contract.store import Store
 from tests.s3.conftest import use

@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
 
 from pipeline.page.page import report_page
-from pipeline.plan import recorded_run
+from pipeline.run.records import recorded_run
 from pipeline.suites.figures import difference, figure
 from pipeline.suites.results import suite_rows
 from stages.contract.store import Store

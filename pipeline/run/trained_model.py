@@ -1,19 +1,22 @@
-"""Training for a run directory in an object store: it works in a local folder, and publishes what it made at its end.
+"""The trained model of a run, local and in an object store.
 
-Each committed checkpoint is copied to the store (``train.mirror``): a training that was killed goes on from the folder where
-that outlives the process, and from the newest copy where it does not.
+Training works in a local folder, and publishes what it made at its end. Each committed checkpoint is copied to the store
+(``train.mirror``): a training that was killed goes on from the folder where that outlives the process, and from the newest
+copy where it does not.
 """
 
 import hashlib
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.engine import Run
-from pipeline.plan import Step
+from pipeline.run.session import Run, StageError, command
+from pipeline.run.steps import FUSED, Step
 from stages.contract.manifest import sha256
+from stages.models.config import ModelConfig
 from train.card import CARD
 
 if TYPE_CHECKING:
@@ -116,3 +119,49 @@ def _sha256(path: Path) -> str | None:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return None
+
+
+def evaluated_model(run: Run, step: Step) -> ModelConfig:
+    """The model that an eval step speaks of; the trained one as the folder it was exported to."""
+    if step.model == FUSED:
+        return ModelConfig(name=FUSED, path=trained_model(run), bos=run.config.target.bos)
+    return next(model for model in run.config.models if model.name == step.model)
+
+
+def is_trained(run: Run) -> bool:
+    """The train stage of this run is done.
+
+    Raises:
+        StageError: its manifest says so, but files of the model are missing.
+    """
+    folder = run.resolved.steps["train"].folder
+    try:
+        manifest = json.loads(run.store.read(f"{folder}/manifest.json"))
+    except FileNotFoundError:
+        return False
+    missing = [name for name in manifest["model_files"] if not run.store.exists(f"{folder}/model/{name}")]
+    if missing:
+        raise StageError(
+            f"{run.store.url}/{folder} is said to be done, but {', '.join(missing)} of its model is missing: run "
+            f"`ptafuse verify {run.store.url} --repair`, then {command(run, 'train')}"
+        )
+    return True
+
+
+def discard_model(run: Run) -> None:
+    """Remove a trained model and its checkpoints, which are large; its step log stays.
+
+    The step counts as not done afterwards, so the manifest goes first.
+    """
+    folder = run.resolved.steps["train"].folder
+    if not run.store.is_local:
+        run.store.delete(f"{folder}/manifest.json")
+        for name in run.store.names(f"{folder}/model"):
+            run.store.delete(f"{folder}/model/{name}")
+    copies = checkpoint_copies(run)
+    if copies:
+        copies.remove()
+    here = training_folder(run)
+    (here / "manifest.json").unlink(missing_ok=True)
+    for part in (*here.glob("model"), *here.glob("checkpoint-*")):
+        shutil.rmtree(part)

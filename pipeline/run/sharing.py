@@ -8,7 +8,8 @@ opens the file there and checks its hash. What is not done there is computed her
 import logging
 from dataclasses import dataclass
 
-from pipeline.plan import Step, plan_key
+from pipeline.run.shard_plan import plan_key
+from pipeline.run.steps import Step
 from stages.contract.manifest import DataFile, Manifest, manifest_key, stage_folder
 from stages.contract.store import Store
 

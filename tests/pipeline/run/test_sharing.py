@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.plan import Request, resolve
+from pipeline.run.resolve import resolve
+from pipeline.run.steps import Request
 from pipeline.settings.load import load_config
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse, status

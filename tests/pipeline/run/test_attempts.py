@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.attempts import is_running, unfinished_attempts
+from pipeline.run.attempts import is_running, unfinished_attempts
 from stages.contract.store import Store
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import rollup
-from pipeline.plan import ResolvedRun
-from pipeline.rollup import FiguresReader, StepFigures, read_rollups, roll_up
+from pipeline.run import rollup
+from pipeline.run.rollup import FiguresReader, StepFigures, read_rollups, roll_up
+from pipeline.run.steps import ResolvedRun
 from stages.contract.manifest import Manifest, Mean, manifest_key
 from stages.contract.store import Store
 from tests.synthetic_run import fill, manifest_of, synthetic_run

@@ -1,0 +1,37 @@
+"""What train and eval left in the run directory."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.run.steps import Step, result_key
+from stages.contract.store import Store
+
+
+def read_training_log(step: Step, store: Store) -> list[dict[str, Any]]:
+    """The records of the train step so far (``train.job.StepRecord``); a line that is half written is left out."""
+    try:
+        lines = store.read(f"{step.folder}/log.jsonl").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
+
+
+def training_seconds(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
+    """Seconds in optimizer steps, and tokens, from the records of the step log."""
+    seconds, before = 0.0, 0
+    for record in records:
+        seconds += (record["num_tokens"] - before) / record["tokens_per_second"]
+        before = record["num_tokens"]
+    return seconds, before
+
+
+def read_result(store: Store, step: Step) -> dict[str, Any] | None:
+    """The figures of one model, None when it was not evaluated.
+
+    A baseline that these models do not allow has ``refused``, the reason, in the place of figures.
+    """
+    try:
+        return json.loads(store.read(result_key(step)))
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,73 @@
+"""The configurations that ran in a run directory, as they are recorded there."""
+
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.run.steps import Request, ResolvedRun, Step
+from pipeline.settings.run import RunConfig
+from stages.contract.store import Store
+
+
+def record(run: ResolvedRun, store: Store) -> None:
+    """Write the resolved configuration into the run directory, for ``status`` and for people."""
+    value = {
+        "used_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "used_at_ns": time.time_ns(),
+        "config_path": run.request.config_path,
+        "overrides": list(run.request.overrides),
+        "config": run.config.model_dump(mode="json", by_alias=True),
+        "steps": {key: asdict(step) for key, step in run.steps.items()},
+    }
+    store.replace(run.record_key, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def _records(store: Store) -> dict[str, dict[str, Any]]:
+    """All recorded configurations by their keys, the last used one last."""
+    keys = [f"configs/{file}" for file in store.names("configs") if file.endswith(".json")]
+    records = {key: json.loads(raw) for key, raw in store.read_all(keys)}
+    return dict(sorted(records.items(), key=lambda item: item[1]["used_at_ns"]))
+
+
+def recorded_steps(store: Store) -> list[tuple[str, Step]]:
+    """The steps of every configuration that ever ran here, with its name, the last used one last."""
+    records = _records(store).values()
+    return [(value["config"]["name"], Step(**step)) for value in records for step in value["steps"].values()]
+
+
+def recorded_runs(store: Store) -> list[ResolvedRun]:
+    """The configurations that ran here, one a name (its latest), the last used one last."""
+    records = _records(store)
+    latest: dict[str, str] = {}
+    for key, value in records.items():
+        latest.pop(value["config"]["name"], None)
+        latest[value["config"]["name"]] = key
+    return [_from_record(records[key], f"{store.url}/{key}") for key in latest.values()]
+
+
+def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
+    """The configuration that ran here last, or the one of that name.
+
+    Raises:
+        ValueError: nothing (of that name) was ever run here.
+    """
+    runs = [run for run in recorded_runs(store) if name in (None, run.config.name)]
+    if not runs:
+        which = "no configuration" if name is None else f"no configuration named {name!r}"
+        raise ValueError(f"{store.url}: {which} has run here; start with `make shard RUN={store.url}`")
+    return runs[-1]
+
+
+def _from_record(value: dict[str, Any], where: str) -> ResolvedRun:
+    try:
+        steps = {key: Step(**step) for key, step in value["steps"].items()}
+        config = RunConfig.model_validate(value["config"])
+    except (TypeError, ValidationError) as error:
+        raise ValueError(
+            f"{where} was recorded by another version of ptafuse: run a stage of its configuration again with this one, or go "
+            f"on with that version ({str(error).splitlines()[0]})"
+        ) from None
+    return ResolvedRun(config, steps, Request(value["config_path"], tuple(value["overrides"])))

@@ -1,0 +1,79 @@
+"""The steps of a run: what is computed, from what, and in which folder."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.settings.load import config_id
+from pipeline.settings.run import RunConfig
+from stages.contract.manifest import stage_folder
+
+FUSED = "fused"
+"""The trained model's name among the evaluated ones."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A configuration as the user asked for it: the file, and what was changed on the command line."""
+
+    config_path: str
+    overrides: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder of the run directory: a stage, and its model where the stage runs once a model.
+
+    Attributes:
+        key: ``"logits/gemma3"``.
+        stage: ``"logits"``.
+        model: ``"gemma3"``, or None.
+        fingerprint: names the folder.
+        inputs: input name, as the stage knows it -> step key.
+        settings: the readable settings behind the fingerprint, with the inputs' fingerprints.
+    """
+
+    key: str
+    stage: str
+    model: str | None
+    fingerprint: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    @property
+    def folder(self) -> str:
+        """The step's folder in the run directory."""
+        return stage_folder(self.key, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A configuration with everything that names its results; recorded in the run directory for ``status``."""
+
+    config: RunConfig
+    steps: Mapping[str, Step]
+    request: Request
+
+    def command(self, stage: str, run_url: str) -> str:
+        """What the user types to run a stage of this run."""
+        sets = "".join(f" --set {shlex.quote(override)}" for override in self.request.overrides)
+        arguments = f" ARGS={shlex.quote(sets.strip())}" if sets else ""
+        path, run_url = shlex.quote(self.request.config_path), shlex.quote(run_url)
+        return (
+            f"`make {stage} CONFIG={path} RUN={run_url}{arguments}` (or `ptafuse {stage} {path} --run {run_url}{sets}`)"
+        )
+
+    def of_stage(self, stage: str) -> list[Step]:
+        """The steps of one stage, in the order of the configuration's models."""
+        return [step for step in self.steps.values() if step.stage == stage]
+
+    @property
+    def record_key(self) -> str:
+        """Where the resolved configuration is recorded."""
+        return f"configs/{self.config.name}-{config_id(self.config)}.json"
+
+
+def result_key(step: Step) -> str:
+    """Where the figure of an evaluated model is."""
+    return f"{step.folder}/bits-per-byte.json"
