@@ -60,7 +60,7 @@ def _console() -> Console:
 def run_named_stage(run: "Run", stage: str) -> None:
     """Run one stage by its name, the sharded ones and train and eval alike."""
     if stage == "train":
-        from pipeline.training import run_training
+        from pipeline.engine.train_stage import run_training
 
         run_training(run)
     elif stage == "eval":
@@ -70,7 +70,7 @@ def run_named_stage(run: "Run", stage: str) -> None:
         run_eval(run)
         run_suites(run)
     else:
-        from pipeline.engine import run_stage
+        from pipeline.engine.sharded_stage import run_stage
 
         run_stage(run, stage)
 

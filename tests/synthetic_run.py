@@ -5,12 +5,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.engine.versions import library_versions
 from pipeline.run.records import record
 from pipeline.run.resolve import resolve
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.steps import Request, ResolvedRun
 from pipeline.settings.load import load_config
-from pipeline.worker import library_versions
 from stages.contract.manifest import (
     DataFile,
     InputRef,

@@ -130,10 +130,10 @@ def quarantine_key(folder: str, shard: int, attempt: str) -> str:
 
 
 def choices_key(folder: str) -> str:
-    """``<folder>/choices.json``: what "auto" settings came to for the whole folder; see ``pipeline.worker``."""
+    """``<folder>/choices.json``: what "auto" settings came to for the whole folder; see ``pipeline.engine.worker``."""
     return f"{folder}/choices.json"
 
 
 def attempts_folder(folder: str, shard: int) -> str:
-    """``<folder>/attempts/shard-00017``: one file an attempt, written before it computes; see ``pipeline.worker``."""
+    """``<folder>/attempts/shard-00017``: one file an attempt, written before it computes; see ``pipeline.engine.worker``."""
     return f"{folder}/attempts/shard-{shard:05d}"

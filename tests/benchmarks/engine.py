@@ -8,12 +8,12 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pipeline import local_runner, ray_runner
+from pipeline.engine import local_runner, ray_runner
+from pipeline.engine.worker import ShardJob
 from pipeline.run.session import Run, open_run
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.stage_table import Resources
 from pipeline.run.steps import Request
-from pipeline.worker import ShardJob
 from tests.benchmarks.figure import Figure
 from tests.tiny_run import save_inputs
 

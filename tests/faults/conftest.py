@@ -23,7 +23,7 @@ class Ended(NamedTuple):
     stderr: str
 
 
-STAGE_MODULES = ("pipeline.worker", "stages.contract.store")
+STAGE_MODULES = ("pipeline.engine.worker", "stages.contract.store")
 """What a sharded stage passes through: training, and its imports, are left out."""
 
 StageProcess = Callable[..., Ended]
@@ -46,7 +46,9 @@ def _run_stage(config: str, run_url: str, stage: str, stderr: str, fault: str | 
 def forks() -> ForkServerContext:
     """Makes processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.cli", "pipeline.worker", "transformers.activations", "tests.tiny_run"])
+    context.set_forkserver_preload(
+        ["pipeline.cli", "pipeline.engine.worker", "transformers.activations", "tests.tiny_run"]
+    )
     return context
 
 

@@ -38,7 +38,7 @@ def reach(point: str, step: str, number: int) -> None:
 
 
 def wrap_worker(module) -> None:
-    """Points ``compute`` and ``data`` of ``pipeline.worker``."""
+    """Points ``compute`` and ``data`` of ``pipeline.engine.worker``."""
     read, write = module.ShardWorker._read_inputs, module.ShardWorker._write
 
     def faulty_read(self, shard):
@@ -83,7 +83,7 @@ def wrap_training(module) -> None:
 
 
 WRAPPED: Final = {
-    "pipeline.worker": wrap_worker,
+    "pipeline.engine.worker": wrap_worker,
     "stages.contract.store": wrap_store,
     "train.checkpoint": wrap_training,
 }

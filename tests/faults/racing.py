@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.session import Run, open_run
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.steps import Request
-from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 from stages.contract.store import Store
 
 

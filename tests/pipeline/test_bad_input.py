@@ -140,16 +140,16 @@ def test_parquet_file_cut_short_is_refused(corpus: Corpus) -> None:
 
 def test_dataset_that_changed_after_planning_is_noticed(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the plan and the reading of its rows."""
-    from pipeline import engine
+    from pipeline.engine import sharded_stage
 
-    freeze = engine.freeze_plan
+    freeze = sharded_stage.freeze_plan
 
     def freeze_and_change(*arguments: Any) -> Any:
         plan = freeze(*arguments)
         corpus.write(*GOOD[:2])
         return plan
 
-    monkeypatch.setattr(engine, "freeze_plan", freeze_and_change)
+    monkeypatch.setattr(sharded_stage, "freeze_plan", freeze_and_change)
     assert re.search(said("a dataset file that changed after planning"), corpus.write(*GOOD).refused("shard"))
 
 
@@ -236,17 +236,17 @@ def test_tokenizer_that_changes_while_the_stage_starts_is_noticed(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a machine that has other files under the same path."""
-    from pipeline import engine
+    from pipeline.engine import sharded_stage
 
     copy = Path(shutil.copytree(corpus._models / "llama", corpus.folder / "llama"))
     corpus.write(*GOOD).ptafuse("shard", llama=str(copy))
-    check = engine._check_tokenizers
+    check = sharded_stage._check_tokenizers
 
     def check_and_change(*arguments: Any) -> None:
         check(*arguments)
         change_tokenizer(copy)
 
-    monkeypatch.setattr(engine, "_check_tokenizers", check_and_change)
+    monkeypatch.setattr(sharded_stage, "_check_tokenizers", check_and_change)
     row = "a tokenizer that changed while a stage runs, or differs on another machine"
     assert re.search(said(row), corpus.refused("logits", llama=str(copy)))
 

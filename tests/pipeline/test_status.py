@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.progress import StepProgress
+from pipeline.engine.progress import StepProgress
+from pipeline.engine.worker import ShardStatus
 from pipeline.run.records import recorded_run, recorded_runs
 from pipeline.status import read_status
-from pipeline.worker import ShardStatus
 from stages.contract.manifest import Mean
 from stages.contract.store import Store
 

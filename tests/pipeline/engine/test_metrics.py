@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
-from tests.pipeline.test_worker import corpus_with_bad_line, job_for
+from tests.pipeline.engine.test_worker import corpus_with_bad_line, job_for
 
 DEADLINE_SECONDS = 60.0
 
@@ -49,7 +49,7 @@ def exported(url: str, name: str) -> dict[tuple[str, str], float]:
 def test_shards_tokens_and_failures_are_exported_by_stage_and_model(
     tiny_config: Path, tmp_path: Path, metrics_url: str
 ) -> None:
-    from pipeline.ray_runner import run_shards
+    from pipeline.engine.ray_runner import run_shards
 
     job, store = job_for(tiny_config, str(tmp_path / "good"))
     bad, _ = job_for(corpus_with_bad_line(tiny_config, tmp_path), str(tmp_path / "bad"))

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pipeline.display.durations import format_duration
-from pipeline.worker import ShardStatus
+from pipeline.engine.worker import ShardStatus
 
 PLAIN_LINE_SECONDS = 10.0
 

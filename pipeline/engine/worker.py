@@ -6,12 +6,10 @@ shard that kills every worker is refused after ``max_attempts`` instead of being
 
 import json
 import logging
-import platform
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Literal
 
 import pyarrow as pa
@@ -19,6 +17,7 @@ import pyarrow.compute as pc
 
 from pipeline.dataset.documents import read_documents
 from pipeline.dataset.files import reading
+from pipeline.engine.versions import library_versions
 from pipeline.run.attempts import Attempt
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import stage_spec
@@ -41,8 +40,6 @@ from stages.contract.store import Store
 from stages.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
-
-RECORDED_VERSIONS = ("ptafuse", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "numba", "rapidfuzz", "ray")
 
 
 @dataclass(frozen=True)
@@ -286,17 +283,6 @@ def settle_choices(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
                 "%s: %s is %r in this folder; here auto would be %r", job.step.key, name, value, choices.get(name)
             )
     return config.model_copy(update={spec.name: spec.section(config).model_copy(update=recorded)})
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that every manifest records: a drift of these may change results."""
-    versions = {"python": platform.python_version()}
-    for name in RECORDED_VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-            versions[name] = "not installed"
-    return versions
 
 
 def _quarantine_table(step: str, output: StageOutput) -> pa.Table:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.engine import run_stage
+from pipeline.engine.sharded_stage import run_stage
+from pipeline.engine.worker import ShardJob, ShardWorker
 from pipeline.run.attempts import Attempt, forget_failures, read_attempts
 from pipeline.run.session import StageError, open_run
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.steps import Request, Step
-from pipeline.worker import ShardJob, ShardWorker
 from stages.contract.manifest import manifest_key
 from stages.contract.store import Store
 

@@ -1,12 +1,9 @@
 """The train stage of a run: from the fuse manifests to a trained model in the run directory."""
 
-import threading
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
+from pipeline.engine.train_progress import TrainProgress
 from pipeline.run.session import Run, StageError, command, require_complete
 from pipeline.run.trained_model import (
     checkpoint_store,
@@ -15,9 +12,7 @@ from pipeline.run.trained_model import (
     publish_training,
     training_folder,
 )
-from train.job import FusedFile, StepRecord, TrainJob
-
-POLL_SECONDS = 2.0
+from train.job import FusedFile, TrainJob
 
 
 def train_job(run: Run) -> TrainJob:
@@ -72,7 +67,7 @@ def run_training(run: Run) -> None:
     job = train_job(run)
     fetch_checkpoint(run, Path(job.output))
     try:
-        with _StepLines(Path(job.output), run.console):
+        with TrainProgress(Path(job.output), run.console):
             _train(job, run)
         publish_training(run, Path(job.output))
     except (RuntimeError, FloatingPointError) as error:
@@ -90,7 +85,7 @@ def _train(job: TrainJob, run: Run) -> None:
 
         loop.train(job)
         return
-    from pipeline.ray_runner import require_resources, start_ray
+    from pipeline.engine.ray_runner import require_resources, start_ray
     from train import launch
 
     start_ray(run.config.engine.num_cpus)
@@ -98,68 +93,3 @@ def _train(job: TrainJob, run: Run) -> None:
         "train", job.config.cpus_per_worker, launch.gpus_per_worker(job), count=job.config.num_workers
     )  # Ray Train's controller asks for no CPU
     launch.run(job)
-
-
-class _StepLines:
-    """Shows the training steps as they appear in the step log: training may run in another process, or on another node.
-
-    A live bar in a terminal, a plain line a step elsewhere.
-    """
-
-    def __init__(self, output: Path, console: Console) -> None:
-        from train.run_log import read_log
-
-        self._read = lambda: read_log(output)
-        self._console = console
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._shown = max((record.step for record in self._read()), default=0)
-        self._bar: Progress | None = None
-        if self._shown:
-            console.print(
-                f"train: {self._shown} steps were logged before; going on from the newest checkpoint, or from the beginning "
-                "where there is none; steps are shown from where the log ends",
-                soft_wrap=True,
-            )
-        if console.is_terminal:
-            columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
-            self._bar = Progress(*columns, TextColumn("{task.description}"), console=console)
-            self._task = self._bar.add_task("starting", total=None, completed=self._shown)
-
-    def __enter__(self) -> None:
-        if self._bar:
-            self._bar.start()
-        self._thread.start()
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self._show()
-        if self._bar:
-            self._bar.stop()
-
-    def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            self._show()
-
-    def _show(self) -> None:
-        for record in self._read():
-            if record.step <= self._shown:
-                continue
-            self._shown = record.step
-            if self._bar:
-                self._bar.update(
-                    self._task, total=record.num_steps, completed=record.step, description=_described(record)
-                )
-            else:
-                self._console.print(
-                    f"train: step {record.step}/{record.num_steps}, {_described(record)}", soft_wrap=True
-                )
-
-
-def _described(record: StepRecord) -> str:
-    """The losses and the speed of a step."""
-    parts = (("gold", record.loss_clm), ("fusion", record.loss_fusion))
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in parts if loss is not None)
-    seconds_left = (record.num_steps - record.step) * record.num_tokens / record.step / record.tokens_per_second
-    return f"loss {record.loss:.4f} ({losses}), {record.tokens_per_second:,.0f} tokens/s, ETA {seconds_left:,.0f} s"

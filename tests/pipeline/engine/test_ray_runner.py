@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline import ray_runner
+from pipeline.engine import ray_runner
 
 
 def nodes(*resources: dict[str, float]):

@@ -5,10 +5,12 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 
-from pipeline import local_runner
 from pipeline.dataset.documents import check_dataset
 from pipeline.dataset.files import reading
-from pipeline.progress import StepProgress
+from pipeline.engine import local_runner
+from pipeline.engine.progress import StepProgress
+from pipeline.engine.versions import check_library_versions
+from pipeline.engine.worker import ShardJob, ShardStatus
 from pipeline.run.rollup import SHARDS_A_ROLLUP, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
@@ -16,10 +18,7 @@ from pipeline.run.sharing import SHARED_STAGES, take_up_plan, take_up_shards
 from pipeline.run.stage_table import Resources, stage_spec
 from pipeline.run.steps import Step
 from pipeline.settings.run import EngineConfig
-from pipeline.worker import ShardJob, ShardStatus, library_versions
-from stages.contract.manifest import Manifest
 from stages.contract.store import Store
-from stages.logits.backends.vllm import vllm_version
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def _run_step(run: Run, step: Step) -> None:
         run.console.print(f"{step.key}: nothing to do ({num_shards} of {num_shards} shards are done)")
         return
     _check_tokenizers(run, step)
-    _check_drift(run, step)
+    check_library_versions(run, step)
     resources = spec.resources(run.config)
     job = ShardJob(
         run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
@@ -123,26 +122,6 @@ def _failures(failed: Sequence[ShardStatus]) -> str:
     return "\n".join(f"  shard {', '.join(map(str, shards))}: {cause}" for cause, shards in causes.items())
 
 
-def _check_drift(run: Run, step: Step) -> None:
-    """Compare this machine's libraries with those that computed the shards done so far.
-
-    Raises:
-        StageError: they differ, and the command is strict.
-    """
-    done = run.store.manifest_names(step.folder)[:1]
-    if not done:
-        return
-    then = Manifest.from_bytes(run.store.read(f"{step.folder}/manifests/{done[0]}")).versions
-    here = library_versions() | ({"vllm": vllm_version()} if "vllm" in then else {})
-    drift = [f"{name} {then[name]} -> {now}" for name, now in here.items() if then.get(name, now) != now]
-    if not drift:
-        return
-    message = f"{step.key}: libraries differ from those of the finished shards, results may too: {', '.join(drift)}"
-    if run.strict:
-        raise StageError(f"{message}. Install the versions of requirements.txt, or leave out --strict")
-    log.warning("%s", message)
-
-
 def _check_tokenizers(run: Run, step: Step) -> None:
     """Load the tokenizers of a step that reads text here first: one without byte offsets is refused before any worker starts.
 
@@ -159,6 +138,6 @@ def _check_tokenizers(run: Run, step: Step) -> None:
 def _runner(run: Run) -> Runner:
     if run.local:
         return local_runner.run_shards
-    from pipeline import ray_runner  # Ray takes seconds to import: only where shards are to be computed
+    from pipeline.engine import ray_runner  # Ray takes seconds to import: only where shards are to be computed
 
     return ray_runner.run_shards

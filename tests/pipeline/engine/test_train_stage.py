@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.training import _StepLines
+from pipeline.engine.train_progress import TrainProgress
 from tests.train.test_card import RECORD
 from train.run_log import RunLog
 
@@ -14,7 +14,7 @@ from train.run_log import RunLog
 def test_steps_are_a_bar_in_a_terminal_and_lines_elsewhere(tmp_path: Path, terminal: bool) -> None:
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=terminal, width=120, markup=False)
-    with _StepLines(tmp_path, console), RunLog(tmp_path, step=0) as log:
+    with TrainProgress(tmp_path, console), RunLog(tmp_path, step=0) as log:
         log.add(type(RECORD)(**{**asdict(RECORD), "step": 2}))
         log.add(RECORD)
     text = shown.getvalue()

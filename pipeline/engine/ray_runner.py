@@ -14,9 +14,9 @@ import ray.data
 import ray.exceptions
 from ray.util.metrics import Counter
 
+from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
-from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 from stages.contract.filesystem import StoreError
 
 log = logging.getLogger(__name__)

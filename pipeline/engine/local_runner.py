@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
-from pipeline.worker import ShardJob, ShardStatus, ShardWorker
 
 
 def run_shards(

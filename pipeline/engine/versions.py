@@ -1,0 +1,48 @@
+"""The library versions that manifests record, and whether this machine has the same."""
+
+import logging
+import platform
+from importlib import metadata
+
+from pipeline.run.session import Run, StageError
+from pipeline.run.steps import Step
+from stages.contract.manifest import (
+    Manifest,
+)
+from stages.logits.backends.vllm import vllm_version
+
+log = logging.getLogger(__name__)
+
+
+def check_library_versions(run: Run, step: Step) -> None:
+    """Compare this machine's libraries with those that computed the shards done so far.
+
+    Raises:
+        StageError: they differ, and the command is strict.
+    """
+    done = run.store.manifest_names(step.folder)[:1]
+    if not done:
+        return
+    then = Manifest.from_bytes(run.store.read(f"{step.folder}/manifests/{done[0]}")).versions
+    here = library_versions() | ({"vllm": vllm_version()} if "vllm" in then else {})
+    drift = [f"{name} {then[name]} -> {now}" for name, now in here.items() if then.get(name, now) != now]
+    if not drift:
+        return
+    message = f"{step.key}: libraries differ from those of the finished shards, results may too: {', '.join(drift)}"
+    if run.strict:
+        raise StageError(f"{message}. Install the versions of requirements.txt, or leave out --strict")
+    log.warning("%s", message)
+
+
+RECORDED_VERSIONS = ("ptafuse", "torch", "transformers", "tokenizers", "pyarrow", "numpy", "numba", "rapidfuzz", "ray")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that every manifest records: a drift of these may change results."""
+    versions = {"python": platform.python_version()}
+    for name in RECORDED_VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+            versions[name] = "not installed"
+    return versions
