@@ -217,12 +217,13 @@ def status(
     config: ConfigNameOption = None,
 ) -> None:
     """What is done, pending and failed, and what to run next. Reads storage only."""
-    from pipeline.status import StatusReader, print_status
+    from pipeline.state.status import StatusReader
+    from pipeline.state.status_view import print_status, status_json
 
     store = Store(run)
     reader = StatusReader(recorded_run(store, config), store)
     if watched:
-        from pipeline.watch import watch
+        from pipeline.state.watch import watch
 
         try:
             watch(reader.read, _console(), interval=interval)
@@ -231,7 +232,7 @@ def status(
         return
     found = reader.read()
     if as_json:
-        sys.stdout.write(json.dumps(found.to_json(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(status_json(found), indent=1) + "\n")
     else:
         print_status(found, _console())
 
@@ -261,7 +262,7 @@ def verify(
 ) -> None:
     """Re-read every file of a run directory against its manifest."""
     from pipeline.run.session import StageError
-    from pipeline.verify import verify_run
+    from pipeline.state.verify import verify_run
 
     problems = verify_run(Store(run), _console(), repair=repair)
     if problems and not repair:
@@ -276,7 +277,7 @@ def gc(
 ) -> None:
     """Remove what killed attempts left: files that no manifest names, of any configuration."""
     from pipeline.display.durations import parse_duration
-    from pipeline.garbage import collect_garbage
+    from pipeline.state.garbage import collect_garbage
 
     seconds = parse_duration(older_than)
     collect_garbage(Store(run), _console(), older_than_seconds=seconds, dry_run=dry_run)

@@ -29,7 +29,7 @@ from pipeline.run.steps import FUSED, ResolvedRun, Step, result_key
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE
 from pipeline.settings.run import RunConfig
 from pipeline.sizes import Parameters, count_parameters, measure_sizes
-from pipeline.status import StatusReader, StepStatus
+from pipeline.state.status import StatusReader, StepStatus
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
 

@@ -10,7 +10,7 @@ from pipeline.display.table import ResultTable
 from pipeline.run.outcomes import read_result, read_training_log, training_seconds
 from pipeline.run.steps import FUSED, ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
-from pipeline.status import RunStatus, StepStatus
+from pipeline.state.status import RunStatus, StepStatus
 from stages.contract.manifest import Figure, Mean
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean

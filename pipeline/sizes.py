@@ -13,7 +13,7 @@ from pipeline.estimate import Assumed, Sizes
 from pipeline.run.shard_plan import Plan
 from pipeline.settings.planning import HUB_DATASETS
 from pipeline.settings.run import RunConfig
-from pipeline.status import StepStatus
+from pipeline.state.status import StepStatus
 from stages.models.config import ModelConfig
 from stages.shard.config import DatasetConfig
 

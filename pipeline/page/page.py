@@ -16,7 +16,8 @@ from pipeline.results import HeldOutRow, TeacherRow, held_out, held_out_table, t
 from pipeline.run.outcomes import read_training_log
 from pipeline.run.records import recorded_runs
 from pipeline.run.steps import ResolvedRun
-from pipeline.status import RunStatus, StepStatus, read_status, shown_figure
+from pipeline.state.status import RunStatus, StepStatus, read_status
+from pipeline.state.status_view import shown_figure
 from pipeline.suites.catalogue import SUITES
 from pipeline.suites.published import CAVEAT, PUBLISHED
 from pipeline.suites.results import SuiteRow, subtask_table, suite_rows, suite_table

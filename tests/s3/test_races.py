@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.verify import verify_run
+from pipeline.state.verify import verify_run
 from tests.faults.racing import race
 from tests.s3.servers import S3Server
 

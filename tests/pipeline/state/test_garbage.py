@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from pipeline.display.durations import DAY_SECONDS
-from pipeline.garbage import Garbage, collect_garbage, find_garbage
+from pipeline.state.garbage import Garbage, collect_garbage, find_garbage
 from stages.contract.manifest import DataFile, Manifest, attempts_folder, data_key, manifest_key, quarantine_key
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse

@@ -15,8 +15,8 @@ from rich.console import Console
 from pipeline.run.records import recorded_run
 from pipeline.run.rollup import DoneShard
 from pipeline.run.steps import ResolvedRun
-from pipeline.status import RunStatus, StatusReader, StepStatus
-from pipeline.watch import Speed, step_speed, watch
+from pipeline.state.status import RunStatus, StatusReader, StepStatus
+from pipeline.state.watch import Speed, step_speed, watch
 from stages.contract.manifest import attempts_folder, manifest_key
 from stages.contract.store import Store
 from tests.synthetic_run import SHARDED, fill, manifest_of, synthetic_run

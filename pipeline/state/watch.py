@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.display.durations import format_duration
-from pipeline.status import RunStatus, StepStatus
+from pipeline.state.status import RunStatus, StepStatus
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from pipeline.engine.progress import StepProgress
 from pipeline.engine.worker import ShardStatus
 from pipeline.run.records import recorded_run, recorded_runs
-from pipeline.status import read_status
+from pipeline.state.status import read_status
 from stages.contract.manifest import Mean
 from stages.contract.store import Store
 

@@ -1,18 +1,15 @@
 """What is done, running and failed in a run directory, read from storage alone (no Ray, no models)."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.run.attempts import is_running, unfinished_attempts
 from pipeline.run.outcomes import read_training_log
 from pipeline.run.rollup import DoneShard, FiguresReader
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun, Step, result_key
-from stages.contract.manifest import Figure, Mean
+from stages.contract.manifest import Figure
 from stages.contract.store import Store
 
 LOW_COVERAGE = 0.5
@@ -91,16 +88,6 @@ class RunStatus:
     next_command: str | None
     warnings: tuple[str, ...] = field(default=())
 
-    def to_json(self) -> dict[str, Any]:
-        """For ``ptafuse status --json``."""
-        return {
-            "run": self.url,
-            "config": self.name,
-            "next_command": self.next_command,
-            "warnings": list(self.warnings),
-            "steps": [_step_json(step) for step in self.steps],
-        }
-
 
 class StatusReader:
     """Reads where a run stands, again and again: what is done is read once."""
@@ -157,36 +144,6 @@ def read_status(resolved: ResolvedRun, store: Store) -> RunStatus:
     return StatusReader(resolved, store).read()
 
 
-def print_status(status: RunStatus, console: Console) -> None:
-    """Show where a run stands."""
-    table = Table(title=f"{status.url}  ({status.name})", title_justify="left")
-    for column in ("step", "fingerprint", "done", "failed", "tokens", "attempts", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("step", "fingerprint") else "right")
-    for step in status.steps:
-        tried = sum(map(step.num_attempts, {*step.shards, *step.attempts}))
-        table.add_row(
-            step.key,
-            step.fingerprint,
-            f"{len(step.shards)}/{step.num_shards}" if step.num_shards else _yes(step),
-            str(len(step.failed) or ""),
-            f"{step.num_tokens:,}" if step.num_tokens else "",
-            str(tried or ""),
-            f"{step.num_tokens / step.seconds:,.0f}" if step.seconds and step.num_tokens else "",
-        )
-    console.print(table)
-    for step in status.steps:
-        figures = ", ".join(f"{name} {shown_figure(figure)}" for name, figure in sorted(step.figures.items()))
-        if figures:
-            console.print(f"{step.key}: {figures}")
-        for shard, error in sorted(step.failed.items()):
-            console.print(f"{step.key} shard {shard} failed: {error}", style="red")
-    for warning in status.warnings:
-        console.print(f"warning: {warning}", style="yellow")
-    console.print(
-        "everything is done" if status.next_command is None else f"next: {status.next_command}", soft_wrap=True
-    )
-
-
 def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
     found = []
     for step in steps:
@@ -202,63 +159,3 @@ def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
                 f"{step.key}: {quarantined} records are in quarantine; see {step.key}/{step.fingerprint}/quarantine"
             )
     return found
-
-
-def _step_json(step: StepStatus) -> dict[str, Any]:
-    failed = step.failed
-    shards = []
-    for shard in range(step.num_shards):
-        done = step.shards.get(shard)
-        shards.append(
-            {
-                "shard": shard,
-                "state": _state(step, shard, failed),
-                "attempts": step.num_attempts(shard),
-                "sha256": done.sha256 if done else None,
-                "data": done.data_key if done else None,
-                "num_bytes": done.num_bytes if done else None,
-                "num_rows": done.num_rows if done else None,
-                "num_quarantined": done.num_quarantined if done else None,
-                "num_tokens": done.num_tokens if done else None,
-                "seconds": done.seconds if done else None,
-                "error": failed.get(shard),
-            }
-        )
-    return {
-        "step": step.key,
-        "fingerprint": step.fingerprint,
-        "is_done": step.is_done,
-        "num_shards": step.num_shards,
-        "num_done": len(step.shards),
-        "health": {name: _health_json(figure) for name, figure in step.figures.items()},
-        "shards": shards,
-    }
-
-
-def _state(step: StepStatus, shard: int, failed: Container[int]) -> str:
-    if shard in step.shards:
-        return "done"
-    if shard in step.running:
-        return "running"
-    if shard in failed:
-        return "failed"
-    return "unfinished" if shard in step.attempts else "pending"
-
-
-def _health_json(figure: Figure) -> float | None:
-    if isinstance(figure, Mean):
-        return figure.value if figure.count else None
-    return figure
-
-
-def shown_figure(figure: Figure) -> str:
-    """A health figure for people."""
-    if isinstance(figure, Mean):
-        return f"{figure.value:.4g}" if figure.count else "-"
-    if isinstance(figure, float):
-        return f"{figure:,.4g}"
-    return f"{figure:,}"
-
-
-def _yes(step: StepStatus) -> str:
-    return "yes" if step.is_done else "no"
