@@ -64,8 +64,8 @@ def run_named_stage(run: "Run", stage: str) -> None:
 
         run_training(run)
     elif stage == "eval":
-        from pipeline.evaluation import run_eval
-        from pipeline.suites.run import run_suites
+        from pipeline.evaluation.eval_stage import run_eval
+        from pipeline.evaluation.suites.run import run_suites
 
         run_eval(run)
         run_suites(run)
@@ -173,8 +173,8 @@ def evaluate(
     ] = False,
 ) -> None:
     """Evaluate; the options are short for settings of [eval]."""
+    from pipeline.evaluation.suites.run import check_suites
     from pipeline.settings.load import load_config
-    from pipeline.suites.run import check_suites
 
     given = {"suites": suite, "suite_models": model, "limit": limit, "execute_code": execute_code or None}
     short = tuple(f"eval.{key}={json.dumps(value)}" for key, value in given.items() if value is not None)

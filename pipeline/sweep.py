@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
 from pipeline.display.table import ResultTable
-from pipeline.evaluation import run_eval
+from pipeline.evaluation.eval_stage import run_eval
 from pipeline.results import document_differences, untrained
 from pipeline.run.outcomes import read_result
 from pipeline.run.records import recorded_runs

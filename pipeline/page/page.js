@@ -1,4 +1,4 @@
-// The document viewer. The data is described in pipeline/page/viewer.py: texts by index, probabilities in units of 1/unit.
+// The document viewer. The data is described in viewer.py: texts by index, probabilities in units of 1/unit.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("viewer-data").textContent);

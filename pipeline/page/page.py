@@ -9,6 +9,9 @@ from typing import Any, Final
 import jinja2
 
 from pipeline.display.table import ResultTable
+from pipeline.evaluation.suites.catalogue import SUITES
+from pipeline.evaluation.suites.published import CAVEAT, PUBLISHED
+from pipeline.evaluation.suites.results import SuiteRow, subtask_table, suite_rows, suite_table
 from pipeline.page.interpretation import described_interpretations
 from pipeline.page.plots import Bar, bars, curves
 from pipeline.page.viewer import viewer_data
@@ -18,9 +21,6 @@ from pipeline.run.records import recorded_runs
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus, StepStatus, read_status
 from pipeline.state.status_view import shown_figure
-from pipeline.suites.catalogue import SUITES
-from pipeline.suites.published import CAVEAT, PUBLISHED
-from pipeline.suites.results import SuiteRow, subtask_table, suite_rows, suite_table
 from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name, sweep_results, sweep_table
 from stages.contract.store import Store
 

@@ -8,9 +8,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from pipeline.suites.catalogue import Suite
-from pipeline.suites.local_data import Document, as_multipl_e
-from pipeline.suites.multipl_e import hub_dataset, task_config
+from pipeline.evaluation.suites.catalogue import Suite
+from pipeline.evaluation.suites.local_data import Document, as_multipl_e
+from pipeline.evaluation.suites.multipl_e import hub_dataset, task_config
 from stages.models.config import ModelConfig, load_model, load_tokenizer
 from stages.models.devices import attention_choices, resolve_device, set_threads
 from train.config import EvalConfig

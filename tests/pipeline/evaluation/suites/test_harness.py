@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
 
-from pipeline.suites.catalogue import SUITES
-from pipeline.suites.harness import build_task, harness_subtasks, load_harness_model, score
-from pipeline.suites.local_data import local_tasks
+from pipeline.evaluation.suites.catalogue import SUITES
+from pipeline.evaluation.suites.harness import build_task, harness_subtasks, load_harness_model, score
+from pipeline.evaluation.suites.local_data import local_tasks
 from stages.models.config import ModelConfig
-from tests.suites.tiny_data import HUMANEVAL, mmlu_rows, save_data
+from tests.pipeline.evaluation.suites.tiny_data import HUMANEVAL, mmlu_rows, save_data
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 from train.config import EvalConfig

@@ -8,10 +8,10 @@ from typing import Any, Final
 import numpy as np
 
 from pipeline.display.table import ResultTable
+from pipeline.evaluation.suites.catalogue import SUITES, Metric
+from pipeline.evaluation.suites.figures import difference, figure
+from pipeline.evaluation.suites.run import FOLDER, model_inputs
 from pipeline.run.steps import FUSED, ResolvedRun
-from pipeline.suites.catalogue import SUITES, Metric
-from pipeline.suites.figures import difference, figure
-from pipeline.suites.run import FOLDER, model_inputs
 from stages.contract.fingerprint import canonical_json
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate

@@ -72,12 +72,13 @@ def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation
     config = run.config
     cpus = max(1, int(config.train.cpus_per_worker))
     if step.model == ENSEMBLE:
-        from pipeline.ensemble import evaluate_ensemble  # compilers; the reports that read results do without
+        # Imports compilers, which the reports that read results do without.
+        from pipeline.evaluation.ensemble import evaluate_ensemble
 
         return evaluate_ensemble(config, segments, cpus=cpus)
     if step.model != WEIGHT_AVERAGE:
         return bits_per_byte(evaluated_model(run, step), segments, config.eval, cpus=cpus), {}
-    from pipeline.weight_average import average_weights
+    from pipeline.evaluation.weight_average import average_weights
 
     weights = config.baselines.source_weights(WEIGHT_AVERAGE, len(config.sources))
     folder = local_folder(run, step) / "model"

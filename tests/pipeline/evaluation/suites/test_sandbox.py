@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.suites.languages import LANGUAGES, LanguageMissingError, check_language, execute
-from pipeline.suites.sandbox import Execution, Limits, SandboxError, find_interpreter, run_program
+from pipeline.evaluation.suites.languages import LANGUAGES, LanguageMissingError, check_language, execute
+from pipeline.evaluation.suites.sandbox import Execution, Limits, SandboxError, find_interpreter, run_program
 from tests.tiny_run import REPOSITORY
 
 PYTHON = find_interpreter("python3")
@@ -126,7 +126,7 @@ def test_without_the_right_to_namespaces_limits_and_user_still_hold() -> None:
     if setpriv is None or os.geteuid() != 0:
         pytest.skip("only root can give up a right, with setpriv")
     script = (
-        "from pipeline.suites.sandbox import Limits, find_interpreter, run_program as run\n"
+        "from pipeline.evaluation.suites.sandbox import Limits, find_interpreter, run_program as run\n"
         "python = find_interpreter('python3')\n"
         'text = \'import os, sys; os.getuid() == 0 and sys.exit(9); open("/etc/ptafuse", "w")\'\n'
         "done = run([python, '-I', 'p.py'], {'p.py': text}, Limits())\n"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from pipeline.suites.sandbox import Execution, Limits, SandboxError, find_interpreter, run_program
+from pipeline.evaluation.suites.sandbox import Execution, Limits, SandboxError, find_interpreter, run_program
 
 DEFAULT_LIMITS: Final = Limits()
 

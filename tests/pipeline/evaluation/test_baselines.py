@@ -50,7 +50,7 @@ def test_nothing_is_evaluated_twice_refusals_included(tiny_config: Path, evaluat
     def must_not_run(*_, **__) -> None:
         raise AssertionError("evaluated again")
 
-    monkeypatch.setattr("pipeline.evaluation._evaluate", must_not_run)
+    monkeypatch.setattr("pipeline.evaluation.eval_stage._evaluate", must_not_run)
     done = ptafuse("eval", str(tiny_config), "--run", str(evaluated), "--local", *BOTH)
     assert "eval: nothing to do" in done.stdout
 

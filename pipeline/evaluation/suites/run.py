@@ -12,13 +12,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from pipeline.run.session import Run, StageError, command
-from pipeline.run.steps import FUSED, Step
-from pipeline.run.trained_model import evaluated_model, is_trained
-from pipeline.settings.run import RunConfig
-from pipeline.suites.catalogue import SUITES, Suite, selected
-from pipeline.suites.figures import figure
-from pipeline.suites.harness import (
+from pipeline.evaluation.suites.catalogue import SUITES, Suite, selected
+from pipeline.evaluation.suites.figures import figure
+from pipeline.evaluation.suites.harness import (
     Data,
     build_task,
     harness_subtasks,
@@ -26,9 +22,13 @@ from pipeline.suites.harness import (
     load_harness_model,
     score,
 )
-from pipeline.suites.languages import LanguageMissingError, check_language
-from pipeline.suites.local_data import EXPECTED, LocalTask, local_tasks
-from pipeline.suites.multipl_e import MAX_NEW_TOKENS, NUM_LANGUAGES, languages_on_hub
+from pipeline.evaluation.suites.languages import LanguageMissingError, check_language
+from pipeline.evaluation.suites.local_data import EXPECTED, LocalTask, local_tasks
+from pipeline.evaluation.suites.multipl_e import MAX_NEW_TOKENS, NUM_LANGUAGES, languages_on_hub
+from pipeline.run.session import Run, StageError, command
+from pipeline.run.steps import FUSED, Step
+from pipeline.run.trained_model import evaluated_model, is_trained
+from pipeline.settings.run import RunConfig
 from stages.contract.fingerprint import fingerprint
 from train.config import EvalConfig
 

@@ -12,12 +12,12 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
 
+from pipeline.evaluation.suites.figures import difference, figure
+from pipeline.evaluation.suites.results import suite_rows
 from pipeline.page.page import report_page
 from pipeline.run.records import recorded_run
-from pipeline.suites.figures import difference, figure
-from pipeline.suites.results import suite_rows
 from stages.contract.store import Store
-from tests.suites.tiny_data import save_data
+from tests.pipeline.evaluation.suites.tiny_data import save_data
 from tests.tiny_run import ptafuse
 
 SUITES = ("--suite", "lambada", "--suite", "mmlu")
@@ -195,7 +195,7 @@ def test_missing_harness_is_refused_with_what_to_install(
             raise metadata.PackageNotFoundError(name)
         return found(name)
 
-    monkeypatch.setattr("pipeline.suites.harness.metadata.version", version)
+    monkeypatch.setattr("pipeline.evaluation.suites.harness.metadata.version", version)
     refused = evaluate(run, tiny_config, data, "--suite", "mmlu", check=False)
     assert refused.returncode == 1
     assert "make eval SUITES=" in refused.stderr

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.suites.catalogue import SUITES, selected
-from pipeline.suites.local_data import EXPECTED, local_tasks
-from tests.suites.tiny_data import BBH, GSM8K, HUMANEVAL, TYDIQA, save_data
+from pipeline.evaluation.suites.catalogue import SUITES, selected
+from pipeline.evaluation.suites.local_data import EXPECTED, local_tasks
+from tests.pipeline.evaluation.suites.tiny_data import BBH, GSM8K, HUMANEVAL, TYDIQA, save_data
 from train.config import SUITE_NAMES, EvalConfig
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy import stats
 
-from pipeline.suites.figures import difference, figure
+from pipeline.evaluation.suites.figures import difference, figure
 
 RANDOM = np.random.default_rng(5)
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline.evaluation.weight_average import average_weights
 from pipeline.settings.baselines import AverageRefusedError
-from pipeline.weight_average import average_weights
 from stages.models.config import ModelConfig, load_model
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS

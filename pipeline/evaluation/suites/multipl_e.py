@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from pipeline.suites.languages import LANGUAGES, execute
+from pipeline.evaluation.suites.languages import LANGUAGES, execute
 
 MAX_NEW_TOKENS: Final = 512
 """Of a completion; MultiPL-E's problems are HumanEval's, whose solutions have a few dozen lines."""

@@ -1,7 +1,7 @@
 """Runs one program with little to harm: limits, no network, a file system that can be read only; then exits as it did.
 
-Executed as a script by ``pipeline.suites.sandbox``, with the standard library alone: ``python -I -S confine.py SETTINGS
-COMMAND...``. SETTINGS is JSON: ``directory``, ``status_fd``, and the fields of ``sandbox.Limits``. What could be isolated,
+Executed as a script by ``sandbox.py``, with the standard library alone: ``python -I -S confine.py SETTINGS COMMAND...``.
+SETTINGS is JSON: ``directory``, ``status_fd``, and the fields of ``sandbox.Limits``. What could be isolated,
 or why the program could not be started, is written to ``status_fd`` as JSON, a line each.
 """
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.suites import confine
+from pipeline.evaluation.suites import confine
 
 OUTPUT_TAIL_BYTES = 65_536
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"

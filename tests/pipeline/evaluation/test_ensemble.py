@@ -8,7 +8,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.ensemble import Mixture, SourceRows, cover, evaluate_ensemble, prefix_contexts, segment_contexts
+from pipeline.evaluation.ensemble import (
+    Mixture,
+    SourceRows,
+    cover,
+    evaluate_ensemble,
+    prefix_contexts,
+    segment_contexts,
+)
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from stages.logits.backends.base import NotFiniteError
@@ -248,7 +255,7 @@ def test_the_ensemble_is_the_plain_mixture_computed_token_by_token(folder: Path)
 def test_groups_of_segments_do_not_change_the_result(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = config(folder, target="neox", source="llama")
     whole, notes = evaluate_ensemble(run, SEGMENTS, cpus=1)
-    monkeypatch.setattr("pipeline.ensemble.TOKENS_AT_A_TIME", 1)
+    monkeypatch.setattr("pipeline.evaluation.ensemble.TOKENS_AT_A_TIME", 1)
     parts, same_notes = evaluate_ensemble(run, SEGMENTS, cpus=1)
     assert parts.bits_per_byte == pytest.approx(whole.bits_per_byte, abs=1e-6)
     assert notes == same_notes
