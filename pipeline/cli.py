@@ -247,7 +247,7 @@ def inspect(
     config: ConfigNameOption = None,
 ) -> None:
     """Show rows of a shard as text: tokens, pairing, top-k lists, transport plan, fused distribution."""
-    from pipeline.show import show
+    from pipeline.analysis.inspect import show
 
     store = Store(run)
     show(recorded_run(store, config), store, stage, number, segment, position, _console())
@@ -342,15 +342,15 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Teacher NLL of every way of aligning, on the same positions, from finished logits; writes nothing."""
-    from pipeline.compare import compare as compare_run
-    from pipeline.compare import print_comparison, to_json
+    from pipeline.analysis.compare import compare as compare_run
+    from pipeline.analysis.compare_view import comparison_json, print_comparison
 
     request = Request(config, tuple(sets or ()))
     loaded, found = compare_run(
         request, run, source=source, num_shards=shards, epsilons=tuple(epsilon or ()), tail=tail
     )
     if as_json:
-        sys.stdout.write(json.dumps(to_json(loaded, found, tail), indent=1) + "\n")
+        sys.stdout.write(json.dumps(comparison_json(loaded, found, tail), indent=1) + "\n")
         return
     for part in found:
         print_comparison(loaded, part, tail, _console())
@@ -364,9 +364,9 @@ def interpret(
     as_json: JsonOption = False,
 ) -> None:
     """Spread and shift of the fused distributions, who wins by kind of document, and the most moved pairs of tokens."""
+    from pipeline.analysis.interpret.run import interpret as interpret_run
+    from pipeline.analysis.interpret.tables import interpretation_tables
     from pipeline.display.table import as_rich
-    from pipeline.interpret.run import interpret as interpret_run
-    from pipeline.interpret.tables import interpretation_tables
     from pipeline.run.session import open_run
 
     progress = Console(stderr=True) if as_json else _console()

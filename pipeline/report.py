@@ -4,10 +4,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pipeline.analysis.interpret.tables import interpretation_tables, interpretations
 from pipeline.display.table import as_rich
 from pipeline.evaluation.suites.published import CAVEAT, PUBLISHED
 from pipeline.evaluation.suites.results import suite_rows, suite_table
-from pipeline.interpret.tables import interpretation_tables, interpretations
 from pipeline.results import held_out, held_out_table, teacher_rows, teacher_table, time_table
 from pipeline.run.records import recorded_runs
 from pipeline.state.status import read_status

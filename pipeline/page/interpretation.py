@@ -3,7 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.interpret.tables import distance_table, interpretations, label, pair_tables, sample_of, win_tables
+from pipeline.analysis.interpret.tables import (
+    distance_table,
+    interpretations,
+    label,
+    pair_tables,
+    sample_of,
+    win_tables,
+)
 from pipeline.page.plots import Bar, bars, shares
 from pipeline.run.steps import ResolvedRun
 from stages.contract.store import Store

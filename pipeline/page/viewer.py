@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from pipeline.explain import Place
+from pipeline.analysis.positions import Place
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun, Step
 from stages.align import explain as aligned

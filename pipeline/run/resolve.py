@@ -156,9 +156,3 @@ def _baseline_settings(config: RunConfig, baseline: Baseline) -> dict[str, Any]:
         settings["align version"] = ALIGN_VERSION
         settings["logits"] = {"top_k": config.logits.top_k, "top_p": config.logits.top_p}
     return settings
-
-
-# --- the frozen plan -------------------------------------------------------------------------------------------------
-
-
-# --- the record of a resolved configuration -----------------------------------------------------------------------------

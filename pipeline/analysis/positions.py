@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.analysis.tables import distribution_table, plan_table, side_by_side, token_line
 from pipeline.display.text import visible
 from pipeline.run.session import StageError, read_inputs
 from pipeline.run.steps import ResolvedRun, Step
-from pipeline.show import distribution_table, plan_table, side_by_side, token_line
 from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage
 from stages.contract.columns import PAD_ID, list_row, sparse_row

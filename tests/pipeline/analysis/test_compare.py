@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.compare import SOURCE_ROW, TARGET_ROW, ways_of
+from pipeline.analysis.compare import SOURCE_ROW, TARGET_ROW, ways_of
 from stages.align.config import AlignConfig
 from stages.measures.cross_entropy import TEACHER_FLOOR
 from tests.tiny_run import ptafuse

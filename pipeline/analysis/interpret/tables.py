@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.analysis.interpret.run import FUSED, folder_of, read_interpretation
 from pipeline.display.table import ResultTable
-from pipeline.interpret.run import FUSED, folder_of, read_interpretation
 from pipeline.run.steps import ResolvedRun
 from stages.contract.store import Store
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Self
 
 import numpy as np
 
-from pipeline.interpret.distances import center_distance, spread
+from pipeline.analysis.interpret.distances import center_distance, spread
 from stages.contract.columns import PAD_ID
 from stages.fuse.stage import FusedSegment
 from stages.fuse.weights import token_cross_entropy, win_shares

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.interpret.sample import choose_rows, choose_shards, length_kind
+from pipeline.analysis.interpret.sample import choose_rows, choose_shards, length_kind
 
 
 def test_shards_are_drawn_by_seed_and_a_larger_sample_holds_the_smaller():

@@ -12,11 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.analysis.interpret.figures import DocumentFigures, distance_rows, win_rows
+from pipeline.analysis.interpret.pairs import most_moved, part_of
+from pipeline.analysis.interpret.sample import choose_rows, choose_shards, length_kind
 from pipeline.dataset.documents import read_kinds
 from pipeline.display.text import printable
-from pipeline.interpret.figures import DocumentFigures, distance_rows, win_rows
-from pipeline.interpret.pairs import most_moved, part_of
-from pipeline.interpret.sample import choose_rows, choose_shards, length_kind
 from pipeline.run.session import Run, StageError, command, read_inputs, require_complete
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun

@@ -1,14 +1,14 @@
 import numpy as np
 import pytest
 
-from pipeline.interpret.figures import MAX_KINDS, DocumentFigures, distance_rows, win_rows
-from pipeline.interpret.pairs import most_moved, part_of
+from pipeline.analysis.interpret.figures import MAX_KINDS, DocumentFigures, distance_rows, win_rows
+from pipeline.analysis.interpret.pairs import most_moved, part_of
 from stages.align.pair_mass import PairMass
 from stages.contract.columns import PAD_ID
 from stages.fuse.mix import Candidate, mix
 from stages.fuse.stage import FusedSegment
 from stages.fuse.weights import candidate_weights
-from tests.interpret.test_distances import CROSS, sparse
+from tests.pipeline.analysis.interpret.test_distances import CROSS, sparse
 from tests.stages.models.test_token_space import vocabulary
 
 

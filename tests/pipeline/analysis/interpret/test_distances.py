@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.interpret import distances
-from pipeline.interpret.distances import center_distance, spread
+from pipeline.analysis.interpret import distances
+from pipeline.analysis.interpret.distances import center_distance, spread
 from stages.contract.columns import PAD_ID, SparseRows
 from stages.models.token_space import TokenSpace
 from tests.stages.models.test_token_space import vocabulary

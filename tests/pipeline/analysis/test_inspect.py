@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.analysis.tables import plan_table
 from pipeline.display.text import visible
-from pipeline.show import plan_table
 from tests.tiny_run import ptafuse
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.interpret import run as interpreting
+from pipeline.analysis.interpret import run as interpreting
 from pipeline.page.page import report_page
 from pipeline.run.records import recorded_run
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
@@ -17,8 +17,8 @@ from stages.contract.store import Store
 from stages.models.embeddings import load_input_embeddings
 from stages.models.token_space import TokenSpace
 from stages.models.tokenizer import SegmentTokenizer
-from tests.interpret.conftest import kind_of
-from tests.interpret.test_distances import by_definition
+from tests.pipeline.analysis.interpret.conftest import kind_of
+from tests.pipeline.analysis.interpret.test_distances import by_definition
 from tests.tiny_run import ptafuse
 
 WITH_KINDS = ("--set", "dataset.kind_column=kind")
