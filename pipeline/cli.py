@@ -134,7 +134,7 @@ def train(
 ) -> None:
     """Train, or tell what training needs."""
     if dry:
-        from pipeline.dry_run import dry_run
+        from pipeline.forecast.dry_run import dry_run
         from pipeline.settings.load import load_config
 
         dry_run(load_config(config, tuple(sets or ())), Store(run), _console(), tokens=tokens)
@@ -191,8 +191,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
-    from pipeline.forecast import forecast
-    from pipeline.forecast_view import forecast_json, print_forecast
+    from pipeline.forecast.planner import forecast
+    from pipeline.forecast.view import forecast_json, print_forecast
     from pipeline.run.resolve import resolve
     from pipeline.settings.load import load_config
 

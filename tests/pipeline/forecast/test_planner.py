@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.changes import others_by_closeness, setting_changes
-from pipeline.estimate import Assumed
-from pipeline.forecast import Forecast, forecast
+from pipeline.forecast.changes import others_by_closeness, setting_changes
+from pipeline.forecast.estimate import Assumed
+from pipeline.forecast.planner import Forecast, forecast
+from pipeline.forecast.sizes import count_parameters, dataset_size
 from pipeline.run.resolve import resolve
 from pipeline.run.steps import Request, ResolvedRun, Step
 from pipeline.settings.load import load_config
 from pipeline.settings.planning import AssumptionsConfig
-from pipeline.sizes import count_parameters, dataset_size
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
 from tests.synthetic_run import SHARDED, TOKENS, fill, synthetic_run

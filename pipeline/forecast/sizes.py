@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.dataset.documents import plan_documents
 from pipeline.dataset.files import find_files
-from pipeline.estimate import Assumed, Sizes
+from pipeline.forecast.estimate import Assumed, Sizes
 from pipeline.run.shard_plan import Plan
 from pipeline.settings.planning import HUB_DATASETS
 from pipeline.settings.run import RunConfig

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.estimate import (
+from pipeline.forecast.estimate import (
     Assumed,
     Cost,
     align_cost,

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.changes import others_by_closeness, setting_changes
-from pipeline.estimate import (
+from pipeline.forecast.changes import others_by_closeness, setting_changes
+from pipeline.forecast.estimate import (
     Assumed,
     Cost,
     Sizes,
@@ -20,6 +20,7 @@ from pipeline.estimate import (
     train_bytes,
     train_cost,
 )
+from pipeline.forecast.sizes import Parameters, count_parameters, measure_sizes
 from pipeline.run.outcomes import read_training_log, training_seconds
 from pipeline.run.records import recorded_steps
 from pipeline.run.rollup import DoneShard, FiguresReader
@@ -28,7 +29,6 @@ from pipeline.run.stage_table import stage_spec
 from pipeline.run.steps import FUSED, ResolvedRun, Step, result_key
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE
 from pipeline.settings.run import RunConfig
-from pipeline.sizes import Parameters, count_parameters, measure_sizes
 from pipeline.state.status import StatusReader, StepStatus
 from stages.contract.store import Store
 from stages.models.config import ModelConfig

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.estimate import Cost
-from pipeline.forecast import NEVER, Forecast, StepPlan
+from pipeline.forecast.estimate import Cost
+from pipeline.forecast.planner import NEVER, Forecast, StepPlan
 from pipeline.settings.planning import AssumptionsConfig
 
 

@@ -1,0 +1,1 @@
+"""What a run will take: steps left, tokens, hours, bytes, money, memory."""
