@@ -301,7 +301,7 @@ def report(
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8700,
 ) -> None:
     """What came out of a run directory: tables, or a page with plots and a viewer of documents, token by token."""
-    from pipeline.report import print_report, serve_page, write_page
+    from pipeline.report.terminal import print_report, serve_page, write_page
 
     store = Store(run)
     if serve:
@@ -320,7 +320,8 @@ def sweep(
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
     from pipeline.display.table import as_rich
-    from pipeline.sweep import load_sweep, run_sweep, sweep_results, sweep_table
+    from pipeline.report.sweeps import sweep_results, sweep_table
+    from pipeline.sweep import load_sweep, run_sweep
 
     loaded, console = load_sweep(path), _console()
     run_sweep(loaded, run, console, local=local, run_stages=run_all_stages)

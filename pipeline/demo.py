@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipeline.cli import run_all_stages
 from pipeline.demo_data import prepare
-from pipeline.report import print_report
+from pipeline.report.terminal import print_report
 from pipeline.run.session import open_run
 from pipeline.run.steps import Request
 from stages.contract.store import Store

@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 from pipeline import sweep as sweeping
+from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.run.session import Run
 from pipeline.run.steps import result_key
 from pipeline.settings.load import ConfigError
-from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep, sweep_results, sweep_table
+from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.results import held_out
+from pipeline.report.held_out import held_out
 from pipeline.run.records import recorded_run
 from pipeline.settings.load import ConfigError, load_config
 from stages.contract.store import Store

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.analysis.interpret import run as interpreting
-from pipeline.page.page import report_page
+from pipeline.report.page.page import report_page
 from pipeline.run.records import recorded_run
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
 from stages.contract.store import Store

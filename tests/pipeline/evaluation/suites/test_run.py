@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (r
 
 from pipeline.evaluation.suites.figures import difference, figure
 from pipeline.evaluation.suites.results import suite_rows
-from pipeline.page.page import report_page
+from pipeline.report.page.page import report_page
 from pipeline.run.records import recorded_run
 from stages.contract.store import Store
 from tests.pipeline.evaluation.suites.tiny_data import save_data

@@ -12,16 +12,19 @@ from pipeline.display.table import ResultTable
 from pipeline.evaluation.suites.catalogue import SUITES
 from pipeline.evaluation.suites.published import CAVEAT, PUBLISHED
 from pipeline.evaluation.suites.results import SuiteRow, subtask_table, suite_rows, suite_table
-from pipeline.page.interpretation import described_interpretations
-from pipeline.page.plots import Bar, bars, curves
-from pipeline.page.viewer import viewer_data
-from pipeline.results import HeldOutRow, TeacherRow, held_out, held_out_table, teacher_rows, teacher_table, time_table
+from pipeline.report.held_out import HeldOutRow, held_out, held_out_table
+from pipeline.report.page.interpretation import described_interpretations
+from pipeline.report.page.plots import Bar, bars, curves
+from pipeline.report.page.viewer import viewer_data
+from pipeline.report.sweeps import sweep_results, sweep_table
+from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
+from pipeline.report.times import time_table
 from pipeline.run.outcomes import read_training_log
 from pipeline.run.records import recorded_runs
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus, StepStatus, read_status
 from pipeline.state.status_view import shown_figure
-from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name, sweep_results, sweep_table
+from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name
 from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000
@@ -96,7 +99,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
 
 
 def _asset(name: str) -> str:
-    return resources.files("pipeline.page").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("pipeline.report.page").joinpath(name).read_text(encoding="utf-8")
 
 
 def _embedded(value: Mapping[str, Any]) -> str:

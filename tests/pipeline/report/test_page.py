@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.page.page import SECTIONS, _embedded, report_page
-from pipeline.page.plots import Bar, bars, curves
-from pipeline.page.serve import page_server
-from pipeline.page.viewer import UNIT
+from pipeline.report.page.page import SECTIONS, _embedded, report_page
+from pipeline.report.page.plots import Bar, bars, curves
+from pipeline.report.page.serve import page_server
+from pipeline.report.page.viewer import UNIT
 from pipeline.run.records import recorded_run
 from stages.contract.columns import PAD_ID, list_row, sparse_row
 from stages.contract.store import Store

@@ -11,7 +11,7 @@ from pipeline.analysis.interpret.tables import (
     sample_of,
     win_tables,
 )
-from pipeline.page.plots import Bar, bars, shares
+from pipeline.report.page.plots import Bar, bars, shares
 from pipeline.run.steps import ResolvedRun
 from stages.contract.store import Store
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
-from pipeline.analysis.positions import Place
+from pipeline.run.session import read_inputs
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun, Step
 from stages.align import explain as aligned
@@ -121,7 +121,7 @@ def _documents(
     for segments in chosen:
         if segments[0].shard != shard:
             shard = segments[0].shard
-            inputs = Place(run, store, run.steps["fuse"], shard, 0).inputs()
+            inputs = read_inputs(run, store, run.steps["fuse"], shard)
         own = inputs[f"logits/{target.name}"]
         parts = []
         for segment in segments:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.results import HeldOutRow, held_out, paired_difference
+from pipeline.report.held_out import HeldOutRow, held_out, paired_difference
 from pipeline.run.records import recorded_runs
 from pipeline.run.resolve import resolve
 from pipeline.run.steps import FUSED, Request, result_key

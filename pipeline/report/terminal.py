@@ -8,7 +8,9 @@ from pipeline.analysis.interpret.tables import interpretation_tables, interpreta
 from pipeline.display.table import as_rich
 from pipeline.evaluation.suites.published import CAVEAT, PUBLISHED
 from pipeline.evaluation.suites.results import suite_rows, suite_table
-from pipeline.results import held_out, held_out_table, teacher_rows, teacher_table, time_table
+from pipeline.report.held_out import held_out, held_out_table
+from pipeline.report.teacher import teacher_rows, teacher_table
+from pipeline.report.times import time_table
 from pipeline.run.records import recorded_runs
 from pipeline.state.status import read_status
 from stages.contract.store import Store
@@ -45,7 +47,7 @@ def write_page(store: Store, path: Path, console: Console) -> None:
     Raises:
         ValueError: nothing has run there.
     """
-    from pipeline.page.page import report_page  # Matplotlib takes a second to import
+    from pipeline.report.page.page import report_page  # Matplotlib takes a second to import
 
     page = report_page(store)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,8 +61,8 @@ def serve_page(store: Store, console: Console, *, port: int) -> None:
     Raises:
         OSError: the port is taken.
     """
-    from pipeline.page.page import report_page
-    from pipeline.page.serve import page_server
+    from pipeline.report.page.page import report_page
+    from pipeline.report.page.serve import page_server
 
     with page_server(lambda: report_page(store), port=port) as server:
         console.print(f"http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C ends)", soft_wrap=True)

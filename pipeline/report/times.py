@@ -1,0 +1,39 @@
+"""Seconds and tokens of the steps of a run."""
+
+from collections.abc import Mapping, Sequence
+
+from pipeline.display.table import ResultTable
+from pipeline.run.outcomes import read_result, read_training_log, training_seconds
+from pipeline.run.steps import ResolvedRun
+from pipeline.state.status import RunStatus, StepStatus
+from stages.contract.store import Store
+
+
+def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], store: Store) -> ResultTable:
+    """Seconds and tokens of every step that computed something."""
+    rows, shown = [], set()
+    for run in runs:
+        for step in statuses[run.config.name].steps:
+            folder = run.steps[step.key].folder
+            if folder in shown:
+                continue
+            shown.add(folder)
+            seconds, tokens = _seconds(step, run, store)
+            if seconds:
+                rows.append((step.key, run.config.name, f"{seconds:.1f}", f"{tokens:,}", f"{tokens / seconds:,.0f}"))
+    return ResultTable(
+        "Seconds of computing (start-up left out), shared steps once",
+        ("step", "configuration", "seconds", "tokens", "tokens/s"),
+        tuple(rows),
+        text_columns=(0, 1),
+    )
+
+
+def _seconds(status: StepStatus, run: ResolvedRun, store: Store) -> tuple[float, int]:
+    step = run.steps[status.key]
+    if step.stage == "eval":
+        result = read_result(store, step) or {}
+        return result.get("seconds", 0.0), result.get("num_tokens", 0)
+    if step.stage == "train":
+        return training_seconds(read_training_log(step, store))
+    return status.seconds, status.num_tokens
