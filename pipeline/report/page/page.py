@@ -24,7 +24,7 @@ from pipeline.run.records import recorded_runs
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus, StepStatus, read_status
 from pipeline.state.status_view import shown_figure
-from pipeline.sweep import SweepConfig, cells_of, recorded_sweeps, run_name
+from pipeline.workflow.sweep import SweepConfig, cells_of, recorded_sweeps, run_name
 from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000

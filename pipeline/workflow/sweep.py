@@ -7,7 +7,6 @@ sweep that was killed goes on where it was. What was swept is recorded under ``s
 import itertools
 import json
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -17,10 +16,11 @@ from rich.console import Console
 
 from pipeline.evaluation.eval_stage import run_eval
 from pipeline.run.outcomes import read_result
-from pipeline.run.session import Run, open_run
+from pipeline.run.session import open_run
 from pipeline.run.steps import FUSED, Request
 from pipeline.run.trained_model import discard_model
 from pipeline.settings.load import ConfigError, load_config
+from pipeline.workflow.stages import run_all_stages
 from stages.contract.fingerprint import Settings
 from stages.contract.store import Store
 
@@ -108,9 +108,7 @@ def cells_of(sweep: SweepConfig) -> list[Cell]:
     return cells
 
 
-def run_sweep(
-    sweep: SweepConfig, run_url: str, console: Console, *, local: bool, run_stages: Callable[[Run], None]
-) -> None:
+def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool) -> None:
     """Compute every cell that has no figure yet; seed by seed, so that a table of all cells is there early.
 
     Args:
@@ -118,7 +116,6 @@ def run_sweep(
         run_url: the run directory.
         console: where progress is shown.
         local: compute in this process, without Ray.
-        run_stages: runs every stage of a configuration.
     """
     store = Store(run_url)
     record = {**sweep.model_dump(mode="json"), "cells": {cell.name: list(cell.overrides) for cell in cells_of(sweep)}}
@@ -137,7 +134,7 @@ def run_sweep(
                 run_eval(run)
                 continue
             console.rule(name, align="left")
-            run_stages(run)
+            run_all_stages(run)
             if not sweep.keep_models:
                 discard_model(run)
     console.print(f"sweep {sweep.name}: all {len(cells_of(sweep)) * len(sweep.seeds)} figures are there")

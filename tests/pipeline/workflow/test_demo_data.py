@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline import demo_data
+from pipeline.workflow import demo_data
 
 ARTICLES = ["A café opened. ", "", "It closed.\u2028Quietly."]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline import sweep as sweeping
 from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.run.session import Run
 from pipeline.run.steps import result_key
 from pipeline.settings.load import ConfigError
-from pipeline.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep
+from pipeline.workflow import sweep as sweeping
+from pipeline.workflow.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse
 
@@ -155,8 +155,9 @@ def test_baselines_that_are_asked_for_later_are_evaluated_without_training_again
                 evaluated.append(step.key)
 
     def go(path: Path) -> None:
-        run_sweep(load_sweep(path), str(tmp_path / "run"), Console(quiet=True), local=True, run_stages=compute)
+        run_sweep(load_sweep(path), str(tmp_path / "run"), Console(quiet=True), local=True)
 
+    monkeypatch.setattr(sweeping, "run_all_stages", compute)
     monkeypatch.setattr(sweeping, "discard_model", lambda run: None)
     monkeypatch.setattr(sweeping, "run_eval", evaluate)
     go(sweep_file)

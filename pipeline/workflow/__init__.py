@@ -1,0 +1,1 @@
+"""Several steps, several runs: the stages in order, sweeps, the demo."""
