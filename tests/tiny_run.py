@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 

@@ -36,7 +36,7 @@ DONE = {**dict.fromkeys(SHARDED[:-1], NUM_SHARDS), SHARDED[-1]: NUM_SHARDS // 2}
 _PROGRAM = """
 import re
 from pathlib import Path
-from pipeline.cli import main
+from pipeline.cli.main import main
 try:
     main()
 finally:

