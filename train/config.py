@@ -44,7 +44,7 @@ class TrainConfig(Settings):
     temperature: float = Field(
         1.0,
         gt=0,
-        description="Of both distributions in L_fusion, over the row's ids and the rest (train/divergence.py).",
+        description="Of both distributions in L_fusion, over the row's ids and the rest (train/objective/divergence.py).",
     )
     isolate_documents: bool = Field(
         False, description="Packed documents do not see each other: attention and position ids restart with each."

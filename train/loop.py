@@ -19,21 +19,21 @@ from stages.models.config import empty_model, load_model, load_tokenizer, num_po
 from stages.models.devices import attention_choices, resolve_device, set_threads
 from stages.models.heads import check_head
 from stages.models.tokenizer import SegmentTokenizer
-from train.card import model_card
-from train.checkpoint import Checkpoints, TrainState
-from train.data import FusedBlocks
+from train.checkpoints.checkpoint import Checkpoints, TrainState
+from train.checkpoints.mirror import CheckpointMirror
+from train.data.blocks import FusedBlocks
+from train.data.feed import Feed
+from train.data.schedule import Schedule
 from train.distributed import Workers, environment_size, join_workers
-from train.feed import Feed
-from train.isolation import check_isolation, wants_one_row
 from train.job import StepRecord, TrainJob, TrainResult
-from train.lora import add_adapters, merge_adapters
-from train.mirror import CheckpointMirror
+from train.model.card import model_card
+from train.model.export import export_model, read_manifest, write_manifest
+from train.model.isolation import check_isolation, wants_one_row
+from train.model.lora import add_adapters, merge_adapters
+from train.model.parallel import LossModel, fill_parameters, full_state, shard_model
 from train.optimizer import build_optimizer
-from train.parallel import LossModel, fill_parameters, full_state, shard_model
 from train.preemption import Notice, StoppedError, Watch, termination_watch
-from train.result import export_model, read_manifest, write_manifest
 from train.run_log import RunLog, check_wandb, start_wandb
-from train.schedule import Schedule
 from train.step import Stepper
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ from torch.distributed.tensor import DTensor
 
 from stages.models.devices import peak_memory_bytes
 from train.config import TrainConfig
-from train.data import MicroBatch
+from train.data.blocks import MicroBatch
+from train.data.feed import Feed, StepBatch
+from train.data.schedule import Schedule, lambda_at
 from train.distributed import Workers
-from train.feed import Feed, StepBatch
-from train.flops import ModelFlops, peak_flops
 from train.job import StepRecord
+from train.model.flops import ModelFlops, peak_flops
+from train.model.parallel import LossModel
 from train.optimizer import learning_rate
-from train.parallel import LossModel
-from train.schedule import Schedule, lambda_at
 
 
 class Stepper:

@@ -18,8 +18,8 @@ from pipeline.run.session import Run, StageError, command, require_complete
 from pipeline.run.steps import FUSED, Step, result_key
 from pipeline.run.trained_model import evaluated_model, is_trained, local_folder, publish_card, trained_model
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
-from train.card import add_evaluation
 from train.evaluate import Evaluation, Segment, bits_per_byte
+from train.model.card import add_evaluation
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from pipeline.run.session import StageError
 from pipeline.settings.run import RunConfig
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
-from train.architecture import Architecture, architecture
 from train.config import LoraConfig, TrainConfig
-from train.estimate import USABLE, Memory, estimate_memory, fits, num_steps, remedies
+from train.model.architecture import Architecture, architecture
+from train.model.estimate import USABLE, Memory, estimate_memory, fits, num_steps, remedies
 
 
 @dataclass(frozen=True)

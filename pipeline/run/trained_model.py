@@ -1,8 +1,8 @@
 """The trained model of a run, local and in an object store.
 
 Training works in a local folder, and publishes what it made at its end. Each committed checkpoint is copied to the store
-(``train.mirror``): a training that was killed goes on from the folder where that outlives the process, and from the newest
-copy where it does not.
+(``train.checkpoints.mirror``): a training that was killed goes on from the folder where that outlives the process, and from
+the newest copy where it does not.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from pipeline.run.session import Run, StageError, command
 from pipeline.run.steps import FUSED, Step
 from stages.contract.manifest import sha256
 from stages.models.config import ModelConfig
-from train.card import CARD
+from train.model.card import CARD
 
 if TYPE_CHECKING:
-    from train.mirror import CheckpointMirror
+    from train.checkpoints.mirror import CheckpointMirror
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def checkpoint_store(run: Run) -> str | None:
 
 def checkpoint_copies(run: Run) -> "CheckpointMirror | None":
     """The copies of the job's checkpoints in a remote run directory; None for a local one."""
-    from train.mirror import CheckpointMirror
+    from train.checkpoints.mirror import CheckpointMirror
 
     url = checkpoint_store(run)
     return None if url is None else CheckpointMirror(url, keep=run.config.train.keep_checkpoints)

@@ -1,6 +1,6 @@
 """The training loss in two ways, each in a process of its own: ``python -m tests.benchmarks.loss_ways WAY V DTYPE ROUNDS``.
 
-``sparse`` is ``train.loss.fused_loss``. ``dense`` has a dense (T, V) target for each candidate, built from its top-k
+``sparse`` is ``train.objective.loss.fused_loss``. ``dense`` has a dense (T, V) target for each candidate, built from its top-k
 rows, takes the better candidate's, and computes cross-entropies of whole logits: as little as can be done with dense
 targets. ``released`` chooses as FuseLLM's and PTA-LLM's released trainer does, element by element: candidates stacked,
 argmax over rewards as large as they are, a gather. Candidates are three, as in the paper: the target model's own
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from tests.benchmarks.memory import extra_peak
 from train.config import TrainConfig
-from train.divergence import SparseTargets
-from train.loss import LossSettings, fused_loss
+from train.objective.divergence import SparseTargets
+from train.objective.loss import LossSettings, fused_loss
 
 T, H, K = 2048, 576, 10
 CANDIDATES = 3

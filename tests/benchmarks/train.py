@@ -18,13 +18,13 @@ from tests.benchmarks.figure import Figure
 from tests.benchmarks.loss_ways import CANDIDATES, H, T
 from tests.benchmarks.measure import ROUNDS, SkippedError, say
 from train.config import TrainConfig
-from train.data import FusedBlocks
+from train.data.blocks import FusedBlocks
+from train.data.feed import Feed
+from train.data.schedule import Schedule
 from train.distributed import Workers, join_workers
-from train.feed import Feed
 from train.job import FusedFile
+from train.model.parallel import LossModel, fill_parameters, shard_model
 from train.optimizer import build_optimizer
-from train.parallel import LossModel, fill_parameters, shard_model
-from train.schedule import Schedule
 from train.step import Stepper
 
 VOCABULARIES = {"32k": 32_000, "152k": 151_936}

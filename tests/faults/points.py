@@ -71,7 +71,7 @@ def wrap_store(module) -> None:
 
 
 def wrap_training(module) -> None:
-    """Point ``data`` of ``train.checkpoint``."""
+    """Point ``data`` of ``train.checkpoints.checkpoint``."""
     commit = module.Checkpoints._commit
 
     def faulty(self, written, folder, state):
@@ -85,7 +85,7 @@ def wrap_training(module) -> None:
 WRAPPED: Final = {
     "pipeline.engine.worker": wrap_worker,
     "stages.contract.store": wrap_store,
-    "train.checkpoint": wrap_training,
+    "train.checkpoints.checkpoint": wrap_training,
 }
 """Module -> what wraps it."""
 

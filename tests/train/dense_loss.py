@@ -3,8 +3,8 @@
 import torch
 
 from stages.contract.columns import PAD_ID
-from train.divergence import Divergence, SparseTargets
-from train.loss import IGNORED, LossSettings
+from train.objective.divergence import Divergence, SparseTargets
+from train.objective.loss import IGNORED, LossSettings
 
 
 def loss_settings(

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stages.models.config import load_model
 from tests.train.conftest import job_in
 from train import loop
-from train.checkpoint import committed_steps
-from train.data import FusedBlocks
+from train.checkpoints.checkpoint import committed_steps
+from train.data.blocks import FusedBlocks
 from train.job import FusedFile, StepRecord, TrainJob
 from train.loop import train
 from train.run_log import read_log

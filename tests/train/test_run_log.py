@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.train.conftest import job_in
-from tests.train.test_card import RECORD
+from tests.train.model.test_card import RECORD
 from train import run_log
 from train.config import TrainConfig
 from train.loop import train

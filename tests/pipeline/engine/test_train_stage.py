@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.engine.train_progress import TrainProgress
-from tests.train.test_card import RECORD
+from tests.train.model.test_card import RECORD
 from train.run_log import RunLog
 
 

@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from stages.models.heads import check_head, split_head
 from tests.train.dense_loss import loss_settings
 from train.config import LoraConfig, TrainConfig
-from train.lora import add_adapters, merge_adapters
-from train.loss import fused_loss
+from train.model.lora import add_adapters, merge_adapters
+from train.objective.loss import fused_loss
 from train.optimizer import build_optimizer
 
 IDS = torch.arange(20).reshape(2, 10)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stages.contract.store import Store, sync
-from train.checkpoint import COMMITTED, checkpoint_folder, checkpoint_step, committed_steps
+from train.checkpoints.checkpoint import COMMITTED, checkpoint_folder, checkpoint_step, committed_steps
 from train.run_log import log_until
 
 logger = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from stages.models.heads import split_head
 from tests.tiny_models import save_model
 from tests.train.dense_loss import loss_settings
 from tests.train.fused_files import fused_table, replaced_pieces, save
-from train.data import FusedBlocks, collate, document_positions, document_starts
-from train.isolation import check_isolation
-from train.loss import IGNORED, fused_loss
+from train.data.blocks import FusedBlocks, collate, document_positions, document_starts
+from train.model.isolation import check_isolation
+from train.objective.loss import IGNORED, fused_loss
 
 SIZE = 400
 LENGTHS = (7, 30, 5)

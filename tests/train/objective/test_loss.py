@@ -9,8 +9,8 @@ from stages.contract.columns import PAD_ID
 from stages.models.heads import split_head
 from tests.train.dense_loss import dense_sums, loss_settings
 from tests.train.fused_files import random_rows
-from train.divergence import REST_EPSILON, SparseTargets
-from train.loss import IGNORED, LossSettings, fused_loss
+from train.objective.divergence import REST_EPSILON, SparseTargets
+from train.objective.loss import IGNORED, LossSettings, fused_loss
 
 P, H, V = 11, 6, 17
 
@@ -106,8 +106,8 @@ def tiny_model(architecture: str, *, tied: bool):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_of_positions_and_of_the_vocabulary_add_up(dtype, monkeypatch):
     """More positions than a block, more of the vocabulary than a slice of the weight's gradient; neither is a multiple."""
-    monkeypatch.setattr("train.loss.BLOCK", 4)
-    monkeypatch.setattr("train.loss._ROWS", 5)
+    monkeypatch.setattr("train.objective.loss.BLOCK", 4)
+    monkeypatch.setattr("train.objective.loss._ROWS", 5)
     setting = Setting(with_tail=True)
     head = nn.Linear(H, V, dtype=dtype)
     hidden = setting.hidden.detach().to(dtype).requires_grad_()

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stages.models.heads import split_head
-from train.architecture import SavedTensors, architecture, saved_bytes
 from train.config import LoraConfig, TrainConfig
-from train.estimate import estimate_memory
-from train.lora import add_adapters
+from train.model.architecture import SavedTensors, architecture, saved_bytes
+from train.model.estimate import estimate_memory
+from train.model.lora import add_adapters
 from train.optimizer import build_optimizer
 
 T = 64
@@ -74,7 +74,7 @@ _PEAK = """
 import re
 import torch
 from pathlib import Path
-from tests.train.test_architecture import peak_config, real_model
+from tests.train.model.test_architecture import peak_config, real_model
 from stages.models.heads import split_head
 torch.set_num_threads(1)
 model = real_model(peak_config())

@@ -5,11 +5,11 @@ import torch
 
 from stages.contract.columns import PAD_ID, list_row, sparse_row
 from tests.train.fused_files import fused_table, replaced_pieces, save, text_blocks
-from train import data
-from train.data import FusedBlocks, collate, epoch_order
+from train.data import blocks
+from train.data.blocks import FusedBlocks, collate, epoch_order
+from train.data.schedule import Schedule
 from train.job import FusedFile
-from train.loss import IGNORED
-from train.schedule import Schedule
+from train.objective.loss import IGNORED
 
 V = 50
 
@@ -39,7 +39,7 @@ def test_blocks_come_by_index_over_all_files_and_row_groups(tmp_path, blocks_of_
 
 
 def test_a_small_cache_reads_the_same_blocks(tmp_path, blocks_of_ids, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_BYTES", 1)
+    monkeypatch.setattr(blocks, "CACHE_BYTES", 1)
     opened = open_files(save(fused_table(blocks_of_ids, V), tmp_path / "a.parquet", row_group_size=2))
     for index in [5, 0, 6, 1]:
         np.testing.assert_array_equal(opened.block(index).ids, blocks_of_ids[index])

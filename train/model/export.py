@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.contract.store import sync
-from train.card import CARD
+from train.model.card import CARD
 
 
 def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: Any, card: str) -> dict[str, str]:

@@ -19,9 +19,9 @@ memory the part ``USABLE`` is counted on.
 
 from dataclasses import dataclass, fields
 
-from train.architecture import Architecture
 from train.config import TrainConfig
-from train.loss import BLOCK
+from train.model.architecture import Architecture
+from train.objective.loss import BLOCK
 
 USABLE = 0.9
 """Part of a GPU's memory that an estimate may fill."""

@@ -16,9 +16,9 @@ import torch
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
 from stages.contract.filesystem import open_filesystem, patiently
 from stages.contract.schemas import tail_of
-from train.divergence import SparseTargets
 from train.job import FusedFile
-from train.loss import IGNORED
+from train.objective.divergence import SparseTargets
+from train.objective.loss import IGNORED
 
 CACHE_BYTES = 2**30
 """Decoded row groups kept in memory; a row group that does not fit is read again when it is needed."""

@@ -17,10 +17,10 @@ from typing import Self
 import numpy as np
 import torch
 
-from train.data import Block, FusedBlocks, MicroBatch, collate
+from train.data.blocks import Block, FusedBlocks, MicroBatch, collate
+from train.data.schedule import Schedule
 from train.distributed import Workers
-from train.loss import IGNORED
-from train.schedule import Schedule
+from train.objective.loss import IGNORED
 
 AHEAD = 2
 """Steps that are read ahead; a step of 32 blocks of 2,048 tokens with ten candidates each holds about 12 MB."""

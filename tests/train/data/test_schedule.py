@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from train.config import TrainConfig
-from train.schedule import lambda_at
+from train.data.schedule import lambda_at
 
 
 def test_lambda_is_constant_by_default():

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from tests.train.test_architecture import real_model, tiny_config
+from tests.train.model.test_architecture import real_model, tiny_config
 from train.config import LoraConfig, TrainConfig
-from train.flops import ModelFlops, peak_flops
+from train.model.flops import ModelFlops, peak_flops
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,9 +1,9 @@
 import pytest
 
 from stages.models.config import ModelConfig
-from train.card import add_evaluation, model_card
 from train.config import TrainConfig
 from train.job import StepRecord, TrainJob
+from train.model.card import add_evaluation, model_card
 
 RECORD = StepRecord(
     step=3, num_steps=3, epoch=0, loss=2.5, loss_clm=2.0, loss_fusion=None, learning_rate=1e-5, grad_norm=1.0,

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stages.models.heads import split_head
 from train.config import LoraConfig
-from train.lora import add_adapters
+from train.model.lora import add_adapters
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train.config import TrainConfig
-from train.data import epoch_order
+from train.data.blocks import epoch_order
 
 
 @dataclass(frozen=True)

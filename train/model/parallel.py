@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from stages.models.heads import Body, ModelHead, split_head
-from train.architecture import decoder_layers
 from train.config import TrainConfig
-from train.data import MicroBatch
+from train.data.blocks import MicroBatch
 from train.distributed import Workers
-from train.loss import LossSettings, fused_loss
+from train.model.architecture import decoder_layers
+from train.objective.loss import LossSettings, fused_loss
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.fused_files import fused_table, save
-from train.data import FusedBlocks
+from train.data.blocks import FusedBlocks
+from train.data.feed import Feed, StepBatch
+from train.data.schedule import Schedule
 from train.distributed import Workers
-from train.feed import Feed, StepBatch
-from train.schedule import Schedule
 
 
 @pytest.fixture(scope="module")

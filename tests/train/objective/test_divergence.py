@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stages.contract.columns import PAD_ID
 from tests.train.dense_loss import row_loss
-from train.divergence import REST_EPSILON, SparseTargets, fusion_losses, log_rest
+from train.objective.divergence import REST_EPSILON, SparseTargets, fusion_losses, log_rest
 
 
 @given(st.floats(-40, math.log1p(-1e-3)))

@@ -1,8 +1,8 @@
 import pytest
 
-from train.architecture import Architecture, Saved
 from train.config import LoraConfig, TrainConfig
-from train.estimate import estimate_memory, fits, num_steps, remedies
+from train.model.architecture import Architecture, Saved
+from train.model.estimate import estimate_memory, fits, num_steps, remedies
 
 MODEL = Architecture(
     num_parameters=1000,

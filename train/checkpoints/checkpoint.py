@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from stages.contract.store import sync
-from train.checkpoint_reader import CheckpointReader
+from train.checkpoints.reader import CheckpointReader
 from train.distributed import Workers
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
     L = lambda * L_CLM + (1 - lambda) * L_fusion
 
 L_CLM is the mean over labelled positions of -ln q(gold next token), L_fusion the mean over positions that have a fused
-distribution of its divergence from the model's q (``train.divergence``), so a position without a fused distribution
+distribution of its divergence from the model's q (``train.objective.divergence``), so a position without a fused distribution
 counts in L_CLM alone. Both are means over a whole optimizer step: here are the sums, weighted by what the caller gives
 (lambda over the step's number of labels, ...), so that the size of a micro-batch does not change the result.
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from train.divergence import Divergence, SparseTargets, fusion_losses
+from train.objective.divergence import Divergence, SparseTargets, fusion_losses
 
 BLOCK = 32
 """Positions whose logits are in float32 at once: few enough to stay in a processor's cache."""

@@ -8,12 +8,12 @@ from stages.models.config import ModelConfig, empty_model, load_model
 from stages.models.heads import split_head
 from tests.tiny_models import ARCHITECTURES, save_model
 from tests.train.conftest import make_config
-from train.architecture import decoder_layers
-from train.data import MicroBatch
+from train.data.blocks import MicroBatch
+from train.data.feed import empty_micro_batch
 from train.distributed import join_workers
-from train.feed import empty_micro_batch
-from train.loss import IGNORED
-from train.parallel import LossModel, fill_parameters, full_state, shard_model
+from train.model.architecture import decoder_layers
+from train.model.parallel import LossModel, fill_parameters, full_state, shard_model
+from train.objective.loss import IGNORED
 
 FAMILY = {"gemma3": "unigram", "gpt_neox": "byte-bpe", "mpt": "byte-bpe", "qwen2": "byte-bpe", "gpt2": "byte-bpe"}
 FACTORS = {"clm_factor": 0.01, "fusion_factor": 0.0}

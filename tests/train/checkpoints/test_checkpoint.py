@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from train.checkpoint import COMMITTED, Checkpoints, TrainState, checkpoint_folder, committed_steps
+from train.checkpoints.checkpoint import COMMITTED, Checkpoints, TrainState, checkpoint_folder, committed_steps
 from train.distributed import Workers, join_workers
 
 STATE = TrainState(fingerprint="abc", dataset="d", seed=42, num_blocks=10, step=0, epoch=0, next_sample=0, num_tokens=0)
@@ -135,7 +135,7 @@ def test_old_checkpoints_are_removed_and_other_folders_stay(tmp_path, alone):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_older_one(tmp_path, alone, monkeypatch):
-    import train.checkpoint
+    import train.checkpoints.checkpoint
 
     pair = trained(alone, 1)
     save(tmp_path, pair, alone, replace(STATE, step=2))
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_older_on
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.checkpoint, "sync", full)
+    monkeypatch.setattr(train.checkpoints.checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, pair, alone, replace(STATE, step=4), keep=1)
     monkeypatch.undo()

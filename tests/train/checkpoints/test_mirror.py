@@ -11,10 +11,10 @@ import pytest
 
 from stages.contract.store import Store, StoreError
 from tests.train.conftest import job_in
-from tests.train.test_card import RECORD
-from train.checkpoint import COMMITTED, committed_steps
+from tests.train.model.test_card import RECORD
+from train.checkpoints.checkpoint import COMMITTED, committed_steps
+from train.checkpoints.mirror import CheckpointMirror
 from train.loop import train
-from train.mirror import CheckpointMirror
 from train.preemption import Notice, StoppedError
 from train.run_log import RunLog, read_log
 

@@ -1,0 +1,1 @@
+"""Checkpoints: write, find, read back, copy to an object store."""

@@ -1,0 +1,1 @@
+"""Training blocks, their order, and the batches made of them."""
