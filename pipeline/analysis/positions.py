@@ -1,6 +1,8 @@
 """The views of single positions behind ``ptafuse inspect``: computed by the same functions as the stages' results."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import pyarrow as pa
@@ -34,11 +36,20 @@ class Place:
 
     def model(self, name: str | None) -> ModelConfig:
         """A model of the run by its name."""
-        return next(model for model in self.run.config.models if model.name == name)
+        return self.run.config.find_model(name)
 
     def inputs(self) -> dict[str, pa.Table]:
         """What the step reads for this shard, by input name."""
         return read_inputs(self.run, self.store, self.step, self.shard)
+
+
+def show_segment(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+    """Print a segment's text, and what is known of it."""
+    del position  # a segment is not split into tokens yet
+    values = {name: table[name][place.row].as_py() for name in table.schema.names}
+    text = values.pop("text")
+    console.print(", ".join(f"{name} {value}" for name, value in values.items()))
+    console.print(Text(text))
 
 
 def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
@@ -159,6 +170,15 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
     console.print(f"chosen: {found.chosen or 'none: no candidate has a distribution here'}")
     parts = [distribution_table(part.name, part.distribution, part.tail_mass) for part in found.candidates]
     console.print(side_by_side(*parts, distribution_table("fused", found.fused, found.tail_mass)))
+
+
+VIEWS: Final[dict[str, Callable[[Place, pa.Table, int | None, Console], None]]] = {
+    "shard": show_segment,
+    "logits": show_logits,
+    "align": show_aligned,
+    "fuse": show_fused,
+}
+"""What shows a row of a sharded stage, or a position of it; a test compares the keys with ``STAGES``."""
 
 
 def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], console: Console) -> None:

@@ -18,8 +18,9 @@ from pipeline.cli.options import (
     UpstreamOption,
     console,
 )
+from pipeline.run.stage_table import SHARDED_STAGES, stage_spec
 from pipeline.run.steps import Request
-from pipeline.workflow.stages import STAGE_HELP, run_named_stage
+from pipeline.workflow.stages import run_named_stage, run_stages_before
 from stages.contract.store import Store
 
 app = typer.Typer()
@@ -37,20 +38,18 @@ def stage_command(stage: str) -> Callable[..., None]:
         from pipeline.run.session import open_run
 
         opened = open_run(Request(config, tuple(sets or ())), run, console(), local=local, strict=strict)
-        order = list(STAGE_HELP)
-        for name in order[: order.index(stage)] if upstream else ():
-            run_named_stage(opened, name)
+        if upstream:
+            run_stages_before(opened, stage)
         run_named_stage(opened, stage)
 
     return run_it
 
 
-for _stage, _help in STAGE_HELP.items():
-    if _stage not in ("train", "eval"):
-        app.command(name=_stage, help=_help)(stage_command(_stage))
+for _spec in SHARDED_STAGES:
+    app.command(name=_spec.name, help=_spec.help)(stage_command(_spec.name))
 
 
-@app.command(help=STAGE_HELP["train"])
+@app.command(help=stage_spec("train").help)
 def train(
     config: ConfigArgument = DEFAULT_CONFIG,
     run: RunOption = DEFAULT_RUN,
@@ -79,7 +78,7 @@ def train(
     stage_command("train")(config, run, sets, local, upstream, strict)
 
 
-@app.command(name="eval", help=STAGE_HELP["eval"])
+@app.command(name="eval", help=stage_spec("eval").help)
 def evaluate(
     config: ConfigArgument = DEFAULT_CONFIG,
     run: RunOption = DEFAULT_RUN,

@@ -14,8 +14,8 @@ from pipeline.engine.worker import ShardJob, ShardStatus
 from pipeline.run.rollup import SHARDS_A_ROLLUP, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
-from pipeline.run.sharing import SHARED_STAGES, take_up_plan, take_up_shards
-from pipeline.run.stage_table import Resources, stage_spec
+from pipeline.run.sharing import take_up_plan, take_up_shards
+from pipeline.run.stage_table import Resources, sharded_stage
 from pipeline.run.steps import Step
 from pipeline.settings.run import EngineConfig
 from stages.contract.store import Store
@@ -32,7 +32,8 @@ def run_stage(run: Run, stage: str) -> None:
         StageError: an input stage is incomplete, or shards failed.
         ValueError: the dataset lacks its text column, or is of no known format.
     """
-    if stage == "shard" and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
+    spec = sharded_stage(stage)
+    if spec.reads_documents and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
         other = _shared_store(run)
         if other is None or not take_up_plan(run.resolved.steps["shard"], run.store, other):
             dataset = run.config.dataset
@@ -43,7 +44,7 @@ def run_stage(run: Run, stage: str) -> None:
 
 
 def _run_step(run: Run, step: Step) -> None:
-    spec = stage_spec(step.stage)
+    spec = sharded_stage(step.stage)
     num_shards = require_complete(run, list(step.inputs.values()), step.key)
     pending = _without_shared(run, step, pending_shards(run.store, step, num_shards), num_shards)
     if not pending:
@@ -95,7 +96,7 @@ def _shared_store(run: Run) -> Store | None:
 def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -> list[int]:
     """The pending shards that ``logits_from`` does not have either; the others get their manifests here."""
     other = _shared_store(run)
-    if other is None or step.stage not in SHARED_STAGES or not pending:
+    if other is None or not sharded_stage(step.stage).can_be_shared or not pending:
         return pending
     found = take_up_shards(step, run.store, other, pending, num_shards)
     left = [shard for shard in pending if shard not in found.shards]
@@ -130,9 +131,8 @@ def _check_tokenizers(run: Run, step: Step) -> None:
     """
     from stages.models.tokenizer import SegmentTokenizer
 
-    for model in run.config.models:
-        if step.stage == "shard" or (step.stage == "logits" and model.name == step.model):
-            SegmentTokenizer.load(model)
+    for model in sharded_stage(step.stage).tokenizers(run.config, step.model):
+        SegmentTokenizer.load(model)
 
 
 def _runner(run: Run) -> Runner:

@@ -47,11 +47,13 @@ def train_job(run: Run) -> TrainJob:
 def _provenance(run: Run) -> dict[str, Any]:
     """What a model card says of the data, the models and the stages before training."""
     config = run.config
-    stages = [step for step in run.resolved.steps.values() if step.stage not in ("train", "eval")]
     return {
         "target": {"name": config.target.name, "weights": config.target.weights_identity()},
         "sources": [{"name": model.name, "weights": model.weights_identity()} for model in config.sources],
-        "stages": {step.key: {"fingerprint": step.fingerprint, "settings": dict(step.settings)} for step in stages},
+        "stages": {
+            step.key: {"fingerprint": step.fingerprint, "settings": dict(step.settings)}
+            for step in run.resolved.sharded_steps
+        },
     }
 
 

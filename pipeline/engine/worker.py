@@ -20,7 +20,7 @@ from pipeline.dataset.files import reading
 from pipeline.engine.versions import library_versions
 from pipeline.run.attempts import Attempt
 from pipeline.run.shard_plan import read_plan
-from pipeline.run.stage_table import stage_spec
+from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import Step
 from pipeline.settings.run import RunConfig
 from stages.contract import schemas
@@ -95,7 +95,7 @@ class ShardWorker:
         self._job = job
         self._store = Store(job.run_url)
         self._config = RunConfig.model_validate_json(job.config_json)
-        self._spec = stage_spec(job.step.stage)
+        self._spec = sharded_stage(job.step.stage)
         self._stage: Stage | None = None
         self._setup_error = ""
 
@@ -124,10 +124,10 @@ class ShardWorker:
         """Load what the stage needs; False, and why in ``_setup_error``, if it cannot be had. It is tried once."""
         if self._setup_error:
             return False
-        model = next((model for model in self._config.models if model.name == self._job.step.model), None)
         try:
-            self._refuse_other_files(model)
-            stage = self._spec.build(settle_choices(self._job, self._store, self._config), model)
+            if self._spec.runs_model:
+                self._refuse_other_files(self._config.find_model(self._job.step.model))
+            stage = self._spec.build(settle_choices(self._job, self._store, self._config), self._job.step.model)
             stage.setup()
         except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
             log.exception("%s: set-up failed", self._job.step.key)
@@ -136,14 +136,12 @@ class ShardWorker:
         self._stage = stage
         return True
 
-    def _refuse_other_files(self, model: ModelConfig | None) -> None:
+    def _refuse_other_files(self, model: ModelConfig) -> None:
         """Refuse model files that are not those the step's fingerprint names: changed since, or others on this machine.
 
         Raises:
             ValueError: says which.
         """
-        if model is None or self._spec.name != "logits":
-            return
         for what, found in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
             if found != self._job.step.settings[what]:
                 raise ValueError(
@@ -169,7 +167,7 @@ class ShardWorker:
         return ShardStatus(shard, "already done", manifest.num_tokens, manifest.seconds, attempt.number)
 
     def _read_inputs(self, shard: int) -> tuple[dict[str, pa.Table], dict[str, InputRef]]:
-        if self._spec.name == "shard":
+        if self._spec.reads_documents:
             plan = read_plan(self._store, self._job.shard_folder)
             assert plan is not None
             dataset = self._config.dataset
@@ -269,9 +267,8 @@ def settle_choices(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
     Workers on other machines, and later commands, would perhaps choose otherwise, and one folder would hold the results
     of two ways of computing. So what the first one finds is recorded there, and all follow it, or fail in ``setup``.
     """
-    spec = stage_spec(job.step.stage)
-    model = next((model for model in config.models if model.name == job.step.model), None)
-    choices = spec.choices(config, model)
+    spec = sharded_stage(job.step.stage)
+    choices = spec.choices(config, job.step.model)
     if not choices:
         return config
     key = choices_key(job.step.folder)

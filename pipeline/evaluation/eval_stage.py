@@ -15,7 +15,8 @@ import pyarrow.compute as pc
 
 from pipeline.run.outcomes import read_result
 from pipeline.run.session import Run, StageError, command, require_complete
-from pipeline.run.steps import FUSED, Step, result_key
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Step, result_key
 from pipeline.run.trained_model import evaluated_model, is_trained, local_folder, publish_card, trained_model
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from train.evaluate import Evaluation, Segment, bits_per_byte

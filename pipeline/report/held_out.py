@@ -8,7 +8,8 @@ import numpy as np
 
 from pipeline.display.table import ResultTable
 from pipeline.run.outcomes import read_result
-from pipeline.run.steps import FUSED, ResolvedRun, Step
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean

@@ -11,7 +11,8 @@ from pipeline.display.table import ResultTable
 from pipeline.report.held_out import document_differences, untrained
 from pipeline.run.outcomes import read_result
 from pipeline.run.records import recorded_runs
-from pipeline.run.steps import FUSED, Step
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Step
 from pipeline.workflow.sweep import SweepConfig, cells_of, run_name
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from pipeline.display.table import ResultTable
+from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus
 from stages.contract.manifest import Figure, Mean
@@ -43,15 +44,18 @@ def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus])
     rows, shown = [], set()
     for run in runs:
         for step in statuses[run.config.name].steps:
-            key, health, folder = step.key, step.health, run.steps[step.key].folder
-            if not key.startswith(("align/", "fuse")) or not health or folder in shown:
+            health, resolved = step.health, run.steps[step.key]
+            if not health or resolved.folder in shown:
                 continue
-            shown.add(folder)
+            distribution = sharded_stage(resolved.stage).distribution
+            if distribution is None:
+                continue
+            shown.add(resolved.folder)
             means = {name: _mean(health.get(name)) for name in _TEACHER_MEANS}
             rows.append(
                 TeacherRow(
                     run=run.config.name,
-                    name=f"aligned {key.removeprefix('align/')}" if key.startswith("align/") else "fused",
+                    name=distribution if resolved.model is None else f"{distribution} {resolved.model}",
                     nll=means["teacher_nll"],
                     target_nll=means["target_nll"],
                     source_nll=means["source_nll"],

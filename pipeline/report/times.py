@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.display.table import ResultTable
 from pipeline.run.outcomes import read_result, read_training_log, training_seconds
+from pipeline.run.stage_table import job_stage
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus, StepStatus
 from stages.contract.store import Store
@@ -31,9 +32,9 @@ def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], s
 
 def _seconds(status: StepStatus, run: ResolvedRun, store: Store) -> tuple[float, int]:
     step = run.steps[status.key]
-    if step.stage == "eval":
-        result = read_result(store, step) or {}
-        return result.get("seconds", 0.0), result.get("num_tokens", 0)
-    if step.stage == "train":
+    if step.is_sharded:
+        return status.seconds, status.num_tokens
+    if job_stage(step.stage).keeps_log:
         return training_seconds(read_training_log(step, store))
-    return status.seconds, status.num_tokens
+    result = read_result(store, step) or {}
+    return result.get("seconds", 0.0), result.get("num_tokens", 0)

@@ -15,8 +15,6 @@ from stages.contract.store import Store
 
 log = logging.getLogger(__name__)
 
-SHARED_STAGES = ("shard", "logits")
-
 
 @dataclass(frozen=True)
 class TakenUp:
@@ -57,7 +55,7 @@ def take_up_shards(step: Step, store: Store, other: Store, pending: list[int], n
     """Publish manifests here for the shards of a step that are done there.
 
     Args:
-        step: a step of ``SHARED_STAGES``.
+        step: a step of a stage that can be shared.
         store: this run directory.
         other: the one it shares from.
         pending: shards without a manifest here.

@@ -1,6 +1,10 @@
-"""The sharded stages in order: what each reads, which settings shape it, how it is built, and what it needs to run.
+"""STAGES: the only list of stages. What they read, which settings shape them, and what the rest of the pipeline asks of each.
 
-A *step* is one folder of the run directory: a stage, and its model where the stage runs once a model.
+A *step* is one folder of the run directory: a stage, and its model where the stage runs once per model. A stage is sharded
+(a step computes one file per shard: ``ShardedStage``) or a job (a step computes one result: ``JobStage``).
+
+Whatever depends on which stage it is, is a field of its row here, or an entry of a dictionary whose keys a test compares
+with this table (``forecast.stage_costs.STAGE_COSTS``, ``analysis.inspect.VIEWS``, ``workflow.stages.JOBS``).
 
 The stages' code is imported where a stage is built: it loads torch and compilers, and ``status``, ``plan`` and ``gc`` need
 neither.
@@ -10,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pipeline.settings.baselines import ENSEMBLE, Baseline
 from pipeline.settings.run import RunConfig
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
@@ -18,6 +23,10 @@ from stages.fuse.config import VERSION as FUSE_VERSION
 from stages.logits.config import VERSION as LOGITS_VERSION
 from stages.models.config import ModelConfig
 from stages.shard.config import VERSION as SHARD_VERSION
+from train.config import EVAL_VERSION, TRAIN_VERSION
+
+FUSED: Final = "fused"
+"""The trained model's name among the evaluated ones."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +34,9 @@ class Resources:
     """What the workers of a step need.
 
     Attributes:
-        num_workers: None: one a GPU where GPUs are used, else one a CPU slot (``models``: one).
-        cpus: of each.
-        gpus: of each; None: 1 where the cluster has a GPU.
+        num_workers: None: one per GPU where GPUs are used, else one per CPU slot (``models``: one).
+        cpus: of each worker.
+        gpus: of each worker; None: 1 if the cluster has a GPU, otherwise 0.
         models: the workers load models: without GPUs one worker takes all the memory there is to give.
     """
 
@@ -37,151 +46,265 @@ class Resources:
     models: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageSpec:
     """A row of the stage table.
 
+    Where a function takes a name, that is the step's own: the model it runs for, or None where the stage has one step.
+
     Attributes:
-        name: the stage's name and its folder's.
+        name: the stage's name, its folder's and its command's.
+        help: what it does, for the command line.
         version: its algorithm version, part of the fingerprint.
-        models: the models that it runs for, each a step; empty: one step without a model.
-        inputs: input name, as ``Stage.run`` knows it -> the step that gives it.
         settings: the settings that shape a step's result, for its fingerprint and for people.
-        build: the stage for one step.
-        section: the stage's own settings.
-        train_rows_only: the rows of held-out documents are left out of what it reads.
-        choices: settings of its section that are "auto" and change results -> what they come to on this machine.
+        inputs: input name, as the stage knows it -> key of the step that provides it.
+        names: the names of its steps; None: it has one step, without a name.
+        identities: what else a step's result depends on: name -> hash of a model's files, say.
     """
 
     name: str
+    help: str
     version: int
-    models: Callable[[RunConfig], tuple[ModelConfig, ...]]
-    inputs: Callable[[RunConfig, ModelConfig | None], Mapping[str, str]]
-    settings: Callable[[RunConfig, ModelConfig | None], dict[str, Any]]
-    build: Callable[[RunConfig, ModelConfig | None], Stage]
+    settings: Callable[[RunConfig, str | None], dict[str, Any]]
+    inputs: Callable[[RunConfig, str | None], Mapping[str, str]]
+    names: Callable[[RunConfig], tuple[str, ...]] | None = None
+    identities: Callable[[RunConfig, str | None], Mapping[str, str]] = field(default=lambda config, name: {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardedStage(StageSpec):
+    """A stage that computes one file per shard.
+
+    Attributes:
+        build: the stage for one step.
+        section: the stage's own settings.
+        reads_documents: it reads the dataset by the frozen plan, and has no other input.
+        train_rows_only: the rows of held-out documents are left out of what it reads.
+        runs_model: its workers run the step's model: they may need GPUs, and the model's files must be those that the
+            fingerprint names.
+        tokenizers: the models whose tokenizers split text in a step: they are checked before any worker starts.
+        can_be_shared: ``logits_from`` takes up its finished shards from another run directory.
+        distribution: what its rows are called as a teacher, where they hold distributions over the target's tokens.
+        choices: settings of its section that are "auto" and change results -> what they come to on this machine.
+    """
+
+    build: Callable[[RunConfig, str | None], Stage]
     section: Callable[[RunConfig], Settings]
+    reads_documents: bool = False
     train_rows_only: bool = False
-    choices: Callable[[RunConfig, ModelConfig | None], Mapping[str, str]] = field(default=lambda config, model: {})
+    runs_model: bool = False
+    tokenizers: Callable[[RunConfig, str | None], tuple[ModelConfig, ...]] = field(default=lambda config, name: ())
+    can_be_shared: bool = False
+    distribution: str | None = None
+    choices: Callable[[RunConfig, str | None], Mapping[str, str]] = field(default=lambda config, name: {})
 
     def resources(self, config: RunConfig) -> Resources:
-        """Workers, CPUs and GPUs, from the stage's settings."""
+        """Return what its workers need, from the stage's settings."""
         section: Any = self.section(config)
-        models = self.name == "logits"
-        gpus = section.gpus_per_worker if models else 0
-        if models and section.device == "cpu":
-            gpus = 0
+        if not self.runs_model:
+            return Resources(section.num_workers, section.cpus_per_worker, 0)
+        gpus = 0 if section.device == "cpu" else section.gpus_per_worker
         if gpus is None and section.tensor_parallel_size > 1:
             gpus = section.tensor_parallel_size
-        return Resources(section.num_workers, section.cpus_per_worker, gpus, models)
+        return Resources(section.num_workers, section.cpus_per_worker, gpus, models=True)
 
     def max_bad_fraction(self, config: RunConfig) -> float:
-        """The share of bad records above which a shard fails; fuse has none to allow."""
+        """Return the share of bad records above which a shard fails; fuse allows none."""
         return float(getattr(self.section(config), "max_bad_fraction", 0.0))
 
 
-def step_key(stage: str, model: ModelConfig | None) -> str:
-    """``logits/gemma3``, or ``shard``."""
-    return stage if model is None else f"{stage}/{model.name}"
+@dataclass(frozen=True, kw_only=True)
+class JobStage(StageSpec):
+    """A stage that computes one result per step.
+
+    Attributes:
+        result: the file in a step's folder that is written last: the proof that the step is done.
+        keeps_log: a step logs its progress (``outcomes.read_training_log``).
+    """
+
+    result: str
+    keeps_log: bool = False
 
 
-def _model(model: ModelConfig | None) -> ModelConfig:
-    assert model is not None
-    return model
+def step_key(stage: str, name: str | None) -> str:
+    """Return ``logits/gemma3``, or ``shard``."""
+    return stage if name is None else f"{stage}/{name}"
 
 
-def _logits_choices(config: RunConfig, model: ModelConfig | None) -> dict[str, str]:
+def _logits_choices(config: RunConfig, name: str | None) -> dict[str, str]:
     if config.logits.backend != "auto":
         return {}
     from stages.logits.backends.choose import choose_backend
 
-    return {"backend": choose_backend(config.logits, _model(model))}
+    return {"backend": choose_backend(config.logits, config.find_model(name))}
 
 
-def _fuse_inputs(config: RunConfig, _: ModelConfig | None) -> dict[str, str]:
+def _fuse_inputs(config: RunConfig, _: str | None) -> dict[str, str]:
     keys = [f"logits/{model.name}" for model in config.models] + [f"align/{model.name}" for model in config.sources]
     return {key: key for key in keys}
 
 
-def _shard_stage(config: RunConfig, _: ModelConfig | None) -> Stage:
+def _evaluated(config: RunConfig) -> tuple[str, ...]:
+    """Return what is evaluated: the target before training, the sources, the baselines, and the trained model."""
+    return (*(model.name for model in config.models), *config.baselines.methods, FUSED)
+
+
+def _eval_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
+    settings: dict[str, Any] = {"eval": config.eval.result_settings()}
+    baseline = next((method for method in config.baselines.methods if method == name), None)
+    return settings if baseline is None else {**settings, **_baseline_settings(config, baseline)}
+
+
+def _baseline_settings(config: RunConfig, baseline: Baseline) -> dict[str, Any]:
+    """Return what a baseline's figure depends on besides the models and the text."""
+    settings: dict[str, Any] = {"baselines": config.baselines.baseline_settings(baseline, len(config.sources))}
+    if baseline == ENSEMBLE:
+        align = config.align.result_settings()
+        settings["align"] = {name: align[name] for name in align if name not in ("pairing", "inexact")}
+        settings["align version"] = ALIGN_VERSION
+        settings["logits"] = {"top_k": config.logits.top_k, "top_p": config.logits.top_p}
+    return settings
+
+
+def _eval_identities(config: RunConfig, name: str | None) -> dict[str, str]:
+    """Return the hashes of the evaluated model's files; of all models' files for a baseline, which has none of its own."""
+    if name == FUSED:
+        return {}
+    if name in config.baselines.methods:
+        roles = ("target", *(f"source {number}" for number in range(1, len(config.models))))
+        return {
+            f"{what} of {role}": identity
+            for role, model in zip(roles, config.models, strict=True)
+            for what, identity in _model_identities(model).items()
+        }
+    return _model_identities(config.find_model(name))
+
+
+def _model_identities(model: ModelConfig) -> dict[str, str]:
+    return {"weights": model.weights_identity(), "tokenizer": model.tokenizer_identity()}
+
+
+def _shard_stage(config: RunConfig, _: str | None) -> Stage:
     from stages.shard.stage import ShardStage
 
     return ShardStage(config.shard, config.models)
 
 
-def _logits_stage(config: RunConfig, model: ModelConfig | None) -> Stage:
+def _logits_stage(config: RunConfig, name: str | None) -> Stage:
     from stages.logits.stage import LogitsStage
 
-    return LogitsStage(config.logits, _model(model))
+    return LogitsStage(config.logits, config.find_model(name))
 
 
-def _align_stage(config: RunConfig, model: ModelConfig | None) -> Stage:
+def _align_stage(config: RunConfig, name: str | None) -> Stage:
     from stages.align.stage import AlignStage
 
-    return AlignStage(config.align, config.target, _model(model))
+    return AlignStage(config.align, config.target, config.find_model(name))
 
 
-def _fuse_stage(config: RunConfig, _: ModelConfig | None) -> Stage:
+def _fuse_stage(config: RunConfig, _: str | None) -> Stage:
     from stages.fuse.stage import FuseStage
 
     return FuseStage(config.fuse, config.target, config.sources)
 
 
 STAGES: Final[tuple[StageSpec, ...]] = (
-    StageSpec(
+    ShardedStage(
         name="shard",
+        help="Cut the dataset into frozen shards of segments that fit every tokenizer.",
         version=SHARD_VERSION,
-        models=lambda config: (),
-        inputs=lambda config, model: {},  # documents, by the frozen plan
-        settings=lambda config, model: {
+        settings=lambda config, name: {
             "dataset": config.dataset.result_settings(),
             "shard": config.shard.result_settings(),
         },
+        inputs=lambda config, name: {},  # documents, by the frozen plan
         build=_shard_stage,
         section=lambda config: config.shard,
+        reads_documents=True,
+        tokenizers=lambda config, name: config.models,
+        can_be_shared=True,
     ),
-    StageSpec(
+    ShardedStage(
         name="logits",
+        help="Run each model over every shard and keep the top-k logprobs of every position.",
         version=LOGITS_VERSION,
-        models=lambda config: config.models,
-        inputs=lambda config, model: {"shard": "shard"},
-        settings=lambda config, model: {
+        settings=lambda config, name: {
             "logits": config.logits.result_settings(),
-            "weights": _model(model).weights_identity(),
-            "tokenizer": _model(model).tokenizer_identity(),
+            **_model_identities(config.find_model(name)),
         },
+        inputs=lambda config, name: {"shard": "shard"},
+        names=lambda config: tuple(model.name for model in config.models),
         build=_logits_stage,
         section=lambda config: config.logits,
         train_rows_only=True,
+        runs_model=True,
+        tokenizers=lambda config, name: (config.find_model(name),),
+        can_be_shared=True,
         choices=_logits_choices,
     ),
-    StageSpec(
+    ShardedStage(
         name="align",
+        help="Pair each source's tokens with the target's, and move its distributions into the target's vocabulary.",
         version=ALIGN_VERSION,
-        models=lambda config: config.sources,
-        inputs=lambda config, model: {
-            "target": f"logits/{config.target.name}",
-            "source": f"logits/{_model(model).name}",
-        },
-        settings=lambda config, model: {"align": config.align.result_settings()},
+        settings=lambda config, name: {"align": config.align.result_settings()},
+        inputs=lambda config, name: {"target": f"logits/{config.target.name}", "source": f"logits/{name}"},
+        names=lambda config: tuple(model.name for model in config.sources),
         build=_align_stage,
         section=lambda config: config.align,
+        distribution="aligned",
     ),
-    StageSpec(
+    ShardedStage(
         name="fuse",
+        help="Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
         version=FUSE_VERSION,
-        models=lambda config: (),
-        inputs=_fuse_inputs,
-        settings=lambda config, model: {
+        settings=lambda config, name: {
             "fuse": config.fuse.result_settings(),
             "candidates": [model.name for model in config.models],  # `chosen` counts them, and ties go by their order
         },
+        inputs=_fuse_inputs,
         build=_fuse_stage,
         section=lambda config: config.fuse,
+        distribution="fused",
+    ),
+    JobStage(
+        name="train",
+        help="Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
+        version=TRAIN_VERSION,
+        settings=lambda config, name: {
+            "train": config.train.result_settings(),
+            "weights": config.target.weights_identity(),
+        },
+        inputs=lambda config, name: {"fuse": "fuse"},
+        result="manifest.json",
+        keeps_log=True,
+    ),
+    JobStage(
+        name="eval",
+        help="Bits per byte on held-out text: the target before and after, each source, and baselines; benchmarks on "
+        "request.",
+        version=EVAL_VERSION,
+        settings=_eval_settings,
+        inputs=lambda config, name: {"shard": "shard", **({"train": "train"} if name == FUSED else {})},
+        names=_evaluated,
+        identities=_eval_identities,
+        result="bits-per-byte.json",
     ),
 )
 """The order in which the stages run."""
 
+SHARDED_STAGES: Final = tuple(spec for spec in STAGES if isinstance(spec, ShardedStage))
+
 
 def stage_spec(name: str) -> StageSpec:
-    """The row of a stage."""
+    """Return the row of a stage."""
     return next(spec for spec in STAGES if spec.name == name)
+
+
+def sharded_stage(name: str) -> ShardedStage:
+    """Return the row of a sharded stage."""
+    return next(spec for spec in SHARDED_STAGES if spec.name == name)
+
+
+def job_stage(name: str) -> JobStage:
+    """Return the row of a stage that computes one result per step."""
+    return next(spec for spec in STAGES if isinstance(spec, JobStage) and spec.name == name)

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.run.stage_table import ShardedStage, job_stage, stage_spec
 from pipeline.settings.load import config_id
 from pipeline.settings.run import RunConfig
 from stages.contract.manifest import stage_folder
-
-FUSED = "fused"
-"""The trained model's name among the evaluated ones."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,11 @@ class Step:
         """The step's folder in the run directory."""
         return stage_folder(self.key, self.fingerprint)
 
+    @property
+    def is_sharded(self) -> bool:
+        """The step computes one file per shard."""
+        return isinstance(stage_spec(self.stage), ShardedStage)
+
 
 @dataclass(frozen=True)
 class ResolvedRun:
@@ -69,11 +72,16 @@ class ResolvedRun:
         return [step for step in self.steps.values() if step.stage == stage]
 
     @property
+    def sharded_steps(self) -> list[Step]:
+        """The steps that compute one file per shard, in their order."""
+        return [step for step in self.steps.values() if step.is_sharded]
+
+    @property
     def record_key(self) -> str:
         """Where the resolved configuration is recorded."""
         return f"configs/{self.config.name}-{config_id(self.config)}.json"
 
 
 def result_key(step: Step) -> str:
-    """Where the figure of an evaluated model is."""
-    return f"{step.folder}/bits-per-byte.json"
+    """Return the file that proves a job's step done: the training's manifest, or the figures of an evaluated model."""
+    return f"{step.folder}/{job_stage(step.stage).result}"

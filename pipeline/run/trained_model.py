@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.run.session import Run, StageError, command
-from pipeline.run.steps import FUSED, Step
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Step
 from stages.contract.manifest import sha256
 from stages.models.config import ModelConfig
 from train.model.card import CARD
@@ -125,7 +126,7 @@ def evaluated_model(run: Run, step: Step) -> ModelConfig:
     """The model that an eval step speaks of; the trained one as the folder it was exported to."""
     if step.model == FUSED:
         return ModelConfig(name=FUSED, path=trained_model(run), bos=run.config.target.bos)
-    return next(model for model in run.config.models if model.name == step.model)
+    return run.config.find_model(step.model)
 
 
 def is_trained(run: Run) -> bool:

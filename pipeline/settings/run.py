@@ -86,3 +86,14 @@ class RunConfig(Settings):
     def models(self) -> tuple[ModelConfig, ...]:
         """The target, then the sources."""
         return (self.target, *self.sources)
+
+    def find_model(self, name: str | None) -> ModelConfig:
+        """Return the model of that name: the target or a source.
+
+        Raises:
+            KeyError: no model of this configuration has the name.
+        """
+        for model in self.models:
+            if model.name == name:
+                return model
+        raise KeyError(f"{name!r} is none of this configuration's models: {', '.join(m.name for m in self.models)}")

@@ -17,13 +17,15 @@ from rich.console import Console
 from pipeline.display.durations import DAY_SECONDS, format_duration
 from pipeline.run.attempts import is_running
 from pipeline.run.rollup import is_manifest
+from pipeline.run.stage_table import SHARDED_STAGES
 from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store
 
-FOLDERS = ("shard", "logits", "align", "fuse", "interpret", "configs")
+FOLDERS = (*(spec.name for spec in SHARDED_STAGES), "interpret", "configs")
 """Where attempts write. Not ``train`` and ``eval``."""
 
-_STEP = r"(?P<folder>(?:shard|fuse|(?:logits|align)/[^/]+)/[0-9a-f]{12})"
+_STAGES = "|".join(spec.name if spec.names is None else f"{spec.name}/[^/]+" for spec in SHARDED_STAGES)
+_STEP = rf"(?P<folder>(?:{_STAGES})/[0-9a-f]{{12}})"
 _OUTPUT = re.compile(
     rf"{_STEP}/(?:data/\.?shard-(?P<shard>\d{{5,}})-of-\d{{5,}}|quarantine/\.?shard-(?P<bad>\d{{5,}}))"
     r"\.(?P<attempt>\d+-[0-9a-f]{8})\.parquet(?:\.[0-9a-f]{8}\.tmp)?"

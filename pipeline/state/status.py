@@ -8,6 +8,7 @@ from pipeline.run.attempts import is_running, unfinished_attempts
 from pipeline.run.outcomes import read_training_log
 from pipeline.run.rollup import DoneShard, FiguresReader
 from pipeline.run.shard_plan import read_plan
+from pipeline.run.stage_table import job_stage
 from pipeline.run.steps import ResolvedRun, Step, result_key
 from stages.contract.manifest import Figure
 from stages.contract.store import Store
@@ -41,6 +42,11 @@ class StepStatus:
     running: frozenset[int] = frozenset()
     is_done: bool = False
     training: Mapping[str, Any] | None = None
+
+    @property
+    def stage(self) -> str:
+        """The step's stage."""
+        return self.key.split("/", maxsplit=1)[0]
 
     @property
     def failed(self) -> dict[int, str]:
@@ -107,17 +113,16 @@ class StatusReader:
         unfinished = next((step for step in steps if not step.is_done), None)
         following = None
         if unfinished is not None:
-            following = resolved.command(unfinished.key.split("/", maxsplit=1)[0], url)
+            following = resolved.command(unfinished.stage, url)
             if unfinished.failed:
                 following = f"`ptafuse retry {url}`, then {following}"
         return RunStatus(url, resolved.config.name, steps, following, tuple(_warnings(steps)))
 
     def _read_step(self, step: Step, num_shards: int) -> StepStatus:
-        if step.stage == "eval":
-            return StepStatus(step.key, step.fingerprint, is_done=self._store.exists(result_key(step)))
-        if step.stage == "train":
-            is_done = self._store.exists(f"{step.folder}/manifest.json")
-            return StepStatus(step.key, step.fingerprint, is_done=is_done, training=self._last_training_step(step))
+        if not step.is_sharded:
+            is_done = self._store.exists(result_key(step))
+            training = self._last_training_step(step) if job_stage(step.stage).keeps_log else None
+            return StepStatus(step.key, step.fingerprint, is_done=is_done, training=training)
         figures = self._figures.read(step.folder)
         is_done = 0 < num_shards == len(figures.shards)
         attempts = {} if is_done else unfinished_attempts(self._store, step.folder, figures.shards)

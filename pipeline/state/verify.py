@@ -4,10 +4,9 @@ import json
 
 from rich.console import Console
 
+from pipeline.run.stage_table import SHARDED_STAGES
 from stages.contract.manifest import Manifest, sha256
 from stages.contract.store import Store
-
-SHARDED = ("shard", "logits", "align", "fuse")
 
 
 def verify_run(store: Store, console: Console, *, repair: bool) -> int:
@@ -54,7 +53,7 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
 def stage_folders(store: Store) -> list[str]:
     """Every folder of the run directory that holds a sharded stage's results, of any configuration."""
     found = []
-    for stage in SHARDED:
+    for stage in (spec.name for spec in SHARDED_STAGES):
         for name in store.names(stage):
             if store.manifest_names(f"{stage}/{name}"):
                 found.append(f"{stage}/{name}")

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.display.durations import format_duration
+from pipeline.run.stage_table import ShardedStage, stage_spec
 from pipeline.state.status import RunStatus, StepStatus
 
 log = logging.getLogger(__name__)
@@ -151,4 +152,4 @@ def _units(step: StepStatus) -> tuple[int, int]:
         return (total if step.is_done else int(step.training["step"])), total
     if step.num_shards:
         return len(step.shards), step.num_shards
-    return int(step.is_done), 1 if step.key.startswith(("train", "eval")) else 0
+    return int(step.is_done), 0 if isinstance(stage_spec(step.stage), ShardedStage) else 1

@@ -1,41 +1,50 @@
-"""The stages in their order, and how each is run."""
+"""Run the stages of a configuration in their order."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+from pipeline.run.stage_table import STAGES, ShardedStage, stage_spec
 
 if TYPE_CHECKING:
     from pipeline.run.session import Run
 
 
 def run_named_stage(run: "Run", stage: str) -> None:
-    """Run one stage by its name, the sharded ones and train and eval alike."""
-    if stage == "train":
-        from pipeline.engine.train_stage import run_training
-
-        run_training(run)
-    elif stage == "eval":
-        from pipeline.evaluation.eval_stage import run_eval
-        from pipeline.evaluation.suites.run import run_suites
-
-        run_eval(run)
-        run_suites(run)
-    else:
+    """Run one stage by its name."""
+    if isinstance(stage_spec(stage), ShardedStage):
         from pipeline.engine.sharded_stage import run_stage
 
         run_stage(run, stage)
+    else:
+        JOBS[stage](run)
 
 
 def run_all_stages(run: "Run") -> None:
     """Run every stage of a configuration, in order."""
-    for stage in STAGE_HELP:
-        run_named_stage(run, stage)
+    for spec in STAGES:
+        run_named_stage(run, spec.name)
 
 
-STAGE_HELP = {
-    "shard": "Cut the dataset into frozen shards of segments that fit every tokenizer.",
-    "logits": "Run each model over every shard and keep the top-k logprobs of every position.",
-    "align": "Pair each source's tokens with the target's, and move its distributions into the target's vocabulary.",
-    "fuse": "Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
-    "train": "Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
-    "eval": "Bits per byte on held-out text: the target before and after, each source, and baselines; benchmarks on request.",
-}
-"""The stages in their order."""
+def run_stages_before(run: "Run", stage: str) -> None:
+    """Run the stages that come before a stage, in order."""
+    names = [spec.name for spec in STAGES]
+    for name in names[: names.index(stage)]:
+        run_named_stage(run, name)
+
+
+def _train(run: "Run") -> None:
+    from pipeline.engine.train_stage import run_training
+
+    run_training(run)
+
+
+def _evaluate(run: "Run") -> None:
+    from pipeline.evaluation.eval_stage import run_eval
+    from pipeline.evaluation.suites.run import run_suites
+
+    run_eval(run)
+    run_suites(run)
+
+
+JOBS: Final[dict[str, Callable[["Run"], None]]] = {"train": _train, "eval": _evaluate}
+"""How each stage that is not sharded is run; a test compares the keys with ``STAGES``."""

@@ -17,7 +17,8 @@ from rich.console import Console
 from pipeline.evaluation.eval_stage import run_eval
 from pipeline.run.outcomes import read_result
 from pipeline.run.session import open_run
-from pipeline.run.steps import FUSED, Request
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Request
 from pipeline.run.trained_model import discard_model
 from pipeline.settings.load import ConfigError, load_config
 from pipeline.workflow.stages import run_all_stages

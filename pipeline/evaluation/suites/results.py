@@ -11,7 +11,8 @@ from pipeline.display.table import ResultTable
 from pipeline.evaluation.suites.catalogue import SUITES, Metric
 from pipeline.evaluation.suites.figures import difference, figure
 from pipeline.evaluation.suites.run import FOLDER, model_inputs
-from pipeline.run.steps import FUSED, ResolvedRun
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import ResolvedRun
 from stages.contract.fingerprint import canonical_json
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate

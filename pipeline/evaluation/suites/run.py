@@ -26,7 +26,8 @@ from pipeline.evaluation.suites.languages import LanguageMissingError, check_lan
 from pipeline.evaluation.suites.local_data import EXPECTED, LocalTask, local_tasks
 from pipeline.evaluation.suites.multipl_e import MAX_NEW_TOKENS, NUM_LANGUAGES, languages_on_hub
 from pipeline.run.session import Run, StageError, command
-from pipeline.run.steps import FUSED, Step
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Step
 from pipeline.run.trained_model import evaluated_model, is_trained
 from pipeline.settings.run import RunConfig
 from stages.contract.fingerprint import fingerprint

@@ -86,8 +86,7 @@ def _finished_shards(run: ResolvedRun, store: Store) -> list[int]:
     plan = read_plan(store, run.steps["shard"].folder)
     if plan is None:
         return []
-    steps = [step for step in run.steps.values() if step.stage in ("logits", "align", "fuse")]
-    done = [set(store.manifest_names(step.folder)) for step in steps]
+    done = [set(store.manifest_names(step.folder)) for step in run.sharded_steps]
     names = set.intersection(*done)
     return sorted(int(name.removeprefix("shard-").removesuffix(".json")) for name in names)
 

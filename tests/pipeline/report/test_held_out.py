@@ -11,7 +11,8 @@ import pytest
 from pipeline.report.held_out import HeldOutRow, held_out, paired_difference
 from pipeline.run.records import recorded_runs
 from pipeline.run.resolve import resolve
-from pipeline.run.steps import FUSED, Request, result_key
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Request, result_key
 from pipeline.settings.load import load_config
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse

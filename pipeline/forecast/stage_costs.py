@@ -1,0 +1,156 @@
+"""What each stage goes through, takes and writes, where the run has not measured it yet."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from pipeline.forecast.estimate import (
+    Assumed,
+    Cost,
+    Sizes,
+    align_cost,
+    forward_cost,
+    fuse_cost,
+    shard_bytes,
+    shard_cost,
+    topk_bytes,
+    train_bytes,
+    train_cost,
+)
+from pipeline.forecast.sizes import Parameters, count_parameters
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Step
+from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE
+from pipeline.settings.run import RunConfig
+from stages.models.config import ModelConfig
+
+
+@dataclass
+class Outlook:
+    """What is known of a run and what is assumed, from which the costs of its steps follow.
+
+    Attributes:
+        config: the configuration.
+        sizes: how much text there is.
+        assumed: the assumptions.
+        tokens: step key -> tokens that the step goes through, of the steps planned so far.
+        parameters: model -> its parameters, of the models that were asked for.
+    """
+
+    config: RunConfig
+    sizes: Sizes
+    assumed: Assumed
+    tokens: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, Parameters] = field(default_factory=dict)
+
+    def target_tokens(self) -> float:
+        """Return the tokens of the target's logits, which align and fuse go through as well."""
+        return self.tokens[f"logits/{self.config.target.name}"]
+
+    def forward(self, model: ModelConfig, tokens: float, device: str) -> Cost:
+        """Return what a model's forward pass over so many tokens takes."""
+        gpu = self.on_gpu(model, device)
+        return forward_cost(tokens, self.num_parameters(model), gpu=gpu, assumed=self.assumed)
+
+    def on_gpu(self, model: ModelConfig, device: str) -> bool:
+        """Return where a model will run; what "auto" will find cannot be known here."""
+        if device != "auto":
+            return device == "cuda"
+        if self.config.logits.gpus_per_worker is not None:
+            return self.config.logits.gpus_per_worker > 0
+        return self.num_parameters(model) >= self.assumed.take("gpu_from_parameters")
+
+    def num_parameters(self, model: ModelConfig) -> float:
+        """Return a model's parameters, and remember how they are known."""
+        if model.name not in self.parameters:
+            self.parameters[model.name] = count_parameters(model, self.assumed)
+        return self.parameters[model.name].count
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a stage costs by the assumptions.
+
+    Attributes:
+        tokens: that a step goes through, all shards together.
+        cost: of so many of them, not 0.
+        num_bytes: of the files that so many of them, not 0, leave.
+    """
+
+    tokens: Callable[[Outlook, Step], float]
+    cost: Callable[[Outlook, Step, float], Cost]
+    num_bytes: Callable[[Outlook, Step, float], float]
+
+
+def _logits_tokens(outlook: Outlook, step: Step) -> float:
+    return outlook.sizes.tokens[str(step.model)] * outlook.config.shard.fraction_of("train")
+
+
+def _train_cost(outlook: Outlook, step: Step, tokens: float) -> Cost:
+    del step
+    target, train = outlook.config.target, outlook.config.train
+    return train_cost(
+        tokens,
+        outlook.num_parameters(target),
+        gpu=outlook.on_gpu(target, train.device),
+        checkpointing=train.gradient_checkpointing,
+        assumed=outlook.assumed,
+    )
+
+
+def _evaluated_tokens(outlook: Outlook, step: Step) -> list[tuple[ModelConfig, float]]:
+    """Return the models that run in an evaluation, each with the tokens it goes through."""
+    config = outlook.config
+    if step.model == ENSEMBLE:
+        models = (config.target, *config.models)  # the target's window first, then its full distributions
+    else:
+        models = (config.target if step.model in (FUSED, WEIGHT_AVERAGE) else config.find_model(step.model),)
+    share = config.shard.fraction_of(config.eval.split)
+    if config.eval.max_documents is not None and outlook.sizes.num_documents:
+        share = min(share, config.eval.max_documents / outlook.sizes.num_documents)
+    return [(model, outlook.sizes.tokens[model.name] * share) for model in models]
+
+
+def _eval_cost(outlook: Outlook, step: Step, tokens: float) -> Cost:
+    del tokens  # each model has its own
+    device = outlook.config.eval.device
+    return sum((outlook.forward(*part, device) for part in _evaluated_tokens(outlook, step)), Cost())
+
+
+STAGE_COSTS: Final[dict[str, StageCost]] = {
+    "shard": StageCost(
+        tokens=lambda outlook, step: outlook.sizes.tokens[outlook.config.target.name],
+        cost=lambda outlook, step, tokens: shard_cost(outlook.sizes.tokens.values(), outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: shard_bytes(outlook.sizes.text_bytes, outlook.assumed),
+    ),
+    "logits": StageCost(
+        tokens=_logits_tokens,
+        cost=lambda outlook, step, tokens: outlook.forward(
+            outlook.config.find_model(step.model), tokens, outlook.config.logits.device
+        ),
+        num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.logits.top_k, outlook.assumed),
+    ),
+    "align": StageCost(
+        tokens=lambda outlook, step: outlook.target_tokens(),
+        cost=lambda outlook, step, tokens: align_cost(tokens, outlook.config, outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.align.top_k, outlook.assumed),
+    ),
+    "fuse": StageCost(
+        tokens=lambda outlook, step: outlook.target_tokens(),
+        cost=lambda outlook, step, tokens: fuse_cost(tokens, outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.fuse.top_k, outlook.assumed),
+    ),
+    "train": StageCost(
+        tokens=lambda outlook, step: outlook.tokens["fuse"] * outlook.config.train.num_epochs,
+        cost=_train_cost,
+        num_bytes=lambda outlook, step, tokens: train_bytes(
+            outlook.num_parameters(outlook.config.target), outlook.config.train.keep_checkpoints
+        ),
+    ),
+    "eval": StageCost(
+        tokens=lambda outlook, step: sum(tokens for _, tokens in _evaluated_tokens(outlook, step)),
+        cost=_eval_cost,
+        num_bytes=lambda outlook, step, tokens: 0.0,
+    ),
+}
+"""The stages of ``run.stage_table.STAGES``, which a test compares with these."""
