@@ -11,8 +11,9 @@ from typing import Any, Final, Self
 
 import pyarrow as pa
 
-from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity, find_files
-from pipeline.dataset.formats import has_documents, open_parquet, read_rows, scan_lines
+from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity
+from pipeline.dataset.find import find_files
+from pipeline.dataset.formats import FORMATS, Chunks, changed
 from stages.shard.config import DatasetConfig
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,8 @@ def check_dataset(dataset: DatasetConfig) -> None:
     """
     files = find_files(dataset)
     _check_kinds(dataset, files)
-    if files.format == "txt" or any(has_documents(files, name, dataset.text_column) for name in files.paths):
+    kind = FORMATS[files.format]
+    if any(kind.has_documents(files, name, dataset.text_column, "text_column") for name in files.paths):
         return
     raise DatasetError(f"{_place(dataset)} holds no documents: its {len(files.paths)} file(s) have no rows")
 
@@ -102,18 +104,17 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
     for name in files.paths:
         if plan.is_full:
             break
-        if files.format == "parquet":
-            with files.open(name) as stream:
-                parquet = open_parquet(stream, files.paths[name], dataset.text_column)
-                plan.add(name, parquet.metadata.num_rows, {})
-        elif files.format == "txt":
-            plan.add(name, 1, {})
-        else:
-            found = scan_lines(
-                files, name, first_row=plan.num_documents, rows_per_shard=documents_per_shard, max_rows=plan.room
-            )
-            plan.add(name, *found)
-            _warn_of_rereading(name, files, *found)
+        num_rows, byte_starts = FORMATS[files.format].count(
+            files,
+            name,
+            dataset.text_column,
+            first_row=plan.num_documents,
+            rows_per_shard=documents_per_shard,
+            max_rows=plan.room,
+        )
+        plan.add(name, num_rows, byte_starts)
+        if num_rows and files.is_compressed(name):
+            _warn_of_rereading(name, files)
     return plan.shards(_place(dataset))
 
 
@@ -132,7 +133,7 @@ def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
     errors: list[pa.Array] = []
     files = find_files(dataset)
     for part in shard_range.files:
-        for text, error in read_rows(files, part, dataset.text_column):
+        for text, error in _read_rows(files, part, dataset.text_column):
             texts.append(text)
             errors.append(pa.nulls(len(text), pa.string()) if error is None else error)
     ids = pa.array(range(shard_range.first_doc_id, shard_range.first_doc_id + shard_range.num_documents), pa.int64())
@@ -164,13 +165,25 @@ def read_kinds(dataset: DatasetConfig, shard_range: ShardRange) -> dict[int, str
 def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
     if dataset.kind_column is None:
         return
-    if files.format == "txt":
+    kind = FORMATS[files.format]
+    if not kind.has_columns:
         raise DatasetError(
             f"dataset.kind_column = {dataset.kind_column!r}: plain text files have no columns; leave it out"
         )
     for name in files.paths:
-        if has_documents(files, name, dataset.kind_column, "kind_column"):
+        if kind.has_documents(files, name, dataset.kind_column, "kind_column"):
             return
+
+
+def _read_rows(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+    """Read a range of a file's rows, exactly as many as were planned."""
+    if part.file not in files.paths:
+        raise FileNotFoundError(f"{part.file} was in the dataset when it was planned, and is gone: put it back")
+    chunks = FORMATS[files.format].read(files, part, column)
+    num_rows = sum(len(texts) for texts, _ in chunks)
+    if num_rows != part.end - part.start:
+        raise changed(part, f"found {num_rows} rows")
+    return chunks
 
 
 class _Plan:
@@ -220,9 +233,9 @@ def _place(dataset: DatasetConfig) -> str:
     return str(dataset.path) if dataset.hub is None else f"{dataset.hub}, split {dataset.split}"
 
 
-def _warn_of_rereading(name: str, files: DatasetFiles, num_rows: int, byte_starts: dict[int, int]) -> None:
+def _warn_of_rereading(name: str, files: DatasetFiles) -> None:
     """A shard of a plain file is read from where it begins; into a compressed one nobody can seek."""
-    if num_rows and not byte_starts and files.size(name) > _LARGE_COMPRESSED_BYTES:
+    if files.size(name) > _LARGE_COMPRESSED_BYTES:
         log.warning(
             "%s is compressed as a whole: every shard decompresses it from its beginning. Several smaller files, plain JSON "
             "lines or Parquet are read faster",

@@ -1,20 +1,22 @@
-"""The formats in which documents lie on disk: Parquet, JSON lines, text."""
+"""FORMATS: how documents lie in files. One class per format counts a file's rows and reads a range of them."""
 
 import codecs
 import itertools
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.files import CODECS, DatasetError, DatasetFiles, FileRange
+from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange
 from stages.contract.filesystem import is_transient
 
 Chunks = list[tuple[pa.Array, pa.Array | None]]
 """Pieces of a column: texts (large_binary, null where there is none) and, where there can be any, errors (string)."""
 
+RowStarts = dict[int, int]
+"""Row of a file -> byte at which it begins."""
 
 _TEXT_TYPES: Final = (
     pa.types.is_string,
@@ -24,12 +26,261 @@ _TEXT_TYPES: Final = (
     pa.types.is_large_binary,
     pa.types.is_binary_view,
 )
+_MAX_LINES_PROBED: Final = 100
 
 
-_MAX_LINES_PROBED = 100
+class Format(Protocol):
+    """How documents lie in the files of a dataset.
+
+    Attributes:
+        name: its key in ``FORMATS``.
+        suffixes: endings of its files' names, lower case, those of compressed files included.
+        described: its suffixes for people.
+        has_columns: its rows have named columns; without, a file has text and nothing else.
+        is_compact: its files are compressed inside, so that their text is longer than they are.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    described: str
+    has_columns: bool
+    is_compact: bool
+
+    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+        """Return whether a file has rows with the column.
+
+        Args:
+            files: the dataset's files.
+            name: which one.
+            column: the column that is wanted.
+            setting: the setting of ``[dataset]`` that names it, for messages.
+
+        Raises:
+            DatasetError: the file is not of this format, or has no such column of text.
+        """
+        ...
+
+    def count(
+        self,
+        files: DatasetFiles,
+        name: str,
+        column: str,
+        *,
+        first_row: int,
+        rows_per_shard: int,
+        max_rows: int | None,
+    ) -> tuple[int, RowStarts]:
+        """Count a file's rows.
+
+        Args:
+            files: the dataset's files.
+            name: which one.
+            column: the column that holds the text.
+            first_row: number of rows in the files before it.
+            rows_per_shard: a shard begins at every multiple of this.
+            max_rows: a count that is at least this large is enough; None: count all.
+
+        Returns:
+            The number of rows; and where rows begin at which a shard may begin, if the format can seek to them.
+
+        Raises:
+            DatasetError: the file cannot be read, or has no such column.
+        """
+        ...
+
+    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+        """Read a range of a file's rows: their texts, and what is wrong with them.
+
+        Raises:
+            DatasetError: the file has changed since it was planned.
+        """
+        ...
 
 
-def require_column(column: str, found: list[str], where: str, setting: str = "text_column") -> None:
+class Parquet:
+    """Parquet files: rows are counted from the footer, and only the row groups of a range are decoded."""
+
+    name = "parquet"
+    suffixes: tuple[str, ...] = (".parquet",)
+    described = ".parquet"
+    has_columns = True
+    is_compact = True
+
+    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+        """See ``Format``."""
+        with files.open(name) as stream:
+            return bool(_open_parquet(stream, files.paths[name], column, setting).metadata.num_rows)
+
+    def count(
+        self,
+        files: DatasetFiles,
+        name: str,
+        column: str,
+        *,
+        first_row: int,
+        rows_per_shard: int,
+        max_rows: int | None,
+    ) -> tuple[int, RowStarts]:
+        """See ``Format``."""
+        del first_row, rows_per_shard, max_rows  # the footer holds the number
+        with files.open(name) as stream:
+            return _open_parquet(stream, files.paths[name], column).metadata.num_rows, {}
+
+    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+        """See ``Format``."""
+        with files.open(part.file) as stream:
+            parquet = _open_parquet(stream, files.paths[part.file], column)
+            sizes = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
+            firsts = [sum(sizes[:index]) for index in range(len(sizes))]
+            groups = [
+                index
+                for index, (first, size) in enumerate(zip(firsts, sizes, strict=True))
+                if first < part.end and first + size > part.start
+            ]
+            chunks: Chunks = []
+            row = firsts[groups[0]] if groups else part.start
+            for batch in parquet.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
+                start, end = max(part.start - row, 0), min(part.end - row, len(batch))
+                if start < end:
+                    chunks.append((_as_binary(batch.column(0).slice(start, end - start)), None))
+                row += len(batch)
+                if row >= part.end:
+                    break
+            return chunks
+
+
+class JsonLines:
+    """JSON lines, one object per line, plain or compressed as a whole; blank lines are not rows."""
+
+    name = "jsonl"
+    suffixes: tuple[str, ...] = (".jsonl", ".json", ".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz")
+    described = ".jsonl (also .jsonl.zst, .jsonl.gz), .json with one object a line"
+    has_columns = True
+    is_compact = False
+
+    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+        """See ``Format``; the first object decides."""
+        path = files.paths[name]
+        has_lines = False
+        with files.open(name) as stream:
+            for number, line in enumerate(_lines(stream, path)):
+                has_lines = True
+                if number == 0 and line.lstrip().startswith(b"["):
+                    raise DatasetError(f"{path} is one JSON array; expected JSON lines, one object a line: convert it")
+                try:
+                    record = _loads(line)
+                except (ValueError, RecursionError):
+                    record = None
+                if isinstance(record, dict):
+                    _require_column(column, list(record), path, setting)
+                    return True
+                if number == _MAX_LINES_PROBED:
+                    break
+        if has_lines:
+            raise DatasetError(
+                f"{path}: none of its first lines is a JSON object; expected JSON lines, one object a line"
+            )
+        return False
+
+    def count(
+        self,
+        files: DatasetFiles,
+        name: str,
+        column: str,
+        *,
+        first_row: int,
+        rows_per_shard: int,
+        max_rows: int | None,
+    ) -> tuple[int, RowStarts]:
+        """See ``Format``: counts the lines in a stream, and stops at ``max_rows``."""
+        del column  # a line without it is a bad record, and is counted
+        can_seek = not files.is_compressed(name)
+        byte_starts: RowStarts = {}
+        row, position = 0, 0
+        with files.open(name) as stream:
+            for line in _whole_lines(stream, files.paths[name]):
+                if not line.isspace():
+                    if row == max_rows:
+                        break
+                    if can_seek and (row == 0 or (first_row + row) % rows_per_shard == 0):
+                        byte_starts[row] = position
+                    row += 1
+                position += len(line)
+        return row, byte_starts
+
+    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+        """See ``Format``; a line that cannot be read is a row with an error."""
+        with files.open(part.file) as stream:
+            if part.byte_start:
+                stream.seek(part.byte_start - 1)
+                if stream.read(1) != b"\n":
+                    raise changed(part, f"no line begins at byte {part.byte_start}")
+            skipped = part.start if part.byte_start is None else 0
+            lines = _lines(stream, files.paths[part.file])
+            rows = itertools.islice(lines, skipped, skipped + part.end - part.start)
+            records = [_text_of_line(line, column) for line in rows]
+        texts = pa.array([text for text, _ in records], pa.large_binary())
+        return [(texts, pa.array([error for _, error in records], pa.string()))]
+
+
+class TextFiles:
+    """Plain text: every file is one document."""
+
+    name = "txt"
+    suffixes: tuple[str, ...] = (".txt",)
+    described = ".txt"
+    has_columns = False
+    is_compact = False
+
+    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+        """See ``Format``."""
+        del files, name, column, setting
+        return True
+
+    def count(
+        self,
+        files: DatasetFiles,
+        name: str,
+        column: str,
+        *,
+        first_row: int,
+        rows_per_shard: int,
+        max_rows: int | None,
+    ) -> tuple[int, RowStarts]:
+        """See ``Format``."""
+        del files, name, column, first_row, rows_per_shard, max_rows
+        return 1, {}
+
+    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+        """See ``Format``."""
+        del column
+        with files.open(part.file) as stream:
+            return [(pa.array([stream.read()], pa.large_binary()), None)]
+
+
+_ALL: Final[tuple[Format, ...]] = (Parquet(), JsonLines(), TextFiles())
+
+FORMATS: Final[dict[str, Format]] = {kind.name: kind for kind in _ALL}
+
+EXPECTED: Final = f"expected {', '.join(kind.described for kind in _ALL[:-1])}, or {_ALL[-1].described}"
+"""For messages about files of no known format."""
+
+
+def format_of(path: str) -> Format | None:
+    """Return the format of a file by its name, None if it is not known; the longest suffix decides."""
+    matching = [(len(suffix), kind.name) for kind in _ALL for suffix in kind.suffixes if path.lower().endswith(suffix)]
+    return FORMATS[max(matching)[1]] if matching else None
+
+
+def changed(part: FileRange, found: str) -> DatasetError:
+    """Return the error about a file that is not the one that was planned."""
+    return DatasetError(
+        f"{part.file} is not the file that was planned: expected rows {part.start} to {part.end}, {found}. Put the file "
+        "back, or start a new run"
+    )
+
+
+def _require_column(column: str, found: list[str], where: str, setting: str) -> None:
     """Refuse data without a column that a setting of ``[dataset]`` names."""
     if column not in found:
         raise DatasetError(
@@ -37,7 +288,7 @@ def require_column(column: str, found: list[str], where: str, setting: str = "te
         )
 
 
-def open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text_column") -> pq.ParquetFile:
+def _open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text_column") -> pq.ParquetFile:
     """Read a Parquet file's footer.
 
     Raises:
@@ -47,7 +298,7 @@ def open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text_
         parquet = pq.ParquetFile(stream)
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{path} is not a whole Parquet file: {error}") from error
-    require_column(column, parquet.schema_arrow.names, path, setting)
+    _require_column(column, parquet.schema_arrow.names, path, setting)
     kind = parquet.schema_arrow.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(test(kind) for test in _TEXT_TYPES):
@@ -57,31 +308,11 @@ def open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text_
     return parquet
 
 
-def has_documents(files: DatasetFiles, name: str, column: str, setting: str = "text_column") -> bool:
-    """Does a file have rows, with the column? For JSON lines the first object decides."""
-    path = files.paths[name]
-    with files.open(name) as stream:
-        if files.format == "parquet":
-            return bool(open_parquet(stream, path, column, setting).metadata.num_rows)
-        has_lines = False
-        for number, line in enumerate(_lines(stream, path)):
-            has_lines = True
-            if number == 0 and line.lstrip().startswith(b"["):
-                raise DatasetError(f"{path} is one JSON array; expected JSON lines, one object a line: convert it")
-            try:
-                record = _loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
-                require_column(column, list(record), path, setting)
-                return True
-            if number == _MAX_LINES_PROBED:
-                break
-        if has_lines:
-            raise DatasetError(
-                f"{path}: none of its first lines is a JSON object; expected JSON lines, one object a line"
-            )
-        return False
+def _as_binary(values: pa.Array) -> pa.Array:
+    """Return any column of text as bytes, unchecked."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    return values.cast(pa.large_binary())
 
 
 def _whole_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
@@ -94,102 +325,12 @@ def _whole_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
-    """The lines that are not blank: the rows."""
+    """Yield the lines that are not blank: the rows."""
     return (line for line in _whole_lines(stream, path) if not line.isspace())
 
 
-def scan_lines(
-    files: DatasetFiles, name: str, *, first_row: int, rows_per_shard: int, max_rows: int | None
-) -> tuple[int, dict[int, int]]:
-    """Count the rows of a JSON lines file, in a stream.
-
-    Args:
-        files: the dataset's files.
-        name: which one.
-        first_row: the dataset's rows in the files before it.
-        rows_per_shard: a shard begins at every multiple of this.
-        max_rows: stop after so many; None: none is too many.
-
-    Returns:
-        The number of rows; and row -> byte at which it begins, for the first and for those at which a shard begins
-        (empty for a compressed file, into which one cannot seek).
-    """
-    can_seek = not name.lower().endswith(tuple(CODECS))
-    byte_starts: dict[int, int] = {}
-    row, position = 0, 0
-    with files.open(name) as stream:
-        for line in _whole_lines(stream, files.paths[name]):
-            if not line.isspace():
-                if row == max_rows:
-                    break
-                if can_seek and (row == 0 or (first_row + row) % rows_per_shard == 0):
-                    byte_starts[row] = position
-                row += 1
-            position += len(line)
-    return row, byte_starts
-
-
-def read_rows(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
-    """A range of a file's rows: their texts, and what is wrong with them.
-
-    Raises:
-        FileNotFoundError: the file is gone since it was planned.
-        DatasetError: it has changed since.
-    """
-    if part.file not in files.paths:
-        raise FileNotFoundError(f"{part.file} was in the dataset when it was planned, and is gone: put it back")
-    found = {"parquet": _read_parquet, "jsonl": _read_lines, "txt": _read_text_file}[files.format](files, part, column)
-    num_rows = sum(len(texts) for texts, _ in found)
-    if num_rows != part.end - part.start:
-        raise _changed(part, f"found {num_rows} rows")
-    return found
-
-
-def _read_parquet(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
-    """Decodes the row groups that the range touches, and of the file nothing else."""
-    with files.open(part.file) as stream:
-        parquet = open_parquet(stream, files.paths[part.file], column)
-        sizes = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
-        firsts = [sum(sizes[:index]) for index in range(len(sizes))]
-        groups = [
-            index
-            for index, (first, size) in enumerate(zip(firsts, sizes, strict=True))
-            if first < part.end and first + size > part.start
-        ]
-        found: Chunks = []
-        row = firsts[groups[0]] if groups else part.start
-        for batch in parquet.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
-            start, end = max(part.start - row, 0), min(part.end - row, len(batch))
-            if start < end:
-                found.append((as_binary(batch.column(0).slice(start, end - start)), None))
-            row += len(batch)
-            if row >= part.end:
-                break
-        return found
-
-
-def _read_text_file(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
-    del column  # a text file has none
-    with files.open(part.file) as stream:
-        return [(pa.array([stream.read()], pa.large_binary()), None)]
-
-
-def _read_lines(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
-    with files.open(part.file) as stream:
-        if part.byte_start:
-            stream.seek(part.byte_start - 1)
-            if stream.read(1) != b"\n":
-                raise _changed(part, f"no line begins at byte {part.byte_start}")
-        skipped = part.start if part.byte_start is None else 0
-        lines = _lines(stream, files.paths[part.file])
-        rows = itertools.islice(lines, skipped, skipped + part.end - part.start)
-        records = [_text_of_line(line, column) for line in rows]
-    texts = pa.array([text for text, _ in records], pa.large_binary())
-    return [(texts, pa.array([error for _, error in records], pa.string()))]
-
-
 def _text_of_line(line: bytes, column: str) -> tuple[bytes | None, str | None]:
-    """A record's text (None: null), and what is wrong with the record, if anything."""
+    """Return a record's text (None: null), and what is wrong with the record, if anything."""
     try:
         record = _loads(line)
     except (ValueError, RecursionError) as error:
@@ -207,17 +348,3 @@ def _text_of_line(line: bytes, column: str) -> tuple[bytes | None, str | None]:
 
 def _loads(line: bytes) -> Any:
     return json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
-
-
-def as_binary(values: pa.Array) -> pa.Array:
-    """Any column of text as bytes, unchecked."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    return values.cast(pa.large_binary())
-
-
-def _changed(part: FileRange, found: str) -> DatasetError:
-    return DatasetError(
-        f"{part.file} is not the file that was planned: expected rows {part.start} to {part.end}, {found}. Put the file "
-        "back, or start a new run"
-    )

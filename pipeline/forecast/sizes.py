@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.documents import plan_documents
-from pipeline.dataset.files import find_files
+from pipeline.dataset.find import find_files
+from pipeline.dataset.formats import FORMATS
 from pipeline.forecast.estimate import Assumed, Sizes
 from pipeline.run.shard_plan import Plan
 from pipeline.settings.planning import HUB_DATASETS
@@ -19,7 +20,6 @@ from stages.shard.config import DatasetConfig
 
 COUNTED_BYTES = 2**28
 """Local files of no more bytes than this are read to count their documents."""
-_PLAIN = (".jsonl", ".json", ".txt")
 _PARAMETERS = re.compile(r"(?<![0-9a-z.])(\d+(?:\.\d+)?)(b|m)(?![0-9a-z])", re.IGNORECASE)
 
 
@@ -122,8 +122,10 @@ def _planned_documents(plan: Plan) -> int:
 def _files_size(dataset: DatasetConfig, documents_per_shard: int, assumed: Assumed) -> tuple[int | None, float]:
     files = find_files(dataset)
     sizes = {name: files.filesystem.size(path) for name, path in files.paths.items()}
+    is_compact = FORMATS[files.format].is_compact
     text_bytes = sum(
-        size if name.lower().endswith(_PLAIN) else size * assumed.take("expansion") for name, size in sizes.items()
+        size * assumed.take("expansion") if is_compact or files.is_compressed(name) else size
+        for name, size in sizes.items()
     )
     if not files.is_local or sum(sizes.values()) > COUNTED_BYTES:
         return None, text_bytes

@@ -16,7 +16,7 @@ from datasets.data_files import DataFilesDict, DataFilesList
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.dataset import files
+from pipeline.dataset import find
 from pipeline.dataset.documents import (
     DOCUMENTS,
     ShardRange,
@@ -167,9 +167,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the dataset would be downloaded whole"))
-    files._hub_files.cache_clear()
+    find._hub_files.cache_clear()
     yield found
-    files._hub_files.cache_clear()
+    find._hub_files.cache_clear()
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.zst"])
