@@ -1,21 +1,18 @@
 """How the source's mass moves to target tokens: the transport problems of a segment, or a hard mapping."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from stages.align.config import AlignConfig
-from stages.align.costs.base import Costs
-from stages.align.costs.edit_distance import PairDistances
-from stages.align.costs.prefix import PrefixCosts
-from stages.align.rows import ModelRows, Side, narrow
+from stages.align.costs.build import build_costs
+from stages.align.rows import ModelRows, narrow
 from stages.align.transport.hard_mapping import NearestTokens, hard_plan
 from stages.align.transport.moved_mass import moved_share, text_numbers
 from stages.align.transport.sinkhorn import semi_relaxed, sinkhorn
 from stages.align.transport.support import target_support, union_support
-from stages.align.vocabulary_maps import NO_ID, exact_map
+from stages.align.vocabulary_maps import NO_ID, ModelPair
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,51 +56,27 @@ class MassMover:
 
     Args:
         config: the settings.
-        target: the target's tokenizer.
-        source: the source's tokenizer.
-        first_token: (V of the source,) from ``vocabulary_maps.prefix_map``; only a union support reads it.
-        preferred: bytes -> id, where several target tokens have the same bytes; only hard mappings read it.
-        semantic: costs by the target's embeddings; only ``cost = "semantic"`` reads it.
-
-    Raises:
-        ValueError: what the settings need is missing.
+        pair: the two models; of it only what the settings need is computed.
     """
 
-    def __init__(
-        self,
-        config: AlignConfig,
-        target: Side,
-        source: Side,
-        *,
-        first_token: np.ndarray | None,
-        preferred: Mapping[bytes, int],
-        semantic: Costs | None,
-    ) -> None:
+    def __init__(self, config: AlignConfig, pair: ModelPair) -> None:
         self._config = config
-        self._first_token = first_token
-        self._distances = PairDistances(source.texts, target.texts)
-        self._numbers = text_numbers(source.vocabulary, target.vocabulary)
+        self._numbers = text_numbers(pair.source, pair.target)
         self.projection: Literal["argmax", "plan"] = config.projection if config.method == "transport" else "plan"
-        if config.method != "transport":
-            self._exact = exact_map(source.vocabulary, target.vocabulary, preferred)
-            self._nearest = NearestTokens(
-                source.vocabulary,
-                target.vocabulary,
-                source_texts=source.texts,
-                target_texts=target.texts,
-                exact=self._exact,
-                preferred=preferred,
-            )
+        if config.method == "transport":
+            self._costs = build_costs(config.cost, pair)
+            self._first_token = pair.first_token if config.support == "union" else None
             return
-        if config.support == "union" and first_token is None:
-            raise ValueError("support = 'union' needs the prefix map of the two vocabularies")
-        self._costs: Costs = self._distances
-        if config.cost == "prefix":
-            self._costs = PrefixCosts(source.vocabulary, target.vocabulary, self._distances)
-        elif config.cost == "semantic":
-            if semantic is None:
-                raise ValueError("cost = 'semantic' needs the target's embeddings")
-            self._costs = semantic
+        self._costs = build_costs("edit-distance", pair)
+        self._exact = pair.exact
+        self._nearest = NearestTokens(
+            pair.source,
+            pair.target,
+            source_texts=pair.source_texts,
+            target_texts=pair.target_texts,
+            exact=pair.exact,
+            preferred=pair.preferred,
+        )
 
     def move(
         self, target: ModelRows, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray
@@ -131,7 +104,7 @@ class MassMover:
         if self._config.method == "exact":
             mapped = np.where(source_ids != NO_ID, self._exact[source_ids], NO_ID)
         else:
-            mapped = self._nearest.map(source_ids, target_ids, self._distances.costs(source_ids, target_ids))
+            mapped = self._nearest.map(source_ids, target_ids, self._costs.costs(source_ids, target_ids))
         support_ids, plan = hard_plan(mapped, source_mass)
         return Problems(
             positions=positions,
@@ -139,7 +112,7 @@ class MassMover:
             source_mass=source_mass,
             support_ids=support_ids,
             prior=np.zeros(support_ids.shape),
-            cost=self._distances.costs(source_ids, support_ids),
+            cost=self._costs.costs(source_ids, support_ids),
             plan=plan,
             marginal_error=np.zeros(len(positions)),
             converged=np.ones(len(positions), np.bool_),
@@ -155,8 +128,7 @@ class MassMover:
         target_probs: np.ndarray,
     ) -> Problems:
         config = self._config
-        if config.support == "union":
-            assert self._first_token is not None
+        if self._first_token is not None:
             support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
         else:
             support_ids, prior = target_support(target_ids, target_probs)

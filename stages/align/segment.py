@@ -1,13 +1,11 @@
 """One segment: from the two models' rows to a distribution over the target's vocabulary at each target position."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from stages.align.config import AlignConfig
-from stages.align.costs.base import Costs
 from stages.align.mass_mover import MassMover, Problems
 from stages.align.pairing.token_pairing import (
     NO_POSITION,
@@ -19,7 +17,7 @@ from stages.align.pairing.token_pairing import (
 )
 from stages.align.rows import ModelRows, Side, narrow
 from stages.align.transport.projection import column_mass, keep_largest, landed_mass
-from stages.align.vocabulary_maps import NO_ID
+from stages.align.vocabulary_maps import NO_ID, ModelPair
 from stages.models.tokenizer import Vocabulary
 
 NONE: Final = 0
@@ -67,29 +65,16 @@ class SegmentAligner:
         config: the settings.
         target: the target's tokenizer.
         source: the source's tokenizer.
-        first_token: (V of the source,) from ``vocabulary_maps.prefix_map``; only a union support reads it.
-        preferred: bytes -> id, where several target tokens have the same bytes; only hard mappings read it.
-        semantic: costs by the target's embeddings; only ``cost = "semantic"`` reads it.
+        pair: the two models, for the costs and maps that the settings need.
     """
 
-    def __init__(
-        self,
-        config: AlignConfig,
-        target: Side,
-        source: Side,
-        first_token: np.ndarray | None,
-        *,
-        preferred: Mapping[bytes, int] | None = None,
-        semantic: Costs | None = None,
-    ) -> None:
+    def __init__(self, config: AlignConfig, target: Side, source: Side, pair: ModelPair) -> None:
         self._config = config
         self._target = target
         self._source = source
         self.is_identity = same_vocabulary(target.vocabulary, source.vocabulary)
         if not self.is_identity:
-            self._mover = MassMover(
-                config, target, source, first_token=first_token, preferred=preferred or {}, semantic=semantic
-            )
+            self._mover = MassMover(config, pair)
 
     def align(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment.

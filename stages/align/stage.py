@@ -2,29 +2,23 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
 
 import numpy as np
 import pyarrow as pa
 
 from stages.align.config import AlignConfig
-from stages.align.costs.semantic import SemanticCosts, spell
 from stages.align.explain import Explanation, explain_position
 from stages.align.health import AlignHealth
 from stages.align.pair_mass import PairMass, PairSums
-from stages.align.pairing.token_pairing import NO_POSITION
 from stages.align.rows import ModelRows, Side
-from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner, same_vocabulary
-from stages.align.vocabulary_maps import exact_map, prefix_map, same_bytes
+from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner
+from stages.align.vocabulary_maps import ModelPair
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
 from stages.contract.stage import BadRecord, StageOutput
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
 from stages.models.tokenizer import SegmentTokenizer
-
-_PROBE_CONTEXTS: Final = ("", "\n", "a")
-"""Texts before a token to see which of several ids its tokenizer gives it."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +52,15 @@ class AlignStage:
         target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
         self._target = _side(self._models[0], target_tokenizer)
         self._source = _side(self._models[1], source_tokenizer)
-        self._aligner = self._build_aligner(target_tokenizer)
+        pair = ModelPair(
+            source=self._source.vocabulary,
+            target=self._target.vocabulary,
+            source_texts=self._source.texts,
+            target_texts=self._target.texts,
+            encode=lambda texts: target_tokenizer.encode_batch(texts, is_last=[False] * len(texts)),
+            load_embeddings=lambda: load_input_embeddings(self._models[0]),
+        )
+        self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
             byte_end=np.arange(1, 3, dtype=np.int32),
@@ -66,27 +68,6 @@ class AlignStage:
             topk_probs=np.ones((2, 1)),
         )
         self._aligner.align(tiny, tiny)
-
-    def _build_aligner(self, target_tokenizer: SegmentTokenizer) -> SegmentAligner:
-        config, target, source = self._config, self._target, self._source
-        if same_vocabulary(target.vocabulary, source.vocabulary):
-            return SegmentAligner(config, target, source, None)
-        first_token, semantic = None, None
-        preferred: dict[bytes, int] = {}
-        if config.method != "transport" or config.support == "union" or config.cost == "semantic":
-            preferred = _preferred_tokens(target_tokenizer)
-        if config.method == "transport" and config.support == "union":
-            first_token = prefix_map(source.vocabulary, target.vocabulary, preferred)
-        if config.method == "transport" and config.cost == "semantic":
-            pieces = spell(
-                source.vocabulary,
-                target.vocabulary,
-                exact=exact_map(source.vocabulary, target.vocabulary, preferred),
-                encode=lambda texts: target_tokenizer.encode_batch(texts, is_last=[False] * len(texts)),
-            )
-            embeddings = load_input_embeddings(self._models[0])
-            semantic = SemanticCosts(embeddings, pieces, target.vocabulary, target.texts)
-        return SegmentAligner(config, target, source, first_token, preferred=preferred, semantic=semantic)
 
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Align one shard; see the class."""
@@ -241,28 +222,6 @@ def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
     vocabulary = tokenizer.vocabulary
     texts = tuple(map(vocabulary.text, range(vocabulary.size)))
     return Side(model.name, vocabulary, tokenizer.prepends_bos, texts)
-
-
-def _preferred_tokens(tokenizer: SegmentTokenizer) -> dict[bytes, int]:
-    """Of several tokens with the same bytes, the one that the tokenizer itself gives the text."""
-    groups = [(token, set(ids)) for token, ids in same_bytes(tokenizer.vocabulary).items() if _is_utf8(token)]
-    probes = [context + token.decode() for token, _ in groups for context in _PROBE_CONTEXTS]
-    encodings = iter(tokenizer.encode_batch(probes, is_last=[False] * len(probes)))
-    preferred: dict[bytes, int] = {}
-    for token, ids in groups:
-        for encoding in [next(encodings) for _ in _PROBE_CONTEXTS]:
-            last = int(encoding.ids[-1]) if len(encoding.ids) else NO_POSITION
-            if last in ids:
-                preferred.setdefault(token, last)
-    return preferred
-
-
-def _is_utf8(token: bytes) -> bool:
-    try:
-        token.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _keys(table: pa.Table) -> list[tuple[int, int]]:

@@ -1,13 +1,81 @@
 """Maps from one vocabulary into another: the same text, the longest prefix, the same special token."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
 
 import numpy as np
 
-from stages.models.tokenizer import Vocabulary
+from stages.models.tokenizer import Encoding, Vocabulary
 
 NO_ID = -1
+
+Encode = Callable[[list[str]], Sequence[Encoding]]
+"""A tokenizer: ids and byte ends of each text, with or without BOS."""
+
+_PROBE_CONTEXTS: Final = ("", "\n", "a")
+"""Texts before a token to see which of several ids its tokenizer gives it."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModelPair:
+    """A source and a target model, as far as costs, supports and hard mappings need them.
+
+    What takes time is computed when it is first asked for, and kept.
+
+    Attributes:
+        source: vocabulary of the source.
+        target: vocabulary of the target.
+        source_texts: text of each source id, decoded.
+        target_texts: text of each target id.
+        encode: the target's tokenizer.
+        load_embeddings: loads the target's input embeddings, (V of the target or more, H).
+    """
+
+    source: Vocabulary
+    target: Vocabulary
+    source_texts: Sequence[str]
+    target_texts: Sequence[str]
+    encode: Encode
+    load_embeddings: Callable[[], np.ndarray]
+
+    @cached_property
+    def preferred(self) -> dict[bytes, int]:
+        """Of several target tokens with the same bytes, the one that the tokenizer itself gives the text."""
+        return preferred_tokens(self.target, self.encode)
+
+    @cached_property
+    def exact(self) -> np.ndarray:
+        """(V of the source,) the target token of the same bytes; see ``exact_map``."""
+        return exact_map(self.source, self.target, self.preferred)
+
+    @cached_property
+    def first_token(self) -> np.ndarray:
+        """(V of the source,) the target token that begins the text; see ``prefix_map``."""
+        return prefix_map(self.source, self.target, self.preferred)
+
+
+def preferred_tokens(vocabulary: Vocabulary, encode: Encode) -> dict[bytes, int]:
+    """Return, of several tokens with the same bytes, the one that the tokenizer itself gives the text.
+
+    Args:
+        vocabulary: the tokenizer's tokens.
+        encode: the tokenizer.
+
+    Returns:
+        Bytes -> id; without the bytes that are not text, and those that the tokenizer always cuts otherwise.
+    """
+    groups = [(token, set(ids)) for token, ids in same_bytes(vocabulary).items() if _is_utf8(token)]
+    encodings = iter(encode([context + token.decode() for token, _ in groups for context in _PROBE_CONTEXTS]))
+    preferred: dict[bytes, int] = {}
+    for token, ids in groups:
+        for encoding in [next(encodings) for _ in _PROBE_CONTEXTS]:
+            last = int(encoding.ids[-1]) if len(encoding.ids) else NO_ID
+            if last in ids:
+                preferred.setdefault(token, last)
+    return preferred
 
 
 def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, int]) -> np.ndarray:
@@ -89,3 +157,11 @@ def exact_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, 
         ],
         np.int32,
     ).reshape(source.size)
+
+
+def _is_utf8(token: bytes) -> bool:
+    try:
+        token.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages.align.config import AlignConfig
-from stages.align.costs.edit_distance import PairDistances
+from stages.align.costs.edit_distance import EditDistanceCosts
 from stages.align.stage import AlignStage
 from stages.contract.manifest import DataFile
 from stages.contract.store import Store
@@ -97,7 +97,7 @@ def stage(preset: str) -> AlignStage:
 def problems() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Transport problems of the run: positions that end at the same byte; cost (P, 10, 10), a and b (P, 10)."""
     target, source = (SegmentTokenizer.load(model) for model in models())
-    distances = PairDistances(
+    distances = EditDistanceCosts(
         [source.vocabulary.text(token) for token in range(source.vocabulary.size)],
         [target.vocabulary.text(token) for token in range(target.vocabulary.size)],
     )

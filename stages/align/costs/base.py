@@ -1,12 +1,28 @@
 """What every cost offers."""
 
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
+from stages.align.vocabulary_maps import ModelPair
+
 
 class Costs(Protocol):
-    """What gives the cost matrices of a batch of transport problems."""
+    """What moving mass from a source token to a target token costs, in edits."""
+
+    @classmethod
+    def of(cls, pair: ModelPair) -> Self:
+        """Return the costs of a pair of models."""
+        ...
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """(P, n, m) float64, >= 0, of candidates (P, n) and (P, m); 0 at pads (-1)."""
+        """Return the cost matrices of a batch of transport problems.
+
+        Args:
+            source_ids: (P, n) candidates of the source; -1 at pads.
+            target_ids: (P, m) candidates of the target; -1 at pads.
+
+        Returns:
+            (P, n, m) float64, >= 0; 0 at pads.
+        """
+        ...

@@ -1,20 +1,21 @@
 """The cost of the paper: edit distances between the texts of candidates."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 
 from stages.align.costs.pair_cache import NO_PAIR, PairCache
+from stages.align.vocabulary_maps import ModelPair
 
 CACHE_SLOTS: Final = 2**22
-"""Slots of ``PairDistances``: 16 bytes each, 67 MB a worker."""
+"""Slots of ``EditDistanceCosts``: 16 bytes each, 67 MB per worker."""
 
 
-class PairDistances:
-    """Distances between candidates of two vocabularies, remembered: the same candidates come back all the time.
+class EditDistanceCosts:
+    """Levenshtein distances between candidates of two vocabularies, remembered: the same candidates come back all the time.
 
     Memory is bounded, and results do not depend on what was asked before (``PairCache``).
 
@@ -30,6 +31,11 @@ class PairDistances:
         self._source_texts = _objects(source_texts)
         self._target_texts = _objects(target_texts)
         self._cache = PairCache(num_slots)
+
+    @classmethod
+    def of(cls, pair: ModelPair) -> Self:
+        """Return the costs of a pair of models."""
+        return cls(pair.source_texts, pair.target_texts)
 
     @property
     def num_cached(self) -> int:

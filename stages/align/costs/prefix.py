@@ -1,12 +1,13 @@
 """The prefix cost: a byte of difference costs little where one text begins with the other."""
 
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 from numba import njit
 
 from stages.align.costs.base import Costs
-from stages.align.vocabulary_maps import NO_ID
+from stages.align.costs.edit_distance import EditDistanceCosts
+from stages.align.vocabulary_maps import NO_ID, ModelPair
 from stages.models.tokenizer import Vocabulary
 
 EDITS_PER_BYTE: Final = 0.1
@@ -29,6 +30,11 @@ class PrefixCosts:
         self._distances = distances
         self._source = _flat_texts(source)
         self._target = _flat_texts(target)
+
+    @classmethod
+    def of(cls, pair: ModelPair) -> Self:
+        """Return the costs of a pair of models."""
+        return cls(pair.source, pair.target, EditDistanceCosts.of(pair))
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """See ``Costs``."""

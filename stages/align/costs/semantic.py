@@ -1,15 +1,15 @@
 """The semantic cost: how far apart two candidates are in the target model's input embeddings."""
 
 import zlib
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, Self
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 
 from stages.align.costs.pair_cache import NO_PAIR, PairCache
-from stages.align.vocabulary_maps import NO_ID, text_ids
+from stages.align.vocabulary_maps import NO_ID, Encode, ModelPair, text_ids
 from stages.models.token_space import BLOCK_VALUES, TokenSpace
 from stages.models.tokenizer import Encoding, Vocabulary
 
@@ -21,8 +21,6 @@ CONTEXTS: Final = ("", "\n", "a", ".")
 """Texts before a candidate, to see how the target's tokenizer cuts it: some put a space before a text's first word."""
 
 _SEED: Final = zlib.crc32(b"ptafuse: scale of the semantic cost")
-
-Encode = Callable[[list[str]], Sequence[Encoding]]
 
 
 class Pieces:
@@ -123,6 +121,12 @@ class SemanticCosts:
         self._pieces = pieces
         self._cache = PairCache(num_slots)
         self.scale = self._edits_per_unit(np.flatnonzero(~target.is_special), target_texts)
+
+    @classmethod
+    def of(cls, pair: ModelPair) -> Self:
+        """Return the costs of a pair of models; loads the target's input embeddings."""
+        pieces = spell(pair.source, pair.target, exact=pair.exact, encode=pair.encode)
+        return cls(pair.load_embeddings(), pieces, pair.target, pair.target_texts)
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """See ``base.Costs``."""

@@ -7,9 +7,8 @@ import pytest
 from rapidfuzz.distance import Levenshtein
 
 from stages.align.costs.semantic import spell
-from stages.align.stage import _preferred_tokens
 from stages.align.transport.hard_mapping import NearestTokens
-from stages.align.vocabulary_maps import exact_map, text_ids
+from stages.align.vocabulary_maps import exact_map, preferred_tokens, text_ids
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
 
@@ -31,10 +30,18 @@ def load():
     return load_tokenizer
 
 
+def encode_with(tokenizer: SegmentTokenizer):
+    return lambda texts: tokenizer.encode_batch(texts, is_last=[False] * len(texts))
+
+
+def preferred_by(tokenizer: SegmentTokenizer) -> dict[bytes, int]:
+    return preferred_tokens(tokenizer.vocabulary, encode_with(tokenizer))
+
+
 @pytest.mark.parametrize("name", ["mpt-7b", "t5-small", "bert-base-uncased"])
 def test_nearest_of_sampled_tokens_equals_a_loop_over_the_vocabulary(load, name):
     source, target = load(name).vocabulary, load("llama2").vocabulary
-    preferred = _preferred_tokens(load("llama2"))
+    preferred = preferred_by(load("llama2"))
     texts = [[part.text(i) for i in range(part.size)] for part in (source, target)]
     exact = exact_map(source, target, preferred)
     nearest = NearestTokens(
@@ -56,8 +63,8 @@ def test_llama_2_spells_every_token_of_other_families(load, name):
     pieces = spell(
         source,
         target,
-        exact=exact_map(source, target, _preferred_tokens(tokenizer)),
-        encode=lambda texts: tokenizer.encode_batch(texts, is_last=[False] * len(texts)),
+        exact=exact_map(source, target, preferred_by(tokenizer)),
+        encode=encode_with(tokenizer),
     )
     for token_id in np.flatnonzero(~source.is_special):
         joined = b"".join(target.token_bytes[piece] for piece in pieces.row(token_id))

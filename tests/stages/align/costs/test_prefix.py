@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.align.costs.edit_distance import PairDistances
+from stages.align.costs.edit_distance import EditDistanceCosts
 from stages.align.costs.prefix import PrefixCosts
 from stages.align.transport.moved_mass import moved_share, text_numbers
 from tests.stages.align.pairing.test_levenshtein import levenshtein
@@ -12,7 +12,7 @@ from tests.stages.align.transport.test_support import vocabulary
 
 def prefix_costs(source, target) -> np.ndarray:
     """(V of the source, V of the target)"""
-    distances = PairDistances(*([part.text(i) for i in range(part.size)] for part in (source, target)))
+    distances = EditDistanceCosts(*([part.text(i) for i in range(part.size)] for part in (source, target)))
     costs = PrefixCosts(source, target, distances)
     return costs.costs(np.arange(source.size)[None], np.arange(target.size)[None])[0]
 
@@ -33,7 +33,7 @@ def test_special_tokens_begin_nothing():
 
 def test_pads_cost_nothing():
     part = vocabulary(b"ab", b"abc")
-    costs = PrefixCosts(part, part, PairDistances(["ab", "abc"], ["ab", "abc"]))
+    costs = PrefixCosts(part, part, EditDistanceCosts(["ab", "abc"], ["ab", "abc"]))
     found = costs.costs(np.array([[0, -1]]), np.array([[1, -1]]))
     np.testing.assert_allclose(found, [[[0.1, 0], [0, 0]]])
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
-from stages.align.costs.edit_distance import PairDistances
+from stages.align.costs.edit_distance import EditDistanceCosts
 from stages.align.pairing.levenshtein import levenshtein_matrix
 from stages.models.tokenizer import Vocabulary
 
@@ -80,19 +80,19 @@ def test_matrix_is_wide_enough_for_its_longest_text(length, dtype):
 
 
 def test_space_is_an_ordinary_character_of_a_cost():
-    costs = PairDistances(["he", " he"], [" he", "he", "she"]).costs(np.array([[0, 1]]), np.array([[0, 1, 2]]))
+    costs = EditDistanceCosts(["he", " he"], [" he", "he", "she"]).costs(np.array([[0, 1]]), np.array([[0, 1, 2]]))
     assert costs.tolist() == [[[1, 0, 1], [0, 1, 1]]]
 
 
 def test_costs_are_zero_at_pads():
-    distances = PairDistances(["ab", "cd"], ["ab", "xyz"])
+    distances = EditDistanceCosts(["ab", "cd"], ["ab", "xyz"])
     costs = distances.costs(np.array([[0, -1]]), np.array([[1, -1]]))
     assert costs.tolist() == [[[3, 0], [0, 0]]]
     assert distances.num_cached == 1
 
 
 def test_costs_repeat_from_the_cache():
-    distances = PairDistances(TEXTS, TEXTS)
+    distances = EditDistanceCosts(TEXTS, TEXTS)
     ids = np.arange(len(TEXTS))[None]
     first = distances.costs(ids, ids)
     cached = distances.num_cached
@@ -104,7 +104,7 @@ def test_costs_repeat_from_the_cache():
 @pytest.mark.parametrize("num_slots", [2, 8, 64, 4096])
 def test_a_full_cache_gives_the_same_costs(num_slots):
     rng = np.random.default_rng(0)
-    distances = PairDistances(TEXTS, TEXTS, num_slots=num_slots)
+    distances = EditDistanceCosts(TEXTS, TEXTS, num_slots=num_slots)
     for _ in range(20):
         source, target = rng.integers(-1, len(TEXTS), (3, 4)), rng.integers(-1, len(TEXTS), (3, 5))
         expected = np.zeros((3, 4, 5))
@@ -117,9 +117,9 @@ def test_a_full_cache_gives_the_same_costs(num_slots):
 
 def test_no_problem_has_no_costs():
     empty = np.zeros((0, 3), np.int32)
-    assert PairDistances(TEXTS, TEXTS).costs(empty, empty).shape == (0, 3, 3)
+    assert EditDistanceCosts(TEXTS, TEXTS).costs(empty, empty).shape == (0, 3, 3)
 
 
 def test_a_number_of_slots_that_is_no_power_of_two_is_refused():
     with pytest.raises(ValueError, match="power of two"):
-        PairDistances(TEXTS, TEXTS, num_slots=12)
+        EditDistanceCosts(TEXTS, TEXTS, num_slots=12)

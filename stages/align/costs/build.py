@@ -1,0 +1,25 @@
+"""COSTS: every cost by the name that ``[align] cost`` gives it."""
+
+from typing import Final
+
+from stages.align.costs.base import Costs
+from stages.align.costs.edit_distance import EditDistanceCosts
+from stages.align.costs.prefix import PrefixCosts
+from stages.align.costs.semantic import SemanticCosts
+from stages.align.vocabulary_maps import ModelPair
+
+COSTS: Final[dict[str, type[Costs]]] = {
+    "edit-distance": EditDistanceCosts,
+    "prefix": PrefixCosts,
+    "semantic": SemanticCosts,
+}
+"""A test compares the names with those that the setting allows."""
+
+
+def build_costs(name: str, pair: ModelPair) -> Costs:
+    """Return the costs of that name for a pair of models.
+
+    Raises:
+        KeyError: there is no cost of that name.
+    """
+    return COSTS[name].of(pair)
