@@ -2,10 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from stages.models.config import ModelConfig
 from train.config import TrainConfig
+
+MANIFEST: Final = "manifest.json"
+"""In the folder of a job, written last: the proof that training is done."""
 
 
 @dataclass(frozen=True)

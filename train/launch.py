@@ -14,7 +14,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from train.job import TrainJob, TrainResult
+from train.job import MANIFEST, TrainJob, TrainResult
 from train.loop import check_job, finished, train
 from train.preemption import Notice, StoppedError, on_termination
 
@@ -58,7 +58,7 @@ def run(job: TrainJob) -> TrainResult:
         return replace(result, was_done=False)
     if (output / STOP_REQUEST).exists():
         raise StoppedError("stopped on SIGTERM; the checkpoint of the last step is written")
-    raise RuntimeError(f"Ray Train ended without an error, but {output}/manifest.json is not there")
+    raise RuntimeError(f"Ray Train ended without an error, but {output}/{MANIFEST} is not there")
 
 
 def _trainer(job: TrainJob, output: Path) -> TorchTrainer:

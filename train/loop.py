@@ -25,7 +25,7 @@ from train.data.blocks import FusedBlocks
 from train.data.feed import Feed
 from train.data.schedule import Schedule
 from train.distributed import Workers, environment_size, join_workers
-from train.job import StepRecord, TrainJob, TrainResult
+from train.job import MANIFEST, StepRecord, TrainJob, TrainResult
 from train.model.card import model_card
 from train.model.export import export_model, read_manifest, write_manifest
 from train.model.isolation import check_isolation, wants_one_row
@@ -172,8 +172,8 @@ def finished(job: TrainJob) -> TrainResult | None:
     missing = [name for name in manifest["model_files"] if not (output / "model" / name).is_file()]
     if missing:
         raise ValueError(
-            f"{output}/manifest.json says the job is done, but {len(missing)} files of its model are missing, first "
-            f"{missing[0]}: remove {output}/manifest.json to train again from the newest checkpoint"
+            f"{output}/{MANIFEST} says the job is done, but {len(missing)} files of its model are missing, first "
+            f"{missing[0]}: remove {output}/{MANIFEST} to train again from the newest checkpoint"
         )
     return TrainResult(model_folder=str(output / "model"), was_done=True, **manifest["result"])
 

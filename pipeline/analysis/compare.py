@@ -22,15 +22,13 @@ from pipeline.settings.run import RunConfig
 from stages.align.config import PRESETS, AlignConfig
 from stages.align.stage import AlignStage
 from stages.align.teacher import SharedNll, compare_shared, distribution_nll, window_nll
-from stages.contract.columns import list_row, sparse_row
+from stages.contract.columns import list_row, rows_by_segment, sparse_row
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
 
 Tail = Literal["bucket", "renormalise"]
-Key = tuple[int, int]
-"""A segment: its document and its number there."""
 
 SAMPLE_TOKENS: Final = 100_000
 """Target tokens that are compared where the command does not say how many shards: some 20 s of computing."""
@@ -214,8 +212,8 @@ class _Shard:
 
     def __init__(self, target: pa.Table, source: pa.Table, config: AlignConfig, tail: Tail) -> None:
         self._target, self._source, self._config, self._tail = target, source, config, tail
-        self._keys = _rows_by_key(target)
-        self._source_rows = _rows_by_key(source)
+        self._keys = rows_by_segment(target)
+        self._source_rows = rows_by_segment(source)
         self._token_ids = {key: list_row(target, "token_ids", row).astype(np.int64) for key, row in self._keys.items()}
 
     def documents(self) -> np.ndarray:
@@ -230,7 +228,7 @@ class _Shard:
 
     def aligned_nll(self, aligned: pa.Table) -> np.ndarray:
         """Of aligned distributions; NaN where there is none, or the row was quarantined."""
-        rows = _rows_by_key(aligned)
+        rows = rows_by_segment(aligned)
         parts = []
         for key, ids in self._token_ids.items():
             nll = np.full(max(len(ids) - 1, 0), np.nan)
@@ -242,7 +240,7 @@ class _Shard:
 
     def source_nll(self, aligned: pa.Table) -> np.ndarray:
         """Of the source's own window for its own next token, at the positions that were taken; NaN where none was."""
-        rows = _rows_by_key(aligned)
+        rows = rows_by_segment(aligned)
         parts = []
         for key, ids in self._token_ids.items():
             nll = np.full(max(len(ids) - 1, 0), np.nan)
@@ -269,11 +267,6 @@ class _Shard:
             top_p=self._config.top_p,
             tail=self._tail,
         )
-
-
-def _rows_by_key(table: pa.Table) -> dict[Key, int]:
-    keys = zip(table["doc_id"].to_pylist(), table["segment"].to_pylist(), strict=True)
-    return {key: row for row, key in enumerate(keys)}
 
 
 def _joined(parts: list[np.ndarray], dtype: type = np.float64) -> np.ndarray:

@@ -16,10 +16,10 @@ from pipeline.run.session import StageError, read_inputs
 from pipeline.run.steps import ResolvedRun, Step
 from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage
-from stages.contract.columns import PAD_ID, list_row, sparse_row
+from stages.contract.columns import PAD_ID, find_row, list_row, sparse_row
 from stages.contract.schemas import PAIRED_BY
 from stages.contract.store import Store
-from stages.fuse.stage import FuseStage, find_row, locate
+from stages.fuse.stage import FuseStage, locate
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 

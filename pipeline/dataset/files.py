@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, Final, TypeVar
 
 import pyarrow as pa
 
+from stages.contract.digest import cached_file_sha256
 from stages.contract.filesystem import patiently
-from stages.models.config import file_sha256
 from stages.shard.config import DatasetConfig
 
 Result = TypeVar("Result")
@@ -91,7 +91,7 @@ def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any
 def file_identity(files: DatasetFiles, path: str) -> str:
     """What identifies a file's contents: its sha256; in an object store its size and ETag, without reading it."""
     if files.is_local:
-        return file_sha256(Path(path))
+        return cached_file_sha256(Path(path))
     info = patiently(files.filesystem.info, path, url=path)
     etag = next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)
     return f"{info['size']}:{etag or files.filesystem.ukey(path)}"

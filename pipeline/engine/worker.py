@@ -24,17 +24,9 @@ from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import Step
 from pipeline.settings.run import RunConfig
 from stages.contract import schemas
+from stages.contract.digest import sha256
 from stages.contract.filesystem import StoreError
-from stages.contract.manifest import (
-    DataFile,
-    InputRef,
-    Manifest,
-    choices_key,
-    data_key,
-    manifest_key,
-    quarantine_key,
-    sha256,
-)
+from stages.contract.manifest import DataFile, InputRef, Manifest, choices_key, data_key, manifest_key, quarantine_key
 from stages.contract.stage import Stage, StageOutput
 from stages.contract.store import Store
 from stages.models.config import ModelConfig

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.dataset.documents import ShardRange, plan_documents
 from pipeline.run.steps import ResolvedRun
-from stages.contract.manifest import sha256
+from stages.contract.digest import sha256
 from stages.contract.store import Store
 
 

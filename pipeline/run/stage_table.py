@@ -24,6 +24,7 @@ from stages.logits.config import VERSION as LOGITS_VERSION
 from stages.models.config import ModelConfig
 from stages.shard.config import VERSION as SHARD_VERSION
 from train.config import EVAL_VERSION, TRAIN_VERSION
+from train.job import MANIFEST
 
 FUSED: Final = "fused"
 """The trained model's name among the evaluated ones."""
@@ -275,7 +276,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
             "weights": config.target.weights_identity(),
         },
         inputs=lambda config, name: {"fuse": "fuse"},
-        result="manifest.json",
+        result=MANIFEST,
         keeps_log=True,
     ),
     JobStage(

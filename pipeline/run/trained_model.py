@@ -5,7 +5,6 @@ Training works in a local folder, and publishes what it made at its end. Each co
 the newest copy where it does not.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING
 from pipeline.run.session import Run, StageError, command
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step
-from stages.contract.manifest import sha256
+from stages.contract.digest import file_sha256, sha256
 from stages.models.config import ModelConfig
+from train.job import MANIFEST
 from train.model.card import CARD
 
 if TYPE_CHECKING:
@@ -70,14 +70,14 @@ def publish_training(run: Run, output: Path) -> None:
     if run.store.is_local:
         return
     folder = run.resolved.steps["train"].folder
-    raw = (output / "manifest.json").read_bytes()
+    raw = (output / MANIFEST).read_bytes()
     for name in json.loads(raw)["model_files"]:
         run.store.upload(f"{folder}/model/{name}", output / "model" / name)
     publish_card(run)
     for name in LOGS:
         if (output / name).is_file():
             run.store.upload(f"{folder}/{name}", output / name)
-    run.store.replace(f"{folder}/manifest.json", raw)
+    run.store.replace(f"{folder}/{MANIFEST}", raw)
     log.info("the model and its manifest are at %s/%s", run.store.url, folder)
 
 
@@ -99,12 +99,12 @@ def trained_model(run: Run) -> Path:
     if run.store.is_local:
         return model
     folder = run.resolved.steps["train"].folder
-    for name, digest in json.loads(run.store.read(f"{folder}/manifest.json"))["model_files"].items():
+    for name, digest in json.loads(run.store.read(f"{folder}/{MANIFEST}"))["model_files"].items():
         run.store.path(name)  # refuses one that would leave the folder
-        if _sha256(model / name) == digest:
+        if (model / name).is_file() and file_sha256(model / name) == digest:
             continue
         run.store.download(f"{folder}/model/{name}", model / name)
-        if _sha256(model / name) != digest:
+        if file_sha256(model / name) != digest:
             raise ValueError(
                 f"{run.store.url}/{folder}/model/{name} is not the file that was written: run `ptafuse verify "
                 f"{run.store.url} --repair`, then `make train`"
@@ -112,14 +112,6 @@ def trained_model(run: Run) -> Path:
     if not (model / CARD).is_file():
         run.store.download(f"{folder}/model/{CARD}", model / CARD)
     return model
-
-
-def _sha256(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
 
 
 def evaluated_model(run: Run, step: Step) -> ModelConfig:
@@ -137,7 +129,7 @@ def is_trained(run: Run) -> bool:
     """
     folder = run.resolved.steps["train"].folder
     try:
-        manifest = json.loads(run.store.read(f"{folder}/manifest.json"))
+        manifest = json.loads(run.store.read(f"{folder}/{MANIFEST}"))
     except FileNotFoundError:
         return False
     missing = [name for name in manifest["model_files"] if not run.store.exists(f"{folder}/model/{name}")]
@@ -156,13 +148,13 @@ def discard_model(run: Run) -> None:
     """
     folder = run.resolved.steps["train"].folder
     if not run.store.is_local:
-        run.store.delete(f"{folder}/manifest.json")
+        run.store.delete(f"{folder}/{MANIFEST}")
         for name in run.store.names(f"{folder}/model"):
             run.store.delete(f"{folder}/model/{name}")
     copies = checkpoint_copies(run)
     if copies:
         copies.remove()
     here = training_folder(run)
-    (here / "manifest.json").unlink(missing_ok=True)
+    (here / MANIFEST).unlink(missing_ok=True)
     for part in (*here.glob("model"), *here.glob("checkpoint-*")):
         shutil.rmtree(part)

@@ -5,8 +5,10 @@ import json
 from rich.console import Console
 
 from pipeline.run.stage_table import SHARDED_STAGES
-from stages.contract.manifest import Manifest, sha256
+from stages.contract.digest import sha256
+from stages.contract.manifest import Manifest
 from stages.contract.store import Store
+from train.job import MANIFEST
 
 
 def verify_run(store: Store, console: Console, *, repair: bool) -> int:
@@ -42,7 +44,7 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
         num_bad += 1
         console.print(f"train/{name}: {problem}", soft_wrap=True)
         if repair:
-            store.delete(f"train/{name}/manifest.json")
+            store.delete(f"train/{name}/{MANIFEST}")
             console.print(
                 f"train/{name}: taken back; run `make train` to write the model again from the newest checkpoint"
             )
@@ -66,7 +68,7 @@ def stage_folders(store: Store) -> list[str]:
 def _model_problem(store: Store, folder: str) -> str | None:
     """What is wrong with a trained model, None if nothing, or if training is not done."""
     try:
-        manifest = json.loads(store.read(f"{folder}/manifest.json"))
+        manifest = json.loads(store.read(f"{folder}/{MANIFEST}"))
     except FileNotFoundError:
         return None
     for name, digest in manifest["model_files"].items():

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from stages.contract.digest import file_sha256, sha256
+
 logger = logging.getLogger(__name__)
 
 NUM_ARTICLES: Final = 300
@@ -115,7 +117,7 @@ def _prepare_lee(folder: Path) -> None:
         return
     with zipfile.ZipFile(_wheel(_LEE_WHEEL, folder / _DOWNLOADS)) as wheel:
         raw = wheel.read(_LEE_MEMBER)
-    _expect(_LEE_MEMBER, "sha256", hashlib.sha256(raw).hexdigest(), _LEE_SHA256)
+    _expect(_LEE_MEMBER, "sha256", sha256(raw), _LEE_SHA256)
     articles = [line.strip() for line in raw.decode().split("\n") if line.strip()]
     _expect(_LEE_MEMBER, "number of articles", len(articles), NUM_ARTICLES)
     text = "".join(json.dumps({"text": article}, ensure_ascii=False) + "\n" for article in articles)
@@ -135,9 +137,7 @@ def _prepare_model(model: DemoModel, folder: Path) -> None:
         gguf = Path(scratch) / "model.gguf"
         _join(wheels, model.member_suffixes, gguf)
         _expect(f"GGUF file of {model.folder}", "size in bytes", gguf.stat().st_size, model.gguf_bytes)
-        with gguf.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        _expect(f"GGUF file of {model.folder}", "sha256", found, model.gguf_sha256)
+        _expect(f"GGUF file of {model.folder}", "sha256", file_sha256(gguf), model.gguf_sha256)
         logger.info("%s: dequantising the GGUF weights (under a minute)", model.folder)
         built = Path(scratch) / "built"
         _convert(gguf, built)

@@ -55,7 +55,6 @@ class Explanation:
         context: the target tokens around the position with their source tokens, in order.
         gold_next: the next target token, None at the last position.
         source_position: whose distribution was taken, -1 where none.
-        source_next: the source's next token there, None at its last position or without a source position.
         exact_context: both distributions condition on the same text.
         outcome: ``"none"``, ``"transport"``, ``"gold"`` or ``"identity"``.
         target_topk: the target's own candidates, with full-vocabulary probabilities.
@@ -74,7 +73,6 @@ class Explanation:
     context: tuple[PairedToken, ...]
     gold_next: str | None
     source_position: int
-    source_next: str | None
     exact_context: bool
     outcome: str
     target_topk: tuple[Candidate, ...]
@@ -123,13 +121,10 @@ def explain_position(
             f"position {position} of segment {segment} of document {doc_id}: expected 0 to {len(target_rows) - 1}"
         )
     taken = int(aligned.source_position[position])
-    source_next: str | None = None
     source_topk: tuple[Candidate, ...] = ()
     if source is not None and taken >= 0:
         source_side, source_rows = source
         source_topk = _candidates(source_side.vocabulary, source_rows, taken, config)
-        if taken + 1 < len(source_rows):
-            source_next = printable(source_side.vocabulary, int(source_rows.token_ids[taken + 1]))
     support, cost, plan = _problem(target_side.vocabulary, position, aligned)
     has_next = position + 1 < len(target_rows)
     return Explanation(
@@ -139,7 +134,6 @@ def explain_position(
         context=_context(position, target, source, aligned),
         gold_next=printable(target_side.vocabulary, int(target_rows.token_ids[position + 1])) if has_next else None,
         source_position=taken,
-        source_next=source_next,
         exact_context=bool(aligned.exact_context[position]),
         outcome=outcome,
         target_topk=_candidates(target_side.vocabulary, target_rows, position, config),

@@ -14,7 +14,16 @@ from stages.align.rows import ModelRows, Side
 from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner
 from stages.align.vocabulary_maps import ModelPair
 from stages.contract import schemas
-from stages.contract.columns import SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
+from stages.contract.columns import (
+    SparseRows,
+    list_column,
+    list_row,
+    round_to_half,
+    rows_by_segment,
+    segment_keys,
+    sparse_columns,
+    sparse_row,
+)
 from stages.contract.stage import BadRecord, StageOutput
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
@@ -72,8 +81,8 @@ class AlignStage:
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Align one shard; see the class."""
         target_table, source_table = inputs["target"], inputs["source"]
-        keys = _keys(target_table)
-        source_row = {key: row for row, key in enumerate(_keys(source_table))}
+        keys = segment_keys(target_table)
+        source_row = rows_by_segment(source_table)
         health = AlignHealth(self._config, missing_target_segments=len(source_row.keys() - set(keys)))
         rows = _OutputRows(self._config)
         quarantine: list[BadRecord] = []
@@ -163,8 +172,8 @@ class AlignStage:
     ) -> Callable[[int], tuple[tuple[int, int], ModelRows, ModelRows | None, AlignedSegment]]:
         """What aligns a row of the target table: its key, the target's and the source's rows, and what comes of them."""
         target_table, source_table = inputs["target"], inputs["source"]
-        keys = _keys(target_table)
-        source_row = {found: number for number, found in enumerate(_keys(source_table))}
+        keys = segment_keys(target_table)
+        source_row = rows_by_segment(source_table)
 
         def align(row: int) -> tuple[tuple[int, int], ModelRows, ModelRows | None, AlignedSegment]:
             if not 0 <= row < len(keys):
@@ -222,10 +231,6 @@ def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
     vocabulary = tokenizer.vocabulary
     texts = tuple(map(vocabulary.text, range(vocabulary.size)))
     return Side(model.name, vocabulary, tokenizer.prepends_bos, texts)
-
-
-def _keys(table: pa.Table) -> list[tuple[int, int]]:
-    return list(zip(table["doc_id"].to_pylist(), table["segment"].to_pylist(), strict=True))
 
 
 def _model_rows(table: pa.Table, row: int) -> ModelRows:

@@ -34,6 +34,32 @@ class SparseRows:
         return (self.ids != PAD_ID).any(axis=1)
 
 
+SegmentKey = tuple[int, int]
+"""A segment: its document and its number there."""
+
+
+def segment_keys(table: pa.Table) -> list[SegmentKey]:
+    """Return the document and the segment of every row: the keys by which tables of a shard are joined."""
+    return list(zip(table["doc_id"].to_pylist(), table["segment"].to_pylist(), strict=True))
+
+
+def rows_by_segment(table: pa.Table) -> dict[SegmentKey, int]:
+    """Return the row of every segment of a table."""
+    return {key: row for row, key in enumerate(segment_keys(table))}
+
+
+def find_row(table: pa.Table, doc_id: int, segment: int) -> int:
+    """Return the row of a segment.
+
+    Raises:
+        KeyError: the table does not have it.
+    """
+    rows = np.flatnonzero((table["doc_id"].to_numpy() == doc_id) & (table["segment"].to_numpy() == segment))
+    if not len(rows):
+        raise KeyError(f"segment {segment} of document {doc_id} is not in this shard ({table.num_rows} segments)")
+    return int(rows[0])
+
+
 def list_column(rows: Sequence[np.ndarray], element: pa.DataType) -> pa.ListArray:
     """A list column: one 1-D array a row. NaN in an array becomes null when ``element`` is a float."""
     offsets = np.zeros(len(rows) + 1, np.int32)

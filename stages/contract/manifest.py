@@ -1,6 +1,5 @@
 """The manifest: the only proof that a shard is done; and where the files of a stage lie in a run directory."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -102,11 +101,6 @@ class Manifest(BaseModel):
                 f"not a manifest of version {MANIFEST_VERSION}, which this ptafuse reads ({where}: {first['msg']}): it was "
                 "damaged, or written by another version of ptafuse; go on with that version, or start a new run directory"
             ) from None
-
-
-def sha256(raw: bytes) -> str:
-    """Hexadecimal sha256."""
-    return hashlib.sha256(raw).hexdigest()
 
 
 def stage_folder(stage: str, fingerprint: str) -> str:

@@ -10,7 +10,6 @@ that are not its own has lost. See docs/faults.md.
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
@@ -28,6 +27,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from stages.contract import schemas
+from stages.contract.digest import file_sha256, sha256
 from stages.contract.filesystem import (
     S3_PROTOCOLS,
     StoreError,
@@ -36,7 +36,7 @@ from stages.contract.filesystem import (
     open_filesystem,
     patiently,
 )
-from stages.contract.manifest import DataFile, Manifest, manifest_key, sha256
+from stages.contract.manifest import DataFile, Manifest, manifest_key
 
 Result = TypeVar("Result")
 
@@ -267,8 +267,7 @@ class Store:
             rows = max(MIN_ROW_GROUP_ROWS, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes))
             pq.write_table(table, temporary, row_group_size=rows, **schemas.parquet_options(table.schema))
             _check_parquet(temporary, table, key)
-            with temporary.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = file_sha256(temporary)
             num_bytes = temporary.stat().st_size
             if self.is_local:
                 sync(temporary)

@@ -27,22 +27,18 @@ class Explanation:
     """How the fused distribution of one position came about.
 
     Attributes:
-        context: text of the tokens up to and including the position.
         gold: text of the gold next token, None at a segment's last position.
         candidates: the target's, then the sources'.
         chosen: name of the candidate with the largest weight, None where there is no fused distribution.
         fused: (text of a token, probability), descending.
         tail_mass: what the fused distribution lacks of 1.
-        cut_mass: mass of the entries beyond top_k.
     """
 
-    context: str
     gold: str | None
     candidates: tuple[ExplainedCandidate, ...]
     chosen: str | None
     fused: tuple[tuple[str, float], ...]
     tail_mass: float
-    cut_mass: float
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, round_to_half, sparse_columns, sparse_row
+from stages.contract.columns import (
+    PAD_ID,
+    SparseRows,
+    list_column,
+    list_row,
+    round_to_half,
+    rows_by_segment,
+    segment_keys,
+    sparse_columns,
+    sparse_row,
+)
 from stages.contract.schemas import Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
 from stages.fuse.config import FuseConfig
@@ -141,7 +151,7 @@ class FuseStage:
         if not 0 <= row < len(shard.lengths) or not 0 <= position < shard.lengths[row]:
             found = f"{shard.lengths[row]} tokens" if 0 <= row < len(shard.lengths) else f"{len(shard.lengths)} rows"
             raise IndexError(f"no position {position} in row {row}: the shard has {found} there")
-        return self._explained(shard, row, self._fuse_row(shard, row), position)
+        return self._explained(self._fuse_row(shard, row), position)
 
     def fused_segments(self, inputs: Mapping[str, pa.Table], rows: Sequence[int]) -> Iterator[FusedSegment]:
         """The candidates of some segments and what ``run`` makes of them, one segment at a time.
@@ -157,7 +167,7 @@ class FuseStage:
         """How the fused distributions of a segment came about, position by position; see ``explain``."""
         shard = self._read(inputs)
         fused = self._fuse_row(shard, row)
-        return [self._explained(shard, row, fused, position) for position in range(int(shard.lengths[row]))]
+        return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
 
     def _fuse_row(self, shard: _Shard, row: int) -> FusedSegment:
         return next(self._fuse_rows(shard, pack(shard.lengths, max_length=self.config.max_length), [row]))
@@ -166,10 +176,8 @@ class FuseStage:
         piece_ce = self._piece_cross_entropy(shard, packing)
         return (self._fuse_segment(shard, row, packing, piece_ce) for row in rows)
 
-    def _explained(self, shard: _Shard, row: int, fused: FusedSegment, position: int) -> Explanation:
+    def _explained(self, fused: FusedSegment, position: int) -> Explanation:
         vocabulary = self._vocabularies[0]
-        tokens = list_row(shard.target, "token_ids", row)[: position + 1]
-        context = b"".join(vocabulary.token_bytes[token] for token in tokens)
         gold, chosen = int(fused.gold[position]), int(fused.chosen[position])
         candidates = tuple(
             ExplainedCandidate(
@@ -182,13 +190,11 @@ class FuseStage:
             for index, (name, part) in enumerate(zip(self.names, fused.candidates, strict=True))
         )
         return Explanation(
-            context=context.decode(errors="replace"),
             gold=None if gold == PAD_ID else vocabulary.text(gold),
             candidates=candidates,
             chosen=None if chosen < 0 else self.names[chosen],
             fused=_as_text(fused.mixture.rows, position, vocabulary),
             tail_mass=float(fused.mixture.tail_mass[position]),
-            cut_mass=float(fused.mixture.cut_mass[position]),
         )
 
     def _read(self, inputs: Mapping[str, pa.Table]) -> _Shard:
@@ -296,25 +302,12 @@ def locate(fused: pa.Table, block: int, position: int) -> Place:
     )
 
 
-def find_row(table: pa.Table, doc_id: int, segment: int) -> int:
-    """The row of a segment in a logits or aligned table.
-
-    Raises:
-        KeyError: the table does not have it.
-    """
-    rows = np.flatnonzero((table["doc_id"].to_numpy() == doc_id) & (table["segment"].to_numpy() == segment))
-    if not len(rows):
-        raise KeyError(f"segment {segment} of document {doc_id} is not in this shard ({table.num_rows} segments)")
-    return int(rows[0])
-
-
 def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
     """(S, others) each target row's row in the other tables by (doc_id, segment); -1 where there is none."""
     found = np.full((target.num_rows, len(others)), -1, np.int64)
-    keys = list(zip(target["doc_id"].to_pylist(), target["segment"].to_pylist(), strict=True))
+    keys = segment_keys(target)
     for column, table in enumerate(others):
-        pairs = zip(table["doc_id"].to_pylist(), table["segment"].to_pylist(), strict=True)
-        rows = {key: row for row, key in enumerate(pairs)}
+        rows = rows_by_segment(table)
         found[:, column] = [rows.get(key, -1) for key in keys]
     return found
 

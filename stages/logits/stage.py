@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.contract.columns import PAD_ID, SparseRows, list_column, round_to_half, sparse_columns
+from stages.contract.columns import PAD_ID, SparseRows, list_column, round_to_half, segment_keys, sparse_columns
 from stages.contract.manifest import Health, Mean
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
@@ -108,7 +108,7 @@ class LogitsStage:
 
     def _encode(self, rows: pa.Table) -> tuple[list[_Segment], list[BadRecord]]:
         """Tokenize the rows; those that the model cannot be given are set apart."""
-        keys = list(zip(rows["doc_id"].to_pylist(), rows["segment"].to_pylist(), strict=True))
+        keys = segment_keys(rows)
         encodings = self._tokenizer.encode_batch(rows["text"].to_pylist(), is_last=rows["is_last"].to_pylist())
         segments, bad = [], []
         for (doc_id, index), encoding in zip(keys, encodings, strict=True):

@@ -1,15 +1,14 @@
 """What a model is: where its weights and its tokenizer come from, and what identifies them."""
 
 import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from stages.contract.digest import cached_file_sha256
 from stages.contract.fingerprint import RUNTIME, Settings
 
 log = logging.getLogger(__name__)
@@ -83,7 +82,7 @@ class PretrainedFiles(Settings):
         )
         digest = hashlib.sha256()
         for file in files:
-            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+            digest.update(f"{file.name}:{cached_file_sha256(file)}\n".encode())
         return f"sha256:{digest.hexdigest()}"
 
     def check(self) -> None:
@@ -148,34 +147,6 @@ class ModelConfig(PretrainedFiles):
         self.require("weights: pickled ones (*.bin) are not read", ("*.safetensors",))
         self.tokenizer_files.check()
         self.tokenizer_files.require("tokenizer", TOKENIZER_FILES)
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a local file; remembered by path, size and time of change, since weights are large."""
-    stat = path.stat()
-    key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    cache_file = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptafuse" / "sha256.json"
-    try:
-        cache = json.loads(cache_file.read_text())
-    except (OSError, ValueError):
-        cache = {}
-    if key not in cache:
-        with path.open("rb") as file:
-            cache[key] = hashlib.file_digest(file, "sha256").hexdigest()
-        if stat.st_size >= 2**20:  # small files are hashed faster than a cache is written
-            _remember(cache_file, cache)
-    return cache[key]
-
-
-def _remember(cache_file: Path, cache: dict[str, str]) -> None:
-    """Write the cache; a read-only home only costs the hash next time."""
-    temporary = cache_file.with_suffix(f".{os.getpid()}")
-    try:
-        cache_file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(cache))
-        temporary.replace(cache_file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tokenizer(model: ModelConfig) -> Any:

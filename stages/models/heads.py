@@ -8,7 +8,7 @@ what it is given.
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -113,20 +113,23 @@ def split_head(model: Any) -> tuple[Body, ModelHead]:
     return body, ModelHead(_with_pass_through(model, path))
 
 
+_CHECKED_TOKENS: Final = 8
+"""Tokens on which ``check_head`` compares."""
+
+
 @torch.no_grad()
-def check_head(model: Any, *, num_tokens: int = 8) -> None:
+def check_head(model: Any) -> None:
     """Compare head(body(ids)) with the model's own logits on a few tokens.
 
     Args:
         model: what ``AutoModelForCausalLM.from_pretrained`` returns.
-        num_tokens: how many tokens the two are compared on.
 
     Raises:
         ValueError: they differ; says by how much, and for which architecture. Or they are not finite.
     """
     body, head = split_head(model)
     device = model.get_input_embeddings().weight.device
-    ids = torch.arange(num_tokens, device=device).remainder(model.get_input_embeddings().num_embeddings)[None]
+    ids = torch.arange(_CHECKED_TOKENS, device=device).remainder(model.get_input_embeddings().num_embeddings)[None]
     was_training = model.training
     model.eval()
     try:

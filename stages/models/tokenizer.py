@@ -52,11 +52,6 @@ class Vocabulary:
         """The token decoded; bytes that are no UTF-8 become lone surrogates, so that nothing is lost."""
         return self.token_bytes[token_id].decode("utf-8", errors="surrogateescape")
 
-    def pairing_text(self, token_id: int) -> str:
-        """The token decoded, without its word-boundary marker."""
-        text = self.text(token_id)
-        return text[1:] if self.is_marked[token_id] else text
-
 
 @dataclass(frozen=True, eq=False)
 class Encoding:

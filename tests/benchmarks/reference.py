@@ -10,7 +10,7 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from stages.align.pairing.token_pairing import ROLE_TEXTS, Role, token_roles
-from stages.models.tokenizer import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 
 def pair(source: Sequence[str], target: Sequence[str]) -> tuple[int, list[tuple[int, int]]]:
@@ -152,9 +152,13 @@ def roles_of(tokenizer: SegmentTokenizer, token_ids: Sequence[int]) -> list[int]
     ).tolist()
 
 
+def _without_marker(vocabulary: Vocabulary, token_id: int) -> str:
+    return vocabulary.text(token_id)[int(vocabulary.is_marked[token_id]) :]
+
+
 def texts(tokenizer: SegmentTokenizer, token_ids: Sequence[int]) -> list[str]:
     """A segment's tokens as the pairing compares them."""
     return [
-        tokenizer.vocabulary.pairing_text(token_id) if role == Role.TEXT else ROLE_TEXTS[Role(role)]
+        _without_marker(tokenizer.vocabulary, token_id) if role == Role.TEXT else ROLE_TEXTS[Role(role)]
         for token_id, role in zip(token_ids, roles_of(tokenizer, token_ids), strict=True)
     ]

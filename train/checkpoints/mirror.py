@@ -7,13 +7,13 @@
 What has no COMMITTED is worth nothing. Older copies go when a newer one is complete.
 """
 
-import hashlib
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
+from stages.contract.digest import file_sha256, sha256
 from stages.contract.store import Store, sync
 from train.checkpoints.checkpoint import COMMITTED, checkpoint_folder, checkpoint_step, committed_steps
 from train.run_log import log_until
@@ -79,10 +79,10 @@ class CheckpointMirror:
             name = path.relative_to(folder).as_posix()
             if path.is_file() and name != COMMITTED:
                 self._store.upload(f"{folder.name}/{name}", path)
-                hashes[name] = _sha256(path)
+                hashes[name] = file_sha256(path)
         log = log_until(folder.parent, step)
         self._store.replace(f"{folder.name}/{_LOG}", log)
-        hashes[_LOG] = hashlib.sha256(log).hexdigest()
+        hashes[_LOG] = sha256(log)
         self._store.replace(f"{folder.name}/{COMMITTED}", json.dumps({"files": hashes}, indent=1).encode())
         newest = self._committed()[-self._keep :]
         for old in self._steps():
@@ -106,7 +106,7 @@ class CheckpointMirror:
                 self._store.download(f"{folder.name}/{name}", folder / name)
             except FileNotFoundError:
                 return f"{name} is missing"
-            if _sha256(folder / name) != digest:
+            if file_sha256(folder / name) != digest:
                 return f"{name} is not the file that was written"
         if _LOG not in hashes:
             return f"its {COMMITTED} is damaged (it names no {_LOG})"
@@ -131,8 +131,3 @@ class CheckpointMirror:
         self._store.delete(f"{name}/{COMMITTED}")  # first, so that half a removal is not taken for a checkpoint
         for entry in self._store.files(name):
             self._store.delete(entry.key)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,6 +1,5 @@
 """Training blocks from fused Parquet files, by index, in an order that seed and epoch alone decide."""
 
-import hashlib
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
+from stages.contract.digest import file_sha256
 from stages.contract.filesystem import open_filesystem, patiently
 from stages.contract.schemas import tail_of
 from train.job import FusedFile
@@ -193,8 +193,7 @@ class FusedBlocks:
         if not path.exists():
             raise ValueError(f"{file.path} is missing: run `ptafuse verify RUN --repair`, then `make fuse`")
         if check:
-            with path.open("rb") as opened:
-                found = hashlib.file_digest(opened, "sha256").hexdigest()
+            found = file_sha256(path)
             if found != file.sha256:
                 raise ValueError(
                     f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated "

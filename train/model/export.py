@@ -4,7 +4,6 @@
 <output>/manifest.json    written last
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from stages.contract.digest import file_sha256
 from stages.contract.store import sync
+from train.job import MANIFEST
 from train.model.card import CARD
 
 
@@ -43,7 +44,7 @@ def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer
     temporary.replace(folder)
     sync(folder.parent)
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / CARD)
-    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+    return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
@@ -51,18 +52,13 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
     temporary = output / f".manifest.{os.getpid()}.json"
     temporary.write_text(json.dumps(manifest, indent=1, allow_nan=False) + "\n")
     sync(temporary)
-    temporary.replace(output / "manifest.json")
+    temporary.replace(output / MANIFEST)
     sync(output)
 
 
 def read_manifest(output: Path) -> dict[str, Any] | None:
     """The manifest of a finished job; None when it is not finished."""
     try:
-        return json.loads((output / "manifest.json").read_text())
+        return json.loads((output / MANIFEST).read_text())
     except FileNotFoundError:
         return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,7 +22,7 @@ from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun
 from pipeline.settings.interpret import VERSION
 from stages.align.stage import AlignStage
-from stages.contract.columns import list_row
+from stages.contract.columns import list_row, segment_keys
 from stages.contract.fingerprint import fingerprint
 from stages.contract.store import Store
 from stages.fuse.stage import FuseStage
@@ -175,8 +175,8 @@ def _shortened(kind: str) -> str:
 
 def _aligned_rows(target: pa.Table, aligned: pa.Table, rows: list[int]) -> list[int]:
     """Those of the target's rows that are aligned: not in align's quarantine."""
-    done = set(zip(aligned["doc_id"].to_pylist(), aligned["segment"].to_pylist(), strict=True))
-    keys = list(zip(target["doc_id"].to_pylist(), target["segment"].to_pylist(), strict=True))
+    done = set(segment_keys(aligned))
+    keys = segment_keys(target)
     return [row for row in rows if keys[row] in done]
 
 

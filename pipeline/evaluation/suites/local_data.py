@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from stages.models.config import file_sha256
+from stages.contract.digest import cached_file_sha256
 
 Document = dict[str, Any]
 
@@ -32,7 +32,7 @@ class LocalTask:
         """What identifies the data: the hash of its files."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+            digest.update(f"{file.name}:{cached_file_sha256(file)}\n".encode())
         return f"sha256:{digest.hexdigest()}"
 
 

@@ -50,13 +50,12 @@ class Bar:
     signed: bool = True
 
 
-def bars(entries: Sequence[Bar], *, axis: str, from_zero: bool = True) -> str:
+def bars(entries: Sequence[Bar], *, axis: str) -> str:
     """Horizontal bars, the first one on top, each with its number.
 
     Args:
         entries: at least one.
         axis: what is measured, and its unit.
-        from_zero: the axis begins at 0; else it shows the bars' differences.
 
     Returns:
         An ``<svg>`` element.
@@ -75,7 +74,7 @@ def bars(entries: Sequence[Bar], *, axis: str, from_zero: bool = True) -> str:
         )
         axes.set_yticks(rows, [entry.label for entry in entries])
         axes.invert_yaxis()
-        _limits(axes, entries, from_zero=from_zero)
+        _limits(axes, entries)
         for row, entry in enumerate(entries):
             end = max(entry.value + (entry.error or 0.0), 0.0)
             axes.annotate(_number(entry), (end, row), xytext=(4, 0), textcoords="offset points", va="center")
@@ -83,13 +82,11 @@ def bars(entries: Sequence[Bar], *, axis: str, from_zero: bool = True) -> str:
         return _svg(figure)
 
 
-def _limits(axes: Axes, entries: Sequence[Bar], *, from_zero: bool) -> None:
-    low = min(entry.value - (entry.error or 0.0) for entry in entries)
-    high = max(entry.value + (entry.error or 0.0) for entry in entries)
-    if from_zero:
-        low, high = min(low, 0.0), max(high, 0.0)
+def _limits(axes: Axes, entries: Sequence[Bar]) -> None:
+    low = min(0.0, *(entry.value - (entry.error or 0.0) for entry in entries))
+    high = max(0.0, *(entry.value + (entry.error or 0.0) for entry in entries))
     span = (high - low) or 1.0
-    axes.set_xlim(low - (0.02 if from_zero and low == 0 else 0.1) * span, high + 0.18 * span)
+    axes.set_xlim(low - (0.02 if low == 0 else 0.1) * span, high + 0.18 * span)
     if low < 0:
         axes.axvline(0, color=_INK, linewidth=0.8)
 

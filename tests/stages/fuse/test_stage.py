@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stages.contract.columns import PAD_ID, SparseRows, list_column, list_row, sparse_columns, sparse_row
+from stages.contract.columns import PAD_ID, SparseRows, find_row, list_column, list_row, sparse_columns, sparse_row
 from stages.contract.schemas import aligned_schema, fused_schema, id_type, logits_schema
 from stages.fuse.config import FuseConfig
-from stages.fuse.stage import FuseStage, find_row, locate
+from stages.fuse.stage import FuseStage, locate
 from stages.measures.cross_entropy import TEACHER_FLOOR, CrossEntropy, cross_entropy
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer

@@ -261,7 +261,7 @@ def test_a_word_boundary_is_one_space_in_every_family(tokenizers: dict[str, Segm
         assert all(piece.startswith(b" ") for piece in marked)
         token_id = spelled[b" th"] if b" th" in spelled else spelled[b" d"]
         assert vocabulary.text(token_id) in (" th", " d")
-        assert vocabulary.pairing_text(token_id) in ("th", "d")
+        assert vocabulary.text(token_id)[int(vocabulary.is_marked[token_id]) :] in ("th", "d")
 
 
 def test_byte_tokens_are_their_bytes(tokenizers: dict[str, SegmentTokenizer], originals: dict[str, Any]) -> None:
@@ -290,7 +290,8 @@ def test_special_tokens_are_known_by_role(tokenizers: dict[str, SegmentTokenizer
         vocabulary = tokenizer.vocabulary
         assert vocabulary.token_bytes[vocabulary.eos_id] == EOS_TEXT
         assert vocabulary.is_special[vocabulary.eos_id]
-        assert vocabulary.pairing_text(vocabulary.eos_id) == "<eos>"
+        assert vocabulary.text(vocabulary.eos_id) == "<eos>"
+        assert not vocabulary.is_marked[vocabulary.eos_id]
         if name in ("spm-bpe", "wordpiece"):
             assert vocabulary.token_bytes[vocabulary.bos_id] == BOS_TEXT
     unk = tokenizers["wordpiece"].vocabulary.token_bytes.index(b"[UNK]")
