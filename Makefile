@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 VLLM_VENV := .venv-vllm
 VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A stage of the demo needs the demo's models and text.
-DEMO_DATA := $(if $(findstring demo.toml,$(CONFIG)),demo-data/.complete)
+DEMO_DATA := $(if $(filter demo demo.toml,$(notdir $(CONFIG))),demo-data/.complete)
 
 # The list of pipeline/run/stage_table.py: a test compares them.
 STAGES := shard logits align fuse train eval

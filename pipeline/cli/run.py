@@ -117,16 +117,27 @@ def evaluate(
 
 @app.command()
 def sweep(
-    path: Annotated[Path, typer.Argument(metavar="SWEEP", help="A TOML file: what is varied, and the seeds.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SWEEP", help="A TOML file (what is varied, and the seeds), or the name of a shipped one."
+        ),
+    ],
     run: RunOption = DEFAULT_RUN,
     local: LocalOption = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check every cell's settings and list them; run nothing.")
+    ] = False,
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
     from pipeline.display.table import as_rich
-    from pipeline.report.sweeps import sweep_results, sweep_table
+    from pipeline.report.sweeps import cells_table, sweep_results, sweep_table
     from pipeline.workflow.sweep import load_sweep, run_sweep
 
     loaded = load_sweep(path)
+    if check:
+        console().print(as_rich(cells_table(loaded)))
+        return
     run_sweep(loaded, run, console(), local=local)
     console().print(as_rich(sweep_table(loaded, sweep_results(loaded, Store(run)))))
 

@@ -44,7 +44,7 @@ def sweep_results(sweep: SweepConfig, store: Store) -> list[CellResult]:
     figures: dict[tuple[str, int], dict] = {}
     steps: dict[str, tuple[str, Step, bool]] = {}
     for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
-        run = runs.get(run_name(sweep.name, cell.name, seed))
+        run = runs.get(run_name(sweep, cell, seed))
         if run is None:
             continue
         found = read_result(store, run.steps[f"eval/{FUSED}"])
@@ -92,6 +92,18 @@ def _cell_result(sweep: SweepConfig, name: str, figures: dict[tuple[str, int], d
     by_seed = np.average(differences, axis=1, weights=weights)
     seed_error = float(by_seed.std(ddof=1) / math.sqrt(len(common))) if len(common) > 1 else math.nan
     return CellResult(name, values, weighted_mean(differences.mean(axis=0), weights), seed_error)
+
+
+def cells_table(sweep: SweepConfig) -> ResultTable:
+    """Return what a sweep will run: its cells and what they change."""
+    cells = cells_of(sweep)
+    return ResultTable(
+        f"Sweep {sweep.name}: {len(cells)} cells of {sweep.config}, seeds {', '.join(map(str, sweep.seeds))}: "
+        f"{len(cells) * len(sweep.seeds)} trainings",
+        ("cell", "settings"),
+        tuple((cell.name, ", ".join(cell.overrides)) for cell in cells),
+        text_columns=(0, 1),
+    )
 
 
 def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTable:

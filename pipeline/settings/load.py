@@ -4,12 +4,14 @@ import hashlib
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
 from pipeline.settings.run import RunConfig
 from stages.contract.fingerprint import Settings
+
+_SHIPPED: Final = Path(str(resources.files("pipeline"))) / "configs"
 
 
 class ConfigError(ValueError):
@@ -27,7 +29,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Raises:
         ConfigError: a file, key or value is wrong.
     """
-    source = _find(Path(path))
+    source = find_toml(Path(path), shipped_configs(), "configuration")
     try:
         values = tomllib.loads(source.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -57,26 +59,38 @@ def parse_config(values: dict[str, Any], *, where: str) -> RunConfig:
 
 
 def shipped_configs() -> list[Path]:
-    """The configurations that come with ptafuse."""
-    folder = Path(str(resources.files("pipeline"))) / "configs"
-    return sorted(folder.glob("*.toml"))
+    """Return the configurations that come with ptafuse."""
+    return sorted(_SHIPPED.glob("*.toml"))
+
+
+def shipped_sweeps() -> list[Path]:
+    """Return the sweeps that come with ptafuse."""
+    return sorted((_SHIPPED / "sweeps").glob("*.toml"))
+
+
+def find_toml(path: Path, shipped: list[Path], what: str) -> Path:
+    """Return a file by its path, or a shipped one by its name, its stem, or its path in a checkout of ptafuse.
+
+    Args:
+        path: what the user gave.
+        shipped: the files that come with ptafuse.
+        what: what is looked for, for the message.
+
+    Raises:
+        ConfigError: there is neither; names the shipped ones.
+    """
+    if path.is_file():
+        return path
+    for known in shipped:
+        if path in (Path(known.name), Path(known.stem), "pipeline" / known.relative_to(_SHIPPED.parent)):
+            return known
+    names = ", ".join(known.stem for known in shipped)
+    raise ConfigError(f"no such {what}: {path}. Give the path of a TOML file, or one of the shipped ones: {names}")
 
 
 def config_id(config: RunConfig) -> str:
     """12 hexadecimal digits that identify a resolved configuration, runtime settings included."""
     return hashlib.sha256(config.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
-
-
-def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for shipped in shipped_configs():
-        if path in (Path(shipped.name), Path(shipped.stem), Path("pipeline/configs") / shipped.name):
-            return shipped
-    names = ", ".join(shipped.stem for shipped in shipped_configs())
-    raise ConfigError(
-        f"no such configuration: {path}. Give the path of a TOML file, or one of the shipped ones: {names}"
-    )
 
 
 def _set(values: dict[str, Any], override: str) -> None:

@@ -20,7 +20,7 @@ from pipeline.run.session import open_run
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request
 from pipeline.run.trained_model import discard_model
-from pipeline.settings.load import ConfigError, load_config
+from pipeline.settings.load import ConfigError, find_toml, load_config, shipped_sweeps
 from pipeline.workflow.stages import run_all_stages
 from stages.contract.fingerprint import Settings
 from stages.contract.store import Store
@@ -41,6 +41,9 @@ class SweepConfig(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Begins the name of every configuration.")
     config: str = Field(description="The configuration that is varied: a TOML file, or the name of a shipped one.")
     seeds: tuple[int, ...] = Field((42,), min_length=1, description="train.seed of each repetition.")
+    name_seeds: bool = Field(
+        True, description="Configurations are named <sweep>-<cell>-seed<seed>; false, with one seed: <sweep>-<cell>."
+    )
     set: dict[str, Scalar] = Field({}, description="Dotted key -> value, of every variant.")
     baseline: str | None = Field(None, description="The variant that all others are compared with, seed by seed.")
     keep_models: bool = Field(False, description="Keep every trained model; else each is removed when it is evaluated.")
@@ -52,6 +55,10 @@ class SweepConfig(Settings):
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise ValueError(f"the names of cells must differ, but {double[0]!r} is there twice")
+        if not self.name_seeds and len(self.seeds) > 1:
+            raise ValueError(
+                f"name_seeds = false leaves {len(self.seeds)} seeds of a cell with the same name: give one seed"
+            )
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline = {self.baseline!r} is none of the cells: {', '.join(names)}")
         return self
@@ -70,16 +77,18 @@ class Cell:
     overrides: tuple[str, ...]
 
 
-def load_sweep(path: Path) -> SweepConfig:
+def load_sweep(given: Path) -> SweepConfig:
     """Read a sweep's TOML file, and check every cell's configuration.
+
+    Args:
+        given: the file, or the name of a shipped sweep.
 
     Raises:
         ConfigError: a file, key or value is wrong; names the cell.
     """
+    path = find_toml(given, shipped_sweeps(), "sweep")
     try:
         sweep = SweepConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise ConfigError(f"no such sweep: {path}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
     except ValidationError as error:
@@ -123,7 +132,7 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
     store.replace(f"sweeps/{sweep.name}.json", (json.dumps(record, indent=1) + "\n").encode())
     for seed in sweep.seeds:
         for cell in cells_of(sweep):
-            name = run_name(sweep.name, cell.name, seed)
+            name = run_name(sweep, cell, seed)
             overrides = (*cell.overrides, f"name={name}", f"train.seed={seed}")
             run = open_run(Request(sweep.config, overrides), run_url, console, local=local)
             missing = [step.model for step in run.resolved.of_stage("eval") if read_result(store, step) is None]
@@ -141,9 +150,9 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
     console.print(f"sweep {sweep.name}: all {len(cells_of(sweep)) * len(sweep.seeds)} figures are there")
 
 
-def run_name(sweep: str, cell: str, seed: int) -> str:
-    """The configuration's name of one cell and seed."""
-    return f"{sweep}-{cell}-seed{seed}"
+def run_name(sweep: SweepConfig, cell: Cell, seed: int) -> str:
+    """Return the name of the configuration of one cell and seed."""
+    return f"{sweep.name}-{cell.name}-seed{seed}" if sweep.name_seeds else f"{sweep.name}-{cell.name}"
 
 
 def recorded_sweeps(store: Store) -> list[SweepConfig]:

@@ -29,6 +29,8 @@ from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000
 """Positions in the document viewer, about 0.8 kB each."""
+MAX_CELLS_SHOWN: Final = 4
+"""The configurations of a sweep that has no more are shown like any other configuration."""
 SECTIONS: Final = (
     "Summary",
     "Benchmarks",
@@ -58,10 +60,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
             f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
         )
     sweeps = recorded_sweeps(store)
-    swept = {
-        run_name(sweep.name, cell.name, seed) for sweep in sweeps for cell in cells_of(sweep) for seed in sweep.seeds
-    }
-    runs = [run for run in runs if run.config.name not in swept] or runs[-1:]
+    runs = _shown_by_themselves(runs, sweeps)
     statuses = {run.config.name: read_status(run, store) for run in runs}
     results = held_out(runs, store)
     teachers = teacher_rows(runs, statuses)
@@ -96,6 +95,13 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         css=_asset("page.css"),
         js=_asset("page.js"),
     )
+
+
+def _shown_by_themselves(runs: list[ResolvedRun], sweeps: Sequence[SweepConfig]) -> list[ResolvedRun]:
+    """Leave out the configurations of large sweeps, which have a table of their own; at least one run stays."""
+    names = [[run_name(sweep, cell, seed) for cell in cells_of(sweep) for seed in sweep.seeds] for sweep in sweeps]
+    swept = {name for cells in names if len(cells) > MAX_CELLS_SHOWN for name in cells}
+    return [run for run in runs if run.config.name not in swept] or runs[-1:]
 
 
 def _asset(name: str) -> str:

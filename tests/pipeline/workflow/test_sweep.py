@@ -11,9 +11,9 @@ from rich.console import Console
 from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.run.session import Run
 from pipeline.run.steps import result_key
-from pipeline.settings.load import ConfigError
+from pipeline.settings.load import ConfigError, shipped_configs, shipped_sweeps
 from pipeline.workflow import sweep as sweeping
-from pipeline.workflow.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_sweep
+from pipeline.workflow.sweep import SweepConfig, cells_of, load_sweep, recorded_sweeps, run_name, run_sweep
 from stages.contract.store import Store
 from tests.tiny_run import data_hashes, ptafuse
 
@@ -80,6 +80,7 @@ def test_lists_of_values_are_combined() -> None:
         ("[0.8, 0.2]", "[0.8, 7.5]", "cell fused-lambda-7.5"),
         ('"train.batch_size"', '"train.batchsize"', "there is no such setting"),
         ("seeds", "sedes", "Extra inputs are not permitted"),
+        ("seeds", "name_seeds = false\nseeds", "name_seeds = false leaves 2 seeds of a cell with the same name"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_runs(sweep_file: Path, before: str, after: str, message: str) -> None:
@@ -88,6 +89,32 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(sweep_file: Path, before:
     sweep_file.write_text(text.replace(before, after))
     with pytest.raises(ConfigError, match=message):
         load_sweep(sweep_file)
+
+
+@pytest.mark.parametrize("path", shipped_sweeps(), ids=lambda path: path.stem)
+def test_every_shipped_sweep_loads_by_its_name_and_names_a_shipped_configuration(path: Path) -> None:
+    sweep = load_sweep(Path(path.stem))
+    assert sweep.name == path.stem
+    assert sweep.config in [config.stem for config in shipped_configs()]
+
+
+def test_the_demo_s_configurations_are_named_without_a_seed() -> None:
+    sweep = load_sweep(Path("demo"))
+    names = [run_name(sweep, cell, seed) for cell in cells_of(sweep) for seed in sweep.seeds]
+    assert names == ["demo-semi-relaxed", "demo-paper", "demo-gold-only"]
+
+
+def test_a_sweep_that_is_not_there_is_refused_with_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no such sweep: nope\.toml.*demo, study-rates, study-settings, study"):
+        load_sweep(Path("nope.toml"))
+
+
+def test_a_check_lists_the_cells_and_runs_nothing(sweep_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shown = ptafuse("sweep", str(sweep_file), "--run", str(run), "--check").stdout
+    assert "6 trainings" in " ".join(shown.split())
+    assert all(cell in shown for cell in ("gold", "fused-lambda-0.8", "fused-lambda-0.2"))
+    assert not run.exists()
 
 
 @pytest.mark.slow
