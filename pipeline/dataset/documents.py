@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity
 from pipeline.dataset.find import find_files
-from pipeline.dataset.formats import FORMATS, Chunks, changed
+from pipeline.dataset.formats import FORMATS, Chunks, RowCount, changed
 from stages.shard.config import DatasetConfig
 
 log = logging.getLogger(__name__)
@@ -104,14 +104,8 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
     for name in files.paths:
         if plan.is_full:
             break
-        num_rows, byte_starts = FORMATS[files.format].count(
-            files,
-            name,
-            dataset.text_column,
-            first_row=plan.num_documents,
-            rows_per_shard=documents_per_shard,
-            max_rows=plan.room,
-        )
+        wanted = RowCount(first_row=plan.num_documents, rows_per_shard=documents_per_shard, max_rows=plan.room)
+        num_rows, byte_starts = FORMATS[files.format].count(files, name, dataset.text_column, wanted)
         plan.add(name, num_rows, byte_starts)
         if num_rows and files.is_compressed(name):
             _warn_of_rereading(name, files)

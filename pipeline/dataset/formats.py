@@ -4,6 +4,7 @@ import codecs
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Protocol
 
 import pyarrow as pa
@@ -27,6 +28,21 @@ _TEXT_TYPES: Final = (
     pa.types.is_binary_view,
 )
 _MAX_LINES_PROBED: Final = 100
+
+
+@dataclass(frozen=True)
+class RowCount:
+    """How far the rows of a file are counted.
+
+    Attributes:
+        first_row: number of rows in the files before it.
+        rows_per_shard: a shard begins at every multiple of this.
+        max_rows: a count that is at least this large is enough; None: count all.
+    """
+
+    first_row: int
+    rows_per_shard: int
+    max_rows: int | None
 
 
 class Format(Protocol):
@@ -60,25 +76,14 @@ class Format(Protocol):
         """
         ...
 
-    def count(
-        self,
-        files: DatasetFiles,
-        name: str,
-        column: str,
-        *,
-        first_row: int,
-        rows_per_shard: int,
-        max_rows: int | None,
-    ) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
         """Count a file's rows.
 
         Args:
             files: the dataset's files.
             name: which one.
             column: the column that holds the text.
-            first_row: number of rows in the files before it.
-            rows_per_shard: a shard begins at every multiple of this.
-            max_rows: a count that is at least this large is enough; None: count all.
+            wanted: how far to count, and which rows' places are asked for.
 
         Returns:
             The number of rows; and where rows begin at which a shard may begin, if the format can seek to them.
@@ -111,18 +116,9 @@ class Parquet:
         with files.open(name) as stream:
             return bool(_open_parquet(stream, files.paths[name], column, setting).metadata.num_rows)
 
-    def count(
-        self,
-        files: DatasetFiles,
-        name: str,
-        column: str,
-        *,
-        first_row: int,
-        rows_per_shard: int,
-        max_rows: int | None,
-    ) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``."""
-        del first_row, rows_per_shard, max_rows  # the footer holds the number
+        del wanted  # the footer holds the number
         with files.open(name) as stream:
             return _open_parquet(stream, files.paths[name], column).metadata.num_rows, {}
 
@@ -182,17 +178,8 @@ class JsonLines:
             )
         return False
 
-    def count(
-        self,
-        files: DatasetFiles,
-        name: str,
-        column: str,
-        *,
-        first_row: int,
-        rows_per_shard: int,
-        max_rows: int | None,
-    ) -> tuple[int, RowStarts]:
-        """See ``Format``: counts the lines in a stream, and stops at ``max_rows``."""
+    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+        """See ``Format``: counts the lines in a stream, and stops at ``wanted.max_rows``."""
         del column  # a line without it is a bad record, and is counted
         can_seek = not files.is_compressed(name)
         byte_starts: RowStarts = {}
@@ -200,9 +187,9 @@ class JsonLines:
         with files.open(name) as stream:
             for line in _whole_lines(stream, files.paths[name]):
                 if not line.isspace():
-                    if row == max_rows:
+                    if row == wanted.max_rows:
                         break
-                    if can_seek and (row == 0 or (first_row + row) % rows_per_shard == 0):
+                    if can_seek and (row == 0 or (wanted.first_row + row) % wanted.rows_per_shard == 0):
                         byte_starts[row] = position
                     row += 1
                 position += len(line)
@@ -237,18 +224,9 @@ class TextFiles:
         del files, name, column, setting
         return True
 
-    def count(
-        self,
-        files: DatasetFiles,
-        name: str,
-        column: str,
-        *,
-        first_row: int,
-        rows_per_shard: int,
-        max_rows: int | None,
-    ) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``."""
-        del files, name, column, first_row, rows_per_shard, max_rows
+        del files, name, column, wanted
         return 1, {}
 
     def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
