@@ -6,7 +6,6 @@ from rich.console import Console
 
 from pipeline.analysis.interpret.tables import interpretation_tables, interpretations
 from pipeline.display.table import as_rich
-from pipeline.evaluation.suites.published import CAVEAT, PUBLISHED
 from pipeline.evaluation.suites.results import suite_rows, suite_table
 from pipeline.report.held_out import held_out, held_out_table
 from pipeline.report.teacher import teacher_rows, teacher_table
@@ -31,9 +30,7 @@ def print_report(store: Store, console: Console) -> None:
     console.print(as_rich(held_out_table(held_out(runs, store))))
     benchmarks = suite_rows(runs, store)
     if benchmarks:
-        for table in (suite_table(benchmarks), *PUBLISHED):
-            console.print(as_rich(table))
-        console.print(CAVEAT)
+        console.print(as_rich(suite_table(benchmarks)))
     console.print(as_rich(teacher_table(teacher_rows(runs, statuses))))
     for name, figures in interpretations(runs, store):
         for table in interpretation_tables(name, figures):

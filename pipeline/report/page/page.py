@@ -10,7 +10,6 @@ import jinja2
 
 from pipeline.display.table import ResultTable
 from pipeline.evaluation.suites.catalogue import SUITES
-from pipeline.evaluation.suites.published import CAVEAT, PUBLISHED
 from pipeline.evaluation.suites.results import SuiteRow, subtask_table, suite_rows, suite_table
 from pipeline.report.held_out import HeldOutRow, held_out, held_out_table
 from pipeline.report.page.interpretation import described_interpretations
@@ -81,8 +80,6 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         benchmarks=suite_table(benchmarks),
         benchmark_plot=_benchmark_plot(benchmarks),
         subtasks=subtask_table(runs, store),
-        published=PUBLISHED,
-        published_caveat=CAVEAT,
         teacher=teacher_table(teachers),
         teacher_plot=_teacher_plot(teachers),
         interpretations=described_interpretations(runs, store),
