@@ -178,7 +178,7 @@ def test_a_hub_dataset_is_read_where_it_is(hub: dict[str, Any], memory: Any, suf
     names = [f"owner/name@abc/en/test-{part:05d}.{suffix}" for part in range(2)]
     for name, found in zip(names, (TEXTS[:9], TEXTS[9:]), strict=True):
         memory.pipe_file(f"/{name}", write(found))
-    hub["splits"] = {"train": ["memory://other.csv"], "test": [f"memory://{name}" for name in names]}
+    hub["splits"] = {"train": ["memory://other.pdf"], "test": [f"memory://{name}" for name in names]}
     dataset = DatasetConfig(hub="owner/name", revision="abc", subset="en", split="test", max_documents=20)
     check_dataset(dataset)
     assert _texts(_read_all(dataset, 6)) == TEXTS[:20]
@@ -213,10 +213,10 @@ def test_only_the_pages_of_the_range_are_fetched_from_the_hub(
 
 def test_a_hub_dataset_that_cannot_be_read_as_asked_is_refused(hub: dict[str, Any], memory: Any) -> None:
     memory.pipe_file("/a.parquet", _parquet(TEXTS).replace(b"text", b"body"))
-    hub["splits"] = {"train": ["memory://a.parquet"], "test": ["memory://b.csv"]}
+    hub["splits"] = {"train": ["memory://a.parquet"], "test": ["memory://b.pdf"]}
     with pytest.raises(DatasetError, match=r"no column 'text'.*'other', 'body'"):
         check_dataset(DatasetConfig(hub="owner/name", revision="abc"))
-    with pytest.raises(DatasetError, match=r"b\.csv: unknown format; expected \.parquet"):
+    with pytest.raises(DatasetError, match=r"b\.pdf: unknown format; expected \.parquet"):
         check_dataset(DatasetConfig(hub="owner/name", revision="abc", split="test"))
     with pytest.raises(DatasetError, match=r"no split 'validation'.*'train', 'test'"):
         check_dataset(DatasetConfig(hub="owner/name", revision="abc", split="validation"))
@@ -324,8 +324,8 @@ def test_identity_is_of_names_and_contents(tmp_path: Path) -> None:
         ({}, "missing.jsonl", FileNotFoundError, "no file or folder"),
         ({}, "missing/*.jsonl", FileNotFoundError, "matches no file; expected .parquet"),
         ({"f/README.md": b"x"}, "f", DatasetError, "no file that can be read.*found README.md"),
-        ({"a.csv": b"x"}, "a.csv", DatasetError, "unknown format; expected .parquet"),
-        ({"f/a.csv": b"x"}, "f/*", DatasetError, "a.csv: unknown format"),
+        ({"a.pdf": b"x"}, "a.pdf", DatasetError, "unknown format; expected .parquet"),
+        ({"f/a.pdf": b"x"}, "f/*", DatasetError, "a.pdf: unknown format"),
         ({"f/a.jsonl": b"{}", "f/b.parquet": b""}, "f", DatasetError, "mixes jsonl, parquet: say which with a glob"),
         ({"a.jsonl": b'{"body": 1, "id": 2}\n'}, "a.jsonl", DatasetError, "no column 'text'.*'body', 'id'"),
         (

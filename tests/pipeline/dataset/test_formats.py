@@ -42,4 +42,4 @@ def test_a_format_is_found_by_each_of_its_suffixes_in_any_case(name: str) -> Non
 
 
 def test_a_file_of_no_known_suffix_has_no_format() -> None:
-    assert [format_of(name) for name in ("a.csv", "a.txt.gz", "a.parquet.zst", "jsonl")] == [None] * 4
+    assert [format_of(name) for name in ("a.pdf", "a.txt.gz", "a.parquet.zst", "jsonl")] == [None] * 4
