@@ -101,7 +101,7 @@ def bits_per_byte(
         encodings,
         config,
         num_ids=tokenizer.vocabulary.size,
-        num_repeated=int(tokenizer.prepends_bos),
+        num_repeated=tokenizer.num_prefix,
         score=score,
     )
     totals: dict[int, CrossEntropy] = {}
@@ -151,7 +151,7 @@ def gold_logprobs(
     inputs = [
         (index, window)
         for index, ids in enumerate(sequences)
-        for window in (windows(len(ids), max_length=max_length, num_bos=num_repeated) if len(ids) else ())
+        for window in (windows(len(ids), max_length=max_length, num_prefix=num_repeated) if len(ids) else ())
     ]
     for indices in token_batches([len(window) for _, window in inputs], max_tokens=config.batch_tokens):
         batch = padded_batch([inputs[index] for index in indices], sequences, starts)

@@ -248,7 +248,7 @@ class _SourceReader:
         for some, contexts in self._groups(segments, encodings):
             sequences = [ids for part in contexts for ids in part.sequences]
             predictions = _predict(
-                self._backend, self._source, sequences, self._cuts(contexts), int(self._tokenizer.prepends_bos)
+                self._backend, self._source, sequences, self._cuts(contexts), self._tokenizer.num_prefix
             )
             num_tokens += int(predictions.starts[-1])
             first = 0
@@ -304,7 +304,7 @@ def _target_rows(
     """The target's own top-k at every position of the segments."""
     backend = _backend(config, config.target, tokenizer, cpus)
     sequences = [encoding.ids for encoding in encodings]
-    predictions = _predict(backend, config.target, sequences, [0] * len(sequences), int(tokenizer.prepends_bos))
+    predictions = _predict(backend, config.target, sequences, [0] * len(sequences), tokenizer.num_prefix)
     return [
         ModelRows(
             token_ids=encoding.ids,
@@ -362,7 +362,7 @@ def _predict(
     model: ModelConfig,
     sequences: Sequence[np.ndarray],
     first_taken: Sequence[int],
-    num_bos: int,
+    num_prefix: int,
 ) -> Predictions:
     """Run a model over sequences; of each the positions before ``first_taken`` are read and not predicted at.
 
@@ -370,7 +370,7 @@ def _predict(
         ValueError: a logprob is not finite.
     """
     cuts = [
-        _cut(len(ids), first, max_length=backend.max_length, num_bos=num_bos)
+        _cut(len(ids), first, max_length=backend.max_length, num_prefix=num_prefix)
         for ids, first in zip(sequences, first_taken, strict=True)
     ]
     try:
@@ -382,8 +382,8 @@ def _predict(
         ) from error
 
 
-def _cut(length: int, first: int, *, max_length: int, num_bos: int) -> list[Window]:
+def _cut(length: int, first: int, *, max_length: int, num_prefix: int) -> list[Window]:
     if not length:
         return []
-    cut = windows(length, max_length=max_length, num_bos=num_bos)
+    cut = windows(length, max_length=max_length, num_prefix=num_prefix)
     return [replace(window, take_start=max(first, window.take_start)) for window in cut if window.end > first]

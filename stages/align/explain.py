@@ -125,7 +125,7 @@ def explain_position(
     if source is not None and taken >= 0:
         source_side, source_rows = source
         source_topk = _candidates(source_side.vocabulary, source_rows, taken, config)
-    support, cost, plan = _problem(target_side.vocabulary, position, aligned)
+    support, cost, plan = _problem(target_side.vocabulary, position, aligned, num_source=len(source_topk))
     has_next = position + 1 < len(target_rows)
     return Explanation(
         doc_id=doc_id,
@@ -161,15 +161,18 @@ def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, config: 
 
 
 def _problem(
-    vocabulary: Vocabulary, position: int, aligned: AlignedSegment
+    vocabulary: Vocabulary, position: int, aligned: AlignedSegment, *, num_source: int
 ) -> tuple[tuple[Candidate, ...], np.ndarray, np.ndarray]:
-    """Support, cost and plan of the position's transport problem, pads left out."""
+    """Return support, cost and plan of the position's transport problem, pads left out.
+
+    A candidate of the source that was not moved (a special token without a counterpart) has a row of zeros.
+    """
     problems = aligned.problems
     found = np.empty(0, np.int64) if problems is None else np.flatnonzero(problems.positions == position)
     if problems is None or not len(found):
         return (), np.zeros((0, 0)), np.zeros((0, 0))
     index = int(found[0])
-    real = np.ix_(problems.source_ids[index] != NO_ID, problems.support_ids[index] != NO_ID)
+    real = np.ix_(np.arange(num_source), problems.support_ids[index] != NO_ID)
     support = _sparse(vocabulary, problems.support_ids[index], problems.prior[index])
     return support, problems.cost[index][real], problems.plan[index][real]
 

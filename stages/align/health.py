@@ -34,6 +34,7 @@ _MEANS: Final[tuple[str, ...]] = (
     "aligned_entropy",
     "mass_moved",
     "mass_unmapped",
+    "mass_special",
     "cut_mass",
 )
 
@@ -78,6 +79,7 @@ class AlignHealth:
         self._add_mean("aligned_entropy", _entropy(_renormalised(aligned.probs[covered])))
         self._add_mean("mass_moved", aligned.mass_moved[covered])
         self._add_mean("mass_unmapped", aligned.mass_unmapped[covered])
+        self._add_mean("mass_special", aligned.mass_special[covered])
         self._add_mean("cut_mass", aligned.cut_mass[covered])
         if source is not None:
             taken = aligned.source_position[covered]

@@ -1,7 +1,8 @@
 """How the source's mass moves to target tokens: the transport problems of a segment, or a hard mapping."""
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal, Self
 
 import numpy as np
 
@@ -43,6 +44,33 @@ class Problems:
     converged: np.ndarray
     mass_moved: np.ndarray
 
+    @classmethod
+    def joined(cls, parts: Sequence["Problems"]) -> Self:
+        """Return the problems of several parts as one, in the order of their positions.
+
+        The parts have the same number of candidates; columns of the support that only some have are pads in the others.
+        """
+        width = max(part.support_ids.shape[1] for part in parts)
+
+        def widened(values: np.ndarray, pad: float) -> np.ndarray:
+            missing = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
+            return np.pad(values, missing, constant_values=pad)
+
+        order = np.argsort(np.concatenate([part.positions for part in parts]), kind="stable")
+        pads = {"support_ids": NO_ID, "prior": 0.0, "cost": 0.0, "plan": 0.0}
+        columns = {
+            field.name: np.concatenate(
+                [
+                    widened(getattr(part, field.name), pads[field.name])
+                    if field.name in pads
+                    else getattr(part, field.name)
+                    for part in parts
+                ]
+            )[order]
+            for field in fields(cls)
+        }
+        return cls(**columns)
+
     def unmapped_share(self) -> np.ndarray:
         """(P,) the share of the source's mass that the plan has nothing for."""
         total = self.source_mass.sum(axis=1)
@@ -57,17 +85,18 @@ class MassMover:
     Args:
         config: the settings.
         pair: the two models; of it only what the settings need is computed.
+        cache_slots: distances that are remembered; the cost's own default where None.
     """
 
-    def __init__(self, config: AlignConfig, pair: ModelPair) -> None:
+    def __init__(self, config: AlignConfig, pair: ModelPair, *, cache_slots: int | None = None) -> None:
         self._config = config
         self._numbers = text_numbers(pair.source, pair.target)
         self.projection: Literal["argmax", "plan"] = config.projection if config.method == "transport" else "plan"
         if config.method == "transport":
-            self._costs = build_costs(config.cost, pair)
+            self._costs = build_costs(config.cost, pair, num_slots=cache_slots)
             self._first_token = pair.first_token if config.support == "union" else None
             return
-        self._costs = build_costs("edit-distance", pair)
+        self._costs = build_costs("edit-distance", pair, num_slots=cache_slots)
         self._exact = pair.exact
         self._nearest = NearestTokens(
             pair.source,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stages.align.pairing.token_pairing import ROLE_TEXTS, Role, token_roles
+from stages.align.pairing.token_pairing import token_roles
 from stages.align.vocabulary_maps import NO_ID
 from stages.measures.nucleus import outside_nucleus
 from stages.models.tokenizer import Vocabulary
@@ -40,33 +40,30 @@ class Side:
     Attributes:
         name: of the model, for messages.
         vocabulary: V tokens.
-        prepends_bos: its segments begin with BOS.
+        prefix_id: the token that stands before every text, None without.
+        has_dummy_prefix: it writes a text's first token with a space that the text does not have.
         texts: (V,) each token's text, decoded.
     """
 
     name: str
     vocabulary: Vocabulary
-    prepends_bos: bool
+    prefix_id: int | None
+    has_dummy_prefix: bool
     texts: tuple[str, ...]
 
     def roles(self, token_ids: np.ndarray) -> np.ndarray:
         """(N,) the role of each token of a segment."""
         vocabulary = self.vocabulary
-        return token_roles(
-            token_ids, bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id, prepends_bos=self.prepends_bos
-        )
+        return token_roles(token_ids, prefix_id=self.prefix_id, eos_id=vocabulary.eos_id)
 
-    def pairing_texts(self, token_ids: np.ndarray, roles: np.ndarray) -> list[str]:
-        """Texts for the pairing's edit distance: without marker, special tokens by role."""
+    def pairing_texts(self, token_ids: np.ndarray) -> list[str]:
+        """Return the tokens' texts for the pairing's edit distance: without word-boundary markers."""
         texts = self.texts  # decoded once, not once a token
         is_marked = self.vocabulary.is_marked[token_ids].tolist()
-        found = [
+        return [
             texts[token_id][1:] if marked else texts[token_id]
             for token_id, marked in zip(token_ids.tolist(), is_marked, strict=True)
         ]
-        for position in np.flatnonzero(roles != Role.TEXT):
-            found[position] = ROLE_TEXTS[Role(roles[position])]
-        return found
 
     def check(self, rows: ModelRows) -> None:
         """Refuse rows that another tokenizer must have made.

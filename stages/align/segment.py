@@ -26,6 +26,9 @@ GOLD: Final = 2
 IDENTITY: Final = 3
 """Outcomes of a position: indices into ``schemas.PAIRED_BY``."""
 
+START_SLOTS: Final = 2**16
+"""Distances remembered for the first tokens of texts."""
+
 
 @dataclass(frozen=True, eq=False)
 class AlignedSegment:
@@ -42,6 +45,7 @@ class AlignedSegment:
         cut_mass: (M,) float64; mass beyond the k largest.
         mass_moved: (M,) float64; share of what landed that is on a token of another text.
         mass_unmapped: (M,) float64; share of the source's mass whose candidates a hard mapping has no token for.
+        mass_special: (M,) float64; share of the source's window on special tokens that the target has no counterpart of.
         problems: how the mass moved; None where the source's distributions were copied or none was taken.
     """
 
@@ -55,6 +59,7 @@ class AlignedSegment:
     cut_mass: np.ndarray
     mass_moved: np.ndarray
     mass_unmapped: np.ndarray
+    mass_special: np.ndarray
     problems: Problems | None
 
 
@@ -73,8 +78,13 @@ class SegmentAligner:
         self._target = target
         self._source = source
         self.is_identity = same_vocabulary(target.vocabulary, source.vocabulary)
-        if not self.is_identity:
-            self._mover = MassMover(config, pair)
+        if self.is_identity:
+            return
+        self._mover = MassMover(config, pair)
+        start = pair.at_text_start(source_dummy=source.has_dummy_prefix, target_dummy=target.has_dummy_prefix)
+        # One position per segment: a small table of distances serves it.
+        self._start_mover = self._mover if start is pair else MassMover(config, start, cache_slots=START_SLOTS)
+        self._counterpart = pair.special_counterpart
 
     def align(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment.
@@ -90,17 +100,20 @@ class SegmentAligner:
         pairing, partner, exact = self._pair(target, source)
         has_next = np.arange(len(target)) < len(target) - 1
         taken = has_next & (partner != NO_POSITION) & (exact | (config.inexact == "transport"))
-        source_ids, source_mass = self._source_candidates(source, partner[taken])
+        source_ids, source_mass, special = self._source_candidates(
+            source, partner[taken], target, np.flatnonzero(taken)
+        )
         usable = source_mass.sum(axis=1) > 0
         if not self.is_identity and config.method == "transport":
             usable &= target.topk_probs[taken, : config.top_k].sum(axis=1) > 0
         taken[taken] = usable
-        source_ids, source_mass = source_ids[usable], source_mass[usable]
+        source_ids, source_mass, special = source_ids[usable], source_mass[usable], special[usable]
         problems = None
         if self.is_identity:
             moved = keep_largest(source_ids, source_mass, top_k=config.top_k, tail=config.tail)
         else:
-            problems = self._mover.move(target, np.flatnonzero(taken), source_ids, source_mass)
+            at_start = (target.byte_end[taken] == 0) & (source.byte_end[partner[taken]] == 0)
+            problems = self._move(target, np.flatnonzero(taken), at_start, source_ids, source_mass)
             mass = column_mass(problems.plan, self._mover.projection)
             moved = keep_largest(problems.support_ids, mass, top_k=config.top_k, tail=config.tail)
         # A hard mapping may have no token for any of a position's candidates.
@@ -111,16 +124,35 @@ class SegmentAligner:
         result.outcome[taken] = IDENTITY if self.is_identity else TRANSPORT
         result.ids[taken], result.probs[taken] = moved.ids[landed], moved.probs[landed]
         result.tail_mass[taken], result.cut_mass[taken] = moved.tail_mass[landed], moved.cut_mass[landed]
+        result.mass_special[taken] = special[landed]
         if problems is not None:
             result.mass_moved[taken] = problems.mass_moved[landed]
             if config.method != "transport":
                 result.mass_unmapped[taken] = problems.unmapped_share()[landed]
         if config.inexact == "gold":
-            gold = np.flatnonzero(has_next & ~taken)
+            gold = np.flatnonzero(has_next & ~exact)  # an exact position that nothing landed at stays without
             result.outcome[gold] = GOLD
             result.ids[gold, 0] = target.token_ids[gold + 1]  # the next token: never the one the context ends with
             result.probs[gold, 0] = 1.0
         return result
+
+    def _move(
+        self,
+        target: ModelRows,
+        positions: np.ndarray,
+        at_start: np.ndarray,
+        source_ids: np.ndarray,
+        source_mass: np.ndarray,
+    ) -> Problems:
+        """Move the mass at P positions; those at the start of the text by the texts as they are written there."""
+        if self._start_mover is self._mover or not at_start.any():
+            return self._mover.move(target, positions, source_ids, source_mass)
+        parts = [
+            mover.move(target, positions[here], source_ids[here], source_mass[here])
+            for mover, here in ((self._start_mover, at_start), (self._mover, ~at_start))
+            if here.any()
+        ]
+        return Problems.joined(parts)
 
     def landed(self, problems: Problems) -> np.ndarray:
         """(P, n, m) which candidate's mass lands on which, see ``landed_mass``."""
@@ -146,26 +178,55 @@ class SegmentAligner:
             )
         else:
             pairing = edit_distance_pairing(
-                self._source.pairing_texts(source.token_ids, source_roles),
-                self._target.pairing_texts(target.token_ids, target_roles),
+                self._source.pairing_texts(source.token_ids),
+                self._target.pairing_texts(target.token_ids),
                 source_byte_end=source.byte_end,
                 target_byte_end=target.byte_end,
+                source_roles=source_roles,
+                target_roles=target_roles,
             )
         partner, exact = choose_source(
             pairing, source.byte_end, target.byte_end, source_roles=source_roles, target_roles=target_roles
         )
         return pairing, partner, exact
 
-    def _source_candidates(self, source: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The source's window at these positions: ids (P, n) and the mass a that is moved (P, n)."""
+    def _source_candidates(
+        self, source: ModelRows, positions: np.ndarray, target: ModelRows, target_positions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the source's window at P positions, as far as it can be moved.
+
+        A special candidate (``<|eot_id|>``) moves to the target's token of the same role or name alone, never onto text.
+        Where the target has none, or none in a support that is the target's own window, the candidate is left out: its
+        mass joins the tail, or is made up by the rest.
+
+        Args:
+            source: the source's rows.
+            positions: (P,) of the source.
+            target: the target's rows.
+            target_positions: (P,) of the target.
+
+        Returns:
+            ids (P, n), -1 where nothing is moved; the mass a that is moved (P, n); and the mass of the candidates left
+            out (P,), as a share of the window's.
+        """
         config = self._config
         ids, probs = narrow(
             source.topk_ids[positions], source.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
         )
-        total = probs.sum(axis=1, keepdims=True)
         # Rounded logprobs of a peaked row can sum to a little more than 1.
-        scale = total if config.tail == "renormalise" else np.maximum(total, 1.0)
-        return ids, np.divide(probs, scale, out=np.zeros_like(probs), where=scale > 0)
+        window = probs.sum(axis=1)
+        special = np.zeros(len(ids))
+        if not self.is_identity:
+            counterpart = self._counterpart[ids]
+            has_place = counterpart != NO_ID
+            if config.method == "transport" and config.support == "target":
+                own = target.topk_ids[target_positions, : config.top_k]
+                has_place &= (own[:, None, :] == counterpart[:, :, None]).any(axis=2)
+            movable = (ids != NO_ID) & (~self._source.vocabulary.is_special[ids] | has_place)
+            ids, probs = np.where(movable, ids, NO_ID), np.where(movable, probs, 0.0)
+            special = 1.0 - np.divide(probs.sum(axis=1), window, out=np.ones_like(window), where=window > 0)
+        scale = probs.sum(axis=1) if config.tail == "renormalise" else np.maximum(window, 1.0)
+        return ids, np.divide(probs, scale[:, None], out=np.zeros_like(probs), where=scale[:, None] > 0), special
 
 
 def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:
@@ -202,5 +263,6 @@ def _without_distributions(
         cut_mass=np.zeros(size),
         mass_moved=np.zeros(size),
         mass_unmapped=np.zeros(size),
+        mass_special=np.zeros(size),
         problems=problems,
     )

@@ -49,7 +49,8 @@ class AlignStage:
       vocabulary at the source position that was taken (where a token follows there). All floored at 1e-4.
     - ``source_entropy``, ``aligned_entropy``, nats, of the source's window and of the projected row, both renormalised.
     - ``mass_moved``: share of what landed that is on a token of another text; ``mass_unmapped``: share of the source's
-      mass whose candidates a hard mapping has no token for; ``cut_mass``: mass beyond a row's k largest.
+      mass whose candidates a hard mapping has no token for; ``mass_special``: share of the source's window on special
+      tokens without a counterpart, which is left out; ``cut_mass``: mass beyond a row's k largest.
     """
 
     def __init__(self, config: AlignConfig, target: ModelConfig, source: ModelConfig) -> None:
@@ -230,7 +231,7 @@ class _OutputRows:
 def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
     vocabulary = tokenizer.vocabulary
     texts = tuple(map(vocabulary.text, range(vocabulary.size)))
-    return Side(model.name, vocabulary, tokenizer.prepends_bos, texts)
+    return Side(model.name, vocabulary, tokenizer.prefix_id, tokenizer.has_dummy_prefix, texts)
 
 
 def _model_rows(table: pa.Table, row: int) -> ModelRows:

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
@@ -41,6 +41,26 @@ class ModelPair:
     encode: Encode
     load_embeddings: Callable[[], np.ndarray]
 
+    def at_text_start(self, *, source_dummy: bool, target_dummy: bool) -> "ModelPair":
+        """Return the pair as it is at the first token of a text, where one tokenizer writes a dummy prefix.
+
+        There ``▁The`` of a tokenizer with a dummy prefix is the text that ``The`` is in another: the source's texts are
+        written as the target would write them.
+
+        Args:
+            source_dummy: the source's tokenizer writes a dummy prefix.
+            target_dummy: the target's does.
+        """
+        if source_dummy == target_dummy:
+            return self
+        written = tuple(
+            token if special or not token else b" " + token if target_dummy else token.removeprefix(b" ")
+            for token, special in zip(self.source.token_bytes, self.source.is_special.tolist(), strict=True)
+        )
+        source = replace(self.source, token_bytes=written)
+        texts = [source.text(token_id) for token_id in range(source.size)]
+        return replace(self, source=source, source_texts=texts)
+
     @cached_property
     def preferred(self) -> dict[bytes, int]:
         """Of several target tokens with the same bytes, the one that the tokenizer itself gives the text."""
@@ -50,6 +70,18 @@ class ModelPair:
     def exact(self) -> np.ndarray:
         """(V of the source,) the target token of the same bytes; see ``exact_map``."""
         return exact_map(self.source, self.target, self.preferred)
+
+    @cached_property
+    def special_counterpart(self) -> np.ndarray:
+        """(V of the source,) the target's special token of the same role or name; -1 without, and for text."""
+        specials = special_ids(self.target)
+        return np.array(
+            [
+                specials.get(token, NO_ID) if special else NO_ID
+                for token, special in zip(self.source.token_bytes, self.source.is_special.tolist(), strict=True)
+            ],
+            np.int32,
+        ).reshape(self.source.size)
 
     @cached_property
     def first_token(self) -> np.ndarray:

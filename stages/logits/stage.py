@@ -79,8 +79,10 @@ class LogitsStage:
         shard = inputs["shard"]
         rows = shard.filter(pc.equal(shard["split"], "train"))
         segments, bad = self._encode(rows)
-        num_bos = int(self._tokenizer.prepends_bos)
-        cuts = [windows(len(segment), max_length=self._backend.max_length, num_bos=num_bos) for segment in segments]
+        num_prefix = self._tokenizer.num_prefix
+        cuts = [
+            windows(len(segment), max_length=self._backend.max_length, num_prefix=num_prefix) for segment in segments
+        ]
         try:
             predictions = self._backend.predict([segment.encoding.ids for segment in segments], cuts)
         except NotFiniteError as error:

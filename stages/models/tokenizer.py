@@ -59,7 +59,7 @@ class Encoding:
 
     Attributes:
         ids: (N,) int32.
-        byte_end: (N,) int32; where each token ends in the text, UTF-8 bytes; nondecreasing. BOS ends at 0; the last
+        byte_end: (N,) int32; where each token ends in the text, UTF-8 bytes; nondecreasing. The prefix ends at 0; the last
             token of the text, and EOS after it, end at the text's length. A text of which a tokenizer keeps nothing
             (white space under WordPiece) has no tokens but these two.
     """
@@ -70,11 +70,12 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A text's tokens where mostly their number is wanted: BOS if the model uses it, no EOS.
+    """A text's tokens where mostly their number is wanted: the prefix if the model has one, no EOS.
 
     Attributes:
-        num_tokens: BOS among them.
-        keeps_text: there is a token beside BOS; a tokenizer may keep nothing of a text (white space under WordPiece).
+        num_tokens: the prefix among them.
+        keeps_text: there is a token beside the prefix; a tokenizer may keep nothing of a text (white space under
+            WordPiece).
         byte_end: () -> (num_tokens,) int32, as in ``Encoding``; computed when it is asked for.
     """
 
@@ -90,7 +91,11 @@ _LOADED: Final[dict[Any, Any]] = {}
 
 
 class SegmentTokenizer:
-    """A model's tokenizer: BOS if the model uses it, the text's tokens, EOS where a document ends.
+    """A model's tokenizer: the prefix, the text's tokens, EOS where a document ends.
+
+    The prefix is what the model has seen before a text, so that it predicts the text's first token: BOS where the model
+    uses it, else EOS, which separates documents in the training text of models without BOS (``prefix_id``). A model that
+    has neither is not asked for the first token.
 
     A special token's name inside a text (a page that explains ``</s>``) is text and is tokenized as text. One family
     cannot: a Unigram vocabulary holds the name as a piece and finds it; ``byte_end`` is exact there as well.
@@ -111,7 +116,9 @@ class SegmentTokenizer:
         self.vocabulary = _read_vocabulary(tokenizer, json.loads(description))
         if bos and self.vocabulary.bos_id is None:
             raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: leave `bos` out")
-        self.prepends_bos: bool = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
+        uses_bos = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
+        self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else None
+        self.has_dummy_prefix: bool = self._writes_dummy_prefix()
         probe = self._backend.encode(_PROBE, add_special_tokens=False)
         self._spells_text = ends_by_bytes(_PROBE.encode(), self._pieces(probe.ids)) is not None
 
@@ -175,12 +182,22 @@ class SegmentTokenizer:
                 ((_, ends),) = self._tokenize_with_offsets([text])
             return self._with_special(text, found.ids, ends, is_last=False).byte_end
 
-        return Measured(len(found) + self.prepends_bos, len(found) > 0, byte_end)
+        return Measured(len(found) + self.num_prefix, len(found) > 0, byte_end)
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens that stand before every text: 1, or 0 for a model without BOS and EOS."""
+        return int(self.prefix_id is not None)
 
     @property
     def num_special(self) -> int:
-        """Special tokens of a text at which a document ends: BOS and EOS, as the model uses them."""
-        return int(self.prepends_bos) + int(self.vocabulary.eos_id is not None)
+        """Special tokens of a text at which a document ends: the prefix and EOS, as far as the model has them."""
+        return self.num_prefix + int(self.vocabulary.eos_id is not None)
+
+    def _writes_dummy_prefix(self) -> bool:
+        """Return whether a text's first token is written with a space that the text does not have (``▁The``)."""
+        ids = self._backend.encode("a", add_special_tokens=False).ids
+        return bool(ids) and self.vocabulary.token_bytes[ids[0]].startswith(b" ")
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
         return list(map(self.vocabulary.token_bytes.__getitem__, ids))
@@ -210,7 +227,7 @@ class SegmentTokenizer:
         return ends_by_offsets(text, pieces, found.offsets) if exact is None else exact
 
     def _with_special(self, text: str, ids: list[int], byte_end: np.ndarray, is_last: bool) -> Encoding:
-        start = [self.vocabulary.bos_id] if self.prepends_bos else []
+        start = [] if self.prefix_id is None else [self.prefix_id]
         end = [self.vocabulary.eos_id] if is_last and self.vocabulary.eos_id is not None else []
         return Encoding(
             ids=np.array([*start, *ids, *end], np.int32),

@@ -7,7 +7,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Window:
-    """One input of the model: the sequence's first ``num_repeated`` tokens (BOS), then tokens [start, end).
+    """One input of the model: the sequence's first ``num_repeated`` tokens (the prefix), then tokens [start, end).
 
     Its outputs are taken for positions [take_start, end); the positions before are context.
     """
@@ -31,21 +31,21 @@ class Window:
         return slice(self.num_repeated + self.take_start - self.start, len(self))
 
 
-def windows(length: int, *, max_length: int, num_bos: int = 0) -> list[Window]:
+def windows(length: int, *, max_length: int, num_prefix: int = 0) -> list[Window]:
     """Cover a sequence with windows of at most ``max_length`` tokens; one window if it fits.
 
     Each further window is half a window on: every position is taken exactly once, with all that stands before it or at
-    least max_length / 2 tokens of context, itself included. A model that was trained with BOS sees it in each window;
+    least max_length / 2 tokens of context, itself included. What stands before a text (BOS) stands before each window;
     without it some models (Gemma) predict noise.
 
     Args:
         length: tokens of the sequence, >= 1.
-        max_length: most tokens of a window, >= 2 + num_bos.
-        num_bos: tokens at the sequence's start that each further window repeats, 0 or 1.
+        max_length: most tokens of a window, >= 2 + num_prefix.
+        num_prefix: tokens at the sequence's start that each further window repeats, 0 or 1.
     """
     first_end = min(length, max_length)
     found = [Window(start=0, end=first_end, take_start=0, num_repeated=0)]
     while (taken := found[-1].end) < length:
         end = min(length, taken + max_length // 2)
-        found.append(Window(start=end - (max_length - num_bos), end=end, take_start=taken, num_repeated=num_bos))
+        found.append(Window(start=end - (max_length - num_prefix), end=end, take_start=taken, num_repeated=num_prefix))
     return found

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from stages.align.pairing.token_pairing import ROLE_TEXTS, Role, token_roles
+from stages.align.pairing.token_pairing import Role, token_roles
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 
@@ -147,9 +147,7 @@ class PlainAligner:
 def roles_of(tokenizer: SegmentTokenizer, token_ids: Sequence[int]) -> list[int]:
     """What each token is to the pairing."""
     vocabulary = tokenizer.vocabulary
-    return token_roles(
-        np.asarray(token_ids), bos_id=vocabulary.bos_id, eos_id=vocabulary.eos_id, prepends_bos=tokenizer.prepends_bos
-    ).tolist()
+    return token_roles(np.asarray(token_ids), prefix_id=tokenizer.prefix_id, eos_id=vocabulary.eos_id).tolist()
 
 
 def _without_marker(vocabulary: Vocabulary, token_id: int) -> str:
@@ -159,6 +157,6 @@ def _without_marker(vocabulary: Vocabulary, token_id: int) -> str:
 def texts(tokenizer: SegmentTokenizer, token_ids: Sequence[int]) -> list[str]:
     """A segment's tokens as the pairing compares them."""
     return [
-        _without_marker(tokenizer.vocabulary, token_id) if role == Role.TEXT else ROLE_TEXTS[Role(role)]
+        _without_marker(tokenizer.vocabulary, token_id) if role == Role.TEXT else f"<{Role(role).name.lower()}>"
         for token_id, role in zip(token_ids, roles_of(tokenizer, token_ids), strict=True)
     ]

@@ -89,7 +89,7 @@ def test_a_long_segment_is_scored_once_everywhere_in_overlapping_windows(model):
     tokenizer = SegmentTokenizer.load(model)
     loaded = load_model(model, dtype="float32", attention=("eager",), device="cpu")
     encoding = tokenizer.encode(TEXTS[0], is_last=True)
-    repeated = int(tokenizer.prepends_bos)
+    repeated = tokenizer.num_prefix
     config = CONFIG.model_copy(update={"max_length": 9})
     arguments = {"num_ids": tokenizer.vocabulary.size, "num_repeated": repeated}
     (found,) = gold_logprobs(loaded, [encoding], config, **arguments)

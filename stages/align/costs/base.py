@@ -11,8 +11,13 @@ class Costs(Protocol):
     """What moving mass from a source token to a target token costs, in edits."""
 
     @classmethod
-    def of(cls, pair: ModelPair) -> Self:
-        """Return the costs of a pair of models."""
+    def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
+        """Return the costs of a pair of models.
+
+        Args:
+            pair: the two models.
+            num_slots: pairs that are remembered, a power of two; the cost's own default where None.
+        """
         ...
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:

@@ -16,10 +16,15 @@ COSTS: Final[dict[str, type[Costs]]] = {
 """A test compares the names with those that the setting allows."""
 
 
-def build_costs(name: str, pair: ModelPair) -> Costs:
+def build_costs(name: str, pair: ModelPair, *, num_slots: int | None = None) -> Costs:
     """Return the costs of that name for a pair of models.
+
+    Args:
+        name: a key of ``COSTS``.
+        pair: the two models.
+        num_slots: pairs that are remembered; the cost's own default where None.
 
     Raises:
         KeyError: there is no cost of that name.
     """
-    return COSTS[name].of(pair)
+    return COSTS[name].of(pair, num_slots=num_slots)

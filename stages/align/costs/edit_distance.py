@@ -33,9 +33,9 @@ class EditDistanceCosts:
         self._cache = PairCache(num_slots)
 
     @classmethod
-    def of(cls, pair: ModelPair) -> Self:
-        """Return the costs of a pair of models."""
-        return cls(pair.source_texts, pair.target_texts)
+    def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
+        """See ``base.Costs``."""
+        return cls(pair.source_texts, pair.target_texts, num_slots=num_slots or CACHE_SLOTS)
 
     @property
     def num_cached(self) -> int:

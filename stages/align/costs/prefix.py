@@ -32,9 +32,9 @@ class PrefixCosts:
         self._target = _flat_texts(target)
 
     @classmethod
-    def of(cls, pair: ModelPair) -> Self:
-        """Return the costs of a pair of models."""
-        return cls(pair.source, pair.target, EditDistanceCosts.of(pair))
+    def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
+        """See ``base.Costs``."""
+        return cls(pair.source, pair.target, EditDistanceCosts.of(pair, num_slots=num_slots))
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """See ``Costs``."""

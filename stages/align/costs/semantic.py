@@ -123,10 +123,10 @@ class SemanticCosts:
         self.scale = self._edits_per_unit(np.flatnonzero(~target.is_special), target_texts)
 
     @classmethod
-    def of(cls, pair: ModelPair) -> Self:
-        """Return the costs of a pair of models; loads the target's input embeddings."""
+    def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
+        """See ``base.Costs``; loads the target's input embeddings."""
         pieces = spell(pair.source, pair.target, exact=pair.exact, encode=pair.encode)
-        return cls(pair.load_embeddings(), pieces, pair.target, pair.target_texts)
+        return cls(pair.load_embeddings(), pieces, pair.target, pair.target_texts, num_slots=num_slots or CACHE_SLOTS)
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """See ``base.Costs``."""

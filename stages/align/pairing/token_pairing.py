@@ -24,10 +24,6 @@ class Role(IntEnum):
     EOS = 2
 
 
-ROLE_TEXTS = {Role.BOS: "<bos>", Role.EOS: "<eos>"}
-"""What a special token's text is for the edit distance, whatever its tokenizer calls it."""
-
-
 @dataclass(frozen=True)
 class Pairing:
     """For each of M target positions the source positions that it is paired with.
@@ -58,17 +54,16 @@ class Pairing:
         return shared
 
 
-def token_roles(token_ids: np.ndarray, *, bos_id: int | None, eos_id: int | None, prepends_bos: bool) -> np.ndarray:
-    """The role of each token of a segment.
+def token_roles(token_ids: np.ndarray, *, prefix_id: int | None, eos_id: int | None) -> np.ndarray:
+    """Return the role of each token of a segment.
 
-    By place as well as by id, since some models use one id for both roles: BOS is only ever the first token, of a model
-    that prepends it, and EOS only ever the last.
+    By place as well as by id, since some models use one id for both roles: what stands before the text has the role of
+    BOS, whichever token it is, and EOS is only ever the last.
 
     Args:
         token_ids: (N,).
-        bos_id: the tokenizer's BOS, None without.
+        prefix_id: the token before every text (BOS, or EOS of a model without BOS); None without.
         eos_id: the tokenizer's EOS, None without.
-        prepends_bos: the model's segments begin with BOS.
 
     Returns:
         (N,) uint8, values of ``Role``.
@@ -76,7 +71,7 @@ def token_roles(token_ids: np.ndarray, *, bos_id: int | None, eos_id: int | None
     roles = np.full(len(token_ids), Role.TEXT, np.uint8)
     if len(token_ids) and eos_id is not None and token_ids[-1] == eos_id:
         roles[-1] = Role.EOS
-    if len(token_ids) and prepends_bos and bos_id is not None and token_ids[0] == bos_id:
+    if len(token_ids) and prefix_id is not None and token_ids[0] == prefix_id:
         roles[0] = Role.BOS
     return roles
 
@@ -87,32 +82,53 @@ def edit_distance_pairing(
     *,
     source_byte_end: np.ndarray,
     target_byte_end: np.ndarray,
+    source_roles: np.ndarray | None = None,
+    target_roles: np.ndarray | None = None,
 ) -> Pairing:
-    """The paper's dynamic token pairing, exact.
+    """Compute the paper's dynamic token pairing, exactly.
 
     ``f(k, j) = c(B_k, A_j) + min(f(k-1, j-1), f(k-1, j), f(k, j-1))`` from the first pair to the last, with c the
-    Levenshtein distance; of equal predecessors the diagonal one is taken, then (k-1, j), then (k, j-1). Every position
-    of both sides is in a pair, so a source token may have several target tokens and the reverse.
+    Levenshtein distance; of equal predecessors the diagonal one is taken, then (k-1, j), then (k, j-1). Every text
+    position of both sides is in a pair, so a source token may have several target tokens and the reverse. BOS pairs with
+    BOS and EOS with EOS; where the source has none, the target's stays unpaired.
 
     Args:
-        source_texts: B, (N), without word-boundary markers; a special token's is its role's.
+        source_texts: B, (N), without word-boundary markers.
         target_texts: A, (M).
         source_byte_end: (N,) nondecreasing; where the search begins, never what it finds.
         target_byte_end: (M,) the same.
+        source_roles: (N,) values of ``Role``; None: all are text.
+        target_roles: (M,) the same.
 
     Returns:
         The pairing; without any pair when a side is empty. Time and memory as of ``cheapest_path``.
 
     Source: PTA-LLM, "Dynamic token pairing".
     """
-    source_unique, source_index = _unique(source_texts)
-    target_unique, target_index = _unique(target_texts)
-    if not source_unique or not target_unique:
-        return _no_pairs(len(target_index))
-    distances = levenshtein_matrix(source_unique, target_unique)
-    return Pairing(
-        *cheapest_path(distances, source_index, target_index, source_end=source_byte_end, target_end=target_byte_end)
+    source_roles = np.full(len(source_texts), Role.TEXT, np.uint8) if source_roles is None else source_roles
+    target_roles = np.full(len(target_texts), Role.TEXT, np.uint8) if target_roles is None else target_roles
+    source, target = _text_range(source_roles), _text_range(target_roles)
+    start, end, cost = (
+        np.full(len(target_texts), NO_POSITION, np.int32),
+        np.full(len(target_texts), NO_POSITION, np.int32),
+        0,
     )
+    source_unique, source_index = _unique(source_texts[source])
+    target_unique, target_index = _unique(target_texts[target])
+    if source_unique and target_unique:
+        text_start, text_end, cost = cheapest_path(
+            levenshtein_matrix(source_unique, target_unique),
+            source_index,
+            target_index,
+            source_end=source_byte_end[source],
+            target_end=target_byte_end[target],
+        )
+        start[target], end[target] = text_start + source.start, text_end + source.start
+    for role in (Role.BOS, Role.EOS):
+        here, there = np.flatnonzero(source_roles == role), np.flatnonzero(target_roles == role)
+        if len(here) and len(there):
+            start[there[0]], end[there[0]] = here[0], here[0] + 1
+    return Pairing(start, end, cost)
 
 
 def boundary_pairing(
@@ -174,9 +190,10 @@ def _unique(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     return list(numbers), index
 
 
-def _no_pairs(num_target: int) -> Pairing:
-    nothing = np.full(num_target, NO_POSITION, np.int32)
-    return Pairing(nothing, nothing.copy(), 0)
+def _text_range(roles: np.ndarray) -> slice:
+    """Return the positions between BOS and EOS."""
+    text = np.flatnonzero(roles == Role.TEXT)
+    return slice(int(text[0]), int(text[-1]) + 1) if len(text) else slice(0, 0)
 
 
 @njit(cache=True)

@@ -36,6 +36,7 @@ def logits_table(
     ends = [number == len(documents[doc]) - 1 for doc, number in keys]
     encodings = tokenizer.encode_batch(texts, is_last=ends)
     seen = np.concatenate([encoding.ids for encoding in encodings])
+    seen = seen[~tokenizer.vocabulary.is_special[seen]]  # special candidates have tests of their own
     rows, golds = [], []
     for encoding in encodings:
         row, gold = _distributions(encoding.ids, seen, top_k, gold_rate, rng)

@@ -193,7 +193,7 @@ def test_a_position_of_which_nothing_is_mapped_has_no_distribution(align, tables
             assert outcome == TRANSPORT
         else:
             num_empty += 1
-            assert outcome == (GOLD if inexact == "gold" else 0)
+            assert outcome == 0  # its contexts agree: "gold" is for those that do not
             assert list_row(table, "source_position", row)[position] == -1
     assert num_empty > 10
 

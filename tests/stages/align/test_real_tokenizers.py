@@ -83,7 +83,7 @@ def test_ids_are_those_of_the_reference_vectors(load, vectors):
     wanted = [[int(token) for token in line.split()] for line in (folder / f"{vectors}.out").read_text().splitlines()]
     tokenizer = load(VECTORS[vectors])
     encodings = tokenizer.encode_batch(texts, is_last=[False] * len(texts))
-    skip = int(tokenizer.prepends_bos)
+    skip = tokenizer.num_prefix
     found = [encoding.ids[skip:].tolist() for encoding in encodings]
     assert len(found) == len(wanted) > 30
     for text, ids, expected in zip(texts, found, wanted, strict=True):

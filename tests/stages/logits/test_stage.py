@@ -151,7 +151,7 @@ def test_a_long_segment_goes_in_overlapping_windows_with_bos(llama):
     oracle = Oracle(llama)
     ids = oracle.tokenizer.encode(text, is_last=True).ids
     assert len(ids) > 3 * 32
-    assert oracle.tokenizer.prepends_bos
+    assert oracle.tokenizer.num_prefix
     expected = [oracle.logprobs(ids[:32])]
     taken = 32
     while taken < len(ids):

@@ -58,7 +58,7 @@ def _wrap(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 def _text_tokens(tokenizer: SegmentTokenizer, text: str) -> Encoding:
     """The encoding without BOS."""
     found = tokenizer.encode(text, is_last=False)
-    skip = int(tokenizer.prepends_bos)
+    skip = tokenizer.num_prefix
     return Encoding(found.ids[skip:], found.byte_end[skip:])
 
 
@@ -86,7 +86,7 @@ def test_byte_end_never_falls_and_ends_at_the_text_length(text: str, tokenizers:
         assert len(found.ids) == len(found.byte_end) == tokenizer.count(text)
         assert (np.diff(found.byte_end) >= 0).all()
         assert found.byte_end[-1] == len(text.encode()), name
-        if tokenizer.prepends_bos:
+        if tokenizer.num_prefix:
             assert (found.ids[0], found.byte_end[0]) == (tokenizer.vocabulary.bos_id, 0)
         own = _text_tokens(tokenizer, text)
         assert not len(own.ids) or own.byte_end[-1] == len(text.encode()), name
@@ -208,7 +208,7 @@ def test_eos_stands_only_where_a_document_ends(tokenizers: dict[str, SegmentToke
 
 
 def test_bos_follows_the_tokenizer_unless_it_is_set(originals: dict[str, Any]) -> None:
-    prepends = {name: SegmentTokenizer(original, bos=None).prepends_bos for name, original in originals.items()}
+    prepends = {name: SegmentTokenizer(original, bos=None).num_prefix for name, original in originals.items()}
     assert {name for name, does in prepends.items() if does} == {"spm-bpe", "wordpiece"}
     without = SegmentTokenizer(originals["spm-bpe"], bos=False)
     assert without.encode("The", is_last=False).ids[0] != without.vocabulary.bos_id
@@ -350,7 +350,7 @@ def test_a_tokenizer_with_python_parts_is_refused() -> None:
 
 def test_load_goes_through_the_model_config(folders: dict[str, Path]) -> None:
     model = ModelConfig(name="tiny", path=folders["spm-bpe"], bos=False)
-    assert SegmentTokenizer.load(model).prepends_bos is False
+    assert SegmentTokenizer.load(model).prefix_id is None
     with pytest.raises(ValueError, match=r"model other: `bos = true`"):
         SegmentTokenizer.load(ModelConfig(name="other", path=folders["unigram"], bos=True))
 
@@ -369,7 +369,7 @@ def test_real_tokenizers_on_real_text(name: str) -> None:
         documents = [json.loads(line)["text"][:20_000] for line in list(lines)[::8]]
     num_spelled = 0
     for text, found in zip(documents, tokenizer.encode_batch(documents, is_last=[False] * len(documents)), strict=True):
-        skip = int(tokenizer.prepends_bos)
+        skip = tokenizer.num_prefix
         ids, byte_end = found.ids[skip:], found.byte_end[skip:]
         assert ids.tolist() == original(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert (np.diff(byte_end) >= 0).all()

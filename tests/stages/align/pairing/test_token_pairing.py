@@ -152,19 +152,19 @@ def test_special_tokens_pair_by_role():
 
 
 @pytest.mark.parametrize(
-    ("ids", "bos_id", "eos_id", "prepends_bos", "expected"),
+    ("ids", "prefix_id", "eos_id", "expected"),
     [
-        ([1, 7, 2], 1, 2, True, [Role.BOS, Role.TEXT, Role.EOS]),
-        ([7, 8], 1, 2, False, [Role.TEXT, Role.TEXT]),
-        ([0, 7, 0], 0, 0, True, [Role.BOS, Role.TEXT, Role.EOS]),  # one id in both roles
-        ([7, 0], 0, 0, False, [Role.TEXT, Role.EOS]),
-        ([0], 0, 0, True, [Role.BOS]),
-        ([7, 2, 8], None, 2, False, [Role.TEXT, Role.TEXT, Role.TEXT]),  # its name inside the text
-        ([], 1, 2, True, []),
+        ([1, 7, 2], 1, 2, [Role.BOS, Role.TEXT, Role.EOS]),
+        ([7, 8], None, 2, [Role.TEXT, Role.TEXT]),
+        ([0, 7, 0], 0, 0, [Role.BOS, Role.TEXT, Role.EOS]),  # one id in both roles
+        ([7, 0], None, 0, [Role.TEXT, Role.EOS]),
+        ([0], 0, 0, [Role.BOS]),
+        ([7, 2, 8], None, 2, [Role.TEXT, Role.TEXT, Role.TEXT]),  # its name inside the text
+        ([], 1, 2, []),
     ],
 )
-def test_roles_go_by_place_and_id(ids, bos_id, eos_id, prepends_bos, expected):
-    roles = token_roles(np.array(ids, np.int32), bos_id=bos_id, eos_id=eos_id, prepends_bos=prepends_bos)
+def test_roles_go_by_place_and_id(ids, prefix_id, eos_id, expected):
+    roles = token_roles(np.array(ids, np.int32), prefix_id=prefix_id, eos_id=eos_id)
     assert roles.tolist() == expected
 
 

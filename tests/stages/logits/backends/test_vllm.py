@@ -81,8 +81,8 @@ def both(folder, **changes):
     for kind in (TransformersBackend, VllmBackend):
         backend = kind(config, model, num_valid=tokenizer.vocabulary.size)
         assert backend.max_length == MAX_LENGTH
-        num_bos = int(tokenizer.prepends_bos)
-        cuts = [windows(len(part), max_length=MAX_LENGTH, num_bos=num_bos) for part in ids]
+        num_prefix = tokenizer.num_prefix
+        cuts = [windows(len(part), max_length=MAX_LENGTH, num_prefix=num_prefix) for part in ids]
         assert any(len(cut) > 1 for cut in cuts)
         found.append(backend.predict(ids, cuts))
         del backend
