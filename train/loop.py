@@ -180,16 +180,17 @@ def finished(job: TrainJob) -> TrainResult | None:
 
 def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
     """The training blocks, and how many ids the target's tokenizer has."""
-    vocabulary = SegmentTokenizer.load(job.model).vocabulary
+    tokenizer = SegmentTokenizer.load(job.model)
     with workers.together():
         blocks = FusedBlocks(
             job.files,
-            bos_id=vocabulary.bos_id,
+            prefix_id=tokenizer.prefix_id,
+            eos_id=tokenizer.vocabulary.eos_id,
             with_distributions=job.config.uses_fusion,
             isolate_documents=job.config.isolate_documents,
             share=(workers.rank, workers.size),
         )
-    return blocks, vocabulary.size
+    return blocks, tokenizer.vocabulary.size
 
 
 def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int) -> LossModel:

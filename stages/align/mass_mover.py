@@ -31,6 +31,7 @@ class Problems:
         marginal_error: (P,) largest violation of a marginal that binds, relative to the source's mass.
         converged: (P,) bool.
         mass_moved: (P,) share of the plan's mass that lands, as it is projected, on a token of another text.
+        same_text: (P, n, m) bool; both tokens stand for the same there; False at pads.
     """
 
     positions: np.ndarray
@@ -43,6 +44,7 @@ class Problems:
     marginal_error: np.ndarray
     converged: np.ndarray
     mass_moved: np.ndarray
+    same_text: np.ndarray
 
     @classmethod
     def joined(cls, parts: Sequence["Problems"]) -> Self:
@@ -57,7 +59,7 @@ class Problems:
             return np.pad(values, missing, constant_values=pad)
 
         order = np.argsort(np.concatenate([part.positions for part in parts]), kind="stable")
-        pads = {"support_ids": NO_ID, "prior": 0.0, "cost": 0.0, "plan": 0.0}
+        pads = {"support_ids": NO_ID, "prior": 0.0, "cost": 0.0, "plan": 0.0, "same_text": False}
         columns = {
             field.name: np.concatenate(
                 [
@@ -146,6 +148,7 @@ class MassMover:
             marginal_error=np.zeros(len(positions)),
             converged=np.ones(len(positions), np.bool_),
             mass_moved=self._moved(plan, source_ids, support_ids),
+            same_text=self._same_text(source_ids, support_ids),
         )
 
     def _transport(
@@ -180,8 +183,23 @@ class MassMover:
         plan = plan * total[:, None, None]
         moved = self._moved(plan, source_ids, support_ids)
         return Problems(
-            positions, source_ids, source_mass, support_ids, prior, cost, plan, error, converged, mass_moved=moved
+            positions=positions,
+            source_ids=source_ids,
+            source_mass=source_mass,
+            support_ids=support_ids,
+            prior=prior,
+            cost=cost,
+            plan=plan,
+            marginal_error=error,
+            converged=converged,
+            mass_moved=moved,
+            same_text=self._same_text(source_ids, support_ids),
         )
+
+    def _same_text(self, source_ids: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
+        source_numbers, target_numbers = self._numbers
+        is_pair = (source_ids != NO_ID)[:, :, None] & (support_ids != NO_ID)[:, None, :]
+        return is_pair & (source_numbers[source_ids][:, :, None] == target_numbers[support_ids][:, None, :])
 
     def _moved(self, plan: np.ndarray, source_ids: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
         source_numbers, target_numbers = self._numbers

@@ -6,7 +6,6 @@ from typing import Final
 import numpy as np
 
 from stages.align.mass_mover import Problems
-from stages.align.transport.moved_mass import text_numbers
 from stages.align.vocabulary_maps import NO_ID
 from stages.models.tokenizer import Vocabulary
 
@@ -22,7 +21,8 @@ class PairMass:
         source_ids: (Q,) int64.
         target_ids: (Q,) int64.
         mass: (Q,) float64, > 0; a position contributes the mass that it transported, at most 1.
-        is_same: (Q,) bool, both tokens stand for the same text (or the same special token), see ``text_numbers``.
+        is_same: (Q,) bool, both tokens stood for the same text (or the same special token) where the mass was moved. Two
+            tokens that are so at the start of a text alone, where one of them has a dummy prefix, are two pairs.
         num_positions: positions whose mass is in it.
     """
 
@@ -37,13 +37,11 @@ class PairSums:
     """Adds up the mass of pairs of tokens.
 
     Args:
-        source: the source's vocabulary.
         target: the target's vocabulary.
     """
 
-    def __init__(self, source: Vocabulary, target: Vocabulary) -> None:
+    def __init__(self, target: Vocabulary) -> None:
         self._size = target.size
-        self._numbers = text_numbers(source, target)
         self._keys: np.ndarray = np.empty(0, np.int64)
         self._mass: np.ndarray = np.empty(0)
         self._pending: list[tuple[np.ndarray, np.ndarray]] = []
@@ -59,23 +57,25 @@ class PairSums:
         """
         source = np.broadcast_to(problems.source_ids[:, :, None], landed.shape)
         target = np.broadcast_to(problems.support_ids[:, None, :], landed.shape)
-        self._add(source, target, landed, int((landed.sum(axis=(1, 2)) > 0).sum()))
+        self._add(source, target, problems.same_text, landed, int((landed.sum(axis=(1, 2)) > 0).sum()))
 
     def add_copied(self, ids: np.ndarray, mass: np.ndarray) -> None:
         """Take in distributions that were copied, since both vocabularies are the same: (P, k) ids and mass."""
-        self._add(ids, ids, mass, len(ids))
+        self._add(ids, ids, np.ones(ids.shape, np.bool_), mass, len(ids))
 
     def result(self) -> PairMass:
         """What was added so far."""
         self._merge()
-        source, target = np.divmod(self._keys, self._size)
+        pairs, is_same = self._keys >> 1, (self._keys & 1).astype(np.bool_)
+        source, target = np.divmod(pairs, self._size)
         order = np.lexsort((self._keys, -self._mass))
-        is_same = self._numbers[0][source] == self._numbers[1][target]
         return PairMass(source[order], target[order], self._mass[order], is_same[order], self._num_positions)
 
-    def _add(self, source: np.ndarray, target: np.ndarray, mass: np.ndarray, num_positions: int) -> None:
+    def _add(
+        self, source: np.ndarray, target: np.ndarray, is_same: np.ndarray, mass: np.ndarray, num_positions: int
+    ) -> None:
         has_mass = (mass > 0) & (source != NO_ID) & (target != NO_ID)
-        keys = source[has_mass].astype(np.int64) * self._size + target[has_mass]
+        keys = 2 * (source[has_mass].astype(np.int64) * self._size + target[has_mass]) + is_same[has_mass]
         self._pending.append((keys, mass[has_mass]))
         self._num_pending += len(keys)
         self._num_positions += num_positions

@@ -140,7 +140,7 @@ class AlignStage:
         Raises:
             ValueError: there is no such row, or one cannot be aligned.
         """
-        sums = PairSums(self._source.vocabulary, self._target.vocabulary)
+        sums = PairSums(self._target.vocabulary)
         align = self._align_row(inputs)
         for row in rows:
             _, _, _, aligned = align(row)

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
-VERSION: Final = 2
+VERSION: Final = 3
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 

@@ -28,7 +28,7 @@ from stages.fuse.health import HealthCounts
 from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
-from stages.measures.cross_entropy import CrossEntropy, cross_entropy
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
@@ -219,17 +219,23 @@ class FuseStage:
         """(P, C) the models' cross-entropy, in the configured unit and span, at each piece; NaN where unknown."""
         if self.config.granularity == "token":  # judged at each position from the candidates themselves
             return np.full((len(packing.segment), len(self.names)), np.nan)
-        values = np.stack([self._segment_values(shard, column) for column in range(len(self.names))], axis=1)
+        first_byte = _first_bytes(shard)
+        values = np.stack(
+            [self._segment_values(shard, column, first_byte) for column in range(len(self.names))], axis=1
+        )
         if self.config.granularity == "block":
             return block_cross_entropy(values, packing.segment, packing.block)[packing.block]
         return values[packing.segment]
 
-    def _segment_values(self, shard: _Shard, column: int) -> np.ndarray:
+    def _segment_values(self, shard: _Shard, column: int, first_byte: np.ndarray) -> np.ndarray:
         """(S,) one model's cross-entropy, in the configured unit, on each segment or on its whole document."""
         table = shard.target if column == 0 else shard.logits[column - 1]
         rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
         is_special = self._vocabularies[column].is_special
-        parts = [_segment_cross_entropy(table, int(row), is_special) for row in rows]
+        parts = [
+            _segment_cross_entropy(table, int(row), is_special, first_byte=int(first))
+            for row, first in zip(rows, first_byte, strict=True)
+        ]
         if self.config.granularity == "document":
             totals: dict[int, CrossEntropy] = {}
             for doc_id, part in zip(shard.doc_ids.tolist(), parts, strict=True):
@@ -312,13 +318,31 @@ def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
     return found
 
 
-def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray) -> CrossEntropy:
+def _first_bytes(shard: _Shard) -> np.ndarray:
+    """(S,) the byte of each segment from which on all models that have it predict: they are judged on the same bytes."""
+    tables = (shard.target, *shard.logits)
+    rows = np.column_stack([np.arange(len(shard.lengths)), shard.logits_rows])
+    return np.array(
+        [
+            first_common_byte(
+                [list_row(table, "byte_end", int(row)) for table, row in zip(tables, there, strict=True) if row >= 0]
+            )
+            for there in rows
+        ],
+        np.int64,
+    )
+
+
+def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray, *, first_byte: int) -> CrossEntropy:
     """Of one row of a logits table; nothing is counted where ``row`` is -1."""
     if row < 0:
         return _NO_CROSS_ENTROPY
     token_ids = list_row(table, "token_ids", row)
     return cross_entropy(
-        list_row(table, "gold_logprob", row), list_row(table, "byte_end", row), is_special[token_ids.astype(np.int64)]
+        list_row(table, "gold_logprob", row),
+        list_row(table, "byte_end", row),
+        is_special[token_ids.astype(np.int64)],
+        first_byte=first_byte,
     )
 
 

@@ -1,6 +1,7 @@
 """How well a model knows a text, comparable between tokenizers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,20 +40,47 @@ class CrossEntropy:
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 
-def cross_entropy(gold_logprob: np.ndarray, byte_end: np.ndarray, is_special: np.ndarray) -> CrossEntropy:
-    """Cross-entropy of one segment.
+def cross_entropy(
+    gold_logprob: np.ndarray, byte_end: np.ndarray, is_special: np.ndarray, *, first_byte: int = 0
+) -> CrossEntropy:
+    """Compute the cross-entropy of one segment.
 
-    A special token (BOS, EOS) has no bytes and is left out, so that models with different ones compare. A first token
-    that nothing predicts (no BOS) is left out with its bytes.
+    A special token without bytes (BOS, EOS) is left out, so that models with different ones compare; one that stands for
+    text (``<unk>``) counts with its bytes. A first token that nothing predicts, of a model that has neither BOS nor EOS to
+    stand before a text, is left out with its bytes, and so are all bytes before ``first_byte``.
 
     Args:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t); NaN at the last position.
         byte_end: (N,) where each token ends in the segment, bytes.
         is_special: (N,) bool, the token is a special one.
+        first_byte: tokens that begin before it are left out, so that models compare on the same bytes.
     """
-    counted = ~is_special[1:]
+    starts = byte_end[:-1]
+    counted = (~is_special[1:] | (np.diff(byte_end) > 0)) & (starts >= first_byte)
     return CrossEntropy(
         nats=float(-gold_logprob[:-1][counted].sum(dtype=np.float64)),
         num_tokens=int(counted.sum()),
         num_bytes=int(np.diff(byte_end)[counted].sum()),
     )
+
+
+def first_common_byte(byte_ends: Sequence[np.ndarray]) -> int:
+    """Return the first byte of a text from which on several models all predict.
+
+    A model that has nothing to stand before a text does not predict its first token. From the byte returned, every model
+    has a token that begins there, and predicts it and all that follow.
+
+    Args:
+        byte_ends: of each model, where its tokens end, bytes; 0 first where something stands before the text.
+
+    Returns:
+        0 where all models predict the whole text.
+    """
+    start = max((int(ends[0]) for ends in byte_ends if len(ends)), default=0)
+    while True:
+        # A token that reaches over the byte is predicted by its own model, but holds bytes that another does not predict.
+        begins = [int(ends[min(int(np.searchsorted(ends, start)), len(ends) - 1)]) for ends in byte_ends if len(ends)]
+        later = max([start, *begins])
+        if later == start:
+            return start
+        start = later

@@ -117,7 +117,7 @@ class SegmentTokenizer:
         if bos and self.vocabulary.bos_id is None:
             raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: leave `bos` out")
         uses_bos = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
-        self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else None
+        self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else self.vocabulary.eos_id
         self.has_dummy_prefix: bool = self._writes_dummy_prefix()
         probe = self._backend.encode(_PROBE, add_special_tokens=False)
         self._spells_text = ends_by_bytes(_PROBE.encode(), self._pieces(probe.ids)) is not None

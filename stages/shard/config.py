@@ -9,7 +9,7 @@ from stages.contract.filesystem import refuse_secrets
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.models.config import check_place
 
-VERSION: Final = 1
+VERSION: Final = 2
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 

@@ -136,11 +136,16 @@ def _paired_steps(
     configs = [TrainConfig(**{"lambda": lambda_}, batch_size=1, device="cpu") for lambda_ in (0.8, 1.0)]
     root = _model(target, configs[0], workers)
     optimizer = build_optimizer(root.model, configs[0])
-    bos_id = SegmentTokenizer.load(target).vocabulary.bos_id
+    tokenizer = SegmentTokenizer.load(target)
     seconds: list[list[float]] = [[], []]
     for pair in range(ROUNDS + 1):
         for config, found in zip(configs, seconds, strict=True):
-            blocks = FusedBlocks(files, bos_id=bos_id, with_distributions=config.uses_fusion)
+            blocks = FusedBlocks(
+                files,
+                prefix_id=tokenizer.prefix_id,
+                eos_id=tokenizer.vocabulary.eos_id,
+                with_distributions=config.uses_fusion,
+            )
             schedule = Schedule(len(blocks), 1, 1, config.seed)
             stepper = Stepper(config, root, optimizer, schedule, workers)
             started = time.process_time()  # with the thread that reads and collates

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -115,3 +116,17 @@ def test_the_first_documents_are_taken_whole():
 def test_no_text_is_refused(model):
     with pytest.raises(ValueError, match="validation_fraction"):
         bits_per_byte(model, [], CONFIG)
+
+
+def test_a_model_is_asked_for_the_same_bytes_with_and_without_a_declared_bos(tmp_path):
+    """A model whose one special token ends documents and could begin them: only its tokenizer's declaration differs."""
+    folder = save_model(tmp_path / "model", architecture="gpt_neox", tokenizer_family="byte-bpe", seed=3)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "bos_token": settings["eos_token"]}))
+    declared, silent = (
+        bits_per_byte(ModelConfig(name="tiny", path=folder, bos=bos), SEGMENTS, CONFIG) for bos in (True, None)
+    )
+    assert SegmentTokenizer.load(ModelConfig(name="tiny", path=folder)).prefix_id is not None
+    assert silent.total.num_bytes == declared.total.num_bytes == sum(len(part.text.encode()) for part in SEGMENTS)
+    assert silent.bits_per_byte == pytest.approx(declared.bits_per_byte, rel=1e-6)

@@ -65,7 +65,7 @@ def test_first_loss_is_the_models_own(tiny_job, tmp_path):
     train(job_in(tiny_job, tmp_path, **{"lambda": 1.0}, batch_size=100, micro_batch_size=5, num_epochs=1))
     record = read_log(tmp_path)[0]
     model = load_model(tiny_job.model, dtype="float32", attention=("sdpa",), device="cpu")
-    blocks = FusedBlocks(tiny_job.files, bos_id=None, with_distributions=False)
+    blocks = FusedBlocks(tiny_job.files, prefix_id=None, eos_id=None, with_distributions=False)
     total, count = 0.0, 0
     with torch.no_grad():
         for index in range(len(blocks)):

@@ -82,7 +82,8 @@ class FusedBlocks:
         self,
         files: Sequence[FusedFile],
         *,
-        bos_id: int | None,
+        prefix_id: int | None,
+        eos_id: int | None,
         with_distributions: bool,
         share: tuple[int, int] = (0, 1),
         isolate_documents: bool = False,
@@ -91,7 +92,8 @@ class FusedBlocks:
 
         Args:
             files: in the order of their shards. One behind a URL is copied to a temporary folder first.
-            bos_id: the target's BOS; where one begins the continuation of a document, it is no label.
+            prefix_id: the token before every segment of the target (BOS, or EOS); None without.
+            eos_id: the target's EOS, which ends a document; None without.
             with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
             share: (r, n): of every n files the r-th is checked, the others by other workers.
             isolate_documents: give position ids by document, and no label to a document's last token.
@@ -99,7 +101,8 @@ class FusedBlocks:
         Raises:
             ValueError: a file is not the one its manifest names, or there is no block at all.
         """
-        self.bos_id = bos_id
+        self.prefix_id = prefix_id
+        self.eos_id = eos_id
         self.with_distributions = with_distributions
         self.isolate_documents = isolate_documents
         self._scratch: tempfile.TemporaryDirectory | None = None
@@ -157,17 +160,25 @@ class FusedBlocks:
         return Block(name, ids, self._labels(table, row, ids, starts), fused, tail_mass, position_ids)
 
     def _labels(self, table: pa.Table, row: int, ids: np.ndarray, documents: np.ndarray | None) -> np.ndarray:
-        """The next token in the block; none at its end, none where a BOS merely continues a document, and none at the
-        end of an isolated document.
+        """Return the gold next tokens; ``IGNORED`` at the block's end, and where what follows is another text.
+
+        At the border of two pieces the next token is a label where a document ends and the next one begins with a token
+        of its own (BOS after EOS), and where the text simply goes on without a prefix. A prefix in the middle of a
+        document, and an EOS that separates two documents a second time, are not what the model is to learn.
         """
         labels = np.append(ids[1:], IGNORED)
         if documents is not None:
             labels[documents[1:] - 1] = IGNORED
-        if self.bos_id is not None:
-            starts = list_row(table, "piece_start", row)
-            continues = (list_row(table, "piece_segment", row) > 0) & (list_row(table, "piece_offset", row) == 0)
-            starts = starts[continues & (starts > 0)]
-            labels[starts[ids[starts] == self.bos_id] - 1] = IGNORED
+        starts, docs, segments, offsets = (
+            list_row(table, name, row) for name in ("piece_start", "piece_doc_id", "piece_segment", "piece_offset")
+        )
+        borders = starts[1:]
+        begins_document = (segments[1:] == 0) & (offsets[1:] == 0)
+        goes_on = (docs[1:] == docs[:-1]) & (segments[1:] == segments[:-1] + 1)
+        # Without an EOS nobody can tell whether the document before has ended.
+        after_end = begins_document if self.eos_id is None else begins_document & (ids[borders - 1] == self.eos_id)
+        is_label = goes_on | after_end if self.prefix_id is None else after_end & (self.prefix_id != self.eos_id)
+        labels[borders[~is_label] - 1] = IGNORED
         return labels
 
     def _row_group(self, position: int) -> pa.Table:

@@ -20,6 +20,8 @@ def logits_table(
     top_k: int = 10,
     gold_rate: float = 0.8,
     seed: int = 0,
+    with_start: bool = True,
+    with_end: bool = False,
 ) -> pa.Table:
     """A table of ``logits_schema``.
 
@@ -29,6 +31,8 @@ def logits_table(
         top_k: entries of a distribution.
         gold_rate: how often the gold next token is among them.
         seed: of the distributions.
+        with_end: EOS is a candidate where it is the gold token.
+        with_start: there are candidates for the first word of a text, which a dummy prefix may write otherwise.
     """
     rng = np.random.default_rng(seed)
     keys = [(doc, number) for doc, segments in enumerate(documents) for number in range(len(segments))]
@@ -39,7 +43,11 @@ def logits_table(
     seen = seen[~tokenizer.vocabulary.is_special[seen]]  # special candidates have tests of their own
     rows, golds = [], []
     for encoding in encodings:
-        row, gold = _distributions(encoding.ids, seen, top_k, gold_rate, rng)
+        row, gold = _distributions(
+            encoding.ids, seen, top_k, gold_rate, rng, tokenizer.vocabulary.is_special & (not with_end)
+        )
+        if not with_start:
+            row.ids[encoding.byte_end == 0], row.logprobs[encoding.byte_end == 0] = -1, -np.inf
         rows.append(row)
         golds.append(gold)
     size = tokenizer.vocabulary.size
@@ -57,7 +65,12 @@ def logits_table(
 
 
 def _distributions(
-    token_ids: np.ndarray, seen: np.ndarray, top_k: int, gold_rate: float, rng: np.random.Generator
+    token_ids: np.ndarray,
+    seen: np.ndarray,
+    top_k: int,
+    gold_rate: float,
+    rng: np.random.Generator,
+    is_special: np.ndarray,
 ) -> tuple[SparseRows, np.ndarray]:
     size = len(token_ids)
     ids = np.full((size, top_k), -1, np.int32)
@@ -67,7 +80,7 @@ def _distributions(
         drawn = np.unique(rng.choice(seen, size=2 * top_k))
         rng.shuffle(drawn)
         next_token = token_ids[position + 1] if position + 1 < size else -1
-        has_gold = next_token >= 0 and rng.random() < gold_rate
+        has_gold = next_token >= 0 and rng.random() < gold_rate and not is_special[next_token]
         drawn = drawn[drawn != next_token][: top_k - has_gold]
         if has_gold:
             place = min(len(drawn), rng.geometric(0.5) - 1)

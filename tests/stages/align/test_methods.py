@@ -43,7 +43,11 @@ def tokenizers(models) -> dict[str, SegmentTokenizer]:
 
 @pytest.fixture(scope="module")
 def tables(tokenizers) -> dict[str, pa.Table]:
-    return {family: logits_table(tokenizer, DOCUMENTS, seed=len(family)) for family, tokenizer in tokenizers.items()}
+    # The first word of a text, which one of the two may write with a space: test_text_start.py.
+    return {
+        family: logits_table(tokenizer, DOCUMENTS, seed=len(family), with_start=False)
+        for family, tokenizer in tokenizers.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +335,8 @@ def test_semantic_cost_between_equal_tokenizers_reads_no_weights(models, tables)
     stage = AlignStage(AlignConfig(cost="semantic"), models["unigram"], models["unigram"])  # has no weights
     stage.setup()
     figures = stage.run({"target": tables["unigram"], "source": tables["unigram"]}).health
-    assert figures["covered"] == figures["positions"]
+    rows = tables["unigram"]["topk_ids"].to_pylist()
+    assert figures["covered"] == sum(bool(candidates) for row in rows for candidates in row[:-1])
 
 
 @pytest.mark.parametrize("method", ["min-edit", "exact"])

@@ -11,6 +11,7 @@ from stages.align.config import AlignConfig
 from stages.align.mass_mover import Problems
 from stages.align.pair_mass import PairSums
 from stages.align.stage import AlignStage
+from stages.align.transport.moved_mass import text_numbers
 from stages.align.transport.projection import column_mass, landed_mass
 from stages.contract.columns import sparse_row
 from stages.models.config import ModelConfig
@@ -58,6 +59,7 @@ TARGET = vocabulary("<eos>", " international", " the", "a", "b", special=1)
 def problems_of(source_ids, support_ids, plan) -> Problems:
     plan = np.array(plan, np.float64)
     count, (n, m) = len(plan), plan.shape[1:]
+    numbers = text_numbers(SOURCE, TARGET)
     return Problems(
         positions=np.arange(count),
         source_ids=np.array(source_ids, np.int32),
@@ -69,11 +71,12 @@ def problems_of(source_ids, support_ids, plan) -> Problems:
         marginal_error=np.zeros(count),
         converged=np.ones(count, bool),
         mass_moved=np.zeros(count),
+        same_text=numbers[0][np.array(source_ids)][:, :, None] == numbers[1][np.array(support_ids)][:, None, :],
     )
 
 
 def sums_of(*parts: tuple[Problems, np.ndarray]) -> dict[tuple[int, int], tuple[float, bool]]:
-    sums = PairSums(SOURCE, TARGET)
+    sums = PairSums(TARGET)
     for problems, landed in parts:
         sums.add(problems, landed)
     found = sums.result()

@@ -51,7 +51,9 @@ def align(models, tokenizers):
     """(output, the target's table, the source's) of documents of one segment."""
 
     def run(target: str, source: str, documents: list[str], **chosen) -> tuple[StageOutput, pa.Table, pa.Table]:
-        tables = [logits_table(tokenizers[name], [[text] for text in documents]) for name in (target, source)]
+        tables = [
+            logits_table(tokenizers[name], [[text] for text in documents], with_end=True) for name in (target, source)
+        ]
         stage = AlignStage(AlignConfig(**chosen), models[target], models[source])
         stage.setup()
         return stage.run(dict(zip(("target", "source"), tables, strict=True))), *tables
@@ -182,7 +184,7 @@ def test_tokens_that_end_inside_a_character_pair_with_each_other(align, tokenize
     vocabularies = [tokenizers[name].vocabulary for name in (target, source)]
     num_moved = 0
     window, found = sparse_row(source_table, 0), sparse_row(output.table, 0)
-    for position in np.flatnonzero(taken >= 0):
+    for position in np.flatnonzero((taken >= 0) & (target_end > 0)):
         candidates = window.ids[taken[position]]
         for token_id, logprob in zip(candidates, window.logprobs[taken[position]], strict=True):
             token = vocabularies[1].token_bytes[token_id] if token_id >= 0 else b""

@@ -87,7 +87,7 @@ def test_byte_end_never_falls_and_ends_at_the_text_length(text: str, tokenizers:
         assert (np.diff(found.byte_end) >= 0).all()
         assert found.byte_end[-1] == len(text.encode()), name
         if tokenizer.num_prefix:
-            assert (found.ids[0], found.byte_end[0]) == (tokenizer.vocabulary.bos_id, 0)
+            assert (found.ids[0], found.byte_end[0]) == (tokenizer.prefix_id, 0)
         own = _text_tokens(tokenizer, text)
         assert not len(own.ids) or own.byte_end[-1] == len(text.encode()), name
 
@@ -195,7 +195,7 @@ def test_text_without_tokens_has_only_the_special_ones(tokenizers: dict[str, Seg
     wordpiece = tokenizers["wordpiece"].encode(" \n ", is_last=True)
     assert wordpiece.byte_end.tolist() == [0, 3]
     unigram = tokenizers["unigram"].encode(" \n ", is_last=False)
-    assert unigram.ids.tolist() == []
+    assert unigram.ids.tolist() == [tokenizers["unigram"].vocabulary.eos_id]  # what stands before every text
     for tokenizer in tokenizers.values():
         assert tokenizer.encode("", is_last=True).byte_end.tolist() == [0] * tokenizer.num_special
 
@@ -208,10 +208,11 @@ def test_eos_stands_only_where_a_document_ends(tokenizers: dict[str, SegmentToke
 
 
 def test_bos_follows_the_tokenizer_unless_it_is_set(originals: dict[str, Any]) -> None:
-    prepends = {name: SegmentTokenizer(original, bos=None).num_prefix for name, original in originals.items()}
-    assert {name for name, does in prepends.items() if does} == {"spm-bpe", "wordpiece"}
+    loaded = {name: SegmentTokenizer(original, bos=None) for name, original in originals.items()}
+    uses_bos = {name for name, found in loaded.items() if found.prefix_id == found.vocabulary.bos_id}
+    assert uses_bos == {"spm-bpe", "wordpiece"}
     without = SegmentTokenizer(originals["spm-bpe"], bos=False)
-    assert without.encode("The", is_last=False).ids[0] != without.vocabulary.bos_id
+    assert without.encode("The", is_last=False).ids[0] == without.vocabulary.eos_id  # it separates documents
     with pytest.raises(ValueError, match="has no BOS token"):
         SegmentTokenizer(originals["unigram"], bos=True)
 
@@ -249,7 +250,7 @@ def test_truncation_and_padding_of_the_tokenizer_are_ignored(folders: dict[str, 
     wanted = SegmentTokenizer(original, bos=None).encode(TEXTS[0], is_last=True).ids.tolist()
     original.backend_tokenizer.enable_truncation(4)
     original.backend_tokenizer.enable_padding(length=500)
-    assert SegmentTokenizer(original, bos=False).encode(TEXTS[0], is_last=True).ids.tolist() == wanted[1:]
+    assert SegmentTokenizer(original, bos=False).encode(TEXTS[0], is_last=True).ids.tolist()[1:] == wanted[1:]
 
 
 def test_a_word_boundary_is_one_space_in_every_family(tokenizers: dict[str, SegmentTokenizer]) -> None:
@@ -350,7 +351,8 @@ def test_a_tokenizer_with_python_parts_is_refused() -> None:
 
 def test_load_goes_through_the_model_config(folders: dict[str, Path]) -> None:
     model = ModelConfig(name="tiny", path=folders["spm-bpe"], bos=False)
-    assert SegmentTokenizer.load(model).prefix_id is None
+    loaded = SegmentTokenizer.load(model)
+    assert loaded.prefix_id == loaded.vocabulary.eos_id
     with pytest.raises(ValueError, match=r"model other: `bos = true`"):
         SegmentTokenizer.load(ModelConfig(name="other", path=folders["unigram"], bos=True))
 

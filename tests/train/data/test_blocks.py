@@ -19,8 +19,10 @@ def blocks_of_ids() -> list[np.ndarray]:
     return text_blocks(np.arange(3, 40), 8, 7)
 
 
-def open_files(*files: FusedFile, bos_id: int | None = None, with_distributions: bool = True) -> FusedBlocks:
-    return FusedBlocks(files, bos_id=bos_id, with_distributions=with_distributions)
+def open_files(
+    *files: FusedFile, prefix_id: int | None = None, eos_id: int | None = None, with_distributions: bool = True
+) -> FusedBlocks:
+    return FusedBlocks(files, prefix_id=prefix_id, eos_id=eos_id, with_distributions=with_distributions)
 
 
 def test_blocks_come_by_index_over_all_files_and_row_groups(tmp_path, blocks_of_ids):
@@ -64,21 +66,26 @@ def test_labels_are_the_next_tokens_and_end_with_the_block(tmp_path, blocks_of_i
     assert block.labels.tolist() == [*blocks_of_ids[1][1:], IGNORED]
 
 
-def test_a_bos_that_continues_a_document_is_no_label(tmp_path):
-    bos = 1
-    ids = np.array([bos, 5, 6, bos, 7, 8, bos, 9, bos])
+def test_what_follows_a_piece_is_a_label_where_the_text_goes_on_or_a_document_follows_an_ended_one(tmp_path):
+    bos, eos = 1, 2
+    ids = np.array([bos, 5, 6, bos, 7, eos, bos, 9, bos, 8])
     table = fused_table([ids], V)
-    pieces = {  # a new document, its continuation, another document, and a continuation that begins inside its segment
+    pieces = {  # a document, its continuation and end, another document, and a third one before that has ended
         "piece_start": np.array([0, 3, 6, 8]),
         "piece_doc_id": np.array([0, 0, 1, 2]),
-        "piece_segment": np.array([0, 1, 0, 2]),
-        "piece_offset": np.array([0, 0, 0, 4]),
+        "piece_segment": np.array([0, 1, 0, 0]),
+        "piece_offset": np.array([0, 0, 0, 0]),
     }
     file = save(replaced_pieces(table, pieces), tmp_path / "a.parquet")
-    with_bos = open_files(file, bos_id=bos).block(0).labels
-    without_bos = open_files(file, bos_id=None).block(0).labels
-    assert with_bos.tolist() == [5, 6, IGNORED, 7, 8, bos, 9, bos, IGNORED]
-    assert without_bos.tolist() == [5, 6, bos, 7, 8, bos, 9, bos, IGNORED]
+
+    def labels(prefix_id: int | None, eos_id: int | None) -> list[int]:
+        return open_files(file, prefix_id=prefix_id, eos_id=eos_id).block(0).labels.tolist()
+
+    assert labels(bos, eos) == [5, 6, IGNORED, 7, eos, bos, 9, IGNORED, 8, IGNORED]
+    assert labels(None, eos) == [5, 6, bos, 7, eos, bos, 9, IGNORED, 8, IGNORED]  # the text goes on
+    # EOS before every text: that a second one follows the first is nothing to learn.
+    assert labels(eos, eos) == [5, 6, IGNORED, 7, eos, IGNORED, 9, IGNORED, 8, IGNORED]
+    assert labels(bos, None) == [5, 6, IGNORED, 7, eos, bos, 9, bos, 8, IGNORED]
 
 
 def test_a_file_that_is_not_the_committed_one_is_refused(tmp_path, blocks_of_ids):

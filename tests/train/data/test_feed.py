@@ -27,7 +27,7 @@ def worker(rank: int, size: int) -> Workers:
 def batches(
     files, schedule: Schedule, *, rank: int = 0, size: int = 1, start: int = 0, micro: int = 1
 ) -> list[StepBatch]:
-    blocks = FusedBlocks(files, bos_id=None, with_distributions=True)
+    blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True)
     with Feed(blocks, schedule, start, worker(rank, size), micro) as feed:
         return [feed.next()[0] for _ in range(start, schedule.num_steps)]
 
@@ -85,14 +85,14 @@ def test_a_worker_without_blocks_has_passes_that_count_nothing(files):
 
 
 def test_what_reading_raises_reaches_the_one_who_trains(files):
-    blocks = FusedBlocks(files, bos_id=None, with_distributions=True)
+    blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True)
     with Feed(blocks, Schedule(40, 40, 1, 3), 0, worker(0, 1), 1) as feed, pytest.raises(IndexError, match="no block"):
         feed.next()
 
 
 def test_the_thread_ends_with_the_feed(files):
     before = threading.active_count()
-    blocks = FusedBlocks(files, bos_id=None, with_distributions=True)
+    blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True)
     with Feed(blocks, Schedule(37, 1, 9, 3), 0, worker(0, 1), 1) as feed:
         feed.next()
     assert threading.active_count() == before

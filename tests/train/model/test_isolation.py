@@ -49,7 +49,7 @@ def packed_file(path, parts: list[np.ndarray]):
 
 
 def opened(file, *, isolate: bool = True) -> FusedBlocks:
-    return FusedBlocks([file], bos_id=None, with_distributions=True, isolate_documents=isolate)
+    return FusedBlocks([file], prefix_id=None, eos_id=None, with_distributions=True, isolate_documents=isolate)
 
 
 def loss(model, batch) -> torch.Tensor:
