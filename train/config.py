@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.models.config import absolute_path
 
-TRAIN_VERSION: Final = 2
+TRAIN_VERSION: Final = 3
 """Of the train stage; raised when the same settings and blocks give another model."""
 EVAL_VERSION: Final = 2
 """Of the eval stage; raised when the same model and text give another figure."""

@@ -11,9 +11,14 @@ The forward pass goes through the positions chunk by chunk and computes the grad
 head's weights on the way, for which everything is at hand: the backward pass only hands them on. A chunk of C positions
 holds its logits and their gradient, two arrays of C x vocabulary in the precision of the head (256 x 32,000 in bfloat16:
 16 MB each), and the head is applied once, not twice as with recomputation. What is computed of the logits is computed in
-float32, block by block of a few positions. Of the loss only -ln q and the gathers at the gold and the fused ids touch the
-logits; what is made of these few numbers a position is left to autograd, and its gradient is put back: softmax times the
-gradient of the normaliser, plus the gradients of the gathered logits at their places.
+float32, block by block of a few positions. Of the loss only one logsumexp and the gathers at the gold and the fused ids
+touch the logits; what is made of these few numbers a position is left to autograd in float64, and its gradient is put back:
+softmax times the gradient of the logsumexp, plus the gradients of the gathered logits at their places.
+
+Where the loss asks for the rest (``divergence.asks_for_rest``), the logsumexp is that over the ids which the row does not
+list, and the normaliser is put together from it and the listed logits: ln q_rest is then as accurate for a model that
+leaves the rest 1e-7, or nothing that float32 can tell from it, as for one that leaves it a half. Elsewhere it is the
+normaliser itself.
 
 Source: the idea of the gradient in the forward pass: Hsu et al. 2024, "Liger Kernel".
 """
@@ -27,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from train.objective.divergence import Divergence, SparseTargets, fusion_losses
+from stages.contract.columns import PAD_ID
+from train.objective.divergence import Divergence, SparseTargets, asks_for_rest, fusion_losses
 
 BLOCK = 32
 """Positions whose logits are in float32 at once: few enough to stay in a processor's cache."""
@@ -215,48 +221,75 @@ def _chunk(
 ) -> Tensor:
     """The two sums of one chunk, (2,) float32; adds its gradients to ``gradients``."""
     states = hidden[part].detach()
+    asked = targets is not None and asks_for_rest(targets, settings.divergence, settings.temperature)
+    left_out = targets.ids if targets is not None and asked else None
     if gradients is None:
         with torch.no_grad():
-            return _loss_of(_needed_of(head(states), labels, targets), labels, targets, settings)[1]
+            needed = _needed_of(head(states), labels, targets, left_out)
+            return _loss_of(needed, labels, targets, settings, with_rest=asked)[1]
     with torch.enable_grad(), gradients.watch(head) as layers:
         logits = head(states.requires_grad_(gradients.hidden is not None))
-    needed = [part.requires_grad_() for part in _needed_of(logits.detach(), labels, targets)]
+    needed = [part.requires_grad_() for part in _needed_of(logits.detach(), labels, targets, left_out)]
     with torch.enable_grad():
-        total, sums = _loss_of(needed, labels, targets, settings)
+        total, sums = _loss_of(needed, labels, targets, settings, with_rest=asked)
     if logits.requires_grad:
-        of_needed = torch.autograd.grad(total, needed)
-        gradients.add(part, states, logits, _of_logits(logits.detach(), needed[0], of_needed, labels, targets), layers)
+        of_needed = [gradient.float() for gradient in torch.autograd.grad(total, needed)]
+        others = needed[0].detach().float()
+        of_logits = _of_logits(logits.detach(), others, of_needed, labels, targets, left_out)
+        gradients.add(part, states, logits, of_logits, layers)
     return sums
 
 
-def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None) -> list[Tensor]:
-    """What the loss needs of the logits (C, V), float32: the normaliser ln sum exp (C,), the gold logits (C,) and, if there
-    are targets, those of the fused ids (C, k).
+def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None, left_out: Tensor | None) -> list[Tensor]:
+    """Compute what the loss needs of the logits (C, V), float64.
+
+    Args:
+        logits: in the precision of the head.
+        labels: (C,).
+        targets: of the C positions.
+        left_out: (C, k) ids over which the first result is not taken, ``PAD_ID`` where there are fewer.
+
+    Returns:
+        ln sum exp (C,) of the logits that are not left out, -inf where there are none; the gold logits (C,); and, if there
+        are targets, those of the fused ids (C, k).
     """
-    largest = logits.amax(dim=1).float()
-    sums = [
-        torch.sub(some.float(), top[:, None]).exp_().sum(dim=1)
-        for some, top in zip(logits.split(BLOCK), largest.split(BLOCK), strict=True)
-    ]
-    needed = [largest + torch.cat(sums).log(), logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).float()]
+    sums = []
+    for start in range(0, len(logits), BLOCK):
+        rows = slice(start, start + BLOCK)
+        block = _others(logits[rows], None if left_out is None else left_out[rows])
+        largest = block.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)  # so that -inf - largest is no NaN
+        sums.append(block.sub_(largest[:, None]).exp_().sum(dim=1).double().log_().add_(largest))
+    needed = [torch.cat(sums), logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).double()]
     if targets is not None:
-        needed.append(logits.gather(1, targets.ids.clamp(min=0)).float())
+        needed.append(logits.gather(1, targets.ids.clamp(min=0)).double())
     return needed
+
+
+def _others(logits: Tensor, left_out: Tensor | None) -> Tensor:
+    """Copy the logits of a block in float32, with -inf at the ids that are left out."""
+    block = logits.to(torch.float32, copy=True)
+    if left_out is not None:
+        nothing = torch.where(left_out == PAD_ID, 0.0, -torch.inf)  # a pad adds 0 to id 0
+        block.scatter_add_(1, left_out.clamp(min=0), nothing)
+    return block
 
 
 def _of_logits(
     logits: Tensor,
-    normaliser: Tensor,
+    others: Tensor,
     of_needed: Sequence[Tensor],
     labels: Tensor,
     targets: SparseTargets | None,
+    left_out: Tensor | None,
 ) -> Tensor:
     """The gradient of the logits (C, V) in their precision, from those of what ``_needed_of`` took of them."""
-    of_normaliser, of_gold, *of_listed = of_needed
+    of_others, of_gold, *of_listed = of_needed
+    others = others.clamp(min=torch.finfo(torch.float32).min)
     result = torch.empty_like(logits)
     for start in range(0, len(logits), BLOCK):
         rows = slice(start, start + BLOCK)
-        block = torch.sub(logits[rows].float(), normaliser[rows, None]).exp_().mul_(of_normaliser[rows, None])
+        block = _others(logits[rows], None if left_out is None else left_out[rows])
+        block.sub_(others[rows, None]).exp_().mul_(of_others[rows, None])
         block.scatter_add_(1, labels[rows].clamp(min=0)[:, None], of_gold[rows, None])
         if targets is not None:
             block.scatter_add_(1, targets.ids[rows].clamp(min=0), of_listed[0][rows])  # a pad adds 0 to id 0
@@ -265,10 +298,19 @@ def _of_logits(
 
 
 def _loss_of(
-    needed: Sequence[Tensor], labels: Tensor, targets: SparseTargets | None, settings: LossSettings
+    needed: Sequence[Tensor],
+    labels: Tensor,
+    targets: SparseTargets | None,
+    settings: LossSettings,
+    *,
+    with_rest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss of a chunk, and its two sums (2,) without gradient."""
-    normaliser, gold, *listed = needed
+    """The weighted loss of a chunk, and its two sums (2,) float32 without gradient."""
+    others, gold, *listed = needed
+    normaliser = others
+    if targets is not None and with_rest:
+        listed = [torch.cat([listed[0].masked_fill(targets.ids == PAD_ID, -torch.inf), others[:, None]], dim=1)]
+        normaliser = listed[0].logsumexp(dim=1)
     clm = torch.where(labels != IGNORED, normaliser - gold, 0.0).sum()
     fusion = torch.zeros_like(clm)
     if targets is not None:
@@ -277,4 +319,4 @@ def _loss_of(
         rows = targets.select(present)
         fusion = fusion_losses(logprobs, rows, settings.divergence, settings.temperature).sum()
     total = settings.clm_factor * clm + settings.fusion_factor * fusion
-    return total, torch.stack([clm.detach(), fusion.detach()])
+    return total, torch.stack([clm.detach(), fusion.detach()]).float()

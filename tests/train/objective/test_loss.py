@@ -9,7 +9,8 @@ from stages.contract.columns import PAD_ID
 from stages.models.heads import split_head
 from tests.train.dense_loss import dense_sums, loss_settings
 from tests.train.fused_files import random_rows
-from train.objective.divergence import REST_EPSILON, SparseTargets
+from train.objective import loss
+from train.objective.divergence import SparseTargets
 from train.objective.loss import IGNORED, LossSettings, fused_loss
 
 P, H, V = 11, 6, 17
@@ -237,15 +238,99 @@ def test_nothing_to_count_is_a_zero_with_a_zero_gradient():
     assert all((gradient == 0).all() for gradient in setting.gradients(found.total))
 
 
+def sure_logits(rest: float, dtype: torch.dtype) -> torch.Tensor:
+    """Logits (2, V) of a model that leaves about ``rest`` outside the ids 2 and 5."""
+    torch.manual_seed(5)
+    logits = torch.randn(2, V)
+    logits[:, [2, 5]] += math.log(2 / rest)
+    return logits.to(dtype)
+
+
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
-def test_a_model_sure_of_the_row_gives_a_finite_tail_loss_and_gradient(divergence):
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rest", [1e-3, 1e-7, 1e-12])
+@pytest.mark.parametrize("clm_factor", [0.0, 0.5])
+def test_a_model_that_leaves_the_rest_too_little_gets_the_exact_gradient(
+    divergence, temperature, dtype, rest, clm_factor
+):
+    hidden = sure_logits(rest, dtype).requires_grad_()
+    exact = hidden.detach().double().requires_grad_()
+    targets = SparseTargets(
+        torch.tensor([[2, 5, PAD_ID], [5, PAD_ID, 2]]),
+        torch.tensor([[0.6, 0.3, 0.0], [0.5, 0.0, 0.4]]),
+        torch.tensor([0.1, 0.1]),
+    )
+    labels = torch.tensor([7, 0])  # neither is sure
+    settings = loss_settings(clm_factor, 1.0, divergence, temperature)
+    found = fused_loss(hidden, CountingHead(), labels, targets, settings)
+    found.total.backward()
+    clm, fusion = dense_sums(exact, labels, targets, divergence, temperature)
+    (clm_factor * clm + fusion).backward()
+    assert found.fusion.item() == pytest.approx(fusion.item(), rel=1e-5)
+    assert exact.grad.abs().min() > 0
+    rounding = 0.0 if dtype == torch.float32 else 2**-8  # the gradient has the precision of the head
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-3 + rounding, atol=0)
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_model_that_rounds_the_rest_to_nothing_is_still_pulled_back(divergence, temperature):
     hidden = torch.zeros(1, V)
     hidden[0, 2] = 200.0
     hidden.requires_grad_()
     targets = SparseTargets(torch.tensor([[2]]), torch.tensor([[0.9]]), torch.tensor([0.1]))
-    settings = loss_settings(0.0, 1.0, divergence)
+    settings = loss_settings(0.0, 1.0, divergence, temperature)
     found = fused_loss(hidden, CountingHead(), torch.tensor([IGNORED]), targets, settings)
     found.total.backward()
-    expected = -0.1 * math.log(REST_EPSILON) if divergence == "forward-kl" else -math.log(0.9)
-    assert found.fusion.item() == pytest.approx(expected, rel=1e-2)
+    if temperature == 1:
+        expected = 0.1 * (200 - math.log(V - 1)) if divergence == "forward-kl" else -math.log(0.9)
+        assert found.fusion.item() == pytest.approx(expected, rel=1e-5)
     assert torch.isfinite(hidden.grad).all()
+    if divergence == "forward-kl":
+        others = hidden.grad[0, [token for token in range(V) if token != 2]]
+        assert (others < 0).all()
+        assert hidden.grad[0, 2].item() == pytest.approx(-others.sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_row_that_lists_the_whole_vocabulary_has_no_rest(divergence, temperature):
+    torch.manual_seed(2)
+    hidden = torch.randn(1, 3, requires_grad=True)
+    targets = SparseTargets(torch.tensor([[2, 0, 1]]), torch.tensor([[0.5, 0.3, 0.2]]), torch.tensor([0.0]))
+    settings = loss_settings(0.5, 1.0, divergence, temperature)
+    found = fused_loss(hidden, CountingHead(), torch.tensor([1]), targets, settings)
+    found.total.backward()
+    exact = hidden.detach().double().requires_grad_()
+    logprobs = exact.log_softmax(dim=1)
+    probs = torch.tensor([[0.3, 0.2, 0.5]], dtype=torch.float64)
+    model = (logprobs / temperature).log_softmax(dim=1)
+    fused = (probs.log() / temperature).log_softmax(dim=1)
+    losses = -(fused.exp() * model) if divergence == "forward-kl" else model.exp() * (model - fused)
+    (-0.5 * logprobs[0, 1] + temperature**2 * losses.sum()).backward()
+    assert torch.isfinite(found.total)
+    torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_rest_is_computed_only_where_it_is_asked_for(monkeypatch):
+    asked: list[bool] = []
+    others = loss._others
+
+    def counted(logits: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+        asked.append(ids is not None)
+        return others(logits, ids)
+
+    monkeypatch.setattr(loss, "_others", counted)
+    for divergence, temperature, with_tail, expected in (
+        ("forward-kl", 1.0, False, False),
+        ("reverse-kl", 2.0, False, False),
+        ("forward-kl", 2.0, False, True),
+        ("forward-kl", 1.0, True, True),
+        ("reverse-kl", 1.0, True, True),
+    ):
+        asked.clear()
+        setting = Setting(with_tail=with_tail)
+        settings = loss_settings(0.5, 0.5, divergence, temperature)
+        fused_loss(setting.hidden, setting.head, setting.labels, setting.targets, settings)
+        assert set(asked) == {expected}
