@@ -1,6 +1,6 @@
 """Which blocks each optimizer step sees, and how much their gold tokens count: pure functions of the step's number."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class Schedule:
     batch_size: int
     num_epochs: int
     seed: int
+    _orders: dict[int, np.ndarray] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -41,10 +42,18 @@ class Schedule:
         return step // self.steps_per_epoch
 
     def blocks(self, step: int) -> np.ndarray:
-        """Indices of the blocks of step ``step`` (from 0)."""
+        """Return the indices of the blocks of step ``step`` (from 0), read-only."""
         start = step % self.steps_per_epoch * self.batch_size
-        order = epoch_order(self.num_blocks, seed=self.seed, epoch=self.epoch(step))
-        return order[start : start + self.batch_size]
+        return self._order(self.epoch(step))[start : start + self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the order of one epoch; the newest one is kept, for a permutation of all blocks is no step's work."""
+        if epoch not in self._orders:
+            self._orders.clear()  # first: two orders of many blocks are not held at once
+            order = epoch_order(self.num_blocks, seed=self.seed, epoch=epoch)
+            order.flags.writeable = False
+            self._orders[epoch] = order
+        return self._orders[epoch]
 
     def samples_before(self, step: int) -> int:
         """Blocks that the steps before ``step`` saw, all epochs together."""

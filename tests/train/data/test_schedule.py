@@ -1,8 +1,11 @@
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 from train.config import TrainConfig
-from train.data.schedule import lambda_at
+from train.data import schedule
+from train.data.blocks import epoch_order
+from train.data.schedule import Schedule, lambda_at
 
 
 def test_lambda_is_constant_by_default():
@@ -27,3 +30,27 @@ def test_fusion_is_used_where_any_step_weighs_it():
     assert not TrainConfig(**{"lambda": 1.0}).uses_fusion
     assert TrainConfig(**{"lambda": 1.0}, lambda_schedule="linear", lambda_end=0.9).uses_fusion
     assert TrainConfig(**{"lambda": 0.5}, lambda_schedule="linear", lambda_end=1.0).uses_fusion
+
+
+def test_the_blocks_are_permuted_once_an_epoch(monkeypatch):
+    epochs: list[int] = []
+
+    def counted(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:
+        epochs.append(epoch)
+        return epoch_order(num_blocks, seed=seed, epoch=epoch)
+
+    monkeypatch.setattr(schedule, "epoch_order", counted)
+    steps = Schedule(num_blocks=10, batch_size=3, num_epochs=3, seed=7)
+    for step in range(steps.num_steps):
+        steps.blocks(step)
+    assert epochs == [0, 1, 2]
+
+
+def test_the_order_does_not_depend_on_which_steps_were_asked_for_before():
+    steps = Schedule(num_blocks=10, batch_size=3, num_epochs=3, seed=7)
+    for step in [11, 0, 5, 4, 11, 1]:
+        expected = Schedule(num_blocks=10, batch_size=3, num_epochs=3, seed=7).blocks(step)
+        found = steps.blocks(step)
+        np.testing.assert_array_equal(found, expected)
+        with pytest.raises(ValueError, match="read-only"):
+            found[0] = 0
