@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -132,4 +134,66 @@ def read_log(output: Path) -> list[StepRecord]:
         lines = (output / "log.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [StepRecord(**json.loads(line)) for line in lines if line.endswith("\n")]
+    return [_record(line) for line in lines if line.endswith("\n")]
+
+
+def _record(line: str | bytes) -> StepRecord:
+    return StepRecord(**json.loads(line))
+
+
+class LogFollower:
+    """Reads a run's log as it grows, each record once; also where training went back and the log was written anew."""
+
+    def __init__(self, output: Path) -> None:
+        """Begin before the log's first record; the log need not be there yet.
+
+        Args:
+            output: the job's folder.
+        """
+        self._path = output / "log.jsonl"
+        self._digests: list[int] = []  # of the lines that were read
+        self._last = b""  # the last line that was read, and where it ends: a log that has others there was written anew
+        self._end = 0
+
+    @property
+    def step(self) -> int:
+        """The last step that stands in the log, 0 where there is none."""
+        return _record(self._last).step if self._last else 0
+
+    def read(self) -> list[StepRecord]:
+        """Return the records that were written since the last call, in order.
+
+        Of a log that was written anew these are the records after those that it still has in common with what was read.
+        """
+        begin = self._end - len(self._last)
+        try:
+            with self._path.open("rb") as file:
+                file.seek(begin)
+                raw = file.read()
+                if not raw.startswith(self._last):
+                    file.seek(0)
+                    return self._read_anew(file.read())
+        except FileNotFoundError:
+            return self._read_anew(b"")
+        return self._taken(_whole_lines(raw[len(self._last) :]))
+
+    def _read_anew(self, raw: bytes) -> list[StepRecord]:
+        lines = _whole_lines(raw)
+        pairs = zip(lines, self._digests, strict=False)
+        num_kept = sum(1 for _ in takewhile(lambda pair: hash(pair[0]) == pair[1], pairs))
+        del self._digests[num_kept:]
+        self._last = lines[num_kept - 1] if num_kept else b""
+        self._end = sum(map(len, lines[:num_kept]))
+        return self._taken(lines[num_kept:])
+
+    def _taken(self, lines: Sequence[bytes]) -> list[StepRecord]:
+        if lines:
+            self._digests += map(hash, lines)
+            self._last = lines[-1]
+            self._end += sum(map(len, lines))
+        return [_record(line) for line in lines]
+
+
+def _whole_lines(raw: bytes) -> list[bytes]:
+    """Return the lines of a log, without a last one that is half written."""
+    return [line for line in raw.splitlines(keepends=True) if line.endswith(b"\n")]

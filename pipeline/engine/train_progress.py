@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -18,54 +19,63 @@ class TrainProgress:
     """
 
     def __init__(self, output: Path, console: Console) -> None:
-        from train.run_log import read_log
+        """Look at what was logged before; it is not shown again.
 
-        self._read = lambda: read_log(output)
+        Args:
+            output: the job's folder.
+            console: where the steps are shown.
+        """
+        from train.run_log import LogFollower
+
+        self._log = LogFollower(output)
         self._console = console
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow, daemon=True)
-        self._shown = max((record.step for record in self._read()), default=0)
+        self._log.read()
         self._bar: Progress | None = None
-        if self._shown:
+        if self._log.step:
             console.print(
-                f"train: {self._shown} steps were logged before; going on from the newest checkpoint, or from the beginning "
-                "where there is none; steps are shown from where the log ends",
+                f"train: {self._log.step} steps were logged before; going on from the newest checkpoint, or from the "
+                "beginning where there is none",
                 soft_wrap=True,
             )
         if console.is_terminal:
             columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
             self._bar = Progress(*columns, TextColumn("{task.description}"), console=console)
-            self._task = self._bar.add_task("starting", total=None, completed=self._shown)
+            self._task = self._bar.add_task("starting", total=None, completed=self._log.step)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
         self._thread.start()
+        return self
 
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._show()
+        self.update()
         if self._bar:
             self._bar.stop()
 
+    def update(self) -> None:
+        """Show the steps that were logged since the last time; the bar goes back where the log did."""
+        with self._lock:
+            records = self._log.read()
+            for record in records:
+                self._show(record)
+            if self._bar and not records:
+                self._bar.update(self._task, completed=self._log.step)
+
     def _follow(self) -> None:
         while not self._stop.wait(POLL_SECONDS):
-            self._show()
+            self.update()
 
-    def _show(self) -> None:
-        for record in self._read():
-            if record.step <= self._shown:
-                continue
-            self._shown = record.step
-            if self._bar:
-                self._bar.update(
-                    self._task, total=record.num_steps, completed=record.step, description=_described(record)
-                )
-            else:
-                self._console.print(
-                    f"train: step {record.step}/{record.num_steps}, {_described(record)}", soft_wrap=True
-                )
+    def _show(self, record: StepRecord) -> None:
+        if self._bar:
+            self._bar.update(self._task, total=record.num_steps, completed=record.step, description=_described(record))
+        else:
+            self._console.print(f"train: step {record.step}/{record.num_steps}, {_described(record)}", soft_wrap=True)
 
 
 def _described(record: StepRecord) -> str:

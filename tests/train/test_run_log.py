@@ -9,7 +9,7 @@ from tests.train.model.test_card import RECORD
 from train import run_log
 from train.config import TrainConfig
 from train.loop import train
-from train.run_log import RunLog, check_wandb, read_log
+from train.run_log import LogFollower, RunLog, check_wandb, read_log
 
 
 class FakeWandb(types.ModuleType):
@@ -71,3 +71,31 @@ def test_what_is_not_known_is_left_out(tmp_path, wandb):
     assert "loss_fusion" not in wandb.logged[0][1]
     assert wandb.logged[1][1]["mfu"] == 0.4
     assert [record.mfu for record in read_log(tmp_path)] == [None, 0.4]
+
+
+def test_a_follower_reads_each_record_once_and_again_what_was_computed_again(tmp_path):
+    follower = LogFollower(tmp_path)
+    assert (follower.read(), follower.step) == ([], 0)
+    with RunLog(tmp_path, step=0) as log:
+        log.add(replace(RECORD, step=1))
+        log.add(replace(RECORD, step=2))
+        assert [record.step for record in follower.read()] == [1, 2]
+        log.add(replace(RECORD, step=3))
+        assert ([record.step for record in follower.read()], follower.step) == ([3], 3)
+    assert follower.read() == []
+    with RunLog(tmp_path, step=1) as log:
+        assert (follower.read(), follower.step) == ([], 1)
+        log.add(replace(RECORD, step=2, loss=0.5))
+        log.add(replace(RECORD, step=3))
+        assert [record.step for record in follower.read()] == [2, 3]
+    (tmp_path / "log.jsonl").unlink()
+    assert (follower.read(), follower.step) == ([], 0)
+
+
+def test_a_follower_reads_a_log_that_grew_past_the_old_one_before_it_looked(tmp_path):
+    follower = LogFollower(tmp_path)
+    for speed, steps in ((5.0, [1, 2]), (6.0, [1, 2, 3, 4])):
+        with RunLog(tmp_path, step=0) as log:
+            for step in steps:
+                log.add(replace(RECORD, step=step, tokens_per_second=speed))
+        assert [(record.step, record.tokens_per_second) for record in follower.read()] == [(n, speed) for n in steps]
