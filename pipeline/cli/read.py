@@ -155,7 +155,7 @@ def interpret(
     """Spread and shift of the fused distributions, who wins by kind of document, and the most moved pairs of tokens."""
     from pipeline.analysis.interpret.run import interpret as interpret_run
     from pipeline.analysis.interpret.tables import interpretation_tables
-    from pipeline.display.table import as_rich
+    from pipeline.display.table import print_table
     from pipeline.run.session import open_run
 
     progress = Console(stderr=True) if as_json else console()
@@ -165,7 +165,7 @@ def interpret(
         sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
         return
     for table in interpretation_tables(opened.config.name, found):
-        console().print(as_rich(table))
+        print_table(table, console())
 
 
 @app.command(name="config")

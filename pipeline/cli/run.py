@@ -130,16 +130,16 @@ def sweep(
     ] = False,
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
-    from pipeline.display.table import as_rich
+    from pipeline.display.table import print_table
     from pipeline.report.sweeps import cells_table, sweep_results, sweep_table
     from pipeline.workflow.sweep import load_sweep, run_sweep
 
     loaded = load_sweep(path)
     if check:
-        console().print(as_rich(cells_table(loaded)))
+        print_table(cells_table(loaded), console())
         return
     run_sweep(loaded, run, console(), local=local)
-    console().print(as_rich(sweep_table(loaded, sweep_results(loaded, Store(run)))))
+    print_table(sweep_table(loaded, sweep_results(loaded, Store(run))), console())
 
 
 @app.command(name="demo-data")

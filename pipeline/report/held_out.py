@@ -1,12 +1,13 @@
 """Bits per byte on held-out text, with paired differences: rows for the terminal and for the page."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.display.table import ResultTable
+from pipeline.report.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
 from pipeline.run.outcomes import read_result
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
@@ -27,7 +28,9 @@ class HeldOutRow:
         bits_per_byte: over all documents; None if it was not evaluated.
         num_bytes: of text.
         against_before: difference to the target before training; None for the target itself and for sources.
-        against_gold_only: difference to training on the gold tokens alone; None without such a run, and for that run.
+        against_gold_only: difference to the same training on the gold tokens alone (``gold_only``); None without such a
+            run, and for a run on the gold tokens.
+        no_gold_only: why that difference is missing, and how to get it.
         refused: why there is no such model, of a baseline that these models do not allow.
     """
 
@@ -36,11 +39,25 @@ class HeldOutRow:
     num_bytes: int = 0
     against_before: Estimate | None = None
     against_gold_only: Estimate | None = None
+    no_gold_only: str | None = None
     refused: str | None = None
 
 
-def held_out(runs: Sequence[ResolvedRun], store: Store) -> list[HeldOutRow]:
-    """Every evaluated model once: sources and target, baselines, then what each configuration trained."""
+def held_out(
+    runs: Sequence[ResolvedRun], store: Store, *, peers: Sequence[ResolvedRun] | None = None
+) -> list[HeldOutRow]:
+    """Every evaluated model once: sources and target, baselines, then what each configuration trained.
+
+    Args:
+        runs: the configurations that are shown.
+        store: the run directory.
+        peers: those among which a run on the gold tokens alone is looked for; ``runs`` by default.
+    """
+    read = _remembering(store)
+
+    def gold_only(run: ResolvedRun) -> GoldOnly:
+        return find_gold_only(run, runs if peers is None else peers, read, store.url)
+
     rows: list[HeldOutRow] = []
     shown: set[str] = set()
     for is_baseline in (False, True):
@@ -49,13 +66,37 @@ def held_out(runs: Sequence[ResolvedRun], store: Store) -> list[HeldOutRow]:
                 if step.folder in shown or is_baseline != (step.model in BASELINE_LABELS):
                     continue
                 shown.add(step.folder)
-                references = _references(run, runs, store) if is_baseline else (None, None)
-                rows.append(_held_out_row(label, read_result(store, step), *references))
+                row = _held_out_row(label, read(step))
+                if is_baseline:
+                    beside = [other for other in runs if step.folder in {own.folder for own in other.steps.values()}]
+                    row = _compared(row, read(step), read(_target_before(run)), _of_all(beside, gold_only))
+                rows.append(row)
     for run in runs:
-        label = f"after {run.config.name} ({_describe(run)})"
-        fused = read_result(store, run.steps[f"eval/{FUSED}"])
-        rows.append(_held_out_row(label, fused, *_references(run, runs, store)))
+        fused = read(run.steps[f"eval/{FUSED}"])
+        row = _held_out_row(f"after {run.config.name} ({_describe(run)})", fused)
+        reference = GoldOnly(None, None) if is_gold_only(run) else gold_only(run)
+        rows.append(_compared(row, fused, read(_target_before(run)), reference))
     return rows
+
+
+def _remembering(store: Store) -> Callable[[Step], _Result]:
+    """``read_result``, each file once: many runs are compared with the same ones."""
+    found: dict[str, _Result] = {}
+
+    def read(step: Step) -> _Result:
+        if step.folder not in found:
+            found[step.folder] = read_result(store, step)
+        return found[step.folder]
+
+    return read
+
+
+def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], GoldOnly]) -> GoldOnly:
+    """What a figure that needs no training is compared with: the runs that evaluate it must train alike."""
+    first = gold_training(runs[0])
+    if any(gold_training(run) != first for run in runs):
+        return GoldOnly(None, "stands beside runs that train in different ways: there is no one run to compare it with")
+    return gold_only(runs[0])
 
 
 def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
@@ -66,14 +107,6 @@ def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
     for baseline in run.config.baselines.methods:
         labels[baseline] = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline)})"
     return [(label, run.steps[f"eval/{name}"]) for name, label in labels.items()]
-
-
-def _references(run: ResolvedRun, runs: Sequence[ResolvedRun], store: Store) -> tuple[_Result, _Result]:
-    """What a run's figures are compared with: the target before training, and training on the gold tokens alone."""
-    before = _target_before(run)
-    peers = [other for other in runs if _target_before(other).fingerprint == before.fingerprint]
-    gold_only = [peer.steps[f"eval/{FUSED}"] for peer in peers if peer.config.train.lambda_ == 1]
-    return read_result(store, before), _first_result(gold_only, store)
 
 
 def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
@@ -95,7 +128,17 @@ def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
             )
             for row in rows
         ),
+        notes=_notes(rows),
     )
+
+
+def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
+    """Why differences to training on the gold tokens alone are missing: each reason once, with its rows."""
+    labels: dict[str, list[str]] = {}
+    for row in rows:
+        if row.no_gold_only is not None:
+            labels.setdefault(row.no_gold_only, []).append(row.label)
+    return tuple(f"against gold only: {', '.join(names)} {reason}" for reason, names in labels.items())
 
 
 def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> Estimate:
@@ -120,16 +163,27 @@ def document_differences(result: Mapping[str, Any], baseline: Mapping[str, Any])
     return differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64)
 
 
-def _held_out_row(label: str, result: _Result, before: _Result, gold_only: _Result) -> HeldOutRow:
+def _held_out_row(label: str, result: _Result) -> HeldOutRow:
     if result is None:
         return HeldOutRow(label, None)
     if "refused" in result:
         return HeldOutRow(label, None, refused=result["refused"])
+    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"])
+
+
+def _compared(row: HeldOutRow, result: _Result, before: _Result, gold_only: GoldOnly) -> HeldOutRow:
+    """The row with its differences, where it has a figure."""
+    if result is None or row.bits_per_byte is None:
+        return row
     against_before, against_gold_only = (
-        None if baseline is None or baseline == result else paired_difference(result, baseline)
-        for baseline in (before, gold_only)
+        None if baseline is None else paired_difference(result, baseline) for baseline in (before, gold_only.figures)
     )
-    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], against_before, against_gold_only)
+    return replace(
+        row,
+        against_before=against_before,
+        against_gold_only=against_gold_only,
+        no_gold_only=gold_only.missing,
+    )
 
 
 def _describe_baseline(run: ResolvedRun, baseline: Baseline) -> str:
@@ -154,13 +208,10 @@ def _split(run: ResolvedRun) -> str:
 
 def _describe(run: ResolvedRun) -> str:
     train, align, where = run.config.train, run.config.align, _split(run)
-    if train.lambda_ == 1:
+    if is_gold_only(run):
         return f"gold tokens only{where}"
-    return f"lambda {train.lambda_}, {align.preset or align.pairing + ' ' + align.marginals}{where}"
-
-
-def _first_result(steps: list[Step], store: Store) -> _Result:
-    return next((found for step in steps if (found := read_result(store, step)) is not None), None)
+    weight = f"{train.lambda_}" if train.lambda_end is None else f"{train.lambda_} to {train.lambda_end}"
+    return f"lambda {weight}, {align.preset or align.pairing + ' ' + align.marginals}{where}"
 
 
 def _difference(estimate: Estimate | None) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.analysis.interpret.tables import interpretation_tables, interpretations
-from pipeline.display.table import as_rich
+from pipeline.display.table import print_table
 from pipeline.evaluation.suites.results import suite_rows, suite_table
 from pipeline.report.held_out import held_out, held_out_table
 from pipeline.report.teacher import teacher_rows, teacher_table
@@ -27,15 +27,15 @@ def print_report(store: Store, console: Console) -> None:
             f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
         )
     statuses = {run.config.name: read_status(run, store) for run in runs}
-    console.print(as_rich(held_out_table(held_out(runs, store))))
+    print_table(held_out_table(held_out(runs, store)), console)
     benchmarks = suite_rows(runs, store)
     if benchmarks:
-        console.print(as_rich(suite_table(benchmarks)))
-    console.print(as_rich(teacher_table(teacher_rows(runs, statuses))))
+        print_table(suite_table(benchmarks), console)
+    print_table(teacher_table(teacher_rows(runs, statuses)), console)
     for name, figures in interpretations(runs, store):
         for table in interpretation_tables(name, figures):
-            console.print(as_rich(table))
-    console.print(as_rich(time_table(runs, statuses, store)))
+            print_table(table, console)
+    print_table(time_table(runs, statuses, store), console)
 
 
 def write_page(store: Store, path: Path, console: Console) -> None:

@@ -9,6 +9,7 @@ from train.job import StepRecord, TrainJob
 
 CARD = "README.md"
 _EVALUATION = "## Evaluation"
+_GOLD_ONLY = "The fused distributions were not read: lambda is 1, so the gold tokens are all it learned from.\n"
 _PENDING = "Not evaluated yet: `ptafuse eval` writes held-out bits per byte here."
 
 
@@ -18,6 +19,7 @@ def model_card(job: TrainJob, last: StepRecord) -> str:
     sources = "\n".join(f"- {name}" for name in job.sources) or "- none"
     losses = {"loss": last.loss, "loss_clm": last.loss_clm, "loss_fusion": last.loss_fusion}
     shown = "\n".join(f"| {name} | {value:.4f} |" for name, value in losses.items() if value is not None)
+    note = "" if job.config.uses_fusion else _GOLD_ONLY
     return f"""---
 library_name: transformers
 tags: [knowledge-fusion, probabilistic-token-alignment]
@@ -25,7 +27,7 @@ tags: [knowledge-fusion, probabilistic-token-alignment]
 # {job.model.name}, fused
 
 Trained with ptafuse: knowledge fusion of language models by Probabilistic Token Alignment (PTA-LLM, arXiv 2509.17276).
-Weights are float32. The license of the target model and the terms of the source models apply.
+{note}Weights are float32. The license of the target model and the terms of the source models apply.
 
 Target: {job.model.name}, {origin}.
 

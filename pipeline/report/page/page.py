@@ -59,9 +59,9 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
             f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
         )
     sweeps = recorded_sweeps(store)
-    runs = _shown_by_themselves(runs, sweeps)
+    recorded, runs = runs, _shown_by_themselves(runs, sweeps)
     statuses = {run.config.name: read_status(run, store) for run in runs}
-    results = held_out(runs, store)
+    results = held_out(runs, store, peers=recorded)
     teachers = teacher_rows(runs, statuses)
     benchmarks = suite_rows(runs, store)
     viewer = viewer_data(runs, store, max_positions=max_positions)

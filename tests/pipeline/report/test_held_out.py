@@ -15,16 +15,8 @@ from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, result_key
 from pipeline.settings.load import load_config
 from stages.contract.store import Store
+from tests.pipeline.report.finished_runs import evaluation
 from tests.tiny_run import ptafuse
-
-
-def evaluation(figures: list[float], sizes: list[int]) -> dict:
-    return {
-        "documents": [
-            {"doc_id": number, "bits_per_byte": figure, "num_bytes": size}
-            for number, (figure, size) in enumerate(zip(figures, sizes, strict=True))
-        ]
-    }
 
 
 def test_paired_difference_of_equal_documents_is_the_usual_standard_error() -> None:

@@ -12,9 +12,12 @@ RECORD = StepRecord(
 
 
 def card() -> str:
+    return card_of(TrainConfig(temperature=1.25))
+
+
+def card_of(config: TrainConfig) -> str:
     model = ModelConfig(name="tiny", hub="someone/tiny", revision="abc")
     provenance = {"dataset": {"hub": "some/texts"}, "stages": {"align": {"fingerprint": "feedc0ffee00"}}}
-    config = TrainConfig(temperature=1.25)
     return model_card(TrainJob(config, model, (), "out", "0123456789ab", ("gemma",), provenance), RECORD)
 
 
@@ -26,6 +29,14 @@ def test_the_card_states_what_the_model_was_made_of():
     assert "| loss_clm | 2.0000 |" in text
     assert "loss_fusion |" not in text
     assert "`ptafuse eval`" in text
+
+
+def test_a_model_trained_on_gold_tokens_alone_is_not_said_to_have_read_fused_distributions():
+    words = "The fused distributions were not read"
+    assert words in card_of(TrainConfig.model_validate({"lambda": 1.0}))
+    falling = {"lambda": 1.0, "lambda_schedule": "linear", "lambda_end": 0.0}
+    assert words not in card_of(TrainConfig.model_validate(falling))
+    assert words not in card()
 
 
 def test_evaluation_fills_its_section_and_may_do_so_again(tmp_path):

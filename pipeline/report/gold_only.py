@@ -1,0 +1,94 @@
+"""The run that "against gold only" compares a trained model with: the same training on the gold tokens alone.
+
+Of two runs whose loss has no part for the fused distributions, the trained models are the same if they agree in
+
+- the target: its weights and its tokenizer;
+- the training blocks, which are the gold tokens in their order: the frozen shards, ``fuse.max_length``, and the version of
+  the stage that packs them;
+- the settings of ``[train]`` that change a result and are read by the loss of the gold tokens or by the optimizer: all but
+  ``FUSION_SETTINGS``, the seed included.
+
+Whatever only shapes the fused distributions (``[logits]``, ``[align]``, the rest of ``[fuse]``, and the sources as far as
+the shards are cut alike) is not read. And figures are compared on the same documents, scored in the same way. A run is
+compared with another one only where all of this agrees; where no such run is evaluated, there is nothing to compare with.
+"""
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import Request, ResolvedRun, Step
+
+FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_loss", "temperature")
+"""The settings of ``[train]`` that say how much the fusion loss weighs, and those that it alone reads."""
+
+
+@dataclass(frozen=True)
+class GoldOnly:
+    """What a run is compared with.
+
+    Attributes:
+        figures: of the same training on the gold tokens alone, as ``read_result`` gives them; None where it is not evaluated.
+        missing: why there are no figures, continuing a sentence that begins with the run; None where there are, or where
+            nothing is to be compared.
+    """
+
+    figures: dict[str, Any] | None
+    missing: str | None
+
+
+def is_gold_only(run: ResolvedRun) -> bool:
+    """Return whether the fusion loss has no weight in any step: lambda is 1, and no schedule leaves it."""
+    return not run.config.train.uses_fusion
+
+
+def gold_training(run: ResolvedRun) -> dict[str, Any]:
+    """Return what decides the figures of a run's training if the gold tokens are all it learns from; see the module's text.
+
+    Two runs with equal values and no weight on the fusion loss have the same model and the same figures.
+    """
+    settings = run.config.train.result_settings()
+    return {
+        "train": {name: value for name, value in settings.items() if name not in FUSION_SETTINGS},
+        "versions": [run.steps[stage].settings["version"] for stage in ("fuse", "train")],
+        "fuse.max_length": run.config.fuse.max_length,
+        # Its fingerprint has the target's weights and tokenizer, the shards, which documents are scored, and how.
+        "target before": run.steps[f"eval/{run.config.target.name}"].fingerprint,
+    }
+
+
+def find_gold_only(
+    run: ResolvedRun, runs: Sequence[ResolvedRun], read: Callable[[Step], dict[str, Any] | None], run_url: str
+) -> GoldOnly:
+    """Return the figures of the same training on the gold tokens alone, or how to come by them.
+
+    Args:
+        run: what is compared.
+        runs: the configurations of the run directory.
+        read: reads a step's figures.
+        run_url: the run directory.
+    """
+    training = gold_training(run)
+    twins = [other for other in runs if is_gold_only(other) and gold_training(other) == training]
+    for twin in twins:
+        figures = read(twin.steps[f"eval/{FUSED}"])
+        if figures is not None:
+            return GoldOnly(figures, None)
+    command = _command(twins[-1].request if twins else _gold_only_request(run), run_url)
+    return GoldOnly(None, f"needs the same training on the gold tokens alone, which is not evaluated here: `{command}`")
+
+
+def _gold_only_request(run: ResolvedRun) -> Request:
+    """Ask for the same but with lambda 1; a schedule cannot be taken back on the command line, so it ends at 1."""
+    changes = {"name": f"{run.config.name}-gold-only", "train.lambda": "1"}
+    if run.config.train.lambda_end is not None:
+        changes["train.lambda_end"] = "1"
+    kept = [override for override in run.request.overrides if override.partition("=")[0] not in changes]
+    return Request(run.request.config_path, (*kept, *(f"{key}={value}" for key, value in changes.items())))
+
+
+def _command(request: Request, run_url: str) -> str:
+    sets = "".join(f" --set {shlex.quote(override)}" for override in request.overrides)
+    return f"ptafuse eval {shlex.quote(str(request.config_path))} --run {shlex.quote(run_url)} --upstream{sets}"
