@@ -52,7 +52,7 @@ def gold_training(run: ResolvedRun) -> dict[str, Any]:
     settings = run.config.train.result_settings()
     return {
         "train": {name: value for name, value in settings.items() if name not in FUSION_SETTINGS},
-        "versions": [run.steps[stage].settings["version"] for stage in ("fuse", "train")],
+        "versions": [run.steps[stage].settings.get("version") for stage in ("fuse", "train")],
         "fuse.max_length": run.config.fuse.max_length,
         # Its fingerprint has the target's weights and tokenizer, the shards, which documents are scored, and how.
         "target before": run.steps[f"eval/{run.config.target.name}"].fingerprint,

@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from pipeline.report.held_out import document_differences, untrained
 from pipeline.run.outcomes import read_result
 from pipeline.run.records import recorded_runs
 from pipeline.run.stage_table import FUSED
-from pipeline.run.steps import Step
+from pipeline.run.steps import ResolvedRun, Step
+from pipeline.settings.documents import PLACE, other_documents, scored_documents
 from pipeline.workflow.sweep import SweepConfig, cells_of, run_name
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean
@@ -26,7 +28,8 @@ class CellResult:
         name: the cell's.
         bits_per_byte: of each finished seed.
         against_baseline: mean over seeds of the paired difference, its standard error over documents; None for the
-            baseline itself and without common seeds.
+            baseline itself, without common seeds, and where other documents were scored.
+        not_compared: why figures are there on both sides and no difference.
         seed_error: standard error of that difference over seeds; NaN for fewer than two.
         is_trained: it is a cell; else what its configurations evaluate without training, which has no seeds of its own.
     """
@@ -36,62 +39,100 @@ class CellResult:
     against_baseline: Estimate | None
     seed_error: float = math.nan
     is_trained: bool = True
+    not_compared: str | None = None
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """An evaluation, and what decides which documents it speaks of."""
+
+    result: dict[str, Any]
+    documents: Mapping[str, Any]
 
 
 def sweep_results(sweep: SweepConfig, store: Store) -> list[CellResult]:
     """What the finished cells gave, in the sweep's order, then what they evaluated without training."""
     runs = {run.config.name: run for run in recorded_runs(store)}
-    figures: dict[tuple[str, int], dict] = {}
-    steps: dict[str, tuple[str, Step, bool]] = {}
+    figures: dict[tuple[str, int], _Figures] = {}
+    steps: dict[str, tuple[str, Step, Mapping[str, Any], bool]] = {}
     for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
         run = runs.get(run_name(sweep, cell, seed))
         if run is None:
             continue
         found = read_result(store, run.steps[f"eval/{FUSED}"])
         if found is not None:
-            figures[cell.name, seed] = found
+            figures[cell.name, seed] = _Figures(found, _documents(run))
         own_tokens = {model.name for model in run.config.sources}
-        steps |= {step.folder: (label, step, step.model not in own_tokens) for label, step in untrained(run)}
+        steps |= {
+            step.folder: (label, step, _documents(run), step.model not in own_tokens) for label, step in untrained(run)
+        }
     cells = [_cell_result(sweep, cell.name, figures) for cell in cells_of(sweep)]
     others = [
-        _untrained_result(sweep, label, read_result(store, step), figures if is_compared else {})
-        for label, step, is_compared in steps.values()
+        _untrained_result(sweep, label, _Figures(found, documents), figures if is_compared else {})
+        for label, step, documents, is_compared in steps.values()
+        if (found := read_result(store, step)) is not None
     ]
-    return [*cells, *(found for found in others if found is not None)]
+    return [*cells, *others]
+
+
+def _documents(run: ResolvedRun) -> dict[str, Any]:
+    """What decides which documents a run scores: the settings, with the dataset by its contents, wherever it lay."""
+    settings = {key: value for key, value in scored_documents(run.config).items() if key not in PLACE}
+    return {"dataset": run.steps["shard"].settings["inputs"]["dataset"], **settings}
 
 
 def _untrained_result(
-    sweep: SweepConfig, label: str, found: dict | None, figures: dict[tuple[str, int], dict]
-) -> CellResult | None:
+    sweep: SweepConfig, label: str, found: _Figures, figures: Mapping[tuple[str, int], _Figures]
+) -> CellResult:
     """One figure beside those of all seeds.
 
     Args:
         sweep: the sweep.
         label: what was evaluated.
-        found: its figures, None without.
+        found: its figures.
         figures: of the cells; none for a source, whose first tokens, which are left out, are other ones.
     """
-    if found is None:
-        return None
-    if "refused" in found:
-        return CellResult(f"{label}; refused: {found['refused']}", (), None, is_trained=False)
-    alone = CellResult(label, (found["bits_per_byte"],), None, is_trained=False)
+    if "refused" in found.result:
+        return CellResult(f"{label}; refused: {found.result['refused']}", (), None, is_trained=False)
     compared = _cell_result(sweep, label, {**figures, **{(label, seed): found for seed in sweep.seeds}})
-    return replace(alone, against_baseline=compared.against_baseline, seed_error=compared.seed_error)
+    return replace(compared, bits_per_byte=(found.result["bits_per_byte"],), is_trained=False)
 
 
-def _cell_result(sweep: SweepConfig, name: str, figures: dict[tuple[str, int], dict]) -> CellResult:
+def _cell_result(sweep: SweepConfig, name: str, figures: Mapping[tuple[str, int], _Figures]) -> CellResult:
     own = {seed: figures[name, seed] for seed in sweep.seeds if (name, seed) in figures}
-    values = tuple(found["bits_per_byte"] for found in own.values())
-    common = [seed for seed in own if (sweep.baseline, seed) in figures] if sweep.baseline not in (None, name) else []
-    if not common:
+    values = tuple(found.result["bits_per_byte"] for found in own.values())
+    baseline = sweep.baseline
+    if baseline is None or baseline == name:
         return CellResult(name, values, None)
-    pairs = [document_differences(own[seed], figures[str(sweep.baseline), seed]) for seed in common]
-    differences = np.stack([difference for difference, _ in pairs])  # (seeds, documents)
-    weights = pairs[0][1]
+    pairs = [(own[seed], figures[baseline, seed]) for seed in own if (baseline, seed) in figures]
+    if not pairs:
+        return CellResult(name, values, None)
+    refused = _other_documents(pairs)
+    if refused is not None:
+        return CellResult(name, values, None, not_compared=refused)
+    parts = [document_differences(one.result, other.result, same_documents=True) for one, other in pairs]
+    differences = np.stack([difference for difference, _ in parts])  # (seeds, documents)
+    weights = parts[0][1]
     by_seed = np.average(differences, axis=1, weights=weights)
-    seed_error = float(by_seed.std(ddof=1) / math.sqrt(len(common))) if len(common) > 1 else math.nan
+    seed_error = float(by_seed.std(ddof=1) / math.sqrt(len(pairs))) if len(pairs) > 1 else math.nan
     return CellResult(name, values, weighted_mean(differences.mean(axis=0), weights), seed_error)
+
+
+def _other_documents(pairs: Sequence[tuple[_Figures, _Figures]]) -> str | None:
+    """Why the figures of these seeds are not of the same documents, with those of the baseline; None where they are."""
+    first = pairs[0][1]
+    for found in itertools.chain.from_iterable(pairs):
+        differing = other_documents(found.documents, first.documents)
+        if differing is not None:
+            return f"{differing}, so other documents are scored"
+    scored = {frozenset(_ids(one) & _ids(other)) for one, other in pairs}
+    if len(scored) > 1:
+        return "its seeds have figures of different documents"
+    return None if any(scored) else "no document has figures of both"
+
+
+def _ids(figures: _Figures) -> set[int]:
+    return {part["doc_id"] for part in figures.result["documents"]}
 
 
 def cells_table(sweep: SweepConfig) -> ResultTable:
@@ -112,6 +153,7 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
     for result in results:
         mean = f"{np.mean(result.bits_per_byte):.4f}" if result.bits_per_byte else "not evaluated"
         difference = "" if result.against_baseline is None else f"{result.against_baseline.mean:+.4f}"
+        difference = difference if result.not_compared is None else "other documents"
         over_documents = "" if result.against_baseline is None else f"{result.against_baseline.error:.4f}"
         over_seeds = "" if math.isnan(result.seed_error) else f"{result.seed_error:.4f}"
         seeds = str(len(result.bits_per_byte)) if result.is_trained else ""
@@ -121,4 +163,9 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
         "their standard errors over documents and over seeds",
         ("cell", "seeds", "bits per byte", "difference", "over documents", "over seeds"),
         tuple(rows),
+        notes=tuple(
+            f"{result.name} is not compared with {sweep.baseline}: {result.not_compared}"
+            for result in results
+            if result.not_compared is not None
+        ),
     )

@@ -20,6 +20,7 @@ from pipeline.run.session import open_run
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request
 from pipeline.run.trained_model import discard_model
+from pipeline.settings.documents import other_documents, scored_documents
 from pipeline.settings.load import ConfigError, find_toml, load_config, shipped_sweeps
 from pipeline.workflow.stages import run_all_stages
 from stages.contract.fingerprint import Settings
@@ -96,12 +97,33 @@ def load_sweep(given: Path) -> SweepConfig:
             f"  {'.'.join(map(str, problem['loc'])) or '(the file)'}: {problem['msg']}" for problem in error.errors()
         ]
         raise ConfigError("\n".join([f"{path}: {len(lines)} wrong setting(s)", *lines])) from None
+    try:
+        check_cells(sweep)
+    except ConfigError as error:
+        raise ConfigError(f"{path}, {error}") from None
+    return sweep
+
+
+def check_cells(sweep: SweepConfig) -> None:
+    """Refuse a sweep of which a cell cannot be used, or cannot be compared with the baseline.
+
+    Raises:
+        ConfigError: a cell's configuration is wrong, or it scores other documents than the baseline; names the cell and
+            the setting.
+    """
+    documents = {}
     for cell in cells_of(sweep):
         try:
-            load_config(sweep.config, cell.overrides)
+            documents[cell.name] = scored_documents(load_config(sweep.config, cell.overrides))
         except ConfigError as error:
-            raise ConfigError(f"{path}, cell {cell.name}: {error}") from None
-    return sweep
+            raise ConfigError(f"cell {cell.name}: {error}") from None
+    for name, own in documents.items() if sweep.baseline is not None else ():
+        differing = other_documents(own, documents[str(sweep.baseline)])
+        if differing is not None:
+            raise ConfigError(
+                f"cell {name}: {differing}, in the baseline {sweep.baseline}: cells are compared with it document by "
+                "document, so all must score the same ones. Give such settings under [set], or leave out `baseline`"
+            )
 
 
 def cells_of(sweep: SweepConfig) -> list[Cell]:
@@ -126,7 +148,11 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
         run_url: the run directory.
         console: where progress is shown.
         local: compute in this process, without Ray.
+
+    Raises:
+        ConfigError: a cell cannot be used or compared; nothing has run then.
     """
+    check_cells(sweep)
     store = Store(run_url)
     record = {**sweep.model_dump(mode="json"), "cells": {cell.name: list(cell.overrides) for cell in cells_of(sweep)}}
     store.replace(f"sweeps/{sweep.name}.json", (json.dumps(record, indent=1) + "\n").encode())

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,47 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(sweep_file: Path, before:
     sweep_file.write_text(text.replace(before, after))
     with pytest.raises(ConfigError, match=message):
         load_sweep(sweep_file)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('"shard.validation_fraction" = 0.5', "shard.validation_fraction is 0.5, there 0.25"),
+        (
+            '"eval.split" = "test", "shard.test_fraction" = 0.1',
+            "shard.test_fraction is 0.1, there 0.0; eval.split is test",
+        ),
+        ('"eval.max_documents" = 3', "eval.max_documents is 3, there none"),
+        ('"dataset.max_documents" = 20', "dataset.max_documents is 20, there none"),
+        ('"dataset.path" = "elsewhere.jsonl"', "dataset.path is "),
+        ('"shard.max_length" = 32', "shard.max_length is 32, there 64"),
+    ],
+)
+def test_cells_that_score_other_documents_than_the_baseline_are_refused_before_anything_is_trained(
+    sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, message: str
+) -> None:
+    def must_not_run(*_: object) -> None:
+        raise AssertionError("it runs")
+
+    monkeypatch.setattr(sweeping, "run_all_stages", must_not_run)
+    text = sweep_file.read_text().replace('"train.lambda" = [0.8, 0.2]', f'"train.lambda" = [0.8, 0.2], {setting}')
+    sweep_file.write_text(text)
+    with pytest.raises(ConfigError, match=f"cell fused-lambda-0.8: {message}") as refused:
+        load_sweep(sweep_file)
+    assert "gold" in str(refused.value)
+    unchecked = SweepConfig.model_validate(tomllib.loads(text))
+    with pytest.raises(ConfigError, match=message):
+        run_sweep(unchecked, str(tmp_path / "run"), Console(quiet=True), local=True)
+    assert not (tmp_path / "run").exists()
+    sweep_file.write_text(text.replace('baseline = "gold"', ""))
+    assert load_sweep(sweep_file).baseline is None, "nothing is compared, so each cell may have its own documents"
+
+
+def test_what_changes_no_document_may_differ_between_cells(sweep_file: Path) -> None:
+    settings = '"shard.documents_per_shard" = 5, "eval.batch_tokens" = 512, "dataset.kind_column" = "kind"'
+    text = sweep_file.read_text().replace('"train.lambda" = [0.8, 0.2]', f'"train.lambda" = [0.8, 0.2], {settings}')
+    sweep_file.write_text(text)
+    assert len(cells_of(load_sweep(sweep_file))) == 3
 
 
 @pytest.mark.parametrize("path", shipped_sweeps(), ids=lambda path: path.stem)

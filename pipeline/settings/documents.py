@@ -1,0 +1,41 @@
+"""Which settings decide what text is scored; figures are paired document by document only where they agree."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from pipeline.settings.run import RunConfig
+
+PLACE: Final = ("dataset.hub", "dataset.revision", "dataset.subset", "dataset.split", "dataset.path")
+"""Where the documents come from."""
+DECIDES: Final = (
+    *PLACE,
+    "dataset.text_column",
+    "dataset.max_documents",
+    "shard.max_length",  # of a segment without BOS nothing predicts the first token, so the cuts decide what is scored
+    "shard.validation_fraction",
+    "shard.test_fraction",
+    "eval.split",
+    "eval.max_documents",
+)
+"""The settings that decide which documents, and what of them, are scored. All others say how, or where it is computed."""
+
+
+def scored_documents(config: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide what text is scored: dotted key -> value."""
+    keys = [key.split(".") for key in DECIDES]
+    return {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys}
+
+
+def other_documents(documents: Mapping[str, Any], baseline: Mapping[str, Any]) -> str | None:
+    """Return what two configurations differ in that decides what text is scored, in words; None where they agree.
+
+    Args:
+        documents: of the one, as ``scored_documents`` gives them; more keys may be given to both.
+        baseline: of the one that it is compared with.
+    """
+    differ = [(key, value, baseline[key]) for key, value in documents.items() if value != baseline[key]]
+    return "; ".join(f"{key} is {_shown(value)}, there {_shown(other)}" for key, value, other in differ) or None
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)
