@@ -52,7 +52,9 @@ class TrainConfig(Settings):
         description="Of both distributions in L_fusion, over the row's ids and the rest (train/objective/divergence.py).",
     )
     isolate_documents: bool = Field(
-        False, description="Packed documents do not see each other: attention and position ids restart with each."
+        False,
+        description="Packed documents do not see each other: attention and position ids restart with each, and with each "
+        "segment that continues a document, for the models that are learned from did not see the text before it.",
     )
     batch_size: int = Field(256, ge=1, description="Blocks in an optimizer step.")
     micro_batch_size: Annotated[int, RUNTIME] = Field(1, ge=1, description="Blocks in a worker's forward pass.")

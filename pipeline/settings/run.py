@@ -1,7 +1,7 @@
 """One TOML file a run: the stages' configuration classes, composed."""
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -58,6 +58,16 @@ class RunConfig(Settings):
     prices: Annotated[PricesConfig, RUNTIME] = PricesConfig()
     assumptions: Annotated[AssumptionsConfig, RUNTIME] = AssumptionsConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_packing(cls, values: Any) -> Any:
+        """The paper cuts blocks: so does its preset, where the configuration does not say otherwise."""
+        if isinstance(values, dict):
+            align, fuse = values.get("align"), values.get("fuse", {})
+            if isinstance(align, dict) and align.get("preset") == "paper" and isinstance(fuse, dict):
+                return {**values, "fuse": {"packing": "cut", **fuse}}
+        return values
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = [model.name for model in self.models]
@@ -77,6 +87,11 @@ class RunConfig(Settings):
         if self.align.top_p is not None and self.align.top_p > self.logits.top_p:
             raise ValueError(
                 f"align.top_p = {self.align.top_p} asks for more probability than logits.top_p = {self.logits.top_p} keeps"
+            )
+        if self.fuse.packing == "whole" and self.fuse.max_length < self.shard.max_length:
+            raise ValueError(
+                f"fuse.max_length = {self.fuse.max_length} is below shard.max_length = {self.shard.max_length}, and with "
+                "fuse.packing = 'whole' every segment must fit a block: raise the one, lower the other, or set packing = 'cut'"
             )
         if self.eval.split == "test" and self.shard.test_fraction == 0:
             raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')

@@ -1,6 +1,6 @@
 """Settings of the fuse stage."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
@@ -24,6 +24,24 @@ class FuseConfig(Settings):
         "bits-per-byte", description="Of the cross-entropy: fair between tokenizers, or the paper's."
     )
     max_length: int = Field(2048, ge=2, description="Tokens of a training block.")
+    packing: Literal["whole", "cut"] = Field(
+        "whole",
+        description="`whole`: no segment is cut, blocks are filled by best fit decreasing; `cut`: the concatenation is cut "
+        "every `max_length` tokens (the paper; the default beside align.preset = 'paper').",
+    )
+    min_context: int = Field(
+        32,
+        ge=0,
+        description="`cut`: positions with fewer tokens of their segment before them in the block have no fused distribution, "
+        "for its context is not there.",
+    )
     top_k: int = Field(10, ge=1, le=256, description="Entries kept of a mixed row; the mass cut off is counted.")
     num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
     cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that change results; ``min_context`` at its default where nothing is cut."""
+        settings = super().result_settings()
+        if self.packing == "whole":
+            settings["min_context"] = type(self).model_fields["min_context"].default
+        return settings

@@ -20,6 +20,7 @@ from stages.contract.columns import (
     sparse_columns,
     sparse_row,
 )
+from stages.contract.manifest import Mean
 from stages.contract.schemas import Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
 from stages.fuse.config import FuseConfig
@@ -59,6 +60,8 @@ class FusedSegment:
         cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
         weights: (N, C), see ``candidate_weights``.
         mixture: what came of them.
+        short_context: (N,) bool; the block begins too shortly before the position: what is predicted there is conditioned
+            on text that the block does not hold, so there is no fused distribution.
     """
 
     candidates: tuple[Candidate, ...]
@@ -66,6 +69,7 @@ class FusedSegment:
     cross_entropy: np.ndarray
     weights: np.ndarray
     mixture: Mixture
+    short_context: np.ndarray
 
     @property
     def present(self) -> np.ndarray:
@@ -111,10 +115,12 @@ class FuseStage:
             ValueError: the aligned tables disagree on their tail, or do not fit the target's positions.
         """
         shard = self._read(inputs)
-        packing = pack(shard.lengths, max_length=self.config.max_length)
+        packing = self._pack(shard)
         health = HealthCounts(self.names)
         segments = []
+        num_short = 0
         for fused in self._fuse_rows(shard, packing, range(len(shard.lengths))):
+            num_short += int(fused.short_context.sum())
             health.add(
                 fused=fused.mixture.rows,
                 target=fused.candidates[0].rows,
@@ -131,6 +137,8 @@ class FuseStage:
             health={
                 "segments": len(shard.lengths),
                 "blocks": packing.num_blocks,
+                "block_fill": Mean(total=float(shard.lengths.sum()), count=packing.num_blocks * self.config.max_length),
+                "short_context": num_short,
                 **health.figures(),
                 "missing_source_segments": int((shard.aligned_rows < 0).sum()),
             },
@@ -161,7 +169,7 @@ class FuseStage:
             rows: of the target's logits table.
         """
         shard = self._read(inputs)
-        yield from self._fuse_rows(shard, pack(shard.lengths, max_length=self.config.max_length), rows)
+        yield from self._fuse_rows(shard, self._pack(shard), rows)
 
     def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
         """How the fused distributions of a segment came about, position by position; see ``explain``."""
@@ -169,8 +177,11 @@ class FuseStage:
         fused = self._fuse_row(shard, row)
         return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
 
+    def _pack(self, shard: _Shard) -> Packing:
+        return pack(shard.lengths, max_length=self.config.max_length, packing=self.config.packing)
+
     def _fuse_row(self, shard: _Shard, row: int) -> FusedSegment:
-        return next(self._fuse_rows(shard, pack(shard.lengths, max_length=self.config.max_length), [row]))
+        return next(self._fuse_rows(shard, self._pack(shard), [row]))
 
     def _fuse_rows(self, shard: _Shard, packing: Packing, rows: Iterable[int]) -> Iterator[FusedSegment]:
         piece_ce = self._piece_cross_entropy(shard, packing)
@@ -247,16 +258,22 @@ class FuseStage:
     def _fuse_segment(self, shard: _Shard, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
         length = int(shard.lengths[row])
         gold = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
-        candidates = self._candidates(shard, row)
+        pieces = packing.pieces_of(row)
+        short_context = self._short_context(packing, pieces, length) & (gold != PAD_ID)
+        candidates = tuple(without(part, short_context) for part in self._candidates(shard, row))
         if self.config.granularity == "token":
             judged = token_cross_entropy([part.rows for part in candidates], gold)
         else:
-            first, end = np.searchsorted(packing.segment, [row, row + 1])
-            judged = np.repeat(piece_ce[first:end], packing.length[first:end], axis=0)
+            judged = np.repeat(piece_ce[pieces], packing.length[pieces], axis=0)
         present = np.stack([part.rows.present for part in candidates], axis=1)
         weights = candidate_weights(judged, present, function=self.config.function)
         mixture = mix(candidates, weights, top_k=self.config.top_k, renormalise=shard.tail == "renormalise")
-        return FusedSegment(candidates, gold, judged, weights, mixture)
+        return FusedSegment(candidates, gold, judged, weights, mixture, short_context)
+
+    def _short_context(self, packing: Packing, pieces: np.ndarray, length: int) -> np.ndarray:
+        """(N,) bool: positions of a segment that begin a block inside it, nearer to the cut than ``min_context``."""
+        offset = np.repeat(packing.offset[pieces], packing.length[pieces])
+        return (offset > 0) & (np.arange(length) - offset < self.config.min_context)
 
     def _candidates(self, shard: _Shard, row: int) -> tuple[Candidate, ...]:
         """The target's own rows and each source's aligned ones; none at the last position, which has no gold token."""
@@ -363,12 +380,13 @@ def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.
     def blocks(flat: np.ndarray) -> list[np.ndarray]:
         return [flat[start:end] for start, end in itertools.pairwise(block_starts)]
 
-    ids, logprobs = _stack_rows([part.rows for part in segments], int(packing.length.sum()))
+    tokens = packing.tokens(shard.lengths)
+    ids, logprobs = (part[tokens] for part in _stack_rows([part.rows for part in segments], int(packing.length.sum())))
     sparse = [
         SparseRows(block_ids, block_logprobs)
         for block_ids, block_logprobs in zip(blocks(ids), blocks(logprobs), strict=True)
     ]
-    token_ids = pc.list_flatten(shard.target["token_ids"]).to_numpy()
+    token_ids = pc.list_flatten(shard.target["token_ids"]).to_numpy()[tokens]
     segment_ids = shard.target["segment"].to_numpy()
     columns = {
         "block": pa.array(np.arange(packing.num_blocks), pa.int32()),
@@ -377,13 +395,13 @@ def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.
         "piece_doc_id": list_column(pieces(shard.doc_ids[packing.segment]), pa.int64()),
         "piece_segment": list_column(pieces(segment_ids[packing.segment]), pa.int32()),
         "piece_offset": list_column(pieces(packing.offset), pa.int32()),
-        "chosen": list_column(blocks(_concatenate([part.chosen for part in segments], np.int8)), pa.int8()),
+        "chosen": list_column(blocks(_concatenate([part.chosen for part in segments], np.int8)[tokens]), pa.int8()),
     }
     columns["topk_ids"], columns["topk_logprobs"] = sparse_columns(
         sparse, schema.field("topk_ids").type.value_type.value_type
     )
     if shard.tail == "bucket":
-        tail = _concatenate([part.tail_mass for part in segments], np.float32)
+        tail = _concatenate([part.tail_mass for part in segments], np.float32)[tokens]
         columns["tail_mass"] = list_column(blocks(tail), pa.float32())
     return pa.table([columns[name] for name in schema.names], schema=schema)
 

@@ -34,7 +34,7 @@ class Block:
         labels: (N,) int64, the gold next token; ``IGNORED`` where there is none.
         fused: the fused distributions, N positions; None when they are not read.
         tail_mass: (N,) float32; None where rows are rescaled to 1, or not read.
-        position_ids: (N,) int64, counted from 0 in each document; None where documents are not isolated.
+        position_ids: (N,) int64, counted from 0 in each piece of a document; None where documents are not isolated.
     """
 
     name: str
@@ -56,8 +56,8 @@ class MicroBatch:
         labels: (B, T) int64.
         targets: of the B * T positions; None when fused distributions are not read.
         num_tokens: tokens without padding.
-        position_ids: (B, T) int64, which begin anew with each document (and with the padding); None where documents
-            are not isolated.
+        position_ids: (B, T) int64, which restart with each piece of a document (and with the padding); None where
+            documents are not isolated.
     """
 
     ids: torch.Tensor
@@ -96,7 +96,8 @@ class FusedBlocks:
             eos_id: the target's EOS, which ends a document; None without.
             with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
             share: (r, n): of every n files the r-th is checked, the others by other workers.
-            isolate_documents: give position ids by document, and no label to a document's last token.
+            isolate_documents: give position ids by piece, and no label to a piece's last token. A segment that continues its
+                document is isolated as well: the models that it was dumped from did not see the text before it.
 
         Raises:
             ValueError: a file is not the one its manifest names, or there is no block at all.
@@ -155,11 +156,11 @@ class FusedBlocks:
         name = f"{self._names[file]}:{int(table['block'][row].as_py())}"
         starts = position_ids = None
         if self.isolate_documents:
-            starts = document_starts(list_row(table, "piece_start", row), list_row(table, "piece_doc_id", row))
-            position_ids = document_positions(starts, len(ids))
+            starts = list_row(table, "piece_start", row).astype(np.int64)
+            position_ids = piece_positions(starts, len(ids))
         return Block(name, ids, self._labels(table, row, ids, starts), fused, tail_mass, position_ids)
 
-    def _labels(self, table: pa.Table, row: int, ids: np.ndarray, documents: np.ndarray | None) -> np.ndarray:
+    def _labels(self, table: pa.Table, row: int, ids: np.ndarray, isolated: np.ndarray | None) -> np.ndarray:
         """Return the gold next tokens; ``IGNORED`` at the block's end, and where what follows is another text.
 
         At the border of two pieces the next token is a label where a document ends and the next one begins with a token
@@ -167,8 +168,8 @@ class FusedBlocks:
         document, and an EOS that separates two documents a second time, are not what the model is to learn.
         """
         labels = np.append(ids[1:], IGNORED)
-        if documents is not None:
-            labels[documents[1:] - 1] = IGNORED
+        if isolated is not None:
+            labels[isolated[1:] - 1] = IGNORED
         starts, docs, segments, offsets = (
             list_row(table, name, row) for name in ("piece_start", "piece_doc_id", "piece_segment", "piece_offset")
         )
@@ -226,19 +227,8 @@ def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_blocks)
 
 
-def document_starts(piece_start: np.ndarray, piece_doc_id: np.ndarray) -> np.ndarray:
-    """Where the documents of a block begin, (D,) int64; the first is 0.
-
-    Args:
-        piece_start: (P,) where the pieces of segments begin.
-        piece_doc_id: (P,) the document of each.
-    """
-    is_new = np.append(True, np.diff(piece_doc_id) != 0)
-    return piece_start[is_new].astype(np.int64)
-
-
-def document_positions(starts: np.ndarray, length: int) -> np.ndarray:
-    """Position ids of a block that begin anew with each document, (length,) int64."""
+def piece_positions(starts: np.ndarray, length: int) -> np.ndarray:
+    """Return position ids of a block that restart with each piece, (length,) int64."""
     positions = np.arange(length, dtype=np.int64)
     return positions - np.repeat(starts, np.diff(np.append(starts, length)))
 

@@ -33,7 +33,7 @@ def test_tokens_come_from_the_fused_shards_of_the_run(tiny_config: Path, undistu
     assert "fused shards in" in done.stdout
     assert "2 epoch(s)" in done.stdout
     other = ptafuse(
-        "train", "--dry-run", str(tiny_config), "--run", str(undisturbed_run), "--set", "fuse.max_length=32"
+        "train", "--dry-run", str(tiny_config), "--run", str(undisturbed_run), "--set", "fuse.max_length=128"
     )
     assert "not known before fuse has run" in other.stdout
 

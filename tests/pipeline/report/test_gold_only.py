@@ -58,7 +58,7 @@ def test_every_setting_of_training_is_the_gold_tokens_or_the_fusion_loss_s_own_o
         "train.seed=7",
         "train.isolate_documents=true",
         "train.lora.r=4",
-        "fuse.max_length=32",
+        "fuse.max_length=128",
         "shard.max_length=32",
         "shard.validation_fraction=0.3",
         "eval.max_length=32",

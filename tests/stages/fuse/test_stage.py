@@ -28,7 +28,8 @@ class Inputs:
     tables: dict[str, pa.Table]
 
     def stage(self, **settings) -> FuseStage:
-        stage = FuseStage(FuseConfig(max_length=16, **settings), self.target, self.sources)
+        chosen = {"max_length": 16, "packing": "cut", "min_context": 0, **settings}
+        stage = FuseStage(FuseConfig(**chosen), self.target, self.sources)
         stage.setup()
         return stage
 
@@ -354,3 +355,40 @@ def test_fused_segments_are_what_run_writes(inputs):
     rows = [2, 0]
     for row, found in zip(rows, stage.fused_segments(inputs.tables, rows), strict=True):
         assert found.chosen.tolist() == chosen[starts[row] : starts[row + 1]].tolist()
+
+
+def test_positions_shortly_behind_a_cut_have_no_fused_distribution_and_are_counted(inputs):
+    whole, cut = (inputs.stage(packing="cut", min_context=number).run(inputs.tables) for number in (0, 3))
+    num_short = 0
+    for block in range(cut.table.num_rows):
+        starts, offsets = (list_row(cut.table, name, block) for name in ("piece_start", "piece_offset"))
+        before, after = (sparse_row(part.table, block).present for part in (whole, cut))
+        near = np.zeros(len(after), bool)
+        for start, offset in zip(starts, offsets, strict=True):
+            near[start : start + 3] |= offset > 0
+        assert (after == before & ~near).all()
+        num_short += int((near & before).sum())
+    assert num_short > 0
+    assert cut.health["short_context"] >= num_short
+    assert whole.health["short_context"] == 0
+
+
+def test_whole_segments_have_the_rows_that_they_have_anyhow(inputs):
+    """Packing moves rows; it does not change them."""
+    cut, whole = (inputs.stage(packing=packing, max_length=64, min_context=0) for packing in ("cut", "whole"))
+    outputs = [stage.run(inputs.tables) for stage in (cut, whole)]
+
+    def rows(table: pa.Table) -> dict[tuple[int, int, int], list]:
+        found = {}
+        for block in range(table.num_rows):
+            sparse, ids = sparse_row(table, block), list_row(table, "token_ids", block)
+            for position in range(len(ids)):
+                place = locate(table, block, position)
+                key = (place.doc_id, place.segment, place.position)
+                found[key] = [int(ids[position]), sparse.ids[position].tolist(), sparse.logprobs[position].tolist()]
+        return found
+
+    assert rows(outputs[0].table) == rows(outputs[1].table)
+    assert not any(list_row(outputs[1].table, "piece_offset", row).any() for row in range(outputs[1].table.num_rows))
+    fill = outputs[1].health["block_fill"]
+    assert fill.value == outputs[1].num_tokens / (outputs[1].table.num_rows * 64)

@@ -10,7 +10,7 @@ from stages.models.heads import split_head
 from tests.tiny_models import save_model
 from tests.train.dense_loss import loss_settings
 from tests.train.fused_files import fused_table, replaced_pieces, save
-from train.data.blocks import FusedBlocks, collate, document_positions, document_starts
+from train.data.blocks import FusedBlocks, collate, piece_positions
 from train.model.isolation import check_isolation
 from train.objective.loss import IGNORED, fused_loss
 
@@ -35,12 +35,17 @@ def documents(seed: int = 0) -> list[np.ndarray]:
     return [rng.integers(3, 300, length) for length in LENGTHS]
 
 
+def pieces_of(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """The second document is two segments; no model read the second of them with the first before it."""
+    first, second, third = parts
+    return [first, second[: len(second) // 2], second[len(second) // 2 :], third]
+
+
 def packed_file(path, parts: list[np.ndarray]):
-    """One block of all documents; the second has two pieces, the latter in the middle of its segment."""
+    """One block of all documents, in the pieces of ``pieces_of``."""
     table = fused_table([np.concatenate(parts)], SIZE, tail="bucket")
-    starts = np.cumsum([0, *(len(part) for part in parts)])[:-1]
     pieces = {
-        "piece_start": np.insert(starts, 2, starts[1] + 9),
+        "piece_start": np.cumsum([0, *(len(part) for part in pieces_of(parts))])[:-1],
         "piece_doc_id": np.array([4, 5, 5, 6]),
         "piece_segment": np.array([0, 0, 1, 0]),
         "piece_offset": np.zeros(4, np.int64),
@@ -60,16 +65,14 @@ def loss(model, batch) -> torch.Tensor:
     return torch.stack([found.clm, found.fusion])
 
 
-def test_document_starts_and_positions_follow_the_pieces():
-    starts = document_starts(np.array([0, 3, 5, 9]), np.array([1, 1, 2, 7]))
-    assert starts.tolist() == [0, 5, 9]
-    assert document_positions(starts, 11).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1]
+def test_positions_restart_with_each_piece():
+    assert piece_positions(np.array([0, 3, 5, 9]), 11).tolist() == [0, 1, 2, 0, 1, 0, 1, 2, 3, 0, 1]
 
 
-def test_the_last_token_of_a_document_predicts_nothing(tmp_path):
+def test_the_last_token_of_a_piece_predicts_nothing(tmp_path):
     parts = documents()
     block = opened(packed_file(tmp_path / "a.parquet", parts)).block(0)
-    expected = np.concatenate([np.append(part[1:], IGNORED) for part in parts])
+    expected = np.concatenate([np.append(part[1:], IGNORED) for part in pieces_of(parts)])
     np.testing.assert_array_equal(block.labels, expected)
     together = opened(packed_file(tmp_path / "b.parquet", parts), isolate=False).block(0)
     assert (together.labels == IGNORED).sum() == 1
@@ -77,12 +80,12 @@ def test_the_last_token_of_a_document_predicts_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_packed_document_has_the_loss_of_the_document_alone(architecture, tmp_path, attention):
+def test_a_packed_piece_has_the_loss_of_the_piece_alone(architecture, tmp_path, attention):
     model = load(architecture, attention)
     block = opened(packed_file(tmp_path / "a.parquet", documents())).block(0)
     batch = collate([block])
     expected = torch.zeros(2)
-    borders = np.cumsum([0, *LENGTHS])
+    borders = np.cumsum([0, *(len(part) for part in pieces_of(documents()))])
     for start, end in itertools.pairwise(borders):
         alone = part_of(batch, slice(int(start), int(end)))
         expected += loss(model, alone)

@@ -17,7 +17,8 @@ def segment_of(cross_entropy, target_rows, source_rows, gold) -> FusedSegment:
     present = np.stack([part.rows.present for part in candidates], axis=1)
     weights = candidate_weights(np.array(cross_entropy), present, function="min-ce")
     mixture = mix(candidates, weights, top_k=4, renormalise=False)
-    return FusedSegment(candidates, np.array(gold), np.array(cross_entropy), weights, mixture)
+    nowhere = np.zeros(len(gold), bool)
+    return FusedSegment(candidates, np.array(gold), np.array(cross_entropy), weights, mixture, nowhere)
 
 
 def test_a_segment_by_hand():
