@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.display.table import ResultTable
 from pipeline.report.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
+from pipeline.report.reported import runs_by_folder
 from pipeline.run.outcomes import read_result
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
@@ -48,8 +49,10 @@ def held_out(
 ) -> list[HeldOutRow]:
     """Every evaluated model once: sources and target, baselines, then what each configuration trained.
 
+    What is not evaluated has a row where the latest configuration of a name asks for it.
+
     Args:
-        runs: the configurations that are shown.
+        runs: the configurations that are shown, the last used one last.
         store: the run directory.
         peers: those among which a run on the gold tokens alone is looked for; ``runs`` by default.
     """
@@ -59,24 +62,43 @@ def held_out(
         return find_gold_only(run, runs if peers is None else peers, read, store.url)
 
     rows: list[HeldOutRow] = []
-    shown: set[str] = set()
     for is_baseline in (False, True):
-        for run in runs:
-            for label, step in untrained(run):
-                if step.folder in shown or is_baseline != (step.model in BASELINE_LABELS):
-                    continue
-                shown.add(step.folder)
+        for label, run, step in _untrained_once(runs, read):
+            if is_baseline == (step.model in BASELINE_LABELS):
                 row = _held_out_row(label, read(step))
                 if is_baseline:
                     beside = [other for other in runs if step.folder in {own.folder for own in other.steps.values()}]
                     row = _compared(row, read(step), read(_target_before(run)), _of_all(beside, gold_only))
                 rows.append(row)
-    for run in runs:
+    for run, label, is_latest in runs_by_folder(runs, f"eval/{FUSED}"):
         fused = read(run.steps[f"eval/{FUSED}"])
-        row = _held_out_row(f"after {run.config.name} ({_describe(run)})", fused)
+        if fused is None and not is_latest:
+            continue
+        row = _held_out_row(f"after {label} ({_describe(run)})", fused)
         reference = GoldOnly(None, None) if is_gold_only(run) else gold_only(run)
         rows.append(_compared(row, fused, read(_target_before(run)), reference))
     return rows
+
+
+def _untrained_once(
+    runs: Sequence[ResolvedRun], read: Callable[[Step], _Result]
+) -> list[tuple[str, ResolvedRun, Step]]:
+    """What the runs evaluate without training it, each result once; what is not evaluated where a name's latest asks for it.
+
+    Returns:
+        (label, the first run that has it, its step); two results of one label are told apart by their runs.
+    """
+    latest = {run.config.name: run for run in runs}
+    found: dict[str, tuple[str, ResolvedRun, Step]] = {}
+    for run in runs:
+        for label, step in untrained(run):
+            if run is latest[run.config.name] or read(step) is not None:
+                found.setdefault(step.folder, (label, run, step))
+    labels = [label for label, _, _ in found.values()]
+    return [
+        (label if labels.count(label) == 1 else f"{label}, {run.label}", run, step)
+        for label, run, step in found.values()
+    ]
 
 
 def _remembering(store: Store) -> Callable[[Step], _Result]:

@@ -11,11 +11,10 @@ import numpy as np
 from pipeline.display.table import ResultTable
 from pipeline.report.held_out import document_differences, untrained
 from pipeline.run.outcomes import read_result
-from pipeline.run.records import recorded_runs
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.documents import PLACE, other_documents, scored_documents
-from pipeline.workflow.sweep import SweepConfig, cells_of, run_name
+from pipeline.workflow.sweep import SweepConfig, cells_of, sweep_runs
 from stages.contract.store import Store
 from stages.measures.standard_error import Estimate, weighted_mean
 
@@ -52,11 +51,11 @@ class _Figures:
 
 def sweep_results(sweep: SweepConfig, store: Store) -> list[CellResult]:
     """What the finished cells gave, in the sweep's order, then what they evaluated without training."""
-    runs = {run.config.name: run for run in recorded_runs(store)}
+    runs = sweep_runs(sweep, store)
     figures: dict[tuple[str, int], _Figures] = {}
     steps: dict[str, tuple[str, Step, Mapping[str, Any], bool]] = {}
     for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
-        run = runs.get(run_name(sweep, cell, seed))
+        run = runs.get((cell.name, seed))
         if run is None:
             continue
         found = read_result(store, run.steps[f"eval/{FUSED}"])

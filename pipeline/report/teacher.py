@@ -16,7 +16,7 @@ class TeacherRow:
     """What one align or fuse step made; means in nats over the positions that it covers, None where nothing was counted.
 
     Attributes:
-        run: the configuration.
+        run: the configuration's label.
         name: ``aligned <source>`` or ``fused``.
         nll: of the gold next token under the distribution.
         target_nll: under the target's own top-k at the same positions.
@@ -40,10 +40,10 @@ class TeacherRow:
 
 
 def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus]) -> list[TeacherRow]:
-    """One row for every align and fuse folder that has figures."""
+    """One row for every align and fuse folder that has figures; ``statuses`` by the runs' labels."""
     rows, shown = [], set()
     for run in runs:
-        for step in statuses[run.config.name].steps:
+        for step in statuses[run.label].steps:
             health, resolved = step.health, run.steps[step.key]
             if not health or resolved.folder in shown:
                 continue
@@ -54,7 +54,7 @@ def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus])
             means = {name: _mean(health.get(name)) for name in _TEACHER_MEANS}
             rows.append(
                 TeacherRow(
-                    run=run.config.name,
+                    run=run.label,
                     name=distribution if resolved.model is None else f"{distribution} {resolved.model}",
                     nll=means["teacher_nll"],
                     target_nll=means["target_nll"],

@@ -8,9 +8,9 @@ from pipeline.analysis.interpret.tables import interpretation_tables, interpreta
 from pipeline.display.table import print_table
 from pipeline.evaluation.suites.results import suite_rows, suite_table
 from pipeline.report.held_out import held_out, held_out_table
+from pipeline.report.reported import reported_runs
 from pipeline.report.teacher import teacher_rows, teacher_table
 from pipeline.report.times import time_table
-from pipeline.run.records import recorded_runs
 from pipeline.state.status import read_status
 from stages.contract.store import Store
 
@@ -21,12 +21,12 @@ def print_report(store: Store, console: Console) -> None:
     Raises:
         ValueError: nothing has run there.
     """
-    runs = recorded_runs(store)
+    runs = reported_runs(store)
     if not runs:
         raise ValueError(
             f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
         )
-    statuses = {run.config.name: read_status(run, store) for run in runs}
+    statuses = {run.label: read_status(run, store) for run in runs}
     print_table(held_out_table(held_out(runs, store)), console)
     benchmarks = suite_rows(runs, store)
     if benchmarks:

@@ -11,17 +11,17 @@ from stages.contract.store import Store
 
 
 def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], store: Store) -> ResultTable:
-    """Seconds and tokens of every step that computed something."""
+    """Seconds and tokens of every step that computed something; ``statuses`` by the runs' labels."""
     rows, shown = [], set()
     for run in runs:
-        for step in statuses[run.config.name].steps:
+        for step in statuses[run.label].steps:
             folder = run.steps[step.key].folder
             if folder in shown:
                 continue
             shown.add(folder)
             seconds, tokens = _seconds(step, run, store)
             if seconds:
-                rows.append((step.key, run.config.name, f"{seconds:.1f}", f"{tokens:,}", f"{tokens / seconds:,.0f}"))
+                rows.append((step.key, run.label, f"{seconds:.1f}", f"{tokens:,}", f"{tokens / seconds:,.0f}"))
     return ResultTable(
         "Seconds of computing (start-up left out), shared steps once",
         ("step", "configuration", "seconds", "tokens", "tokens/s"),

@@ -1,6 +1,7 @@
 """The configurations that ran in a run directory, as they are recorded there."""
 
 import json
+import logging
 import time
 from dataclasses import asdict
 from typing import Any
@@ -10,6 +11,8 @@ from pydantic import ValidationError
 from pipeline.run.steps import Request, ResolvedRun, Step
 from pipeline.settings.run import RunConfig
 from stages.contract.store import Store
+
+log = logging.getLogger(__name__)
 
 
 def record(run: ResolvedRun, store: Store) -> None:
@@ -36,6 +39,27 @@ def recorded_steps(store: Store) -> list[tuple[str, Step]]:
     """The steps of every configuration that ever ran here, with its name, the last used one last."""
     records = _records(store).values()
     return [(value["config"]["name"], Step(**step)) for value in records for step in value["steps"].values()]
+
+
+def recorded_configurations(store: Store) -> dict[str, ResolvedRun]:
+    """Every configuration that ever ran here, by the key of its record, the last used one last.
+
+    A record of another version that this one cannot read is left out, and logged.
+
+    Raises:
+        ValueError: the latest record of a name cannot be read.
+    """
+    records = _records(store)
+    latest = {value["config"]["name"]: key for key, value in records.items()}
+    found = {}
+    for key, value in records.items():
+        try:
+            found[key] = _from_record(value, f"{store.url}/{key}")
+        except ValueError as error:
+            if key == latest[value["config"]["name"]]:
+                raise
+            log.warning("left out: %s", error)
+    return found
 
 
 def recorded_runs(store: Store) -> list[ResolvedRun]:

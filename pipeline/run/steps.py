@@ -52,11 +52,24 @@ class Step:
 
 @dataclass(frozen=True)
 class ResolvedRun:
-    """A configuration with everything that names its results; recorded in the run directory for ``status``."""
+    """A configuration with everything that names its results; recorded in the run directory for ``status``.
+
+    Attributes:
+        config: the configuration.
+        steps: by their keys, in the order in which they run.
+        request: what the user typed.
+        distinction: what tells it from other configurations of its name, where reports show several.
+    """
 
     config: RunConfig
     steps: Mapping[str, Step]
     request: Request
+    distinction: str = ""
+
+    @property
+    def label(self) -> str:
+        """What reports call it: its name, and what tells it from others of that name."""
+        return f"{self.config.name} ({self.distinction})" if self.distinction else self.config.name
 
     def command(self, stage: str, run_url: str) -> str:
         """What the user types to run a stage of this run."""
@@ -79,7 +92,12 @@ class ResolvedRun:
     @property
     def record_key(self) -> str:
         """Where the resolved configuration is recorded."""
-        return f"configs/{self.config.name}-{config_id(self.config)}.json"
+        return record_key(self.config)
+
+
+def record_key(config: RunConfig) -> str:
+    """Return where a configuration is recorded."""
+    return f"configs/{config.name}-{config_id(config)}.json"
 
 
 def result_key(step: Step) -> str:

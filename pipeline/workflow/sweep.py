@@ -16,9 +16,10 @@ from rich.console import Console
 
 from pipeline.evaluation.eval_stage import run_eval
 from pipeline.run.outcomes import read_result
+from pipeline.run.records import recorded_configurations
 from pipeline.run.session import open_run
 from pipeline.run.stage_table import FUSED
-from pipeline.run.steps import Request
+from pipeline.run.steps import Request, ResolvedRun, record_key, result_key
 from pipeline.run.trained_model import discard_model
 from pipeline.settings.documents import other_documents, scored_documents
 from pipeline.settings.load import ConfigError, find_toml, load_config, shipped_sweeps
@@ -154,13 +155,11 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
     """
     check_cells(sweep)
     store = Store(run_url)
-    record = {**sweep.model_dump(mode="json"), "cells": {cell.name: list(cell.overrides) for cell in cells_of(sweep)}}
-    store.replace(f"sweeps/{sweep.name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    _record(sweep, store)
     for seed in sweep.seeds:
         for cell in cells_of(sweep):
             name = run_name(sweep, cell, seed)
-            overrides = (*cell.overrides, f"name={name}", f"train.seed={seed}")
-            run = open_run(Request(sweep.config, overrides), run_url, console, local=local)
+            run = open_run(_request(sweep, cell, seed), run_url, console, local=local)
             missing = [step.model for step in run.resolved.of_stage("eval") if read_result(store, step) is None]
             if not missing:
                 console.print(f"{name}: nothing to do")
@@ -181,10 +180,72 @@ def run_name(sweep: SweepConfig, cell: Cell, seed: int) -> str:
     return f"{sweep.name}-{cell.name}-seed{seed}" if sweep.name_seeds else f"{sweep.name}-{cell.name}"
 
 
+def _request(sweep: SweepConfig, cell: Cell, seed: int) -> Request:
+    """What is asked for to compute one cell and seed."""
+    name = run_name(sweep, cell, seed)
+    return Request(sweep.config, (*cell.overrides, f"name={name}", f"train.seed={seed}"))
+
+
+def _record_of(sweep: SweepConfig) -> str:
+    return f"sweeps/{sweep.name}.json"
+
+
+def _record(sweep: SweepConfig, store: Store) -> None:
+    """Write down what is swept, and which recorded configuration is whose cell, which a name alone does not say."""
+    requests = {
+        run_name(sweep, cell, seed): _request(sweep, cell, seed) for cell in cells_of(sweep) for seed in sweep.seeds
+    }
+    value = {
+        **sweep.model_dump(mode="json"),
+        "cells": {cell.name: list(cell.overrides) for cell in cells_of(sweep)},
+        "runs": {
+            name: record_key(load_config(request.config_path, request.overrides)) for name, request in requests.items()
+        },
+    }
+    store.replace(_record_of(sweep), (json.dumps(value, indent=1) + "\n").encode())
+
+
+def sweep_runs(sweep: SweepConfig, store: Store) -> dict[tuple[str, int], ResolvedRun]:
+    """Return the recorded configuration of each (cell, seed) that has run, whatever took its name since.
+
+    A sweep that an earlier version recorded names no configurations. There a cell's is, of those of its name, one with a
+    figure before one without, then one that was asked for as the sweep asks, then the latest.
+    """
+    recorded = recorded_configurations(store)
+    try:
+        known = json.loads(store.read(_record_of(sweep)))
+    except FileNotFoundError:
+        known = {}
+    found = {}
+    for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
+        name = run_name(sweep, cell, seed)
+        is_known = known.get("cells", {}).get(cell.name) == list(cell.overrides) and name in known.get("runs", {})
+        run = (
+            recorded.get(known["runs"][name])
+            if is_known
+            else _likeliest(
+                [run for run in recorded.values() if run.config.name == name], _request(sweep, cell, seed), store
+            )
+        )
+        if run is not None:
+            found[cell.name, seed] = run
+    return found
+
+
+def _likeliest(runs: list[ResolvedRun], request: Request, store: Store) -> ResolvedRun | None:
+    def rank(index: int) -> tuple[bool, bool, int]:
+        run = runs[index]
+        return store.exists(result_key(run.steps[f"eval/{FUSED}"])), run.request == request, index
+
+    return runs[max(range(len(runs)), key=rank)] if runs else None
+
+
 def recorded_sweeps(store: Store) -> list[SweepConfig]:
     """The sweeps that were begun in a run directory."""
     found = []
     for name in sorted(store.names("sweeps")):
         record = json.loads(store.read(f"sweeps/{name}"))
-        found.append(SweepConfig.model_validate({key: value for key, value in record.items() if key != "cells"}))
+        found.append(
+            SweepConfig.model_validate({key: value for key, value in record.items() if key not in ("cells", "runs")})
+        )
     return found

@@ -13,11 +13,11 @@ def interpretations(runs: Sequence[ResolvedRun], store: Store) -> list[tuple[str
     """The figures of every configuration that has some; of those that share them (and their fused rows), of one.
 
     Returns:
-        (names of the configurations, figures).
+        (labels of the configurations, figures).
     """
     names: dict[str, list[str]] = {}
     for run in runs:
-        names.setdefault(folder_of(run), []).append(run.config.name)
+        names.setdefault(folder_of(run), []).append(run.label)
     distinct = {folder_of(run): run for run in runs}
     found = [(", ".join(names[folder]), read_interpretation(run, store)) for folder, run in distinct.items()]
     return [(name, figures) for name, figures in found if figures is not None]

@@ -135,11 +135,10 @@ def _models(runs: Sequence[ResolvedRun]) -> dict[str, _Model]:
             model.name: f"source {model.name}" for model in run.config.sources
         }
         for name, label in labels.items():
-            found.setdefault(_identity(run, name), _Model(label, None))
+            is_taken = label in {model.label for model in found.values()}
+            found.setdefault(_identity(run, name), _Model(f"{label}, {run.label}" if is_taken else label, None))
     for run in runs:
-        found.setdefault(
-            _identity(run, FUSED), _Model(f"after {run.config.name}", _identity(run, run.config.target.name))
-        )
+        found.setdefault(_identity(run, FUSED), _Model(f"after {run.label}", _identity(run, run.config.target.name)))
     return found
 
 

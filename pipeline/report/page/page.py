@@ -15,15 +15,16 @@ from pipeline.report.held_out import HeldOutRow, held_out, held_out_table
 from pipeline.report.page.interpretation import described_interpretations
 from pipeline.report.page.plots import Bar, bars, curves
 from pipeline.report.page.viewer import viewer_data
+from pipeline.report.reported import reported_runs, runs_by_folder
 from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
 from pipeline.report.times import time_table
 from pipeline.run.outcomes import read_training_log
-from pipeline.run.records import recorded_runs
-from pipeline.run.steps import ResolvedRun
+from pipeline.run.stage_table import FUSED
+from pipeline.run.steps import ResolvedRun, result_key
 from pipeline.state.status import RunStatus, StepStatus, read_status
 from pipeline.state.status_view import shown_figure
-from pipeline.workflow.sweep import SweepConfig, cells_of, recorded_sweeps, run_name
+from pipeline.workflow.sweep import SweepConfig, cells_of, recorded_sweeps, sweep_runs
 from stages.contract.store import Store
 
 DEFAULT_POSITIONS: Final = 6000
@@ -53,15 +54,15 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
     Raises:
         ValueError: nothing has run there.
     """
-    runs = recorded_runs(store)
-    if not runs:
+    every = reported_runs(store)
+    if not every:
         raise ValueError(
             f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
         )
     sweeps = recorded_sweeps(store)
-    recorded, runs = runs, _shown_by_themselves(runs, sweeps)
-    statuses = {run.config.name: read_status(run, store) for run in runs}
-    results = held_out(runs, store, peers=recorded)
+    runs = _shown_by_themselves(every, sweeps, store)
+    statuses = {run.label: read_status(run, store) for run in runs}
+    results = held_out(runs, store, peers=every)
     teachers = teacher_rows(runs, statuses)
     benchmarks = suite_rows(runs, store)
     viewer = viewer_data(runs, store, max_positions=max_positions)
@@ -73,7 +74,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         version=metadata.version("ptafuse"),
         sections=SECTIONS,
         warnings=list(dict.fromkeys(warning for status in statuses.values() for warning in status.warnings)),
-        runs=[_described(run, statuses[run.config.name]) for run in runs],
+        runs=[_described(run, statuses[run.label]) for run in runs],
         held_out=held_out_table(results),
         held_out_plot=_held_out_plot(results),
         has_benchmarks=bool(benchmarks),
@@ -94,11 +95,21 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
     )
 
 
-def _shown_by_themselves(runs: list[ResolvedRun], sweeps: Sequence[SweepConfig]) -> list[ResolvedRun]:
-    """Leave out the configurations of large sweeps, which have a table of their own; at least one run stays."""
-    names = [[run_name(sweep, cell, seed) for cell in cells_of(sweep) for seed in sweep.seeds] for sweep in sweeps]
-    swept = {name for cells in names if len(cells) > MAX_CELLS_SHOWN for name in cells}
-    return [run for run in runs if run.config.name not in swept] or runs[-1:]
+def _shown_by_themselves(runs: list[ResolvedRun], sweeps: Sequence[SweepConfig], store: Store) -> list[ResolvedRun]:
+    """Leave out the configurations of large sweeps, which have a table of their own; at least one run stays.
+
+    What took a cell's name, and is not in the sweep's table, stays if it is evaluated.
+    """
+    large = [sweep for sweep in sweeps if len(cells_of(sweep)) * len(sweep.seeds) > MAX_CELLS_SHOWN]
+    swept = [run for sweep in large for run in sweep_runs(sweep, store).values()]
+    names = {run.config.name for run in swept}
+    figures = {run.steps[f"eval/{FUSED}"].folder for run in swept}
+
+    def stays(run: ResolvedRun) -> bool:
+        step = run.steps[f"eval/{FUSED}"]
+        return run.config.name not in names or (step.folder not in figures and store.exists(result_key(step)))
+
+    return [run for run in runs if stays(run)] or runs[-1:]
 
 
 def _asset(name: str) -> str:
@@ -114,7 +125,7 @@ def _described(run: ResolvedRun, status: RunStatus) -> dict[str, Any]:
     done = sum(step.is_done for step in status.steps)
     state = "everything is done" if status.next_command is None else f"next: {status.next_command}"
     return {
-        "name": run.config.name,
+        "name": run.label,
         "target": run.config.target.name,
         "sources": ", ".join(model.name for model in run.config.sources),
         "state": f"{done} of {len(status.steps)} steps done; {state}",
@@ -176,20 +187,20 @@ def _described_sweep(sweep: SweepConfig, store: Store) -> dict[str, Any]:
 
 def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:
     panels: dict[str, dict[str, tuple[list[float], list[float]]]] = {}
-    for run in runs:
+    for run, label, _ in runs_by_folder(runs, "train"):
         records = read_training_log(run.steps["train"], store)
         for field, title in (("loss_clm", "gold tokens, L_CLM"), ("loss_fusion", "fused distributions, L_fusion")):
             points = [(record["step"], record[field]) for record in records if record[field] is not None]
             if points:
                 x, y = zip(*points, strict=True)
-                panels.setdefault(title, {})[run.config.name] = (list(x), list(y))
+                panels.setdefault(title, {})[label] = (list(x), list(y))
     return curves(panels, axis="optimizer step") if panels else ""
 
 
 def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus]) -> list[ResultTable]:
     found: dict[str, ResultTable] = {}
     for run in runs:
-        for step in statuses[run.config.name].steps:
+        for step in statuses[run.label].steps:
             if step.health:
                 found.setdefault(run.steps[step.key].folder, _health_table(run, step))
     return list(found.values())
@@ -198,4 +209,4 @@ def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus
 def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:
     rows = [(name, shown_figure(figure)) for name, figure in sorted(step.figures.items())]
     done = f"{len(step.shards)} of {step.num_shards} shards"
-    return ResultTable(f"{step.key} of {run.config.name}: {done}", ("figure", "value"), tuple(rows), text_columns=(0,))
+    return ResultTable(f"{step.key} of {run.label}: {done}", ("figure", "value"), tuple(rows), text_columns=(0,))

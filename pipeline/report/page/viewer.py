@@ -71,7 +71,7 @@ def viewer_data(runs: Sequence[ResolvedRun], store: Store, *, max_positions: int
     ready = [(run, shards) for run in distinct if (shards := _finished_shards(run, store))]
     views = [
         {
-            "name": run.config.name,
+            "name": run.label,
             "target": run.config.target.name,
             "sources": [model.name for model in run.config.sources],
             "documents": _documents(run, store, _choose(run, store, shards, max_positions // len(ready)), texts),
