@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.run.records import recorded_runs
+from pipeline.run.records import recorded_configurations
 from pipeline.run.session import StageError
 from pipeline.settings.run import RunConfig
 from stages.contract.store import Store
@@ -116,7 +116,7 @@ def _amount(config: RunConfig, store: Store, tokens: int | None) -> Amount | Non
         return Amount(math.ceil(tokens / config.fuse.max_length), tokens, "as given by --tokens")
     unread = {"train": None, "eval": None, "baselines": None, "interpret": None, "engine": None}
     same = config.model_copy(update=unread)
-    for run in recorded_runs(store):
+    for run in reversed(recorded_configurations(store).values()):
         if run.config.model_copy(update=unread) != same:
             continue
         manifests = store.manifests(run.steps["fuse"].folder).values()

@@ -1,5 +1,8 @@
+import shutil
 from pathlib import Path
 
+from stages.contract.store import Store
+from tests.pipeline.report.finished_runs import begin
 from tests.tiny_run import ptafuse
 
 
@@ -36,6 +39,15 @@ def test_tokens_come_from_the_fused_shards_of_the_run(tiny_config: Path, undistu
         "train", "--dry-run", str(tiny_config), "--run", str(undisturbed_run), "--set", "fuse.max_length=128"
     )
     assert "not known before fuse has run" in other.stdout
+
+
+def test_tokens_come_from_the_fused_shards_of_a_configuration_whose_name_was_taken_since(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+):
+    run = shutil.copytree(undisturbed_run, tmp_path / "run")
+    begin(Store(str(run)), tiny_config, "align.epsilon=0.7")
+    done = ptafuse("train", "--dry-run", str(tiny_config), "--run", str(run))
+    assert "fused shards in" in done.stdout
 
 
 def test_a_model_of_the_hub_that_cannot_be_reached_is_an_error_that_says_what_to_give(tmp_path):
