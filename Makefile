@@ -14,7 +14,7 @@ export PYTHONDONTWRITEBYTECODE :=
 VLLM_VENV := .venv-vllm
 VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A stage of the demo needs the demo's models and text.
-DEMO_DATA := $(if $(filter demo demo.toml,$(notdir $(CONFIG))),demo-data/.complete)
+DEMO_DATA := $(if $(filter demo %demo.toml,$(notdir $(CONFIG))),demo-data/.complete)
 
 # The list of pipeline/run/stage_table.py: a test compares them.
 STAGES := shard logits align fuse train eval
@@ -61,7 +61,7 @@ SUITES ?=
 eval: $(if $(SUITES),$(VENV)/.installed-eval)
 eval: override ARGS += $(SUITES:%=--suite %)
 
-sweep: $(VENV)/.installed $(DEMO_DATA)  ## SWEEP=file.toml: many settings and seeds, one table
+sweep: $(VENV)/.installed $(DEMO_DATA)  ## SWEEP=file.toml, or a shipped name: many settings and seeds, one table
 	$(PTAFUSE) sweep $(SWEEP) --run $(RUN) $(ARGS)
 
 status: $(VENV)/.installed  ## what is done, and what to run next

@@ -1,1 +1,1 @@
-"""The engine: configuration, plans, runners, and what is shown to the user."""
+"""ptafuse around the stages: settings, run directories, runners, workflows, evaluation, analysis, reports, command line."""

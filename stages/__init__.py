@@ -1,1 +1,1 @@
-"""What is computed: one folder a stage, and the contract in which they meet. No Ray and no scheduling here."""
+"""What is computed: one folder per stage, what they know of models, the format on disk in which they meet, and statistics."""

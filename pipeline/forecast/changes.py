@@ -12,6 +12,8 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     Settings are named as in the configuration file (``align.epsilon``), inputs by their step.
     """
     flat_before, flat_now = dict(_flat(before)), dict(_flat(now))
+    if "version" not in flat_before:
+        flat_now.pop("version", None)  # earlier records of train and eval do not name it, so nothing is known to differ
     lines = []
     for name in sorted({*flat_before, *flat_now}):
         old, new = flat_before.get(name), flat_now.get(name)

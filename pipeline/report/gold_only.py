@@ -3,8 +3,8 @@
 Of two runs whose loss has no part for the fused distributions, the trained models are the same if they agree in
 
 - the target: its weights and its tokenizer;
-- the training blocks, which are the gold tokens in their order: the frozen shards, ``fuse.max_length``, and the version of
-  the stage that packs them;
+- the training blocks, which are the gold tokens in their order: the frozen shards, ``fuse.max_length``, ``fuse.packing``,
+  and the version of the stage that packs them;
 - the settings of ``[train]`` that change a result and are read by the loss of the gold tokens or by the optimizer: all but
   ``FUSION_SETTINGS``, the seed included.
 
@@ -53,7 +53,7 @@ def gold_training(run: ResolvedRun) -> dict[str, Any]:
     return {
         "train": {name: value for name, value in settings.items() if name not in FUSION_SETTINGS},
         "versions": [run.steps[stage].settings.get("version") for stage in ("fuse", "train")],
-        "fuse.max_length": run.config.fuse.max_length,
+        "blocks": [run.config.fuse.max_length, run.config.fuse.packing],
         # Its fingerprint has the target's weights and tokenizer, the shards, which documents are scored, and how.
         "target before": run.steps[f"eval/{run.config.target.name}"].fingerprint,
     }

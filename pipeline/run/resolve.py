@@ -1,4 +1,4 @@
-"""From a configuration to the steps of a run: fingerprints, folders, and the frozen plan of shards."""
+"""From a configuration to the steps of a run: fingerprints and folders."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -4,7 +4,7 @@ A *step* is one folder of the run directory: a stage, and its model where the st
 (a step computes one file per shard: ``ShardedStage``) or a job (a step computes one result: ``JobStage``).
 
 Whatever depends on which stage it is, is a field of its row here, or an entry of a dictionary whose keys a test compares
-with this table (``forecast.stage_costs.STAGE_COSTS``, ``analysis.inspect.VIEWS``, ``workflow.stages.JOBS``).
+with this table (``forecast.stage_costs.STAGE_COSTS``, ``analysis.positions.VIEWS``, ``workflow.stages.JOBS``).
 
 The stages' code is imported where a stage is built: it loads torch and compilers, and ``status``, ``plan`` and ``gc`` need
 neither.

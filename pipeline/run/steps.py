@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.run.stage_table import ShardedStage, job_stage, stage_spec
+from pipeline.run.stage_table import ShardedStage, job_stage, sharded_stage, stage_spec
 from pipeline.settings.load import config_id
 from pipeline.settings.run import RunConfig
 from stages.contract.manifest import stage_folder
@@ -88,6 +88,11 @@ class ResolvedRun:
     def sharded_steps(self) -> list[Step]:
         """The steps that compute one file per shard, in their order."""
         return [step for step in self.steps.values() if step.is_sharded]
+
+    @property
+    def fused_steps(self) -> list[Step]:
+        """The sharded steps from the first model's logits to the fused distributions: all but the cutting of documents."""
+        return [step for step in self.sharded_steps if not sharded_stage(step.stage).reads_documents]
 
     @property
     def record_key(self) -> str:

@@ -20,7 +20,7 @@ from pipeline.run.records import recorded_configurations
 from pipeline.run.session import open_run
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, ResolvedRun, record_key, result_key
-from pipeline.run.trained_model import discard_model
+from pipeline.run.trained_model import discard_model, is_trained
 from pipeline.settings.documents import other_documents, scored_documents
 from pipeline.settings.load import ConfigError, find_toml, load_config, shipped_sweeps
 from pipeline.workflow.stages import run_all_stages
@@ -161,7 +161,7 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
             name = run_name(sweep, cell, seed)
             run = open_run(_request(sweep, cell, seed), run_url, console, local=local)
             missing = [step.model for step in run.resolved.of_stage("eval") if read_result(store, step) is None]
-            if not missing:
+            if not missing and not (sweep.keep_models and not is_trained(run)):
                 console.print(f"{name}: nothing to do")
                 continue
             if FUSED not in missing:  # baselines that are asked for since: they need no trained model

@@ -68,7 +68,7 @@ def window_nll(
         probs: (P, k) their probabilities over the full vocabulary; 0 at pads.
         gold: (P,) the model's own next tokens; negative: there is none.
         top_k: the most entries that count.
-        top_p: probability that the entries must hold; see ``window.narrow``.
+        top_p: probability that the entries must hold; see ``rows.narrow``.
         tail: ``"renormalise"``: the window is rescaled to 1. ``"bucket"``: its probabilities stay as they are.
     """
     ids, probs = narrow(ids, probs, top_k=top_k, top_p=top_p)

@@ -176,7 +176,7 @@ def exact_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, 
     Args:
         source: V tokens.
         target: the other vocabulary.
-        preferred: bytes -> id, where several target tokens have the same bytes; see ``vocabulary_maps.same_bytes``.
+        preferred: bytes -> id, where several target tokens have the same bytes; see ``same_bytes``.
 
     Returns:
         (V,) int32; -1 where the target has no such token.

@@ -65,7 +65,7 @@ def interpret(run: Run) -> dict[str, Any]:
     if found is not None:
         run.console.print(f"interpret: nothing to do ({_result_key(run.resolved)} is there)", soft_wrap=True)
         return found
-    steps = [step.key for step in run.resolved.sharded_steps]
+    steps = [step.key for step in run.resolved.fused_steps]
     num_shards = require_complete(run, steps, "interpret")
     settings = run.config.interpret
     shards = choose_shards(num_shards, max_shards=settings.max_shards, seed=settings.seed)

@@ -86,7 +86,7 @@ def _finished_shards(run: ResolvedRun, store: Store) -> list[int]:
     plan = read_plan(store, run.steps["shard"].folder)
     if plan is None:
         return []
-    done = [set(store.manifest_names(step.folder)) for step in run.sharded_steps]
+    done = [set(store.manifest_names(step.folder)) for step in run.fused_steps]
     names = set.intersection(*done)
     return sorted(int(name.removeprefix("shard-").removesuffix(".json")) for name in names)
 

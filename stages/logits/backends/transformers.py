@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class TransformersBackend:
-    """A transformers causal language model on one device; see ``backend.Backend``.
+    """A transformers causal language model on one device; see ``base.Backend``.
 
     Only [chunk, vocabulary] logits exist at once. Where memory runs out, the token budget of a batch and the chunk are
     halved; what was learnt stays for the shards that follow.
@@ -55,7 +55,7 @@ class TransformersBackend:
         self.max_length = num_positions(loaded, config.max_length)
 
     def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
-        """Run all windows in batches of similar length; see ``backend.Backend.predict``."""
+        """Run all windows in batches of similar length; see ``base.Backend.predict``."""
         width = min(self._config.top_k, self._num_valid)
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=width)
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]

@@ -117,7 +117,7 @@ def engine_arguments(
 
 
 class VllmBackend:
-    """A causal language model in vLLM; see ``backend.Backend``.
+    """A causal language model in vLLM; see ``base.Backend``.
 
     vLLM holds the whole vocabulary's logits of one window's positions, in float32 and outside its memory profile: that
     is what ``gpu_memory_utilization`` leaves room for. Where it does not suffice, ``max_num_batched_tokens`` is halved.
@@ -149,7 +149,7 @@ class VllmBackend:
         self._engine = self._start()
 
     def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
-        """Run all windows, some of them at a time; see ``backend.Backend.predict``."""
+        """Run all windows, some of them at a time; see ``base.Backend.predict``."""
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=self._width)
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         lengths = np.array([len(window) for _, window in inputs], np.int64)

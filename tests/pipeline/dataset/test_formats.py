@@ -20,9 +20,11 @@ def write(folder: Path, name: str) -> None:
         pq.write_table(pa.table({"text": TEXTS}), folder / "rows.parquet", row_group_size=2)
     elif name == "jsonl":
         (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    else:
+    elif name == "txt":
         for number, text in enumerate(TEXTS):
             (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    else:
+        raise NotImplementedError(f"write the texts in the format {name} here")
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -83,10 +83,14 @@ def test_a_result_is_shown_once(store: Store, tiny_config: Path) -> None:
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ((), ("align.preset=paper",), ("align.preset semi-relaxed", "align.preset paper")),
         (
             (),
-            ("align.preset=paper", "align.epsilon=0.5"),
+            ("align.preset=paper", "fuse.packing=whole"),
+            ("align.preset semi-relaxed", "align.preset paper"),
+        ),
+        (
+            (),
+            ("align.preset=paper", "fuse.packing=whole", "align.epsilon=0.5"),
             ("align.preset semi-relaxed, align.epsilon 0.2", "align.preset paper, align.epsilon 0.5"),
         ),
         (("train.lora.r=4",), ("train.lora.r=8",), ("train.lora.r 4", "train.lora.r 8")),
@@ -145,7 +149,8 @@ def test_teacher_and_time_tables_keep_what_was_computed(changed_run: Store) -> N
         ("tiny (align.epsilon 0.2)", "fused"),
     ]
     times = time_table(runs, statuses, changed_run)
-    assert {"train", "align/neox", "eval/fused"} <= {row[0] for row in times.rows}
+    # An evaluation of a few documents may take less than the tenth of a second that is recorded.
+    assert {"train", "align/neox"} <= {row[0] for row in times.rows}
 
 
 def test_the_page_keeps_what_was_computed(changed_run: Store) -> None:
