@@ -21,7 +21,8 @@ from train.objective.divergence import SparseTargets
 from train.objective.loss import IGNORED
 
 CACHE_BYTES = 2**30
-"""Decoded row groups kept in memory; a row group that does not fit is read again when it is needed."""
+"""Decoded row groups kept in memory, the newest; a row group that does not fit is decoded again when it is needed. Where all
+blocks fit, each row group is decoded once; else few are met again before they are dropped, for the order is random."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class FusedBlocks:
         ]
         self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
         self._names = [Path(file.path).name for file in files]
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._columns = [_columns(opened, with_distributions=with_distributions) for opened in self._files]
+        self._cache: OrderedDict[int, tuple[pa.Table, int]] = OrderedDict()  # row group -> its rows, and their bytes
+        self._cached_bytes = 0
         if not len(self):
             raise ValueError(
                 f"the {len(files)} fused files hold no training block: run `make status` to see what fuse made"
@@ -185,19 +188,14 @@ class FusedBlocks:
     def _row_group(self, position: int) -> pa.Table:
         if position in self._cache:
             self._cache.move_to_end(position)
-            return self._cache[position]
+            return self._cache[position][0]
         file, group, _ = self._groups[position]
-        columns = ["block", "token_ids", "piece_start", "piece_doc_id", "piece_segment", "piece_offset"]
-        if self.with_distributions:
-            columns += [
-                name
-                for name in ("topk_ids", "topk_logprobs", "tail_mass")
-                if name in self._files[file].schema_arrow.names
-            ]
-        table = self._files[file].read_row_group(group, columns=columns)
-        self._cache[position] = table
-        while len(self._cache) > 1 and sum(part.nbytes for part in self._cache.values()) > CACHE_BYTES:
-            self._cache.popitem(last=False)
+        table = self._files[file].read_row_group(group, columns=self._columns[file])
+        num_bytes = table.nbytes
+        self._cache[position] = table, num_bytes
+        self._cached_bytes += num_bytes
+        while len(self._cache) > 1 and self._cached_bytes > CACHE_BYTES:  # counted: there are many of them, and small
+            self._cached_bytes -= self._cache.popitem(last=False)[1][1]
         return table
 
     def _open(self, file: FusedFile, *, check: bool) -> pq.ParquetFile:
@@ -220,6 +218,14 @@ class FusedBlocks:
         filesystem, key = open_filesystem(url)
         patiently(filesystem.get_file, key, str(path), url=url)
         return path
+
+
+def _columns(file: pq.ParquetFile, *, with_distributions: bool) -> list[str]:
+    """Return the names of what is read of a file."""
+    names = ["block", "token_ids", "piece_start", "piece_doc_id", "piece_segment", "piece_offset"]
+    if with_distributions:
+        names += ["topk_ids", "topk_logprobs", *(["tail_mass"] if tail_of(file.schema_arrow) == "bucket" else [])]
+    return names
 
 
 def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:
