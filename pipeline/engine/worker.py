@@ -225,7 +225,8 @@ class ShardWorker:
         started: float,
     ) -> Manifest:
         step, num_shards = self._job.step, self._job.num_shards
-        data = self._store.write_table(data_key(step.folder, shard, num_shards, attempt.name), output.table)
+        key = data_key(step.folder, shard, num_shards, attempt.name)
+        data = self._store.write_table(key, output.table, row_group_bytes=self._spec.row_group_bytes)
         quarantine: DataFile | None = None
         if output.quarantine:
             key = quarantine_key(step.folder, shard, attempt.name)

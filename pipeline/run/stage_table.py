@@ -19,6 +19,8 @@ from pipeline.settings.run import RunConfig
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
 from stages.contract.stage import Stage
+from stages.contract.store import ROW_GROUP_BYTES
+from stages.fuse.config import ROW_GROUP_BYTES as FUSE_ROW_GROUP_BYTES
 from stages.fuse.config import VERSION as FUSE_VERSION
 from stages.logits.config import VERSION as LOGITS_VERSION
 from stages.models.config import ModelConfig
@@ -87,6 +89,8 @@ class ShardedStage(StageSpec):
         can_be_shared: ``logits_from`` takes up its finished shards from another run directory.
         distribution: what its rows are called as a teacher, where they hold distributions over the target's tokens.
         choices: settings of its section that are "auto" and change results -> what they come to on this machine.
+        row_group_bytes: size of a row group of its files in memory: large where they are read whole, small where single
+            rows are.
     """
 
     build: Callable[[RunConfig, str | None], Stage]
@@ -98,6 +102,7 @@ class ShardedStage(StageSpec):
     can_be_shared: bool = False
     distribution: str | None = None
     choices: Callable[[RunConfig, str | None], Mapping[str, str]] = field(default=lambda config, name: {})
+    row_group_bytes: int = ROW_GROUP_BYTES
 
     def resources(self, config: RunConfig) -> Resources:
         """Return what its workers need, from the stage's settings."""
@@ -266,6 +271,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         build=_fuse_stage,
         section=lambda config: config.fuse,
         distribution="fused",
+        row_group_bytes=FUSE_ROW_GROUP_BYTES,
     ),
     JobStage(
         name="train",

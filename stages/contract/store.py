@@ -41,8 +41,7 @@ from stages.contract.manifest import DataFile, Manifest, manifest_key
 Result = TypeVar("Result")
 
 ROW_GROUP_BYTES = 64 * 2**20
-"""Size of a row group in memory, about: training reads one at a time."""
-MIN_ROW_GROUP_ROWS = 16
+"""Size of a row group in memory, about, of files that are read whole."""
 UPLOAD_PART_BYTES = 32 * 2**20
 """A file of twice this size or more goes to S3 in parts, several at a time."""
 MAX_CREATE_ROUNDS = 5
@@ -255,8 +254,14 @@ class Store:
             temporary.replace(final)
             sync(final.parent)
 
-    def write_table(self, key: str, table: pa.Table) -> DataFile:
+    def write_table(self, key: str, table: pa.Table, *, row_group_bytes: int = ROW_GROUP_BYTES) -> DataFile:
         """Write a table as one Parquet file, checked and hashed before it gets its name.
+
+        Args:
+            key: its name.
+            table: the rows.
+            row_group_bytes: most bytes in memory of a row group, unless a single row is larger: what whoever reads one row
+                has to decode.
 
         Raises:
             ValueError: the file does not read back as written, or holds a number that is not finite.
@@ -264,7 +269,7 @@ class Store:
         with self._local_temporary(key) as temporary:
             # The writer is given a plain local file and nothing is published until it was read back: a writer that an
             # exception closes leaves a valid but truncated Parquet file.
-            rows = max(MIN_ROW_GROUP_ROWS, table.num_rows * ROW_GROUP_BYTES // max(1, table.nbytes))
+            rows = max(1, table.num_rows * row_group_bytes // max(1, table.nbytes))
             pq.write_table(table, temporary, row_group_size=rows, **schemas.parquet_options(table.schema))
             _check_parquet(temporary, table, key)
             digest = file_sha256(temporary)

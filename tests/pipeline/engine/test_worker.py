@@ -3,6 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -13,23 +16,25 @@ from pipeline.run.session import StageError, open_run
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.steps import Request, Step
 from stages.contract.manifest import manifest_key
+from stages.contract.stage import StageOutput
 from stages.contract.store import Store
+from tests.train.fused_files import fused_table
 
 STEP = "shard"
 
 
 def job_for(
-    config: Path, run_url: str, *, overrides: tuple[str, ...] = (), launch: str = "one"
+    config: Path, run_url: str, *, overrides: tuple[str, ...] = (), launch: str = "one", key: str = STEP
 ) -> tuple[ShardJob, Store]:
     run = open_run(Request(str(config), overrides), run_url, Console(quiet=True), local=True)
     plan = freeze_plan(run.resolved, run.store)
-    step: Step = run.resolved.steps[STEP]
+    step: Step = run.resolved.steps[key]
     job = ShardJob(
         run_url=run_url,
         config_json=run.config.model_dump_json(by_alias=True),
         step=step,
         input_folders={},
-        shard_folder=step.folder,
+        shard_folder=run.resolved.steps[STEP].folder,
         num_shards=plan.num_shards,
         launch=launch,
         max_attempts=3,
@@ -137,3 +142,43 @@ def test_manifest_says_what_the_shard_was_made_from(tiny_config: Path, tmp_path:
     assert raw["settings"]["shard"]["max_length"] == 64
     assert set(raw["versions"]) >= {"python", "torch", "transformers", "pyarrow"}
     assert raw["num_tokens"] > 0
+
+
+class GivesTable:
+    """A stage whose rows are given."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table
+
+    def setup(self) -> None: ...
+
+    def run(self, inputs: object) -> StageOutput:
+        return StageOutput(self.table, num_tokens=1)
+
+
+@pytest.mark.parametrize(("key", "most_bytes"), [("fuse", 2**20), ("align/neox", 64 * 2**20)])
+def test_row_groups_are_small_where_single_rows_are_read(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, most_bytes: int
+) -> None:
+    """Training reads blocks in a random order, and decodes a row group for each; other stages read whole files."""
+    blocks = fused_table([np.arange(512) % 50] * 8, 50)
+    table = pa.concat_tables([blocks] * 40).combine_chunks()
+    job, store = job_for(tiny_config, str(tmp_path), key=key)
+    worker = ShardWorker(job)
+    monkeypatch.setattr(worker, "_stage", GivesTable(table))
+    monkeypatch.setattr(worker, "_read_inputs", lambda shard: ({"rows": table}, {}))
+    assert worker.run(0).outcome == "done"
+    manifest = store.read_manifest(job.step.folder, 0)
+    assert manifest is not None
+    metadata = pq.read_metadata(store.path(manifest.data.key))
+    groups = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
+    bytes_a_row = table.nbytes / table.num_rows
+    assert sum(groups) == table.num_rows
+    assert max(groups) * bytes_a_row <= most_bytes
+    assert all(rows * bytes_a_row > 0.9 * most_bytes for rows in groups[:-1])
+
+
+def test_a_row_group_holds_a_row_that_is_larger_than_it_should_be(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    store.write_table("a.parquet", fused_table([np.arange(64) % 50] * 3, 50), row_group_bytes=1)
+    assert pq.read_metadata(store.path("a.parquet")).num_row_groups == 3
