@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from stages.contract.store import Store
 from stages.models.config import ModelConfig, empty_model, load_model
 from stages.models.tokenizer import SegmentTokenizer
-from tests.benchmarks import align_data
+from tests.benchmarks import align_data, fused_layout
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.loss_ways import CANDIDATES, H, T
 from tests.benchmarks.measure import ROUNDS, SkippedError, say
@@ -28,6 +29,9 @@ from train.optimizer import build_optimizer
 from train.step import Stepper
 
 VOCABULARIES = {"32k": 32_000, "152k": 151_936}
+READER_TOKENS = 50_000_000
+READER_BATCH = 32
+READER_WARM_STEPS, READER_STEPS = 40, 20
 FEW_LARGE_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Memory that is freed goes back to the system at once, so that what is held is what is used."""
 
@@ -100,6 +104,37 @@ def _measure(way: str, vocab_size: int, dtype: str, rounds: int, environment: di
 def _available_bytes() -> int:
     with Path("/proc/meminfo").open() as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+
+
+def reader_tokens_per_second() -> list[Figure]:
+    """Tokens a second of CPU time that the feed reads and collates, blocks in random order, of 50 M tokens in fuse's files.
+
+    Four files of 1 M tokens are written, and named again and again as if they were others: so row groups are as many as
+    50 M tokens have, and decoded row groups are kept as training keeps them, but all files are in the page cache. Nothing
+    is trained. The cache of decoded row groups is filled before the time is taken; all threads' time counts, so a machine
+    with a free core reads faster.
+    """
+    with tempfile.TemporaryDirectory(prefix="ptafuse-benchmark-") as folder:
+        files = fused_layout.write_files(Path(folder), num_tokens=READER_TOKENS, distinct=4, blocks_a_file=512)
+        blocks = FusedBlocks(files, bos_id=None, with_distributions=True)
+        schedule = Schedule(len(blocks), READER_BATCH, 1, TrainConfig().seed)
+        with join_workers(torch.device("cpu")) as workers, Feed(blocks, schedule, 0, workers, 1) as feed:
+            for _ in range(READER_WARM_STEPS):
+                feed.next()
+            speeds = [_feed_speed(feed) for _ in range(ROUNDS)]
+    say(
+        f"{len(blocks):,} blocks of {fused_layout.LENGTH:,} tokens, {fused_layout.TOP_K} candidates at most a position, in "
+        f"{len(files)} files; {ROUNDS} times {READER_STEPS} steps of {READER_BATCH} blocks: "
+        f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens a second of CPU time"
+    )
+    speed = statistics.median(speeds)
+    return [_figure("reader_tokens_per_second", "reader_tokens_per_second", speed, "tokens/s of CPU", ">= 400000")]
+
+
+def _feed_speed(feed: Feed) -> float:
+    started = time.process_time()
+    num_tokens = sum(feed.next()[0].num_tokens for _ in range(READER_STEPS))
+    return num_tokens / (time.process_time() - started)
 
 
 def step_vs_gold_only() -> list[Figure]:
