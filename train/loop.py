@@ -31,6 +31,7 @@ from train.model.export import export_model, read_manifest, write_manifest
 from train.model.isolation import check_isolation, wants_one_row
 from train.model.lora import add_adapters, merge_adapters
 from train.model.parallel import LossModel, fill_parameters, full_state, shard_model
+from train.model.rounding import RoundingSurvival, rounding_survival
 from train.optimizer import build_optimizer
 from train.preemption import Notice, StoppedError, Watch, termination_watch
 from train.run_log import RunLog, check_wandb, start_wandb
@@ -275,13 +276,16 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
             if job.config.lora is not None:
                 weights, model = merge_adapters(model, weights), empty_model(job.model, attention=("sdpa", "eager"))
             tokenizer = load_tokenizer(job.model)
-            files = export_model(output / "model", model, weights, tokenizer, model_card(job, last))
-            write_manifest(output, _manifest(job, result, files))
+            rounding = rounding_survival(job.model, weights)
+            files = export_model(output / "model", model, weights, tokenizer, model_card(job, last, rounding))
+            write_manifest(output, _manifest(job, result, files, rounding))
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result
 
 
-def _manifest(job: TrainJob, result: TrainResult, files: dict[str, str]) -> dict[str, Any]:
+def _manifest(
+    job: TrainJob, result: TrainResult, files: dict[str, str], rounding: RoundingSurvival | None
+) -> dict[str, Any]:
     return {
         "fingerprint": job.fingerprint,
         "result": {name: value for name, value in asdict(result).items() if name not in _NOT_IN_MANIFEST},
@@ -290,4 +294,5 @@ def _manifest(job: TrainJob, result: TrainResult, files: dict[str, str]) -> dict
         "sources": list(job.sources),
         "inputs": [asdict(file) for file in job.files],
         "model_files": files,
+        "bfloat16": None if rounding is None else asdict(rounding),
     }

@@ -116,7 +116,7 @@ def _complete_card(run: Run) -> None:
         for label, value in found
         if value is not None and "refused" not in value
     ]
-    add_evaluation(trained_model(run), figures)
+    add_evaluation(trained_model(run), figures, dtype=run.config.eval.dtype)
     publish_card(run)
 
 

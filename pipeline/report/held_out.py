@@ -9,7 +9,7 @@ import numpy as np
 from pipeline.display.table import ResultTable
 from pipeline.report.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
 from pipeline.report.reported import runs_by_folder
-from pipeline.run.outcomes import read_result
+from pipeline.run.outcomes import evaluation_dtype, read_result, read_rounding
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
@@ -33,6 +33,8 @@ class HeldOutRow:
             run, and for a run on the gold tokens.
         no_gold_only: why that difference is missing, and how to get it.
         refused: why there is no such model, of a baseline that these models do not allow.
+        dtype: precision of the evaluation.
+        surviving_share: share of the weights changed by training that keep a change in bfloat16; None where not recorded.
     """
 
     label: str
@@ -42,6 +44,8 @@ class HeldOutRow:
     against_gold_only: Estimate | None = None
     no_gold_only: str | None = None
     refused: str | None = None
+    dtype: str = "float32"
+    surviving_share: float | None = None
 
 
 def held_out(
@@ -76,8 +80,16 @@ def held_out(
             continue
         row = _held_out_row(f"after {label} ({_describe(run)})", fused)
         reference = GoldOnly(None, None) if is_gold_only(run) else gold_only(run)
+        row = replace(row, surviving_share=_surviving_share(read_rounding(run.steps["train"], store)))
         rows.append(_compared(row, fused, read(_target_before(run)), reference))
     return rows
+
+
+def _surviving_share(rounding: Mapping[str, int] | None) -> float | None:
+    """Return the share of changed weights that keep a change in bfloat16."""
+    if rounding is None or not rounding["num_changed"]:
+        return None
+    return rounding["num_surviving"] / rounding["num_changed"]
 
 
 def _untrained_once(
@@ -134,7 +146,8 @@ def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
 def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
     """The rows for people."""
     return ResultTable(
-        "Held-out text (differences: over all bytes ± standard error over documents)",
+        f"Held-out text, evaluated in {' and '.join(sorted({row.dtype for row in rows})) or 'float32'} (differences: over all "
+        "bytes ± standard error over documents)",
         ("model", "bits per byte", "against target before", "against gold only", "bytes"),
         tuple(
             (f"{row.label}; refused: {row.refused}", "refused", "", "", "")
@@ -160,7 +173,13 @@ def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
     for row in rows:
         if row.no_gold_only is not None:
             labels.setdefault(row.no_gold_only, []).append(row.label)
-    return tuple(f"against gold only: {', '.join(names)} {reason}" for reason, names in labels.items())
+    rounded = [
+        f"{row.label}: {row.surviving_share:.0%} of the weights that training changed keep a change in bfloat16"
+        for row in rows
+        if row.surviving_share is not None
+    ]
+    missing = [f"against gold only: {', '.join(names)} {reason}" for reason, names in labels.items()]
+    return (*rounded, *missing)
 
 
 class OtherDocumentsError(ValueError):
@@ -232,7 +251,7 @@ def _held_out_row(label: str, result: _Result) -> HeldOutRow:
         return HeldOutRow(label, None)
     if "refused" in result:
         return HeldOutRow(label, None, refused=result["refused"])
-    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"])
+    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], dtype=evaluation_dtype(result))
 
 
 def _compared(row: HeldOutRow, result: _Result, before: _Result, gold_only: GoldOnly) -> HeldOutRow:
@@ -267,7 +286,9 @@ def _target_before(run: ResolvedRun) -> Step:
 
 
 def _split(run: ResolvedRun) -> str:
-    return "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+    """Return what is unusual in how a run is evaluated: another split than validation, or rounded weights."""
+    split = "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+    return split if run.config.eval.dtype == "float32" else f"{split}, in {run.config.eval.dtype}"
 
 
 def _describe(run: ResolvedRun) -> str:

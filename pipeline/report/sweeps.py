@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.display.table import ResultTable
 from pipeline.report.held_out import document_differences, untrained
-from pipeline.run.outcomes import read_result
+from pipeline.run.outcomes import evaluation_dtype, read_result
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.documents import PLACE, other_documents, scored_documents
@@ -31,6 +31,7 @@ class CellResult:
         not_compared: why figures are there on both sides and no difference.
         seed_error: standard error of that difference over seeds; NaN for fewer than two.
         is_trained: it is a cell; else what its configurations evaluate without training, which has no seeds of its own.
+        dtypes: the precisions of the evaluations.
     """
 
     name: str
@@ -39,6 +40,7 @@ class CellResult:
     seed_error: float = math.nan
     is_trained: bool = True
     not_compared: str | None = None
+    dtypes: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def sweep_results(sweep: SweepConfig, store: Store) -> list[CellResult]:
         steps |= {
             step.folder: (label, step, _documents(run), step.model not in own_tokens) for label, step in untrained(run)
         }
-    cells = [_cell_result(sweep, cell.name, figures) for cell in cells_of(sweep)]
+    cells = [
+        replace(_cell_result(sweep, cell.name, figures), dtypes=_dtypes(figures, cell.name)) for cell in cells_of(sweep)
+    ]
     others = [
         _untrained_result(sweep, label, _Figures(found, documents), figures if is_compared else {})
         for label, step, documents, is_compared in steps.values()
@@ -158,8 +162,8 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
         seeds = str(len(result.bits_per_byte)) if result.is_trained else ""
         rows.append((result.name, seeds, mean, difference, over_documents, over_seeds))
     return ResultTable(
-        f"Sweep {sweep.name}: held-out bits per byte, mean over seeds; paired differences against {sweep.baseline}, with "
-        "their standard errors over documents and over seeds",
+        f"Sweep {sweep.name}: held-out bits per byte, evaluated in {_precisions(results)}, mean over seeds; paired "
+        f"differences against {sweep.baseline}, with their standard errors over documents and over seeds",
         ("cell", "seeds", "bits per byte", "difference", "over documents", "over seeds"),
         tuple(rows),
         notes=tuple(
@@ -168,3 +172,12 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
             if result.not_compared is not None
         ),
     )
+
+
+def _precisions(results: Sequence[CellResult]) -> str:
+    found = {dtype for result in results for dtype in result.dtypes}
+    return " and ".join(sorted(found)) or "float32"
+
+
+def _dtypes(figures: Mapping[tuple[str, int], _Figures], name: str) -> frozenset[str]:
+    return frozenset(evaluation_dtype(found.result) for (cell, _), found in figures.items() if cell == name)

@@ -26,6 +26,17 @@ def training_seconds(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
     return seconds, before
 
 
+def read_rounding(step: Step, store: Store) -> dict[str, int] | None:
+    """Return how many weights training changed, and how many changes survive bfloat16 (``train.model.rounding``).
+
+    None where training is not done, or has recorded nothing of it.
+    """
+    try:
+        return json.loads(store.read(result_key(step))).get("bfloat16")
+    except FileNotFoundError:
+        return None
+
+
 def read_result(store: Store, step: Step) -> dict[str, Any] | None:
     """The figures of one model, None when it was not evaluated.
 
@@ -35,3 +46,8 @@ def read_result(store: Store, step: Step) -> dict[str, Any] | None:
         return json.loads(store.read(result_key(step)))
     except FileNotFoundError:
         return None
+
+
+def evaluation_dtype(result: Mapping[str, Any]) -> str:
+    """Return the precision in which a model's figures were computed."""
+    return result["settings"]["eval"]["dtype"]

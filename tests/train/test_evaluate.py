@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stages.models.config import ModelConfig, load_model
 from stages.models.tokenizer import SegmentTokenizer
@@ -69,6 +70,20 @@ def test_batches_and_chunks_do_not_change_the_result(model):
     for (doc_id, found), (same_id, expected) in zip(one.documents, other.documents, strict=True):
         assert doc_id == same_id
         assert found.nats == pytest.approx(expected.nats, rel=1e-5)
+
+
+def test_a_small_change_of_the_weights_is_seen_unless_they_are_rounded(tmp_path):
+    folder = save_model(tmp_path, tokenizer_family="spm-bpe", seed=3)
+    file = folder / "model.safetensors"
+    before = {name: weight.bfloat16().float() for name, weight in load_file(file).items()}
+    figures = {"float32": [], "bfloat16": []}
+    for factor in (1.0, 1 + 2**-11):
+        save_file({name: weight * factor for name, weight in before.items()}, file, metadata={"format": "pt"})
+        for dtype, found in figures.items():
+            config = EvalConfig(device="cpu", attention="eager", **({"dtype": dtype} if dtype != "float32" else {}))
+            found.append(bits_per_byte(ModelConfig(name="m", path=folder), SEGMENTS, config).bits_per_byte)
+    assert figures["bfloat16"][0] == figures["bfloat16"][1], "half a step of bfloat16 is lost"
+    assert abs(figures["float32"][0] - figures["float32"][1]) > 1e-6
 
 
 def test_padded_embedding_rows_get_no_probability(tmp_path):

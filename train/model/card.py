@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.job import StepRecord, TrainJob
+from train.model.rounding import RoundingSurvival
 
 CARD = "README.md"
 _EVALUATION = "## Evaluation"
@@ -13,7 +14,7 @@ _GOLD_ONLY = "The fused distributions were not read: lambda is 1, so the gold to
 _PENDING = "Not evaluated yet: `ptafuse eval` writes held-out bits per byte here."
 
 
-def model_card(job: TrainJob, last: StepRecord) -> str:
+def model_card(job: TrainJob, last: StepRecord, rounding: RoundingSurvival | None = None) -> str:
     """Markdown: what was fused into what, from which data and settings, and the last step's losses."""
     origin = f"{job.model.hub} (revision {job.model.revision})" if job.model.hub else "a local model"
     sources = "\n".join(f"- {name}" for name in job.sources) or "- none"
@@ -27,7 +28,7 @@ tags: [knowledge-fusion, probabilistic-token-alignment]
 # {job.model.name}, fused
 
 Trained with ptafuse: knowledge fusion of language models by Probabilistic Token Alignment (PTA-LLM, arXiv 2509.17276).
-{note}Weights are float32. The license of the target model and the terms of the source models apply.
+{note}Weights are float32.{_rounded(rounding)} The license of the target model and the terms of the source models apply.
 
 Target: {job.model.name}, {origin}.
 
@@ -56,7 +57,7 @@ Models, data, and the stages before training, each with its fingerprint:
 """
 
 
-def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]) -> None:
+def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]], *, dtype: str) -> None:
     """Write held-out figures into the card of a finished model, in the place of what stood there.
 
     The card is the one file of the folder that its manifest does not hash.
@@ -64,6 +65,7 @@ def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]
     Args:
         model_folder: the exported model.
         figures: (what was evaluated, bits per byte, held-out bytes).
+        dtype: the precision of the evaluation.
 
     Raises:
         ValueError: the folder's card has no place for them.
@@ -74,7 +76,7 @@ def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]
     if not heading or not next_heading:
         raise ValueError(f"{path} is not ptafuse's model card: it has no section {_EVALUATION!r} before another one")
     rows = "\n".join(f"| {name} | {bits:.4f} | {num_bytes:,} |" for name, bits, num_bytes in figures)
-    section = f"\n| model | bits per byte | held-out bytes |\n| --- | --- | --- |\n{rows}\n"
+    section = f"\n| model | bits per byte, in {dtype} | held-out bytes |\n| --- | --- | --- |\n{rows}\n"
     temporary = path.with_name(f".{CARD}.{os.getpid()}")
     temporary.write_text(before + heading + section + next_heading + rest)
     temporary.replace(path)
@@ -82,3 +84,12 @@ def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]
 
 def _json(value: object) -> str:
     return f"```json\n{json.dumps(value, indent=2)}\n```"
+
+
+def _rounded(rounding: RoundingSurvival | None) -> str:
+    """Say how much of the training is left where the model is loaded in bfloat16."""
+    if rounding is None:
+        return ""
+    return (
+        f" Of the weights that training changed, {rounding.share:.0%} keep a change when they are rounded to bfloat16."
+    )

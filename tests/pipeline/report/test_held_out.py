@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.report.held_out import HeldOutRow, held_out, paired_difference
+from pipeline.report.held_out import HeldOutRow, held_out, held_out_table, paired_difference
 from pipeline.run.records import recorded_runs
 from pipeline.run.resolve import resolve
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, result_key
 from pipeline.settings.load import load_config
 from stages.contract.store import Store
-from tests.pipeline.report.finished_runs import evaluation
+from tests.pipeline.report.finished_runs import evaluation, finish
 from tests.tiny_run import ptafuse
 
 
@@ -76,14 +76,28 @@ def test_runs_are_compared_with_runs_of_the_same_target(tmp_path: Path, tiny_con
     for run, (name, model) in itertools.product(runs, figures):
         if run.config.name == name:
             figure = figures[name, model]
+            step = run.steps[f"eval/{model}"]
             result = {**evaluation([figure], [100]), "bits_per_byte": figure, "num_bytes": 100}
-            store.replace(result_key(run.steps[f"eval/{model}"]), json.dumps(result).encode())
+            store.replace(result_key(step), json.dumps({**result, "settings": dict(step.settings)}).encode())
     rows = {row.label.split(" (")[0]: row for row in held_out(runs, store)}
     against_before = [rows[f"after {name}"].against_before for name in "abc"]
     assert [found and found.mean for found in against_before] == pytest.approx([-0.1, -0.2, -0.3])
     gold_only = rows["after c"].against_gold_only
     assert gold_only is not None
     assert gold_only.mean == pytest.approx(-0.1)
+
+
+def test_the_precision_and_what_survives_rounding_stand_beside_the_figures(tmp_path: Path, tiny_config: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    run = finish(store, tiny_config)
+    counts = {"bfloat16": {"num_changed": 200, "num_surviving": 62}}
+    store.replace(result_key(run.steps["train"]), json.dumps(counts).encode())
+    table = held_out_table(held_out([run], store))
+    assert table.title.startswith("Held-out text, evaluated in float32 (")
+    assert any("31% of the weights that training changed keep a change in bfloat16" in note for note in table.notes)
+    rounded = finish(store, tiny_config, "name=rounded", "eval.dtype=bfloat16")
+    table = held_out_table(held_out([run, rounded], store))
+    assert table.title.startswith("Held-out text, evaluated in bfloat16 and float32 (")
 
 
 def _figure(row: HeldOutRow) -> float:

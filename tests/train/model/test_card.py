@@ -41,8 +41,8 @@ def test_a_model_trained_on_gold_tokens_alone_is_not_said_to_have_read_fused_dis
 
 def test_evaluation_fills_its_section_and_may_do_so_again(tmp_path):
     (tmp_path / "README.md").write_text(card())
-    add_evaluation(tmp_path, [("fused", 1.03, 5000)])
-    add_evaluation(tmp_path, [("target before", 1.1, 5000), ("fused", 1.02, 5000)])
+    add_evaluation(tmp_path, [("fused", 1.03, 5000)], dtype="float32")
+    add_evaluation(tmp_path, [("target before", 1.1, 5000), ("fused", 1.02, 5000)], dtype="float32")
     text = (tmp_path / "README.md").read_text()
     assert "| fused | 1.0200 | 5,000 |" in text
     assert "1.0300" not in text
@@ -54,5 +54,5 @@ def test_evaluation_fills_its_section_and_may_do_so_again(tmp_path):
 def test_a_card_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("# my own\n")
     with pytest.raises(ValueError, match="not ptafuse's model card"):
-        add_evaluation(tmp_path, [("fused", 1.0, 1)])
+        add_evaluation(tmp_path, [("fused", 1.0, 1)], dtype="float32")
     assert (tmp_path / "README.md").read_text() == "# my own\n"
