@@ -96,7 +96,7 @@ def test_one_character_and_nul_are_ordinary(corpus: Corpus) -> None:
 
 def test_very_large_document_is_cut_and_complete(corpus: Corpus) -> None:
     text = "A long document of many sentences that never ends, or so it seems. " * 6000
-    corpus.write(*GOOD, text).ptafuse("shard", "shard.max_length=1024")
+    corpus.write(*GOOD, text).ptafuse("shard", "shard.max_length=1024", "fuse.max_length=1024")
     rows = [row for path in sorted(corpus.run.glob("shard/*/data/*")) for row in pq.read_table(path).to_pylist()]
     assert "".join(row["text"] for row in rows if row["doc_id"] == len(GOOD)) == text
 
