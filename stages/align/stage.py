@@ -15,6 +15,7 @@ from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner
 from stages.align.vocabulary_maps import ModelPair
 from stages.contract import schemas
 from stages.contract.columns import (
+    SegmentKey,
     SparseRows,
     list_column,
     list_row,
@@ -85,7 +86,7 @@ class AlignStage:
         keys = segment_keys(target_table)
         source_row = rows_by_segment(source_table)
         health = AlignHealth(self._config, missing_target_segments=len(source_row.keys() - set(keys)))
-        rows = _OutputRows(self._config)
+        rows = _OutputRows(self._config, self._target.vocabulary.size)
         quarantine: list[BadRecord] = []
         num_tokens = 0
         for row, key in enumerate(keys):
@@ -101,8 +102,7 @@ class AlignStage:
             health.add(aligned, target, source, rows.add(key, aligned))
         if health.missing_source_segments:
             logger.warning("%d segments have no row of %s", health.missing_source_segments, self._source.name)
-        table = rows.table(self._target.vocabulary.size)
-        return StageOutput(table, num_tokens, health.figures(), tuple(quarantine))
+        return StageOutput(rows.table(), num_tokens, health.figures(), tuple(quarantine))
 
     def align_rows(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment as ``run`` does, from arrays and without rounding: for what no table is kept of.
@@ -189,43 +189,71 @@ class AlignStage:
 
 
 class _OutputRows:
-    """Collects the columns of the aligned table."""
+    """Collects the columns of the aligned table.
 
-    def __init__(self, config: AlignConfig) -> None:
-        self._config = config
-        self._keys: list[tuple[int, int]] = []
-        self._segments: list[AlignedSegment] = []
-        self._distributions: list[SparseRows] = []
+    A segment's columns are taken at once and the rest of it is let go: its plans in float64 are twenty times what is
+    stored. Every ``_BATCH_POSITIONS`` become Arrow arrays, so that no more than one batch is in memory twice.
+    """
 
-    def add(self, key: tuple[int, int], aligned: AlignedSegment) -> SparseRows:
+    _BATCH_POSITIONS = 65_536
+
+    def __init__(self, config: AlignConfig, vocab_size: int) -> None:
+        self._id_type = schemas.id_type(vocab_size)
+        self._schema = schemas.aligned_schema(vocab_size, config.tail)
+        self._batches: list[pa.RecordBatch] = []
+        self._start_batch()
+
+    def add(self, key: SegmentKey, aligned: AlignedSegment) -> SparseRows:
         """Take one segment; returns its distributions as they will be stored."""
         with np.errstate(divide="ignore"):
             logprobs = np.log(aligned.probs)
         stored = np.where(aligned.probs > 0, np.minimum(round_to_half(logprobs), 0.0), -np.inf).astype(np.float32)
         distributions = SparseRows(aligned.ids, stored)
         self._keys.append(key)
-        self._segments.append(aligned)
         self._distributions.append(distributions)
+        arrays = {
+            "source_position": aligned.source_position,
+            "pair_start": aligned.pairing.start,
+            "pair_end": aligned.pairing.end,
+            "exact_context": aligned.exact_context,
+            "outcome": aligned.outcome,
+            "tail_mass": round_to_half(aligned.tail_mass),
+        }
+        for name, rows in self._positions.items():
+            element = self._schema.field(name).type.value_type.to_pandas_dtype()
+            rows.append(arrays[name].astype(element, copy=False))
+        self._num_positions += len(distributions)
+        if self._num_positions >= self._BATCH_POSITIONS:
+            self._finish_batch()
         return distributions
 
-    def table(self, vocab_size: int) -> pa.Table:
-        schema = schemas.aligned_schema(vocab_size, self._config.tail)
-        segments = self._segments
-        ids, logprobs = sparse_columns(self._distributions, schemas.id_type(vocab_size))
+    def table(self) -> pa.Table:
+        """Return the rows of all segments that were added."""
+        self._finish_batch()
+        return pa.Table.from_batches(self._batches, schema=self._schema)
+
+    def _start_batch(self) -> None:
+        self._keys: list[SegmentKey] = []
+        self._distributions: list[SparseRows] = []
+        self._positions: dict[str, list[np.ndarray]] = {
+            name: [] for name in self._schema.names if name not in ("doc_id", "segment", "topk_ids", "topk_logprobs")
+        }
+        self._num_positions = 0
+
+    def _finish_batch(self) -> None:
+        ids, logprobs = sparse_columns(self._distributions, self._id_type)
         columns = {
             "doc_id": pa.array([doc_id for doc_id, _ in self._keys], pa.int64()),
             "segment": pa.array([segment for _, segment in self._keys], pa.int32()),
-            "source_position": list_column([part.source_position for part in segments], pa.int32()),
-            "pair_start": list_column([part.pairing.start for part in segments], pa.int32()),
-            "pair_end": list_column([part.pairing.end for part in segments], pa.int32()),
-            "exact_context": list_column([part.exact_context for part in segments], pa.bool_()),
-            "outcome": list_column([part.outcome for part in segments], pa.uint8()),
+            **{
+                name: list_column(rows, self._schema.field(name).type.value_type)
+                for name, rows in self._positions.items()
+            },
             "topk_ids": ids,
             "topk_logprobs": logprobs,
         }
-        if self._config.tail == "bucket":
-            columns["tail_mass"] = list_column([round_to_half(part.tail_mass) for part in segments], pa.float32())
-        return pa.table(columns, schema=schema)
+        self._batches.append(pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema))
+        self._start_batch()
 
 
 def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:

@@ -19,6 +19,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     align.paper,
     align.semi_relaxed_tokens_per_second,
     align.bytes_per_token,
+    align.memory_bytes_per_token,
     workers.two_workers_vs_one,
     workers.memory_growth,
     logits.peak_memory_vs_plain,

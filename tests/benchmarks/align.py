@@ -17,12 +17,13 @@ from stages.align.transport.sinkhorn import sinkhorn as solve
 from stages.contract import schemas
 from stages.contract.store import Store
 from stages.models.tokenizer import SegmentTokenizer
-from tests.benchmarks import align_data, limits, reference
+from tests.benchmarks import align_data, limits, memory, reference
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, cpu_seconds, one_core, say
 
 EPSILON, TOLERANCE, MAX_ITERATIONS = 1 / 30, 1e-5, 2000
 SEGMENT_TOKENS = 2048
+MEMORY_TOKENS = 500_000
 
 
 def pairing_vs_python() -> list[Figure]:
@@ -214,6 +215,29 @@ def _plain_rate(made: AlignStage, solver: Callable, num_segments: int) -> float:
     )
     assert apart <= 0.02 * compared + aligner.num_unconverged, "the plain pipeline and the stage do not agree"
     return statistics.median(rates)
+
+
+def memory_bytes_per_token() -> list[Figure]:
+    """Bytes of memory a target token that a shard of half a million tokens takes at most beyond its inputs."""
+    made = align_data.stage("semi-relaxed")
+    parts = [(align_data.read(target), align_data.read(source)) for target, source in align_data.shards()]
+    tokens = sum(len(target["token_ids"].combine_chunks().flatten()) for target, _ in parts)
+    made.run({"target": parts[0][0], "source": parts[0][1]})
+    copies = -(-MEMORY_TOKENS // tokens)
+    inputs = {
+        name: pa.concat_tables(_other_documents(part[side], copy) for copy in range(copies) for part in parts)
+        for side, name in enumerate(("target", "source"))
+    }
+    peak = memory.allocated_peak(lambda: made.run(inputs))
+    say(f"{copies * tokens} target tokens in one shard: {peak / 2**20:.0f} MiB beyond the inputs")
+    return [Figure("align.memory_bytes_per_token", peak / (copies * tokens), "bytes", "<= 150")]
+
+
+def _other_documents(table: pa.Table, copy: int) -> pa.Table:
+    """The same rows as documents of other numbers."""
+    column = table.schema.get_field_index("doc_id")
+    moved = pa.array(table["doc_id"].to_numpy() + copy * 1_000_000, pa.int64())
+    return table.set_column(column, table.schema.field(column), moved)
 
 
 def bytes_per_token() -> list[Figure]:
