@@ -1,5 +1,6 @@
 import itertools
 import math
+import weakref
 
 import numpy as np
 import ot
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from stages.align.config import AlignConfig
+from stages.align.segment import SegmentAligner
 from stages.align.stage import AlignStage
 from stages.contract import schemas
 from stages.contract.columns import list_row, sparse_row
@@ -286,6 +288,31 @@ def test_equal_vocabularies_with_and_without_bos_pair_by_text(models, tables):
     for row in range(table.num_rows):
         position = list_row(output.table, "source_position", row)
         assert position[:-1].tolist() == list(range(len(position) - 1))  # what stands before the text pairs with BOS
+
+
+def test_segments_are_let_go_as_soon_as_their_rows_are_taken(align, tables, monkeypatch):
+    """Their plans in float64 are many times what is stored: a shard of them does not fit into memory."""
+    expected = align("spm-bpe", "byte-bpe").table
+    alive = []
+
+    def align_one(self, target, source, original=SegmentAligner.align):
+        assert sum(segment() is not None for segment in alive) <= 1, "the one before may still be in use"
+        aligned = original(self, target, source)
+        alive.append(weakref.ref(aligned))
+        return aligned
+
+    monkeypatch.setattr(SegmentAligner, "align", align_one)
+    assert align("spm-bpe", "byte-bpe").table.equals(expected)
+    assert len(alive) > len(expected), "setup aligns one, and the stage every row"
+
+
+@pytest.mark.parametrize("batch", [1, 40])
+def test_rows_are_the_same_in_batches_of_any_size(align, monkeypatch, batch):
+    expected = align("spm-bpe", "byte-bpe").table
+    monkeypatch.setattr("stages.align.stage._OutputRows._BATCH_POSITIONS", batch)
+    found = align("spm-bpe", "byte-bpe").table
+    assert found["topk_ids"].num_chunks > 2
+    assert found.equals(expected)
 
 
 def test_a_segment_that_the_source_lacks_is_kept_without_distributions(models, tables):
