@@ -1,6 +1,6 @@
 """Bits per byte on held-out text, with paired differences: rows for the terminal and for the page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class HeldOutRow:
             run, and for a run on the gold tokens.
         no_gold_only: why that difference is missing, and how to get it.
         refused: why there is no such model, of a baseline that these models do not allow.
-        dtype: precision of the evaluation.
+        dtype: precision of the evaluation; None where there is none.
         surviving_share: share of the weights changed by training that keep a change in bfloat16; None where not recorded.
     """
 
@@ -44,7 +44,7 @@ class HeldOutRow:
     against_gold_only: Estimate | None = None
     no_gold_only: str | None = None
     refused: str | None = None
-    dtype: str = "float32"
+    dtype: str | None = None
     surviving_share: float | None = None
 
 
@@ -146,8 +146,8 @@ def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
 def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
     """The rows for people."""
     return ResultTable(
-        f"Held-out text, evaluated in {' and '.join(sorted({row.dtype for row in rows})) or 'float32'} (differences: over all "
-        "bytes ± standard error over documents)",
+        f"Held-out text{in_precisions(row.dtype for row in rows)} (differences: over all bytes ± standard error over "
+        "documents)",
         ("model", "bits per byte", "against target before", "against gold only", "bytes"),
         tuple(
             (f"{row.label}; refused: {row.refused}", "refused", "", "", "")
@@ -165,6 +165,12 @@ def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
         ),
         notes=_notes(rows),
     )
+
+
+def in_precisions(dtypes: Iterable[str | None]) -> str:
+    """Return what a title says of the precisions of evaluations; nothing where there is no evaluation."""
+    found = sorted({dtype for dtype in dtypes if dtype is not None})
+    return f", evaluated in {' and '.join(found)}" if found else ""
 
 
 def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:

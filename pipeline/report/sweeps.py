@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.display.table import ResultTable
-from pipeline.report.held_out import document_differences, untrained
+from pipeline.report.held_out import document_differences, in_precisions, untrained
 from pipeline.run.outcomes import evaluation_dtype, read_result
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
@@ -162,7 +162,7 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
         seeds = str(len(result.bits_per_byte)) if result.is_trained else ""
         rows.append((result.name, seeds, mean, difference, over_documents, over_seeds))
     return ResultTable(
-        f"Sweep {sweep.name}: held-out bits per byte, evaluated in {_precisions(results)}, mean over seeds; paired "
+        f"Sweep {sweep.name}: held-out bits per byte{_precisions(results)}, mean over seeds; paired "
         f"differences against {sweep.baseline}, with their standard errors over documents and over seeds",
         ("cell", "seeds", "bits per byte", "difference", "over documents", "over seeds"),
         tuple(rows),
@@ -175,8 +175,7 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
 
 
 def _precisions(results: Sequence[CellResult]) -> str:
-    found = {dtype for result in results for dtype in result.dtypes}
-    return " and ".join(sorted(found)) or "float32"
+    return in_precisions(dtype for result in results for dtype in result.dtypes)
 
 
 def _dtypes(figures: Mapping[tuple[str, int], _Figures], name: str) -> frozenset[str]:

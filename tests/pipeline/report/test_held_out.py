@@ -98,6 +98,10 @@ def test_the_precision_and_what_survives_rounding_stand_beside_the_figures(tmp_p
     rounded = finish(store, tiny_config, "name=rounded", "eval.dtype=bfloat16")
     table = held_out_table(held_out([run, rounded], store))
     assert table.title.startswith("Held-out text, evaluated in bfloat16 and float32 (")
+    table = held_out_table(held_out([rounded], store))
+    assert any(row[1] == "not evaluated" for row in table.rows), "the models before training"
+    assert table.title.startswith("Held-out text, evaluated in bfloat16 ("), "what has no figure has no precision"
+    assert held_out_table([HeldOutRow("x", None)]).title.startswith("Held-out text (")
 
 
 def _figure(row: HeldOutRow) -> float:
