@@ -8,7 +8,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,14 +21,13 @@ from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from stages.align.config import PRESETS, AlignConfig
 from stages.align.stage import AlignStage
-from stages.align.teacher import SharedNll, compare_shared, distribution_nll, window_nll
+from stages.align.teacher import SharedNll, compare_shared, window_nll
 from stages.contract.columns import list_row, rows_by_segment, sparse_row
 from stages.contract.store import Store
+from stages.measures.teacher import completed_nll, exact_nll, floored_nll
 from stages.models.config import ModelConfig
 
 log = logging.getLogger(__name__)
-
-Tail = Literal["bucket", "renormalise"]
 
 SAMPLE_TOKENS: Final = 100_000
 """Target tokens that are compared where the command does not say how many shards: some 20 s of computing."""
@@ -45,7 +44,8 @@ class Way:
     Attributes:
         name: a preset, a method, or ``"as configured"``.
         settings: all of it.
-        is_configured: it is what the configuration says, but for ``inexact`` and ``tail``, which all rows share.
+        is_configured: it is what the configuration says, but for ``inexact`` and ``tail``, which all rows share. A bucket
+            row and one rescaled to 1 differ by that alone, so all are aligned with their tails.
     """
 
     name: str
@@ -74,7 +74,9 @@ class Comparison:
         num_shards: of the run.
         num_positions: with a next token, in those shards.
         ways: what was compared, but the two models themselves.
-        found: by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves.
+        completed: the completed NLL by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves, over their full
+            vocabularies.
+        floored: the floored NLL of the same positions; the models themselves are their own windows.
     """
 
     source: str
@@ -82,18 +84,18 @@ class Comparison:
     num_shards: int
     num_positions: int
     ways: tuple[Way, ...]
-    found: SharedNll
+    completed: SharedNll
+    floored: SharedNll
 
 
-def ways_of(config: AlignConfig, *, tail: Tail, epsilons: Sequence[float] = ()) -> tuple[Way, ...]:
+def ways_of(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[Way, ...]:
     """The rows: each method with both pairings, and the configuration's own settings where no row has them.
 
-    All take inexact pairs as they are (what is judged is what each pairing gives, on positions that all have), treat the
-    tail alike, and see the configuration's window.
+    All take inexact pairs as they are (what is judged is what each pairing gives, on positions that all have), keep their
+    tails, and see the configuration's window.
 
     Args:
         config: the configuration's own settings.
-        tail: of every row.
         epsilons: further ones for the two presets.
 
     Raises:
@@ -102,7 +104,7 @@ def ways_of(config: AlignConfig, *, tail: Tail, epsilons: Sequence[float] = ()) 
     wrong = [epsilon for epsilon in epsilons if not 0 < epsilon < math.inf]
     if wrong:
         raise ValueError(f"--epsilon {wrong[0]}: expected a number above 0")
-    alike = {"inexact": "transport", "tail": tail}
+    alike = {"inexact": "transport", "tail": "bucket"}
     window = {"top_k": config.top_k, "top_p": config.top_p}
     kinds: list[tuple[str, dict[str, Any]]] = [(name, {"method": name}) for name in ("exact", "min-edit")]
     for preset, filled in PRESETS.items():
@@ -127,7 +129,6 @@ def compare(
     source: str | None = None,
     num_shards: int | None = None,
     epsilons: Sequence[float] = (),
-    tail: Tail = "bucket",
 ) -> tuple[RunConfig, list[Comparison]]:
     """Compare the ways of aligning each source of a run with its target.
 
@@ -137,7 +138,6 @@ def compare(
         source: one of the sources; all of them by default.
         num_shards: how many shards are read, evenly spread; by default as many as hold ``SAMPLE_TOKENS``.
         epsilons: further ones for the two presets.
-        tail: how every row treats what its window leaves out.
 
     Returns:
         The configuration, and a comparison for each source.
@@ -150,7 +150,7 @@ def compare(
     names = [model.name for model in config.sources]
     if source is not None and source not in names:
         raise ValueError(f"--source {source}: this configuration's sources are {', '.join(names)}")
-    ways = ways_of(config.align, tail=tail, epsilons=epsilons)
+    ways = ways_of(config.align, epsilons=epsilons)
     store = Store(run_url)
     run = Run(resolve(config, store, request), store, Console(stderr=True), local=True)
     chosen = [model for model in config.sources if source in (None, model.name)]
@@ -160,7 +160,7 @@ def compare(
         total = require_complete(run, [target_key, f"logits/{model.name}"], "compare")
         shards = _sample(run, target_key, total, num_shards)
         log.info("%s: %d ways of aligning on %d of %d shards", model.name, len(ways), len(shards), total)
-        found.append(_compare_source(run, model, ways, shards, total, tail))
+        found.append(_compare_source(run, model, ways, shards, total))
     return config, found
 
 
@@ -175,26 +175,35 @@ def _sample(run: Run, key: str, total: int, wanted: int | None) -> tuple[int, ..
 
 
 def _compare_source(
-    run: Run, source: ModelConfig, ways: tuple[Way, ...], shards: tuple[int, ...], total: int, tail: Tail
+    run: Run, source: ModelConfig, ways: tuple[Way, ...], shards: tuple[int, ...], total: int
 ) -> Comparison:
     stages = _set_up(run.config.target, source, ways)
-    nll: dict[str, list[np.ndarray]] = {label: [] for label in (TARGET_ROW, SOURCE_ROW, *stages)}
+    labels = (TARGET_ROW, SOURCE_ROW, *stages)
+    completed: dict[str, list[np.ndarray]] = {label: [] for label in labels}
+    floored: dict[str, list[np.ndarray]] = {label: [] for label in labels}
     documents: list[np.ndarray] = []
     partner_label = next(way.label for way in ways if way.name == "semi-relaxed" and way.settings.pairing == "boundary")
     step = run.resolved.steps[f"align/{source.name}"]
     for shard in shards:
         inputs = read_inputs(run.resolved, run.store, step, shard)
-        rows = _Shard(inputs["target"], inputs["source"], run.config.align, tail)
+        rows = _Shard(inputs["target"], inputs["source"], run.config.align)
         documents.append(rows.documents())
-        nll[TARGET_ROW].append(rows.target_nll())
+        found = {TARGET_ROW: rows.target_nll()}
         for label, stage in stages.items():
             aligned = stage.run(inputs).table
-            nll[label].append(rows.aligned_nll(aligned))
+            found[label] = rows.aligned_nll(aligned)
             if label == partner_label:
-                nll[SOURCE_ROW].append(rows.source_nll(aligned))
-    joined = {label: np.concatenate(parts) for label, parts in nll.items()}
-    found = compare_shared(joined, documents=np.concatenate(documents), baseline=TARGET_ROW)
-    return Comparison(source.name, shards, total, len(joined[TARGET_ROW]), ways, found)
+                found[SOURCE_ROW] = rows.source_nll(aligned)
+        for label in labels:
+            completed[label].append(found[label].completed)
+            floored[label].append(found[label].floored)
+    place = np.concatenate(documents)
+
+    def compared(nll: dict[str, list[np.ndarray]]) -> SharedNll:
+        joined = {label: np.concatenate(parts) for label, parts in nll.items()}
+        return compare_shared(joined, documents=place, baseline=TARGET_ROW)
+
+    return Comparison(source.name, shards, total, len(place), ways, compared(completed), compared(floored))
 
 
 def _set_up(target: ModelConfig, source: ModelConfig, ways: tuple[Way, ...]) -> dict[str, AlignStage]:
@@ -207,67 +216,92 @@ def _set_up(target: ModelConfig, source: ModelConfig, ways: tuple[Way, ...]) -> 
     return stages
 
 
-class _Shard:
-    """One shard's logits, and the NLL of distributions at its positions: target row by target row, all but the last."""
+class _TeacherNll(NamedTuple):
+    """Both figures at P positions; NaN where there is no distribution."""
 
-    def __init__(self, target: pa.Table, source: pa.Table, config: AlignConfig, tail: Tail) -> None:
-        self._target, self._source, self._config, self._tail = target, source, config, tail
-        self._keys = rows_by_segment(target)
+    completed: np.ndarray
+    floored: np.ndarray
+
+
+class _Shard:
+    """A shard's logits, and the NLL of distributions at its positions: target row by target row, all but the last."""
+
+    def __init__(self, target: pa.Table, source: pa.Table, config: AlignConfig) -> None:
+        self._target, self._source, self._config = target, source, config
+        self._rows = rows_by_segment(target)
         self._source_rows = rows_by_segment(source)
-        self._token_ids = {key: list_row(target, "token_ids", row).astype(np.int64) for key, row in self._keys.items()}
 
     def documents(self) -> np.ndarray:
         """The document of each position."""
-        return _joined([np.full(max(len(ids) - 1, 0), key[0]) for key, ids in self._token_ids.items()], np.int64)
+        lengths = [max(len(list_row(self._target, "token_ids", row)) - 1, 0) for row in self._rows.values()]
+        return np.repeat([key[0] for key in self._rows], lengths)
 
-    def target_nll(self) -> np.ndarray:
-        """Of the target's own window."""
+    def target_nll(self) -> _TeacherNll:
+        """Of the target itself."""
         return _joined(
-            [self._window_nll(self._target, row, ids, np.arange(len(ids) - 1)) for row, ids in self._target_rows()]
+            [
+                self._model_nll(self._target, row, np.arange(max(len(list_row(self._target, "token_ids", row)) - 1, 0)))
+                for row in self._rows.values()
+            ]
         )
 
-    def aligned_nll(self, aligned: pa.Table) -> np.ndarray:
-        """Of aligned distributions; NaN where there is none, or the row was quarantined."""
+    def aligned_nll(self, aligned: pa.Table) -> _TeacherNll:
+        """Of aligned distributions; none where the row was quarantined."""
         rows = rows_by_segment(aligned)
         parts = []
-        for key, ids in self._token_ids.items():
-            nll = np.full(max(len(ids) - 1, 0), np.nan)
-            if key in rows:
-                found = sparse_row(aligned, rows[key])
-                nll = distribution_nll(found.ids[:-1], np.exp(found.logprobs[:-1].astype(np.float64)), ids[1:])
-            parts.append(nll)
+        for key, row in self._rows.items():
+            token_ids = list_row(self._target, "token_ids", row).astype(np.int64)
+            if key not in rows:
+                parts.append(_nothing(len(token_ids) - 1))
+                continue
+            found, own = sparse_row(aligned, rows[key]), sparse_row(self._target, row)
+            ids, probs, gold = found.ids[:-1], np.exp(found.logprobs[:-1].astype(np.float64)), token_ids[1:]
+            completed = completed_nll(
+                ids,
+                probs,
+                list_row(aligned, "tail_mass", rows[key])[:-1].astype(np.float64),
+                gold,
+                own_ids=own.ids[:-1],
+                own_probs=np.exp(own.logprobs[:-1].astype(np.float64)),
+                own_gold_logprob=list_row(self._target, "gold_logprob", row)[:-1],
+            )
+            parts.append(_TeacherNll(completed, floored_nll(ids, probs, gold)))
         return _joined(parts)
 
-    def source_nll(self, aligned: pa.Table) -> np.ndarray:
-        """Of the source's own window for its own next token, at the positions that were taken; NaN where none was."""
+    def source_nll(self, aligned: pa.Table) -> _TeacherNll:
+        """Of the source itself for its own next token, at the positions that were taken."""
         rows = rows_by_segment(aligned)
         parts = []
-        for key, ids in self._token_ids.items():
-            nll = np.full(max(len(ids) - 1, 0), np.nan)
+        for key, row in self._rows.items():
+            found = _nothing(len(list_row(self._target, "token_ids", row)) - 1)
             if key in rows and key in self._source_rows:
                 taken = list_row(aligned, "source_position", rows[key])[:-1]
-                row = self._source_rows[key]
-                own_ids = list_row(self._source, "token_ids", row).astype(np.int64)
-                has_next = (taken >= 0) & (taken < len(own_ids) - 1)
-                nll[has_next] = self._window_nll(self._source, row, own_ids, taken[has_next])
-            parts.append(nll)
+                source_row = self._source_rows[key]
+                has_next = (taken >= 0) & (taken < len(list_row(self._source, "token_ids", source_row)) - 1)
+                completed, floored = self._model_nll(self._source, source_row, taken[has_next])
+                found.completed[has_next], found.floored[has_next] = completed, floored
+            parts.append(found)
         return _joined(parts)
 
-    def _target_rows(self) -> list[tuple[int, np.ndarray]]:
-        return [(row, self._token_ids[key]) for key, row in self._keys.items()]
-
-    def _window_nll(self, table: pa.Table, row: int, token_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    def _model_nll(self, table: pa.Table, row: int, positions: np.ndarray) -> _TeacherNll:
+        """Of a model's own distributions for its own next tokens."""
+        token_ids = list_row(table, "token_ids", row).astype(np.int64)
         window = sparse_row(table, row)
-        probs = np.exp(window.logprobs[positions].astype(np.float64))
-        return window_nll(
+        floored = window_nll(
             window.ids[positions],
-            probs,
+            np.exp(window.logprobs[positions].astype(np.float64)),
             token_ids[positions + 1],
             top_k=self._config.top_k,
             top_p=self._config.top_p,
-            tail=self._tail,
         )
+        return _TeacherNll(exact_nll(list_row(table, "gold_logprob", row), positions), floored)
 
 
-def _joined(parts: list[np.ndarray], dtype: type = np.float64) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
+def _nothing(num_positions: int) -> _TeacherNll:
+    size = max(num_positions, 0)
+    return _TeacherNll(np.full(size, np.nan), np.full(size, np.nan))
+
+
+def _joined(parts: list[_TeacherNll]) -> _TeacherNll:
+    parts = parts or [_nothing(0)]
+    return _TeacherNll(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))

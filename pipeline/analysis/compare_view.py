@@ -9,28 +9,32 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.analysis.compare import SOURCE_ROW, TARGET_ROW, Comparison, Tail, Way
+from pipeline.analysis.compare import SOURCE_ROW, TARGET_ROW, Comparison, Way
 from pipeline.run.session import StageError
 from pipeline.settings.run import RunConfig
 from stages.measures.standard_error import Estimate
 
 
-def comparison_json(config: RunConfig, comparisons: Sequence[Comparison], tail: Tail) -> dict[str, Any]:
+def comparison_json(config: RunConfig, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """For ``ptafuse compare --json``: nats; null where there is nothing to take a mean of."""
     return {
         "config": config.name,
         "target": config.target.name,
-        "tail": tail,
         "sources": [
             {
                 "source": found.source,
                 "shards": list(found.shards),
                 "num_shards": found.num_shards,
                 "num_positions": found.num_positions,
-                "num_shared_positions": found.found.num_positions,
-                "num_documents": found.found.num_documents,
+                "num_shared_positions": found.completed.num_positions,
+                "num_documents": found.completed.num_documents,
                 "rows": [
-                    {**_way_json(way), **_finite(asdict(found.found.entries[label]))} for label, way in _rows(found)
+                    {
+                        **_way_json(way),
+                        "completed": _finite(asdict(found.completed.entries[label])),
+                        "floored": _finite(asdict(found.floored.entries[label])),
+                    }
+                    for label, way in _rows(found)
                 ],
             }
             for found in comparisons
@@ -38,20 +42,19 @@ def comparison_json(config: RunConfig, comparisons: Sequence[Comparison], tail: 
     }
 
 
-def print_comparison(config: RunConfig, found: Comparison, tail: Tail, console: Console) -> None:
+def print_comparison(config: RunConfig, found: Comparison, console: Console) -> None:
     """Show one source's table."""
-    shared = found.found
+    shared = found.completed
     if not shared.num_positions:
         raise StageError(
             f"{found.source}: none of the {found.num_positions:,} positions has a distribution under every way of aligning; "
             "read more shards with --shards"
         )
-    handled = "probabilities as they are" if tail == "bucket" else "each top-k rescaled to 1"
     table = Table(
-        title=f"Teacher NLL, {found.source} for {config.target.name}: mean -ln p(gold next token), nats, floor 1e-4; tail "
-        f"{tail} ({handled}). On the {shared.num_positions:,} of {found.num_positions:,} positions that every row has; "
-        f"{shared.num_documents:,} documents, {len(found.shards)} of {found.num_shards} shards; ± standard error over "
-        "documents",
+        title=f"Teacher NLL, {found.source} for {config.target.name}: mean -ln p(gold next token), nats, completed: what a row "
+        f"does not list is divided as the target divides it. On the {shared.num_positions:,} of {found.num_positions:,} "
+        f"positions that every row has; {shared.num_documents:,} documents, {len(found.shards)} of {found.num_shards} "
+        "shards; ± standard error over documents",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -59,30 +62,36 @@ def print_comparison(config: RunConfig, found: Comparison, tail: Tail, console: 
     )
     for column in ("distribution", "pairing"):
         table.add_column(column, no_wrap=True)
-    columns = ("epsilon", "NLL", "against target", "mixed with it", "coverage", "against target,\nall it covers")
+    columns = ("NLL", "against target", "mixed with it", "covers", "against it on\nall it covers", "floored\nNLL")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for label, way in _rows(found):
         entry = shared.entries[label]
         is_target = label == TARGET_ROW
-        epsilon = way.epsilon if way else None
         table.add_row(
-            f"{way.name}{' *' if way.is_configured else ''}" if way else label,
+            _named(way) if way else label,
             way.settings.pairing if way else "",
-            "" if epsilon is None else f"{epsilon:.3g}",
             f"{entry.nll.mean:.3f}",
             "" if is_target else _signed(entry.difference),
             "" if is_target else _signed(entry.mixed_difference),
             f"{entry.coverage:.1%}",
             "" if is_target else _signed(entry.own_difference),
+            f"{found.floored.entries[label].nll.mean:.3f}",
         )
     console.print(table)
     console.print(
-        f"The models themselves: their own top {config.align.top_k}, each for its own next token (the source's is another "
-        "event where its token is longer or shorter). Mixed with it: the best mixture of a row and the target, against the "
-        "target; a row that only leans to a target better than itself gains in NLL, and nothing here. * as the "
-        "configuration says, but for `inexact` and `tail`, which all rows share."
+        "The models themselves: their full distributions, each for its own next token (the source's is another event where "
+        "its token is longer or shorter). Mixed with it: the best mixture of a row and the target, against the target; a row "
+        "that only leans to a target better than itself gains in NLL, and nothing here. Floored: every row rescaled to 1, "
+        f"the models' own top {config.align.top_k} too, and 1e-4 for a gold token that it does not list; it compares with "
+        "the target's floored NLL alone. A number is epsilon. * as the configuration says, but for `inexact` and `tail`, which "
+        "all rows share."
     )
+
+
+def _named(way: Way) -> str:
+    epsilon = "" if way.epsilon is None else f" {way.epsilon:.3g}"
+    return f"{way.name}{epsilon}{' *' if way.is_configured else ''}"
 
 
 def _rows(found: Comparison) -> list[tuple[str, Way | None]]:

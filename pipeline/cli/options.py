@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,14 +19,6 @@ StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse other libra
 UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
 ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
-TailOption = Annotated[
-    Literal["bucket", "renormalise"],
-    typer.Option(
-        help="What every row does with the mass outside its top-k. `bucket`: nothing, a probability is what the row gives "
-        "the token, so that confidence it does not have earns nothing. `renormalise`: each row is rescaled to 1, as the "
-        "paper does; a row that knows little of the mass then gains most."
-    ),
-]
 
 PLAIN_WIDTH = 100
 """Columns of tables that go to a file or a pipe."""

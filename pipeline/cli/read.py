@@ -17,7 +17,6 @@ from pipeline.cli.options import (
     RunArgument,
     RunOption,
     SetOption,
-    TailOption,
     console,
 )
 from pipeline.run.records import recorded_run
@@ -127,7 +126,6 @@ def compare(
         typer.Option(min=1, help="Read this many, evenly spread; by default as many as hold 100,000 tokens."),
     ] = None,
     epsilon: Annotated[list[float] | None, typer.Option(help="A further epsilon for both presets; repeat it.")] = None,
-    tail: TailOption = "bucket",
     as_json: JsonOption = False,
 ) -> None:
     """Teacher NLL of every way of aligning, on the same positions, from finished logits; writes nothing."""
@@ -135,14 +133,12 @@ def compare(
     from pipeline.analysis.compare_view import comparison_json, print_comparison
 
     request = Request(config, tuple(sets or ()))
-    loaded, found = compare_run(
-        request, run, source=source, num_shards=shards, epsilons=tuple(epsilon or ()), tail=tail
-    )
+    loaded, found = compare_run(request, run, source=source, num_shards=shards, epsilons=tuple(epsilon or ()))
     if as_json:
-        sys.stdout.write(json.dumps(comparison_json(loaded, found, tail), indent=1) + "\n")
+        sys.stdout.write(json.dumps(comparison_json(loaded, found), indent=1) + "\n")
         return
     for part in found:
-        print_comparison(loaded, part, tail, console())
+        print_comparison(loaded, part, console())
 
 
 @app.command()

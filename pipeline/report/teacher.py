@@ -1,5 +1,6 @@
 """Teacher NLL of what align and fuse made."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -8,7 +9,10 @@ from pipeline.display.table import ResultTable
 from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus
-from stages.contract.manifest import Figure, Mean
+from stages.contract.manifest import Figure, Health, Mean
+
+CHOSEN_BY_GOLD: Final = "chosen_by_gold"
+"""Fuse's count of positions at which the gold token decided what is taught; their figures have it as a prefix."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,15 @@ class TeacherRow:
 
     Attributes:
         run: the configuration's label.
-        name: ``aligned <source>`` or ``fused``.
-        nll: of the gold next token under the distribution.
-        target_nll: under the target's own top-k at the same positions.
-        source_nll: of the source's own next token under the source; None for fused rows.
+        name: ``aligned <source>``, ``fused``, or ``fused, chosen by the gold token``: positions at which the gold token
+            decided what is taught, whose figures are not to be compared with others.
+        completed_nll: of the gold next token under the distribution, what it does not list divided as the target does;
+            infinite where ``excluded`` is above 0.
+        target_exact_nll: under the target at the same positions.
+        source_exact_nll: of the source's own next token under the source; None for fused rows.
+        excluded: share of the positions at which the distribution, rescaled to 1, does not list the gold token.
+        floored_nll: under the distribution rescaled to 1, floor 1e-4.
+        target_floored_nll: under the target's own top-k, computed alike.
         coverage: share of positions with a distribution.
         exact_contexts: share of positions where both models condition on the same text.
         mass_moved: share of the mass that landed on a token of another text.
@@ -29,9 +38,12 @@ class TeacherRow:
 
     run: str
     name: str
-    nll: float | None
-    target_nll: float | None
-    source_nll: float | None
+    completed_nll: float | None
+    target_exact_nll: float | None
+    source_exact_nll: float | None
+    excluded: float
+    floored_nll: float | None
+    target_floored_nll: float | None
     coverage: float | None
     exact_contexts: float | None
     mass_moved: float | None
@@ -51,38 +63,52 @@ def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus])
             if distribution is None:
                 continue
             shown.add(resolved.folder)
-            means = {name: _mean(health.get(name)) for name in _TEACHER_MEANS}
-            rows.append(
-                TeacherRow(
-                    run=run.label,
-                    name=distribution if resolved.model is None else f"{distribution} {resolved.model}",
-                    nll=means["teacher_nll"],
-                    target_nll=means["target_nll"],
-                    source_nll=means["source_nll"],
-                    coverage=_share(health.get("covered", health.get("fused")), health.get("positions")),
-                    exact_contexts=_share(health.get("exact_contexts"), health.get("positions")),
-                    mass_moved=means["mass_moved"],
-                    source_entropy=means["source_entropy"],
-                    aligned_entropy=means["aligned_entropy"],
-                )
-            )
+            name = distribution if resolved.model is None else f"{distribution} {resolved.model}"
+            rows.append(_teacher_row(run.label, name, health, ""))
+            if health.get(CHOSEN_BY_GOLD):
+                rows.append(_teacher_row(run.label, f"{name}, chosen by the gold token", health, f"{CHOSEN_BY_GOLD}/"))
     return rows
 
 
-_TEACHER_MEANS: Final = ("teacher_nll", "target_nll", "source_nll", "mass_moved", "source_entropy", "aligned_entropy")
+def _teacher_row(run: str, name: str, health: Health, prefix: str) -> TeacherRow:
+    """From a step's health, or from the figures of it whose names have a prefix."""
+
+    def mean(figure: str) -> float | None:
+        return _mean(health.get(prefix + figure))
+
+    chosen = _count(health, CHOSEN_BY_GOLD)
+    covered = chosen if prefix else _count(health, "covered") + _count(health, "fused") - chosen
+    excluded = _count(health, f"{prefix}gold_excluded")
+    return TeacherRow(
+        run=run,
+        name=name,
+        completed_nll=math.inf if excluded else mean("completed_nll"),
+        target_exact_nll=mean("target_exact_nll"),
+        source_exact_nll=mean("source_exact_nll"),
+        excluded=_share(excluded, covered) or 0.0,
+        floored_nll=mean("floored_nll"),
+        target_floored_nll=mean("target_floored_nll"),
+        coverage=_share(covered, health.get("positions")),
+        exact_contexts=_share(health.get("exact_contexts"), health.get("positions")),
+        mass_moved=mean("mass_moved"),
+        source_entropy=mean("source_entropy"),
+        aligned_entropy=mean("aligned_entropy"),
+    )
 
 
 def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
     """The rows for people."""
     return ResultTable(
-        "Teacher NLL: mean -ln p(gold next token), floor 1e-4, in nats; lower is better (steps shared by "
-        "configurations once)",
+        "Teacher NLL: mean -ln p(gold next token) in nats, lower is better: completed (what a row does not list is divided as "
+        "the target divides it), and floored (rows rescaled to 1, floor 1e-4); steps shared by configurations once",
         (
             "configuration",
             "distribution",
-            "NLL",
-            "target's own there",
+            "completed",
+            "target there",
             "source itself",
+            "floored",
+            "target there, floored",
             "coverage",
             "exact contexts",
             "mass moved",
@@ -92,9 +118,11 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
             (
                 row.run,
                 row.name,
-                _nats(row.nll),
-                _nats(row.target_nll),
-                _nats(row.source_nll),
+                _nats(row.completed_nll),
+                _nats(row.target_exact_nll),
+                _nats(row.source_exact_nll),
+                _nats(row.floored_nll),
+                _nats(row.target_floored_nll),
                 _percent(row.coverage),
                 _percent(row.exact_contexts),
                 _percent(row.mass_moved),
@@ -103,7 +131,24 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
             for row in rows
         ),
         text_columns=(0, 1),
+        notes=_notes(rows),
     )
+
+
+def _notes(rows: Sequence[TeacherRow]) -> tuple[str, ...]:
+    excluding = "; ".join(f"{row.run}, {row.name}: {row.excluded:.1%}" for row in rows if row.excluded)
+    if not excluding:
+        return ()
+    note = (
+        "inf: a row rescaled to 1 says that no token but its own can come; the gold token is not among them at this share of "
+        f"the positions: {excluding}. `ptafuse compare` has the completed figure of every method."
+    )
+    return (note,)
+
+
+def _count(health: Health, name: str) -> int:
+    figure = health.get(name, 0)
+    return figure if isinstance(figure, int) else 0
 
 
 def _mean(figure: Figure | None) -> float | None:

@@ -7,9 +7,9 @@ import numpy as np
 from stages.align.config import AlignConfig
 from stages.align.rows import ModelRows, narrow
 from stages.align.segment import GOLD, IDENTITY, TRANSPORT, AlignedSegment
-from stages.align.teacher import distribution_nll, own_nll
 from stages.contract.columns import SparseRows
 from stages.contract.manifest import Mean
+from stages.measures.teacher import completed_nll, exact_nll, floored_nll
 
 _COUNTS: Final[tuple[str, ...]] = (
     "segments",
@@ -21,15 +21,18 @@ _COUNTS: Final[tuple[str, ...]] = (
     "many_to_one",
     "unpaired",
     "gold_fallback",
+    "gold_excluded",
     "problems",
     "unconverged",
     "missing_source_segments",
 )
 _MEANS: Final[tuple[str, ...]] = (
     "marginal_error",
-    "teacher_nll",
-    "target_nll",
-    "source_nll",
+    "completed_nll",
+    "target_exact_nll",
+    "source_exact_nll",
+    "floored_nll",
+    "target_floored_nll",
     "source_entropy",
     "aligned_entropy",
     "mass_moved",
@@ -71,11 +74,7 @@ class AlignHealth:
         """
         covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY)))
         self._count(aligned, len(target) - 1, len(covered), is_missing=source is None)
-        gold = target.token_ids[covered + 1]
-        projected = np.exp(distributions.logprobs[covered].astype(np.float64))
-        self._add_mean("teacher_nll", distribution_nll(distributions.ids[covered], projected, gold))
-        own_ids, own_probs = self._window(target, covered)
-        self._add_mean("target_nll", distribution_nll(own_ids, own_probs, gold))
+        self._add_teacher_nll(aligned, target, distributions, covered)
         self._add_mean("aligned_entropy", _entropy(_renormalised(aligned.probs[covered])))
         self._add_mean("mass_moved", aligned.mass_moved[covered])
         self._add_mean("mass_unmapped", aligned.mass_unmapped[covered])
@@ -85,13 +84,35 @@ class AlignHealth:
             taken = aligned.source_position[covered]
             self._add_mean("source_entropy", _entropy(self._window(source, taken)[1]))
             if source.gold_logprob is not None:
-                self._add_mean("source_nll", own_nll(source.gold_logprob, taken))
+                self._add_mean("source_exact_nll", exact_nll(source.gold_logprob, taken))
         if aligned.problems is not None and self._config.method == "transport":
             self._add_mean("marginal_error", aligned.problems.marginal_error)
 
     def figures(self) -> dict[str, int | Mean]:
         """The figures for the manifest."""
         return {**self._counts, **self._means, "missing_target_segments": self._missing_target_segments}
+
+    def _add_teacher_nll(
+        self, aligned: AlignedSegment, target: ModelRows, distributions: SparseRows, covered: np.ndarray
+    ) -> None:
+        ids, probs = distributions.ids[covered], np.exp(distributions.logprobs[covered].astype(np.float64))
+        gold = target.token_ids[covered + 1]
+        self._add_mean("floored_nll", floored_nll(ids, probs, gold))
+        self._add_mean("target_floored_nll", floored_nll(*self._window(target, covered), gold))
+        if target.gold_logprob is None:
+            return
+        completed = completed_nll(
+            ids,
+            probs,
+            aligned.tail_mass[covered] if self._config.tail == "bucket" else None,
+            gold,
+            own_ids=target.topk_ids[covered],
+            own_probs=target.topk_probs[covered],
+            own_gold_logprob=target.gold_logprob[covered],
+        )
+        self._add_mean("completed_nll", completed)
+        self._counts["gold_excluded"] += int(np.isinf(completed).sum())
+        self._add_mean("target_exact_nll", exact_nll(target.gold_logprob, covered))
 
     def _count(self, aligned: AlignedSegment, num_positions: int, num_covered: int, *, is_missing: bool) -> None:
         positions = slice(max(0, num_positions))  # the last one has no next token
@@ -125,7 +146,7 @@ class AlignHealth:
         return ids, _renormalised(probs)
 
     def _add_mean(self, name: str, values: np.ndarray) -> None:
-        """Add finite values; NaN says that a position has none."""
+        """Add finite values; NaN says that a position has none, and infinite ones are counted apart."""
         finite = values[np.isfinite(values)]
         self._means[name] += Mean(total=float(finite.sum()), count=len(finite))
 

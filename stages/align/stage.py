@@ -45,9 +45,12 @@ class AlignStage:
     source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the transport;
     ``missing_source_segments`` and ``missing_target_segments``. Means over covered positions:
 
-    - ``teacher_nll``, ``target_nll``, nats, of the gold next token under the projected distribution and under the
-      target's own window, renormalised; ``source_nll``, nats, of the source's own gold next token over its full
-      vocabulary at the source position that was taken (where a token follows there). All floored at 1e-4.
+    - ``completed_nll``, ``target_exact_nll``, nats, of the gold next token under the projected distribution, completed by
+      the target's own (``stages.measures.teacher``), and under the target; ``source_exact_nll``, of the source's own next
+      token at the source position that was taken, where a token follows there. ``gold_excluded`` counts the positions that
+      ``completed_nll`` is infinite at and leaves out: a row rescaled to 1 that does not list the gold token.
+    - ``floored_nll``, ``target_floored_nll``, nats: under the projected distribution and under the target's own window,
+      both rescaled to 1, floored at 1e-4.
     - ``source_entropy``, ``aligned_entropy``, nats, of the source's window and of the projected row, both renormalised.
     - ``mass_moved``: share of what landed that is on a token of another text; ``mass_unmapped``: share of the source's
       mass whose candidates a hard mapping has no token for; ``mass_special``: share of the source's window on special

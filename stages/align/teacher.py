@@ -1,4 +1,4 @@
-"""Teacher NLL: how well a distribution knows the gold next token, and fair comparisons of several ways to get one.
+"""Fair comparisons of several ways to get distributions over the target's vocabulary, by their teacher NLL.
 
 Ways of aligning cover different positions, and easy positions are the first to be covered: a comparison is of the
 positions that all of them have.
@@ -7,61 +7,19 @@ positions that all of them have.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 
 from stages.align.rows import narrow
-from stages.measures.cross_entropy import TEACHER_FLOOR
 from stages.measures.standard_error import Estimate, clustered_mean
-
-MAX_NLL: Final = -math.log(TEACHER_FLOOR)
-"""What a position costs at most, in nats: a candidate list that misses the gold token."""
+from stages.measures.teacher import floored_nll
 
 _SHARES: Final = np.linspace(0, 1, 41)
 
 
-def distribution_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """-ln p(gold next token) under sparse distributions, at most ``MAX_NLL``.
-
-    Args:
-        ids: (P, k), -1 at pads. A row of pads is no distribution.
-        probs: (P, k), 0 at pads.
-        gold: (P,) gold next tokens' ids; negative: there is none.
-
-    Returns:
-        (P,) nats; NaN where there is no distribution or no gold token.
-    """
-    found = np.where(ids == gold[:, None], probs, 0.0).sum(axis=1)
-    nll = -np.log(np.maximum(found, TEACHER_FLOOR))
-    return np.where((ids >= 0).any(axis=1) & (gold >= 0), nll, np.nan)
-
-
-def own_nll(gold_logprob: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """-ln p(gold next token) of a model over its full vocabulary, at given positions of its own, at most ``MAX_NLL``.
-
-    Args:
-        gold_logprob: (N,) of the model's segment; NaN at the last position.
-        positions: (P,) in it, e.g. the ``source_position`` of aligned rows; negative: none.
-
-    Returns:
-        (P,) nats; NaN where there is no position, or nothing follows it.
-    """
-    if not len(gold_logprob):
-        return np.full(len(positions), np.nan)
-    return np.where(positions >= 0, np.minimum(-gold_logprob.astype(np.float64)[positions], MAX_NLL), np.nan)
-
-
-def window_nll(
-    ids: np.ndarray,
-    probs: np.ndarray,
-    gold: np.ndarray,
-    *,
-    top_k: int,
-    top_p: float | None,
-    tail: Literal["renormalise", "bucket"],
-) -> np.ndarray:
-    """``distribution_nll`` of a model's own window, its tail treated as an aligned row's is.
+def window_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray, *, top_k: int, top_p: float | None) -> np.ndarray:
+    """``floored_nll`` of a model's own window, as narrow as an aligned row's.
 
     Args:
         ids: (P, k) the model's largest entries, descending; -1 at pads.
@@ -69,13 +27,8 @@ def window_nll(
         gold: (P,) the model's own next tokens; negative: there is none.
         top_k: the most entries that count.
         top_p: probability that the entries must hold; see ``rows.narrow``.
-        tail: ``"renormalise"``: the window is rescaled to 1. ``"bucket"``: its probabilities stay as they are.
     """
-    ids, probs = narrow(ids, probs, top_k=top_k, top_p=top_p)
-    if tail == "renormalise":
-        total = probs.sum(axis=1, keepdims=True)
-        probs = np.divide(probs, total, out=np.zeros_like(probs), where=total > 0)
-    return distribution_nll(ids, probs, gold)
+    return floored_nll(*narrow(ids, probs, top_k=top_k, top_p=top_p), gold)
 
 
 def mixture_nll(nll: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray]:
@@ -139,8 +92,8 @@ def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, base
     """Compare several distributions on the positions that all of them have.
 
     To compare ways of aligning: run ``AlignStage`` with each configuration on the same inputs; for each, join the
-    segments' ``distribution_nll`` in the order of the target's rows. The target itself and the source itself (at an
-    alignment's ``source_position``) are their ``window_nll``.
+    segments' ``completed_nll`` in the order of the target's rows; the target itself and the source itself (at an
+    alignment's ``source_position``) are their ``exact_nll``. For the floored figure: ``floored_nll``, and ``window_nll``.
 
     Args:
         nll: name -> (P,) nats, NaN where an entry has no distribution; the same P positions in each.

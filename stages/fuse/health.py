@@ -4,72 +4,114 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stages.contract.columns import PAD_ID, SparseRows
+from stages.contract.columns import SparseRows
 from stages.contract.manifest import Mean
-from stages.fuse.weights import gold_probability
+from stages.fuse.mix import Mixture
+from stages.measures.teacher import completed_nll, exact_nll, floored_nll
 
 
 class HealthCounts:
-    """Adds up the health figures of a shard, segment by segment."""
+    """Adds up the health figures of a shard, segment by segment.
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.num_positions = 0
-        self.num_fused = 0
-        self.chosen = np.zeros(len(names), np.int64)
-        self.teacher_nats = 0.0
-        self.target_nats = 0.0
-        self.num_target = 0
-        self.cut_mass = 0.0
+    Args:
+        names: of the candidates, the target's own first.
+        top_k: entries of a fused row.
+        has_tail: fused rows have a tail mass.
+    """
+
+    def __init__(self, names: Sequence[str], *, top_k: int, has_tail: bool) -> None:
+        self._names = names
+        self._top_k = top_k
+        self._has_tail = has_tail
+        self._num_positions = 0
+        self._num_fused = 0
+        self._chosen = np.zeros(len(names), np.int64)
+        self._cut_mass = 0.0
+        self._teacher = _TeacherNll()
+        self._chosen_by_gold = _TeacherNll()
 
     def add(
         self,
         *,
-        fused: SparseRows,
+        mixture: Mixture,
         target: SparseRows,
         gold: np.ndarray,
+        gold_logprob: np.ndarray,
         chosen: np.ndarray,
-        cut_mass: np.ndarray,
+        chosen_by_gold: np.ndarray,
     ) -> None:
         """Count one segment.
 
         Args:
-            fused: the N fused distributions.
-            target: the target's own, over the same positions.
-            gold: (N,) the gold next tokens.
+            mixture: the N fused distributions.
+            target: the target's own window, over the same positions, as its logits have it.
+            gold: (N,) the gold next tokens; ``PAD_ID``: there is none.
+            gold_logprob: (N,) what the target gives them, over the full vocabulary.
             chosen: (N,) index of the candidate with the largest weight, -1 where there is no fused distribution.
-            cut_mass: (N,) mass of the entries beyond top_k.
+            chosen_by_gold: (N,) bool; the gold token itself decided what the distribution is.
         """
-        present = fused.present
-        both = present & target.present
-        self.num_positions += int((gold != PAD_ID).sum())
-        self.num_fused += int(present.sum())
-        self.chosen += np.bincount(chosen[present], minlength=len(self.names))
-        self.teacher_nats -= float(np.log(gold_probability(fused, gold))[present].sum())
-        self.target_nats -= float(np.log(gold_probability(_rescaled(target), gold))[both].sum())
-        self.num_target += int(both.sum())
-        self.cut_mass += float(cut_mass[present].sum())
+        rows = mixture.rows
+        present = rows.present
+        self._num_positions += int((gold >= 0).sum())
+        self._num_fused += int(present.sum())
+        self._chosen += np.bincount(chosen[present], minlength=len(self._names))
+        self._cut_mass += float(mixture.cut_mass[present].sum())
+        probs, own_probs = (np.exp(part.logprobs.astype(np.float64)) for part in (rows, target))
+        figures = {
+            "completed_nll": completed_nll(
+                rows.ids,
+                probs,
+                mixture.tail_mass if self._has_tail else None,
+                gold,
+                own_ids=target.ids,
+                own_probs=own_probs,
+                own_gold_logprob=gold_logprob,
+            ),
+            "target_exact_nll": exact_nll(gold_logprob, np.arange(len(gold))),
+            "floored_nll": floored_nll(rows.ids, probs, gold),
+            "target_floored_nll": floored_nll(target.ids[:, : self._top_k], own_probs[:, : self._top_k], gold),
+        }
+        self._teacher.add(figures, present & ~chosen_by_gold)
+        self._chosen_by_gold.add(figures, present & chosen_by_gold)
 
     def figures(self) -> dict[str, int | Mean]:
         """By name.
 
         ``positions``: target positions with a next token in their segment; ``fused``: those with a fused distribution;
-        ``chosen/<name>``: how often each candidate has the largest weight; ``teacher_nll`` and ``target_nll``: -ln of
-        what the fused distribution as stored, and the target's own top-k rescaled to 1 (as in align's figure), give the
-        gold next token, floor ``TEACHER_FLOOR``, on positions with a fused distribution;
-        ``cut_mass``: what top_k cut off.
+        ``chosen/<name>``: how often each candidate has the largest weight; ``cut_mass``: what top_k cut off.
+
+        ``completed_nll``, ``target_exact_nll``, ``floored_nll``, ``target_floored_nll``, ``gold_excluded``: of the fused
+        distributions, as align's are of the aligned ones. A distribution that the gold token itself decided (all mass on
+        it, or granularity ``"token"`` with a choice) would be judged by what chose it: such positions are left out there,
+        and have the same figures under ``chosen_by_gold/``; ``chosen_by_gold`` counts them.
         """
         return {
-            "positions": self.num_positions,
-            "fused": self.num_fused,
-            **{f"chosen/{name}": int(count) for name, count in zip(self.names, self.chosen, strict=True)},
-            "teacher_nll": Mean(total=self.teacher_nats, count=self.num_fused),
-            "target_nll": Mean(total=self.target_nats, count=self.num_target),
-            "cut_mass": Mean(total=self.cut_mass, count=self.num_fused),
+            "positions": self._num_positions,
+            "fused": self._num_fused,
+            **{f"chosen/{name}": int(count) for name, count in zip(self._names, self._chosen, strict=True)},
+            **self._teacher.figures(),
+            "chosen_by_gold": self._chosen_by_gold.num_positions,
+            **{f"chosen_by_gold/{name}": figure for name, figure in self._chosen_by_gold.figures().items()},
+            "cut_mass": Mean(total=self._cut_mass, count=self._num_fused),
         }
 
 
-def _rescaled(rows: SparseRows) -> SparseRows:
-    """The same with each row's probabilities summing to 1."""
-    mass = np.exp(rows.logprobs.astype(np.float64)).sum(axis=1, keepdims=True)
-    return SparseRows(rows.ids, (rows.logprobs - np.log(np.where(mass > 0, mass, 1.0))).astype(np.float32))
+class _TeacherNll:
+    """Means of the teacher NLL over some positions."""
+
+    def __init__(self) -> None:
+        names = ("completed_nll", "target_exact_nll", "floored_nll", "target_floored_nll")
+        self._means = {name: Mean(total=0.0, count=0) for name in names}
+        self._num_excluded = 0
+        self.num_positions = 0
+
+    def add(self, figures: dict[str, np.ndarray], where: np.ndarray) -> None:
+        """Take in the figures, (N,) each, at the positions ``where``."""
+        self.num_positions += int(where.sum())
+        self._num_excluded += int(np.isinf(figures["completed_nll"][where]).sum())
+        for name, values in figures.items():
+            finite = values[where & np.isfinite(values)]
+            self._means[name] += Mean(total=float(finite.sum()), count=len(finite))
+
+    def figures(self) -> dict[str, int | Mean]:
+        return {**self._means, "gold_excluded": self._num_excluded}

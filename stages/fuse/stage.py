@@ -21,7 +21,7 @@ from stages.contract.columns import (
     sparse_row,
 )
 from stages.contract.manifest import Mean
-from stages.contract.schemas import Tail, fused_schema, tail_of
+from stages.contract.schemas import PAIRED_BY, Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
 from stages.fuse.config import FuseConfig
 from stages.fuse.explanation import ExplainedCandidate, Explanation, Place
@@ -60,6 +60,8 @@ class FusedSegment:
         cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
         weights: (N, C), see ``candidate_weights``.
         mixture: what came of them.
+        chosen_by_gold: (N,) bool; the gold next token itself decided what the fused distribution is: granularity
+            ``"token"`` chose between candidates, or a candidate that counts has all its mass on it (``inexact = "gold"``).
         short_context: (N,) bool; the block begins too shortly before the position: what is predicted there is conditioned
             on text that the block does not hold, so there is no fused distribution.
     """
@@ -69,6 +71,7 @@ class FusedSegment:
     cross_entropy: np.ndarray
     weights: np.ndarray
     mixture: Mixture
+    chosen_by_gold: np.ndarray
     short_context: np.ndarray
 
     @property
@@ -116,17 +119,18 @@ class FuseStage:
         """
         shard = self._read(inputs)
         packing = self._pack(shard)
-        health = HealthCounts(self.names)
+        health = HealthCounts(self.names, top_k=self.config.top_k, has_tail=shard.tail == "bucket")
         segments = []
         num_short = 0
-        for fused in self._fuse_rows(shard, packing, range(len(shard.lengths))):
+        for row, fused in enumerate(self._fuse_rows(shard, packing, range(len(shard.lengths)))):
             num_short += int(fused.short_context.sum())
             health.add(
-                fused=fused.mixture.rows,
-                target=fused.candidates[0].rows,
+                mixture=fused.mixture,
+                target=sparse_row(shard.target, row),
                 gold=fused.gold,
+                gold_logprob=list_row(shard.target, "gold_logprob", row),
                 chosen=fused.chosen,
-                cut_mass=fused.mixture.cut_mass,
+                chosen_by_gold=fused.chosen_by_gold,
             )
             rows = fused.mixture.rows
             rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
@@ -268,7 +272,18 @@ class FuseStage:
         present = np.stack([part.rows.present for part in candidates], axis=1)
         weights = candidate_weights(judged, present, function=self.config.function)
         mixture = mix(candidates, weights, top_k=self.config.top_k, renormalise=shard.tail == "renormalise")
-        return FusedSegment(candidates, gold, judged, weights, mixture, short_context)
+        is_gold = self._gold_rows(shard, row) & (weights > 0)
+        is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token")
+        chosen_by_gold = is_gold.any(axis=1) | is_choice
+        return FusedSegment(candidates, gold, judged, weights, mixture, chosen_by_gold, short_context)
+
+    def _gold_rows(self, shard: _Shard, row: int) -> np.ndarray:
+        """(N, C) bool: the candidate has all its mass on the gold next token, as ``inexact = "gold"`` asks for."""
+        is_gold = np.zeros((int(shard.lengths[row]), len(self.names)), bool)
+        for column, (table, aligned_row) in enumerate(zip(shard.aligned, shard.aligned_rows[row], strict=True), 1):
+            if aligned_row >= 0:
+                is_gold[:, column] = list_row(table, "outcome", int(aligned_row)) == PAIRED_BY.index("gold")
+        return is_gold
 
     def _short_context(self, packing: Packing, pieces: np.ndarray, length: int) -> np.ndarray:
         """(N,) bool: positions of a segment that begin a block inside it, nearer to the cut than ``min_context``."""

@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 
 from stages.contract.columns import PAD_ID, SparseRows
-from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.measures.teacher import TEACHER_FLOOR
 
 Function = Literal["min-ce", "avg-ce"]
 

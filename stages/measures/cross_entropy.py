@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TEACHER_FLOOR = 1e-4
-"""Smallest probability that teacher NLL counts: a candidate list that misses the gold token costs 9.2 nats."""
-
 
 @dataclass(frozen=True)
 class CrossEntropy:

@@ -15,7 +15,8 @@ from stages.contract import schemas
 from stages.contract.columns import list_row, round_to_half
 from stages.contract.store import Store
 from stages.logits.backends.topk import topk_logprobs
-from stages.measures.cross_entropy import TEACHER_FLOOR, cross_entropy
+from stages.measures.cross_entropy import cross_entropy
+from stages.measures.teacher import TEACHER_FLOOR
 from stages.models.batches import NO_GOLD
 from stages.models.config import ModelConfig, load_model
 from stages.models.heads import split_head

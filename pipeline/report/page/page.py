@@ -1,6 +1,7 @@
 """``ptafuse report --html``: everything that a run directory knows, as one HTML file that opens from disk."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
@@ -164,12 +165,12 @@ def _teacher_plot(rows: Sequence[TeacherRow]) -> str:
     for row in rows:
         for group, (label, value) in enumerate(
             (
-                (f"{row.run}: {row.name}", row.nll),
-                ("target's own there", row.target_nll),
-                ("source itself", row.source_nll),
+                (f"{row.run}: {row.name}", row.completed_nll),
+                ("target there", row.target_exact_nll),
+                ("source itself", row.source_exact_nll),
             )
         ):
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 entries.append(Bar(label, value, group=group))
     return bars(entries, axis="nats") if entries else ""
 

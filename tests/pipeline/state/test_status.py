@@ -38,9 +38,9 @@ def test_health_adds_up_over_shards(undisturbed_run: Path) -> None:
     step = next(step for step in read_status(run, store).steps if step.key == "align/neox")
     manifests = store.manifests(run.steps["align/neox"].folder)
     assert step.health["positions"] == sum(manifest.health["positions"] for manifest in manifests.values())
-    nll = step.health["teacher_nll"]
+    nll = step.health["floored_nll"]
     assert isinstance(nll, Mean)
-    parts = [manifest.health["teacher_nll"] for manifest in manifests.values()]
+    parts = [manifest.health["floored_nll"] for manifest in manifests.values()]
     assert nll.value == pytest.approx(sum(part.total for part in parts) / sum(part.count for part in parts))
 
 

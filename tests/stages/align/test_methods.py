@@ -10,10 +10,10 @@ import pytest
 from stages.align.config import AlignConfig
 from stages.align.costs.semantic import SemanticCosts, spell
 from stages.align.stage import AlignStage
-from stages.align.teacher import compare_shared, distribution_nll, own_nll
+from stages.align.teacher import compare_shared
 from stages.contract import schemas
 from stages.contract.columns import list_row, sparse_row
-from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.measures.teacher import exact_nll, floored_nll
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
 from stages.models.tokenizer import SegmentTokenizer
@@ -103,8 +103,10 @@ def test_every_method_gives_a_sound_table(align, tables, tokenizers, target, sou
     figures = output.health
     assert figures["covered"] > 0.3 * figures["positions"]
     means = (
-        "teacher_nll",
-        "target_nll",
+        "completed_nll",
+        "target_exact_nll",
+        "floored_nll",
+        "target_floored_nll",
         "source_entropy",
         "aligned_entropy",
         "mass_moved",
@@ -112,8 +114,10 @@ def test_every_method_gives_a_sound_table(align, tables, tokenizers, target, sou
         "cut_mass",
     )
     for name in means:
-        assert figures[name].count == figures["covered"]
+        left_out = figures["gold_excluded"] if name == "completed_nll" else 0
+        assert figures[name].count == figures["covered"] - left_out
         assert math.isfinite(figures[name].value)
+    assert (figures["gold_excluded"] > 0) == (tail == "renormalise")
     assert figures["problems"] == (figures["covered"] if method == "transport" and target != source else 0)
     for found, tail_mass, _, _, _, _ in positions(output.table, tables, target=target, source=source):
         assert sum(found.values()) + tail_mass == pytest.approx(1, abs=2e-3)
@@ -249,11 +253,11 @@ def test_entropies_and_the_source_s_own_nll_are_those_of_the_stored_rows(align, 
         partner = list_row(output.table, "source_position", row)[position]
         gold = list_row(tables[SOURCE], "gold_logprob", row)[partner]
         if math.isfinite(gold):
-            own.append(min(-gold, -math.log(TEACHER_FLOOR)))
+            own.append(-gold)
     assert output.health["source_entropy"].value == pytest.approx(np.mean(before), rel=1e-6)
     assert output.health["aligned_entropy"].value == pytest.approx(np.mean(after), rel=1e-3)
-    assert output.health["source_nll"].count == len(own) > 0
-    assert output.health["source_nll"].value == pytest.approx(np.mean(own), rel=1e-6)
+    assert output.health["source_exact_nll"].count == len(own) > 0
+    assert output.health["source_exact_nll"].value == pytest.approx(np.mean(own), rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["transport", "min-edit", "exact"])
@@ -367,8 +371,10 @@ def test_ways_of_aligning_are_compared_on_the_same_positions(align, tables):
         for row in range(table.num_rows):
             gold = np.append(list_row(tables[TARGET], "token_ids", row)[1:].astype(int), -1)
             rows = sparse_row(table, row)
-            parts.append(distribution_nll(rows.ids, np.exp(rows.logprobs.astype(float)), gold))
-            own.append(own_nll(list_row(tables[SOURCE], "gold_logprob", row), list_row(table, "source_position", row)))
+            parts.append(floored_nll(rows.ids, np.exp(rows.logprobs.astype(float)), gold))
+            own.append(
+                exact_nll(list_row(tables[SOURCE], "gold_logprob", row), list_row(table, "source_position", row))
+            )
             documents.append(np.full(len(rows), table["doc_id"][row].as_py()))
         nll[f"{name}, {pairing}"] = np.concatenate(parts)
         nll[f"source, {name}, {pairing}"] = np.concatenate(own)

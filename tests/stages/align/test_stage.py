@@ -12,7 +12,7 @@ from stages.align.segment import SegmentAligner
 from stages.align.stage import AlignStage
 from stages.contract import schemas
 from stages.contract.columns import list_row, sparse_row
-from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.measures.teacher import TEACHER_FLOOR
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
 from tests.stages.align.pairing.test_levenshtein import levenshtein, prefix_cost
@@ -25,6 +25,7 @@ DOCUMENTS = (
     (TEXTS[9], "", " ", TEXTS[14]),  # no text, white space, emoji
     (TEXTS[8] + "</s> and <0x41>",),  # names of special tokens, as text
 )
+TAILS = ("bucket", "renormalise")
 OUTCOME = {name: index for index, name in enumerate(schemas.PAIRED_BY)}
 
 
@@ -182,17 +183,63 @@ def test_cut_mass_joins_the_tail(align, tables):
 @pytest.mark.parametrize("preset", ["paper", "semi-relaxed"])
 def test_teacher_nll_is_that_of_the_stored_distributions(align, tables, target, preset):
     output = align(target, "unigram", preset=preset)
-    teacher, own = [], []
+    found = {name: [] for name in ("completed_nll", "target_exact_nll", "floored_nll", "target_floored_nll")}
+
+    def floored(row: dict[int, float], gold: int) -> float:
+        return -math.log(max(row.get(gold, 0) / sum(row.values()), TEACHER_FLOOR))
+
+    num_rest = 0
     for _, aligned, logits, _ in rows_of(output.table, tables, target, "unigram"):
         for position in np.flatnonzero(aligned["outcome"] == OUTCOME["transport"]):
             gold = int(logits["token_ids"][position + 1])
+            gold_logprob = float(logits["gold_logprob"][position])
             stored = as_dict(aligned["ids"][position], aligned["probs"][position])
             window = as_dict(logits["ids"][position], logits["probs"][position])
-            teacher.append(-math.log(max(stored.get(gold, 0), TEACHER_FLOOR)))
-            own.append(-math.log(max(window.get(gold, 0) / sum(window.values()), TEACHER_FLOOR)))
-    assert len(teacher) == output.health["covered"] == output.health["teacher_nll"].count
-    assert output.health["teacher_nll"].value == pytest.approx(np.mean(teacher), rel=1e-6)
-    assert output.health["target_nll"].value == pytest.approx(np.mean(own), rel=1e-6)
+            found["floored_nll"].append(floored(stored, gold))
+            found["target_floored_nll"].append(floored(window, gold))
+            found["target_exact_nll"].append(-gold_logprob)
+            if gold in stored:
+                found["completed_nll"].append(-math.log(stored[gold]))
+            elif preset == "semi-relaxed":
+                left = 1 - sum(prob for token, prob in window.items() if token in stored)
+                found["completed_nll"].append(-math.log(aligned["tail_mass"][position] / left) - gold_logprob)
+                num_rest += 1
+    health = output.health
+    assert len(found["floored_nll"]) == health["covered"]
+    assert health["gold_excluded"] == health["covered"] - len(found["completed_nll"])
+    assert num_rest > 0 if preset == "semi-relaxed" else health["gold_excluded"] > 0
+    for name, values in found.items():
+        assert health[name].count == len(values)
+        # The tail mass is stored with float16's precision.
+        assert health[name].value == pytest.approx(np.mean(values), rel=1e-4 if name == "completed_nll" else 1e-6)
+
+
+@pytest.mark.parametrize("top_p", [None, 0.6])
+def test_the_identity_row_has_the_target_s_nll(align, tables, top_p):
+    health = align("byte-bpe", "byte-bpe", preset="semi-relaxed", top_k=4, top_p=top_p).health
+    assert health["covered"] > 50
+    assert health["completed_nll"].count == health["target_exact_nll"].count == health["covered"]
+    assert health["completed_nll"].value == pytest.approx(health["target_exact_nll"].value, rel=1e-9)
+    assert health["floored_nll"] == health["target_floored_nll"]
+    gold = np.concatenate([list_row(tables["byte-bpe"], "gold_logprob", row) for row in range(4)])
+    assert health["target_exact_nll"].value == pytest.approx(-np.nanmean(gold), rel=0.5), "no floor, no other scale"
+
+
+def test_floored_nll_does_not_depend_on_what_becomes_of_the_tail(align):
+    bucket, rescaled = (align("spm-bpe", "unigram", preset="semi-relaxed", tail=tail).health for tail in TAILS)
+    assert bucket["covered"] == rescaled["covered"]
+    assert bucket["floored_nll"].value == pytest.approx(rescaled["floored_nll"].value, rel=1e-3)
+    assert bucket["target_floored_nll"] == rescaled["target_floored_nll"]
+
+
+def test_rows_that_are_the_gold_token_are_not_judged_by_it(align):
+    masked, gold = (
+        align("spm-bpe", "byte-bpe", pairing="boundary", inexact=inexact, tail="bucket").health
+        for inexact in ("mask", "gold")
+    )
+    assert gold["gold_fallback"] > 0
+    for name in ("covered", "completed_nll", "floored_nll", "target_exact_nll", "target_floored_nll"):
+        assert gold[name] == masked[name]
 
 
 def candidate_text(tokenizer: SegmentTokenizer, token_id: int) -> str:

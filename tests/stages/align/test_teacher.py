@@ -3,33 +3,16 @@ import math
 import numpy as np
 import pytest
 
-from stages.align.teacher import MAX_NLL, compare_shared, distribution_nll, mixture_nll, own_nll, window_nll
+from stages.align.teacher import compare_shared, mixture_nll, window_nll
+from stages.measures.teacher import MAX_NLL
 
 
-def test_nll_is_of_the_gold_token_and_floored():
-    ids = np.array([[4, 7], [4, 7], [4, -1], [-1, -1], [4, 7]])
-    probs = np.array([[0.5, 0.25], [0.5, 0.25], [1e-6, 0], [0, 0], [0.5, 0.5]])
-    found = distribution_nll(ids, probs, np.array([7, 9, 4, 4, -1]))
-    np.testing.assert_allclose(found, [math.log(4), MAX_NLL, MAX_NLL, np.nan, np.nan])
-
-
-def test_own_nll_is_taken_at_the_source_positions():
-    gold = np.array([-1.0, -50.0, np.nan], np.float32)
-    np.testing.assert_allclose(own_nll(gold, np.array([1, 0, -1, 2])), [MAX_NLL, 1.0, np.nan, np.nan])
-    assert np.isnan(own_nll(np.empty(0, np.float32), np.array([-1]))).all()
-
-
-def test_a_window_is_judged_with_its_tail_as_it_is_or_rescaled():
+def test_a_window_is_narrowed_before_it_is_rescaled():
     ids, probs = np.array([[5, 6, 7], [5, -1, -1], [-1, -1, -1]]), np.array([[0.5, 0.2, 0.1], [0.4, 0, 0], [0, 0, 0]])
     gold = np.array([6, 5, 5])
-
-    def nll(**settings):
-        return window_nll(ids, probs, gold, **{"top_k": 3, "top_p": None, "tail": "bucket", **settings})
-
-    np.testing.assert_allclose(nll(), [-math.log(0.2), -math.log(0.4), np.nan])
-    np.testing.assert_allclose(nll(tail="renormalise"), [-math.log(0.25), 0, np.nan])
-    np.testing.assert_allclose(nll(tail="renormalise", top_k=2), [-math.log(2 / 7), 0, np.nan])
-    np.testing.assert_allclose(nll(top_p=0.45), [MAX_NLL, -math.log(0.4), np.nan])
+    np.testing.assert_allclose(window_nll(ids, probs, gold, top_k=3, top_p=None), [-math.log(0.25), 0, np.nan])
+    np.testing.assert_allclose(window_nll(ids, probs, gold, top_k=2, top_p=None), [-math.log(2 / 7), 0, np.nan])
+    np.testing.assert_allclose(window_nll(ids, probs, gold, top_k=3, top_p=0.45), [MAX_NLL, 0, np.nan])
 
 
 def compare(nll, documents=None, baseline="a"):

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 
 from stages.contract.columns import PAD_ID, SparseRows, find_row, list_column, list_row, sparse_columns, sparse_row
-from stages.contract.schemas import aligned_schema, fused_schema, id_type, logits_schema
+from stages.contract.schemas import PAIRED_BY, aligned_schema, fused_schema, id_type, logits_schema
 from stages.fuse.config import FuseConfig
 from stages.fuse.stage import FuseStage, locate
-from stages.measures.cross_entropy import TEACHER_FLOOR, CrossEntropy, cross_entropy
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy
+from stages.measures.teacher import TEACHER_FLOOR
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_tokenizers import TEXTS, save_tokenizer
@@ -257,19 +258,89 @@ def test_health_counts_add_up(inputs):
     assert health["fused"] == (chosen >= 0).sum() == len(chosen) - len(SEGMENTS)
     assert [health[f"chosen/{name}"] for name in ("target", "one", "two")] == np.bincount(chosen[chosen >= 0]).tolist()
     assert health["missing_source_segments"] == 1
-    assert health["teacher_nll"].count == health["target_nll"].count == health["fused"]
     assert 0 < health["cut_mass"].value < 1
-    teacher = 0.0
-    for block in range(output.table.num_rows):
-        fused = sparse_row(output.table, block)
-        tokens = list_row(output.table, "token_ids", block)
+
+
+def judged_by_hand(inputs: Inputs, table: pa.Table, *, top_k: int) -> dict[str, list[float]]:
+    """The figures of every position with a fused distribution; infinite where a row has no tail to give the gold token."""
+    target = inputs.tables["logits/target"]
+    found = {name: [] for name in ("completed_nll", "target_exact_nll", "floored_nll", "target_floored_nll")}
+    for block in range(table.num_rows):
+        fused = sparse_row(table, block)
         for position in np.flatnonzero(fused.present):
-            place = locate(output.table, block, int(position))
-            row = find_row(inputs.tables["logits/target"], place.doc_id, place.segment)
-            gold = list_row(inputs.tables["logits/target"], "token_ids", row)[place.position + 1]
-            assert position == len(tokens) - 1 or gold == tokens[position + 1]
-            teacher -= math.log(max(entries(fused, position).get(int(gold), 0.0), TEACHER_FLOOR))
-    assert health["teacher_nll"].total == pytest.approx(teacher, rel=1e-3)
+            place = locate(table, block, int(position))
+            row = find_row(target, place.doc_id, place.segment)
+            gold = int(list_row(target, "token_ids", row)[place.position + 1])
+            gold_logprob = float(list_row(target, "gold_logprob", row)[place.position])
+            stored, window = entries(fused, position), entries(sparse_row(target, row), place.position)
+            left = 1 - sum(prob for token, prob in window.items() if token in stored)
+            tail = list_row(table, "tail_mass", block)[position] if "tail_mass" in table.schema.names else 0.0
+            rest = tail * math.exp(gold_logprob) / max(left, math.exp(gold_logprob))
+            prob = stored.get(gold, rest)
+            found["completed_nll"].append(-math.log(prob) if prob else math.inf)
+            found["target_exact_nll"].append(-gold_logprob)
+            own = dict(list(window.items())[:top_k])
+            for name, listed in (("floored_nll", stored), ("target_floored_nll", own)):
+                found[name].append(-math.log(max(listed.get(gold, 0.0) / sum(listed.values()), TEACHER_FLOOR)))
+    return found
+
+
+def assert_judged(health, expected: dict[str, list[float]], prefix: str = "") -> None:
+    excluded = sum(map(math.isinf, expected["completed_nll"]))
+    assert health[f"{prefix}gold_excluded"] == excluded
+    for name, values in expected.items():
+        finite = [value for value in values if math.isfinite(value)]
+        assert health[prefix + name].count == len(finite)
+        assert health[prefix + name].total == pytest.approx(sum(finite), rel=2e-3)
+
+
+def test_teacher_nll_is_that_of_the_stored_rows(inputs):
+    output = inputs.stage(top_k=2, function="avg-ce").run(inputs.tables)
+    expected = judged_by_hand(inputs, output.table, top_k=2)
+    assert output.health["chosen_by_gold"] == output.health["chosen_by_gold/floored_nll"].count == 0
+    assert len(expected["floored_nll"]) == output.health["fused"] > 20
+    is_bucket = "tail_mass" in output.table.schema.names
+    assert is_bucket == all(map(math.isfinite, expected["completed_nll"]))
+    assert_judged(output.health, expected)
+
+
+def test_the_target_s_own_rows_have_the_target_s_nll(inputs):
+    alone = replace(inputs, sources=(), tables={"logits/target": inputs.tables["logits/target"]})
+    health = alone.stage().run(alone.tables).health
+    assert health["floored_nll"] == health["target_floored_nll"]
+    assert health["target_exact_nll"].count == health["fused"]
+
+
+def test_choices_by_the_gold_token_are_judged_apart(inputs):
+    output = inputs.stage(granularity="token").run(inputs.tables)
+    expected = judged_by_hand(inputs, output.table, top_k=10)
+    health = output.health
+    assert health["chosen_by_gold"] + health["floored_nll"].count == health["fused"] == len(expected["floored_nll"])
+    assert health["chosen_by_gold"] > health["floored_nll"].count > 0, (
+        "where the target alone has a row there is no choice"
+    )
+    for name in ("floored_nll", "target_floored_nll", "target_exact_nll"):
+        apart = health[f"chosen_by_gold/{name}"]
+        assert (apart + health[name]).total == pytest.approx(sum(expected[name]), rel=2e-3)
+    assert health["chosen_by_gold/floored_nll"].value < health["chosen_by_gold/target_floored_nll"].value
+
+
+def test_rows_that_are_the_gold_token_are_judged_apart(inputs):
+    table = inputs.tables["align/one"]
+    schema = table.schema
+    outcomes = [np.full(len(row), PAIRED_BY.index("gold")) for row in table["outcome"].to_pylist()]
+    gold = {
+        **inputs.tables,
+        "align/one": table.set_column(
+            schema.get_field_index("outcome"), schema.field("outcome"), list_column(outcomes, pa.uint8())
+        ),
+    }
+    stage = inputs.stage()
+    before, health = stage.run(inputs.tables).health, stage.run(gold).health
+    assert health["chosen_by_gold"] == before["chosen/one"] == health["chosen/one"] > 0
+    assert health["floored_nll"].count == health["fused"] - health["chosen/one"]
+    both = health["floored_nll"] + health["chosen_by_gold/floored_nll"]
+    assert both.total == pytest.approx(before["floored_nll"].total)
 
 
 def test_one_source_works_and_where_it_has_nothing_the_target_is_taken(inputs):
@@ -312,7 +383,7 @@ def test_an_empty_shard_gives_an_empty_table(inputs):
     empty = {name: table.slice(0, 0) for name, table in inputs.tables.items()}
     output = inputs.stage().run(empty)
     assert output.table.num_rows == output.num_tokens == 0
-    assert output.health["teacher_nll"].count == 0
+    assert output.health["floored_nll"].count == output.health["completed_nll"].count == 0
 
 
 @pytest.mark.parametrize("granularity", ["document", "segment", "token", "block"])

@@ -12,7 +12,7 @@ from stages.fuse.weights import (
     token_cross_entropy,
     win_shares,
 )
-from stages.measures.cross_entropy import TEACHER_FLOOR
+from stages.measures.teacher import TEACHER_FLOOR
 
 
 def test_min_ce_takes_the_lowest_cross_entropy():
