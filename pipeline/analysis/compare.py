@@ -16,6 +16,7 @@ from rich.console import Console
 
 from pipeline.run.resolve import resolve
 from pipeline.run.session import Run, read_inputs, require_complete
+from pipeline.run.shard_plan import evenly_spread
 from pipeline.run.steps import Request
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
@@ -170,8 +171,7 @@ def _sample(run: Run, key: str, total: int, wanted: int | None) -> tuple[int, ..
         manifests = run.store.manifests(run.resolved.steps[key].folder)
         tokens = sum(manifest.num_tokens for manifest in manifests.values())
         wanted = total if tokens <= SAMPLE_TOKENS else max(1, total * SAMPLE_TOKENS // tokens)
-    count = min(wanted, total)
-    return tuple(index * total // count for index in range(count))
+    return evenly_spread(total, wanted)
 
 
 def _compare_source(

@@ -18,7 +18,7 @@ from pipeline.cli.options import (
     UpstreamOption,
     console,
 )
-from pipeline.run.stage_table import SHARDED_STAGES, stage_spec
+from pipeline.run.stage_table import STAGES, stage_spec
 from pipeline.run.steps import Request
 from pipeline.workflow.stages import run_named_stage, run_stages_before
 from stages.contract.store import Store
@@ -45,8 +45,9 @@ def stage_command(stage: str) -> Callable[..., None]:
     return run_it
 
 
-for _spec in SHARDED_STAGES:
-    app.command(name=_spec.name, help=_spec.help)(stage_command(_spec.name))
+for _spec in STAGES:
+    if _spec.name not in ("train", "eval"):  # these have options of their own
+        app.command(name=_spec.name, help=_spec.help)(stage_command(_spec.name))
 
 
 @app.command(help=stage_spec("train").help)

@@ -16,7 +16,7 @@ from pipeline.run.session import Run, StageError, command, pending_shards, requi
 from pipeline.run.shard_plan import freeze_plan, read_plan
 from pipeline.run.sharing import take_up_plan, take_up_shards
 from pipeline.run.stage_table import Resources, sharded_stage
-from pipeline.run.steps import Step
+from pipeline.run.steps import Step, result_key
 from pipeline.settings.run import EngineConfig
 from stages.contract.store import Store
 
@@ -53,11 +53,13 @@ def _run_step(run: Run, step: Step) -> None:
     _check_tokenizers(run, step)
     check_library_versions(run, step)
     resources = spec.resources(run.config)
+    inputs = {name: run.resolved.steps[key] for name, key in step.inputs.items()}
     job = ShardJob(
         run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
         config_json=run.config.model_dump_json(by_alias=True),
         step=step,
-        input_folders={name: run.resolved.steps[key].folder for name, key in step.inputs.items()},
+        input_folders={name: given.folder for name, given in inputs.items() if given.is_sharded},
+        result_keys={name: result_key(given) for name, given in inputs.items() if not given.is_sharded},
         shard_folder=run.resolved.steps["shard"].folder,
         num_shards=num_shards,
         launch=f"{int(time.time())}-{uuid.uuid4().hex[:8]}",

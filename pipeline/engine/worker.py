@@ -9,7 +9,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import pyarrow as pa
@@ -19,6 +19,7 @@ from pipeline.dataset.documents import read_documents
 from pipeline.dataset.files import reading
 from pipeline.engine.versions import library_versions
 from pipeline.run.attempts import Attempt
+from pipeline.run.session import kinds_table, result_rows
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import Step
@@ -42,11 +43,12 @@ class ShardJob:
         run_url: the run directory.
         config_json: the resolved configuration.
         step: what is computed.
-        input_folders: input name -> folder of the step that gives it, for all inputs but the documents.
+        input_folders: input name -> folder of the step that gives it, for the inputs that have one file per shard.
         shard_folder: folder of the shard stage, where the frozen plan is.
         num_shards: shards of the run.
         launch: identifies the command that started the job.
         max_attempts: attempts at a shard before it counts as failed.
+        result_keys: input name -> the result that gives it, for the inputs that are the same for all shards.
         cpus: that each worker has, for the manifest.
         gpus: likewise; None where only the runner knows.
     """
@@ -59,6 +61,7 @@ class ShardJob:
     num_shards: int
     launch: str
     max_attempts: int
+    result_keys: Mapping[str, str] = field(default_factory=dict)
     cpus: float | None = None
     gpus: float | None = None
 
@@ -145,7 +148,8 @@ class ShardWorker:
         assert self._stage is not None
         started = time.monotonic()
         tables, references = self._read_inputs(shard)
-        num_rows_in = max(table.num_rows for table in tables.values())
+        per_shard = {"documents", *self._job.input_folders}
+        num_rows_in = max(table.num_rows for name, table in tables.items() if name in per_shard)
         output = self._stage.run(tables)
         self._refuse_bad_shard(shard, output, num_rows_in)
         manifest = self._write(shard, attempt, output, references, num_rows_in, started)
@@ -159,10 +163,10 @@ class ShardWorker:
         return ShardStatus(shard, "already done", manifest.num_tokens, manifest.seconds, attempt.number)
 
     def _read_inputs(self, shard: int) -> tuple[dict[str, pa.Table], dict[str, InputRef]]:
+        dataset = self._config.dataset
         if self._spec.reads_documents:
             plan = read_plan(self._store, self._job.shard_folder)
             assert plan is not None
-            dataset = self._config.dataset
             documents = reading(dataset, read_documents, dataset, plan.ranges[shard])
             identity = str(self._job.step.settings["inputs"]["dataset"])
             reference = InputRef(folder=self._job.shard_folder, manifest_sha256=plan.sha256, data_sha256=identity)
@@ -181,6 +185,16 @@ class ShardWorker:
             references[name] = InputRef(
                 folder=folders[name], manifest_sha256=sha256(raws[name]), data_sha256=manifest.data.sha256
             )
+        for name, key in self._job.result_keys.items():
+            raw = self._store.read(key)
+            tables[name] = result_rows(raw)
+            references[name] = InputRef(
+                folder=key.rsplit("/", 1)[0], manifest_sha256=sha256(raw), data_sha256=sha256(raw)
+            )
+        if self._spec.reads_kinds(self._config):
+            plan = read_plan(self._store, self._job.shard_folder)
+            assert plan is not None
+            tables["kinds"] = reading(dataset, kinds_table, dataset, plan.ranges[shard])
         return tables, references
 
     def _refuse_mixed(self, shard: int, manifests: Mapping[str, Manifest]) -> None:

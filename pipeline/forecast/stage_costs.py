@@ -86,6 +86,16 @@ def _logits_tokens(outlook: Outlook, step: Step) -> float:
     return outlook.sizes.tokens[str(step.model)] * outlook.config.shard.fraction_of("train")
 
 
+def _fit_tokens(outlook: Outlook, step: Step) -> float:
+    """Return the tokens of the shards that weights are fitted on."""
+    del step
+    tokens, documents = outlook.target_tokens(), outlook.sizes.num_documents
+    if documents is None:
+        return tokens
+    num_shards = max(1, -(-documents // outlook.config.shard.documents_per_shard))
+    return tokens * min(1.0, outlook.config.fuse.fit_shards / num_shards)
+
+
 def _train_cost(outlook: Outlook, step: Step, tokens: float) -> Cost:
     del step
     target, train = outlook.config.target, outlook.config.train
@@ -134,6 +144,11 @@ STAGE_COSTS: Final[dict[str, StageCost]] = {
         tokens=lambda outlook, step: outlook.target_tokens(),
         cost=lambda outlook, step, tokens: align_cost(tokens, outlook.config, outlook.assumed),
         num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.align.top_k, outlook.assumed),
+    ),
+    "fit": StageCost(
+        tokens=_fit_tokens,
+        cost=lambda outlook, step, tokens: fuse_cost(tokens, outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: 0.0,
     ),
     "fuse": StageCost(
         tokens=lambda outlook, step: outlook.target_tokens(),

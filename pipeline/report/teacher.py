@@ -57,7 +57,7 @@ def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus])
     for run in runs:
         for step in statuses[run.label].steps:
             health, resolved = step.health, run.steps[step.key]
-            if not health or resolved.folder in shown:
+            if not health or not resolved.is_sharded or resolved.folder in shown:
                 continue
             distribution = sharded_stage(resolved.stage).distribution
             if distribution is None:

@@ -11,6 +11,7 @@ from pipeline.report.held_out import held_out, held_out_table
 from pipeline.report.reported import reported_runs
 from pipeline.report.teacher import teacher_rows, teacher_table
 from pipeline.report.times import time_table
+from pipeline.report.weights import weight_table
 from pipeline.state.status import read_status
 from stages.contract.store import Store
 
@@ -32,6 +33,9 @@ def print_report(store: Store, console: Console) -> None:
     if benchmarks:
         print_table(suite_table(benchmarks), console)
     print_table(teacher_table(teacher_rows(runs, statuses)), console)
+    weights = weight_table(runs, store)
+    if weights is not None:
+        print_table(weights, console)
     for name, figures in interpretations(runs, store):
         for table in interpretation_tables(name, figures):
             print_table(table, console)

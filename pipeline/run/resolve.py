@@ -21,6 +21,8 @@ def resolve(config: RunConfig, store: Store, request: Request) -> ResolvedRun:
     stores = [store] if config.logits_from is None else [store, Store(config.logits_from)]
     steps: dict[str, Step] = {}
     for spec in STAGES:
+        if not spec.applies(config):
+            continue
         for name in spec.names(config) if spec.names else (None,):
             step = (
                 _document_step(spec, config, stores)

@@ -1,5 +1,6 @@
 """A configuration opened in its run directory, and what its steps need of each other."""
 
+import json
 import logging
 import re
 from collections.abc import Sequence
@@ -8,15 +9,18 @@ from dataclasses import dataclass
 import pyarrow as pa
 from rich.console import Console
 
+from pipeline.dataset.documents import ShardRange, read_kinds
 from pipeline.run.records import record
 from pipeline.run.resolve import resolve
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.sharing import check_shared
-from pipeline.run.steps import Request, ResolvedRun, Step
+from pipeline.run.stage_table import stage_spec
+from pipeline.run.steps import Request, ResolvedRun, Step, result_key
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from stages.contract.manifest import manifest_key
 from stages.contract.store import Store
+from stages.shard.config import DatasetConfig
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +94,12 @@ def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
         raise StageError(f"{what} needs shards, and shard has not run yet: run {command(run, 'shard')}")
     for key in keys:
         step = run.resolved.steps[key]
+        if not step.is_sharded:
+            if not run.store.exists(result_key(step)):
+                raise StageError(
+                    f"{what} needs the result of {key}, which has not run yet: run {command(run, step.stage)}"
+                )
+            continue
         missing = len(pending_shards(run.store, step, plan.num_shards))
         if missing:
             done = plan.num_shards - missing
@@ -107,6 +117,10 @@ def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[
     """
     tables = {}
     for name, key in step.inputs.items():
+        given = run.steps[key]
+        if not given.is_sharded:
+            tables[name] = result_rows(store.read(result_key(given)))
+            continue
         manifest = store.read_manifest(run.steps[key].folder, shard)
         if manifest is None:
             raise StageError(
@@ -114,7 +128,22 @@ def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[
                 f"{run.command(run.steps[key].stage, store.url)}"
             )
         tables[name] = store.read_table(manifest.data, remake=f"`make {run.steps[key].stage}`")
+    if stage_spec(step.stage).reads_kinds(run.config):
+        plan = read_plan(store, run.steps["shard"].folder)
+        assert plan is not None
+        tables["kinds"] = kinds_table(run.config.dataset, plan.ranges[shard])
     return tables
+
+
+def result_rows(raw: bytes) -> pa.Table:
+    """Return what a stage reads of a job's result: its ``rows``."""
+    return pa.Table.from_pylist(json.loads(raw)["rows"])
+
+
+def kinds_table(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
+    """Return the kind of each document of a shard: ``doc_id``, and ``kind``, null where the dataset has none."""
+    kinds = read_kinds(dataset, shard_range)
+    return pa.table({"doc_id": pa.array(kinds.keys(), pa.int64()), "kind": pa.array(kinds.values(), pa.string())})
 
 
 def command(run: Run, stage: str) -> str:

@@ -65,3 +65,9 @@ def plan_header(store: Store, shard_folder: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return json.loads(raw.split(b"\n", 1)[0])
+
+
+def evenly_spread(num_shards: int, wanted: int) -> tuple[int, ...]:
+    """Return as many shards as are wanted, or all, at equal distances."""
+    count = min(wanted, num_shards)
+    return tuple(index * num_shards // count for index in range(count))

@@ -18,8 +18,10 @@ from pipeline.settings.baselines import ENSEMBLE, Baseline
 from pipeline.settings.run import RunConfig
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
+from stages.contract.manifest import Figure, Mean
 from stages.contract.stage import Stage
 from stages.contract.store import ROW_GROUP_BYTES
+from stages.fuse.config import FIT_VERSION
 from stages.fuse.config import ROW_GROUP_BYTES as FUSE_ROW_GROUP_BYTES
 from stages.fuse.config import VERSION as FUSE_VERSION
 from stages.logits.config import VERSION as LOGITS_VERSION
@@ -62,6 +64,8 @@ class StageSpec:
         settings: the settings that shape a step's result, for its fingerprint and for people.
         inputs: input name, as the stage knows it -> key of the step that provides it.
         names: the names of its steps; None: it has one step, without a name.
+        applies: whether a configuration has its steps at all.
+        reads_kinds: whether it also reads the kinds of a shard's documents, as the input ``"kinds"``.
         identities: what else a step's result depends on: name -> hash of a model's files, say.
     """
 
@@ -71,6 +75,8 @@ class StageSpec:
     settings: Callable[[RunConfig, str | None], dict[str, Any]]
     inputs: Callable[[RunConfig, str | None], Mapping[str, str]]
     names: Callable[[RunConfig], tuple[str, ...]] | None = None
+    applies: Callable[[RunConfig], bool] = field(default=lambda config: True)
+    reads_kinds: Callable[[RunConfig], bool] = field(default=lambda config: False)
     identities: Callable[[RunConfig, str | None], Mapping[str, str]] = field(default=lambda config, name: {})
 
 
@@ -124,11 +130,14 @@ class JobStage(StageSpec):
     """A stage that computes one result per step.
 
     Attributes:
-        result: the file in a step's folder that is written last: the proof that the step is done.
+        result: the file in a step's folder that is written last: the proof that the step is done. Where another stage
+            reads the step, it is JSON, and its ``rows`` are the table that this stage gets.
+        figures: from its result to what ``status`` shows of it; None: nothing.
         keeps_log: a step logs its progress (``outcomes.read_training_log``).
     """
 
     result: str
+    figures: Callable[[Mapping[str, Any]], dict[str, Figure]] | None = None
     keeps_log: bool = False
 
 
@@ -145,9 +154,54 @@ def _logits_choices(config: RunConfig, name: str | None) -> dict[str, str]:
     return {"backend": choose_backend(config.logits, config.find_model(name))}
 
 
-def _fuse_inputs(config: RunConfig, _: str | None) -> dict[str, str]:
+def _candidates(config: RunConfig, _: str | None) -> dict[str, str]:
     keys = [f"logits/{model.name}" for model in config.models] + [f"align/{model.name}" for model in config.sources]
     return {key: key for key in keys}
+
+
+def _fuse_inputs(config: RunConfig, name: str | None) -> dict[str, str]:
+    return _candidates(config, name) | ({"fit": "fit"} if _is_fitted(config) else {})
+
+
+def _fuse_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
+    del name
+    # `chosen` counts the candidates, and ties go by their order.
+    settings = {"fuse": config.fuse.result_settings(), "candidates": [model.name for model in config.models]}
+    return settings | _kinds(config)
+
+
+def _fit_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
+    del name
+    names = [model.name for model in config.models]
+    return {"fuse": {"per": config.fuse.per, "fit_shards": config.fuse.fit_shards}, "candidates": names} | _kinds(
+        config
+    )
+
+
+def _kinds(config: RunConfig) -> dict[str, Any]:
+    """Return the column that says of what kind a document is, where weights depend on it."""
+    return {"kind_column": config.dataset.kind_column} if _by_kind(config) else {}
+
+
+def _is_fitted(config: RunConfig) -> bool:
+    return config.fuse.function == "fitted"
+
+
+def _by_kind(config: RunConfig) -> bool:
+    return _is_fitted(config) and config.fuse.per == "kind"
+
+
+def _fit_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """Return the weights for the whole text, and what the mixture makes of it."""
+    whole = result["rows"][0]
+    weights = {f"weight/{name}": weight for name, weight in zip(result["candidates"], whole["weights"], strict=True)}
+    count = whole["num_positions"]
+    nll = {
+        f"nll/{name}": Mean(total=value * count, count=count)
+        for name, value in zip(("mixture", *result["candidates"]), (whole["nll"], *whole["candidate_nll"]), strict=True)
+        if value is not None
+    }
+    return {"positions": count, "kinds": len(result["rows"]) - 1, **weights, **nll}
 
 
 def _evaluated(config: RunConfig) -> tuple[str, ...]:
@@ -259,15 +313,24 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         section=lambda config: config.align,
         distribution="aligned",
     ),
+    JobStage(
+        name="fit",
+        help="Fit the weights with which fuse mixes the candidates, where fuse.function = 'fitted'.",
+        version=FIT_VERSION,
+        settings=_fit_settings,
+        inputs=_candidates,
+        applies=_is_fitted,
+        reads_kinds=_by_kind,
+        result="weights.json",
+        figures=_fit_figures,
+    ),
     ShardedStage(
         name="fuse",
         help="Choose or mix the candidate distributions at each position, and pack segments into training blocks.",
         version=FUSE_VERSION,
-        settings=lambda config, name: {
-            "fuse": config.fuse.result_settings(),
-            "candidates": [model.name for model in config.models],  # `chosen` counts them, and ties go by their order
-        },
+        settings=_fuse_settings,
         inputs=_fuse_inputs,
+        reads_kinds=_by_kind,
         build=_fuse_stage,
         section=lambda config: config.fuse,
         distribution="fused",

@@ -93,6 +93,15 @@ class RunConfig(Settings):
                 f"fuse.max_length = {self.fuse.max_length} is below shard.max_length = {self.shard.max_length}, and with "
                 "fuse.packing = 'whole' every segment must fit a block: raise the one, lower the other, or set packing = 'cut'"
             )
+        if self.fuse.function == "fitted" and self.align.tail != "bucket":
+            raise ValueError(
+                "fuse.function = 'fitted' needs align.tail = 'bucket': a row rescaled to 1 gives a gold token that it does not "
+                "list no probability, and no weight but 0 would fit it"
+            )
+        if self.fuse.function == "fitted" and self.fuse.per == "kind" and self.dataset.kind_column is None:
+            raise ValueError(
+                "fuse.per = 'kind' needs dataset.kind_column: the column that says of what kind a document is"
+            )
         if self.eval.split == "test" and self.shard.test_fraction == 0:
             raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')
         return self

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.run.attempts import is_running, unfinished_attempts
-from pipeline.run.outcomes import read_training_log
+from pipeline.run.outcomes import read_result, read_training_log
 from pipeline.run.rollup import DoneShard, FiguresReader
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import job_stage
@@ -26,7 +26,7 @@ class StepStatus:
         fingerprint: of its folder.
         num_shards: shards in all; 0 while there is no plan, and for train and eval.
         shards: the done shards.
-        health: their health figures, added up.
+        health: their health figures, added up; for a job, the figures of its result.
         attempts: shard that is not done -> the recorded attempts at it.
         running: shards that a worker computes now.
         is_done: nothing of the step is left to do.
@@ -121,8 +121,10 @@ class StatusReader:
     def _read_step(self, step: Step, num_shards: int) -> StepStatus:
         if not step.is_sharded:
             is_done = self._store.exists(result_key(step))
-            training = self._last_training_step(step) if job_stage(step.stage).keeps_log else None
-            return StepStatus(step.key, step.fingerprint, is_done=is_done, training=training)
+            job = job_stage(step.stage)
+            training = self._last_training_step(step) if job.keeps_log else None
+            health = job.figures(read_result(self._store, step) or {}) if is_done and job.figures else {}
+            return StepStatus(step.key, step.fingerprint, health=health, is_done=is_done, training=training)
         figures = self._figures.read(step.folder)
         is_done = 0 < num_shards == len(figures.shards)
         attempts = {} if is_done else unfinished_attempts(self._store, step.folder, figures.shards)

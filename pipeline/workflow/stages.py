@@ -20,16 +20,19 @@ def run_named_stage(run: "Run", stage: str) -> None:
 
 
 def run_all_stages(run: "Run") -> None:
-    """Run every stage of a configuration, in order."""
+    """Run every stage that a configuration has, in order."""
     for spec in STAGES:
-        run_named_stage(run, spec.name)
+        if spec.applies(run.config):
+            run_named_stage(run, spec.name)
 
 
 def run_stages_before(run: "Run", stage: str) -> None:
-    """Run the stages that come before a stage, in order."""
-    names = [spec.name for spec in STAGES]
-    for name in names[: names.index(stage)]:
-        run_named_stage(run, name)
+    """Run the stages of a configuration that come before a stage, in order."""
+    for spec in STAGES:
+        if spec.name == stage:
+            break
+        if spec.applies(run.config):
+            run_named_stage(run, spec.name)
 
 
 def _train(run: "Run") -> None:
@@ -46,5 +49,11 @@ def _evaluate(run: "Run") -> None:
     run_suites(run)
 
 
-JOBS: Final[dict[str, Callable[["Run"], None]]] = {"train": _train, "eval": _evaluate}
+def _fit(run: "Run") -> None:
+    from pipeline.engine.fit_stage import run_fit
+
+    run_fit(run)
+
+
+JOBS: Final[dict[str, Callable[["Run"], None]]] = {"fit": _fit, "train": _train, "eval": _evaluate}
 """How each stage that is not sharded is run; a test compares the keys with ``STAGES``."""

@@ -4,10 +4,12 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
 VERSION: Final = 3
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""
+FIT_VERSION: Final = 1
+"""Of the fit stage's algorithm, which fits the weights of ``function = "fitted"``."""
 ROW_GROUP_BYTES: Final = 2**20
 """Size of a row group of its files in memory: training reads blocks in a random order, and decodes a row group for each. Half
 of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4 M tokens a second instead of 0.6."""
@@ -16,9 +18,17 @@ of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4
 class FuseConfig(Settings):
     """How the candidates at each position become one distribution, and how segments become training blocks."""
 
-    function: Literal["min-ce", "avg-ce"] = Field(
+    function: Literal["min-ce", "avg-ce", "fitted"] = Field(
         "min-ce",
-        description="Take the candidate with the lowest cross-entropy on the gold text, or weight by exp(-CE).",
+        description="Take the candidate with the lowest cross-entropy on the gold text, weight by exp(-CE), or mix all "
+        "candidates with weights fitted on the training text (the stage `fit`; needs align.tail = 'bucket').",
+    )
+    per: Annotated[Literal["run", "kind"], ADDED] = Field(
+        "run",
+        description="Of function = 'fitted': one set of weights, or one a kind of document (`dataset.kind_column`).",
+    )
+    fit_shards: Annotated[int, ADDED] = Field(
+        64, ge=1, description="Of function = 'fitted': shards that weights are fitted on, evenly spread; all of fewer."
     )
     granularity: Literal["document", "segment", "token", "block"] = Field(
         "document", description="Over which span a candidate is judged."

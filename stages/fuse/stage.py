@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,11 +25,13 @@ from stages.contract.schemas import PAIRED_BY, Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
 from stages.fuse.config import FuseConfig
 from stages.fuse.explanation import ExplainedCandidate, Explanation, Place
+from stages.fuse.fit import fixed_weights
 from stages.fuse.health import HealthCounts
 from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte
+from stages.measures.teacher import completed_nll, exact_nll
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
@@ -48,6 +50,7 @@ class _Shard:
     tail: Tail
     lengths: np.ndarray  # (S,) target tokens
     doc_ids: np.ndarray  # (S,)
+    fitted: np.ndarray | None  # (S, 1 + sources) weights of the candidates, where they are fitted
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,24 @@ class _Output:
     chosen: np.ndarray
 
 
+class GoldNll(NamedTuple):
+    """What the candidates give the gold tokens of T positions.
+
+    Attributes:
+        nll: (T, C) float32, completed, nats.
+        doc_ids: (T,) the document that each position is in.
+    """
+
+    nll: np.ndarray
+    doc_ids: np.ndarray
+
+
 class FuseStage:
     """Chooses or mixes the candidates at each position, and packs segments into blocks.
 
-    Inputs: ``"logits/<name>"`` of the target and of every source, ``"align/<name>"`` of every source.
+    Inputs: ``"logits/<name>"`` of the target and of every source, ``"align/<name>"`` of every source. With
+    ``function = "fitted"`` also ``"fit"``, the weights (``kind``, null for the whole text, and ``weights``, a list in the
+    order of the candidates), and with ``per = "kind"`` ``"kinds"``, the kind of each document (``doc_id``, ``kind``).
     """
 
     def __init__(self, config: FuseConfig, target: ModelConfig, sources: tuple[ModelConfig, ...]) -> None:
@@ -147,6 +164,44 @@ class FuseStage:
                 "missing_source_segments": int((shard.aligned_rows < 0).sum()),
             },
         )
+
+    def gold_nll(self, inputs: Mapping[str, pa.Table]) -> GoldNll:
+        """How well each candidate knows the gold tokens of a shard: what weights are fitted on.
+
+        Args:
+            inputs: the logits and the aligned tables, as for ``run``.
+
+        Returns:
+            The positions at which all candidates have a distribution, and none has all its mass on the gold token.
+        """
+        shard = self._read(inputs)
+        found = [self._segment_gold_nll(shard, row) for row in range(len(shard.lengths))]
+        counts = [len(part) for part in found]
+        nll = np.concatenate(found) if found else np.empty((0, len(self.names)), np.float32)
+        return GoldNll(nll, np.repeat(shard.doc_ids, counts))
+
+    def _segment_gold_nll(self, shard: _Shard, row: int) -> np.ndarray:
+        candidates = self._candidates(shard, row)
+        gold = list_row(shard.target, "token_ids", row)[1:].astype(np.int64)
+        own = candidates[0].rows
+        own_probs = np.exp(own.logprobs[:-1].astype(np.float64))
+        gold_logprob = list_row(shard.target, "gold_logprob", row)[:-1]
+        columns = [exact_nll(gold_logprob, np.arange(len(gold)))]
+        for part in candidates[1:]:
+            columns.append(
+                completed_nll(
+                    part.rows.ids[:-1],
+                    np.exp(part.rows.logprobs[:-1].astype(np.float64)),
+                    part.tail_mass[:-1],
+                    gold,
+                    own_ids=own.ids[:-1],
+                    own_probs=own_probs,
+                    own_gold_logprob=gold_logprob,
+                )
+            )
+        nll = np.stack(columns, axis=1).astype(np.float32)
+        is_gold = self._gold_rows(shard, row)[:-1].any(axis=1)
+        return nll[own.present[:-1] & np.isfinite(nll).all(axis=1) & ~is_gold]
 
     def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
         """How the fused distribution of one position came about; for ``ptafuse inspect``.
@@ -219,6 +274,7 @@ class FuseStage:
         tails = {source.name: tail_of(table.schema) for source, table in zip(self.sources, aligned, strict=True)}
         if len(set(tails.values())) > 1:
             raise ValueError(f"the sources' aligned tables have different tails: {tails}; align them with one `tail`")
+        doc_ids = target["doc_id"].to_numpy()
         return _Shard(
             target=target,
             logits=logits,
@@ -227,7 +283,8 @@ class FuseStage:
             aligned_rows=_rows_of(target, aligned),
             tail=next(iter(tails.values()), "renormalise"),
             lengths=pc.list_value_length(target["token_ids"]).to_numpy().astype(np.int64),
-            doc_ids=target["doc_id"].to_numpy(),
+            doc_ids=doc_ids,
+            fitted=_weights_of(doc_ids, inputs["fit"], inputs.get("kinds")) if "fit" in inputs else None,
         )
 
     def _piece_cross_entropy(self, shard: _Shard, packing: Packing) -> np.ndarray:
@@ -270,7 +327,11 @@ class FuseStage:
         else:
             judged = np.repeat(piece_ce[pieces], packing.length[pieces], axis=0)
         present = np.stack([part.rows.present for part in candidates], axis=1)
-        weights = candidate_weights(judged, present, function=self.config.function)
+        if self.config.function == "fitted":
+            assert shard.fitted is not None
+            weights = fixed_weights(shard.fitted[row], present)
+        else:
+            weights = candidate_weights(judged, present, function=self.config.function)
         mixture = mix(candidates, weights, top_k=self.config.top_k, renormalise=shard.tail == "renormalise")
         is_gold = self._gold_rows(shard, row) & (weights > 0)
         is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token")
@@ -338,6 +399,14 @@ def locate(fused: pa.Table, block: int, position: int) -> Place:
         segment=int(list_row(fused, "piece_segment", block)[piece]),
         position=int(list_row(fused, "piece_offset", block)[piece] + position - start[piece]),
     )
+
+
+def _weights_of(doc_ids: np.ndarray, fit: pa.Table, kinds: pa.Table | None) -> np.ndarray:
+    """(S, C) the fitted weights of each segment's document: its kind's, or where that has none, the whole text's."""
+    weights = dict(zip(fit["kind"].to_pylist(), fit["weights"].to_pylist(), strict=True))
+    kind_of = {} if kinds is None else dict(zip(kinds["doc_id"].to_pylist(), kinds["kind"].to_pylist(), strict=True))
+    found = [weights.get(kind_of.get(doc_id), weights[None]) for doc_id in doc_ids.tolist()]
+    return np.array(found, np.float64).reshape(len(doc_ids), len(weights[None]))
 
 
 def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:

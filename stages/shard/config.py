@@ -38,7 +38,7 @@ class DatasetConfig(Settings):
     kind_column: Annotated[str | None, RUNTIME] = Field(
         None,
         description="A column of strings that says of what kind a document is (its source, subject, language): `ptafuse "
-        "interpret` tells by kind which model wins. No stage reads it, so it can be given after a run.",
+        "interpret` tells by kind which model wins. It can be given after a run: no stage reads it but for fuse.per = 'kind'.",
     )
     max_documents: int | None = Field(None, ge=1, description="Take the first this many documents; all when not given.")
 

@@ -20,6 +20,7 @@ from pipeline.report.reported import reported_runs, runs_by_folder
 from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
 from pipeline.report.times import time_table
+from pipeline.report.weights import weight_table
 from pipeline.run.outcomes import read_training_log
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, result_key
@@ -84,6 +85,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         subtasks=subtask_table(runs, store),
         teacher=teacher_table(teachers),
         teacher_plot=_teacher_plot(teachers),
+        weights=weight_table(runs, store),
         interpretations=described_interpretations(runs, store),
         loss_plot=_loss_plot(runs, store),
         sweeps=[_described_sweep(sweep, store) for sweep in sweeps],
@@ -209,5 +211,5 @@ def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus
 
 def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:
     rows = [(name, shown_figure(figure)) for name, figure in sorted(step.figures.items())]
-    done = f"{len(step.shards)} of {step.num_shards} shards"
-    return ResultTable(f"{step.key} of {run.label}: {done}", ("figure", "value"), tuple(rows), text_columns=(0,))
+    done = f": {len(step.shards)} of {step.num_shards} shards" if run.steps[step.key].is_sharded else ""
+    return ResultTable(f"{step.key} of {run.label}{done}", ("figure", "value"), tuple(rows), text_columns=(0,))

@@ -48,11 +48,17 @@ def test_every_sharded_stage_has_its_section_of_the_configuration() -> None:
 
 
 def test_a_step_is_computed_from_steps_before_it(tiny_config: Path, tmp_path: Path) -> None:
-    run = resolve(load_config(tiny_config), Store(str(tmp_path)), Request(str(tiny_config)))
+    config = load_config(tiny_config, ("fuse.function=fitted",))
+    run = resolve(config, Store(str(tmp_path)), Request(str(tiny_config)))
     order = list(run.steps)
     for position, step in enumerate(run.steps.values()):
         assert {key for key in step.inputs.values() if key not in order[:position]} == set(), step.key
     assert list(dict.fromkeys(step.stage for step in run.steps.values())) == NAMES
+
+
+def test_stages_that_do_not_apply_have_no_step(tiny_config: Path, tmp_path: Path) -> None:
+    run = resolve(load_config(tiny_config), Store(str(tmp_path)), Request(str(tiny_config)))
+    assert list(dict.fromkeys(step.stage for step in run.steps.values())) == [name for name in NAMES if name != "fit"]
 
 
 def test_what_proves_a_job_done_is_a_file_of_its_folder(tiny_config: Path, tmp_path: Path) -> None:
