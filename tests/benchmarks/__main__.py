@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from tests.benchmarks import align, compilation, engine, logits, logits_files, operate, train, workers
+from tests.benchmarks import align, compilation, engine, fuse, logits, logits_files, operate, train, workers
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import SkippedError, say, say_versions
 
@@ -20,6 +20,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     align.semi_relaxed_tokens_per_second,
     align.bytes_per_token,
     align.memory_bytes_per_token,
+    fuse.fitted_vs_min_ce_completed_nll,
     workers.two_workers_vs_one,
     workers.memory_growth,
     logits.peak_memory_vs_plain,
