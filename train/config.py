@@ -51,6 +51,11 @@ class TrainConfig(Settings):
         gt=0,
         description="Of both distributions in L_fusion, over the row's ids and the rest (train/objective/divergence.py).",
     )
+    tail_loss: Annotated[Literal["bucket", "gold"], ADDED] = Field(
+        "bucket",
+        description="What stands in L_fusion for the mass outside a row's ids (align.tail = 'bucket'): `bucket`: the model is "
+        "to leave as much; `gold`: -ln q(gold) once where the row does not list the gold token.",
+    )
     isolate_documents: bool = Field(
         False,
         description="Packed documents do not see each other: attention and position ids restart with each, and with each "
@@ -118,6 +123,15 @@ class TrainConfig(Settings):
     def _lambda_end_goes_with_its_schedule(self) -> Self:
         if (self.lambda_schedule == "linear") != (self.lambda_end is not None):
             raise ValueError('`lambda_end` and `lambda_schedule = "linear"` go together: give both or neither')
+        return self
+
+    @model_validator(mode="after")
+    def _gold_tail_is_cross_entropy(self) -> Self:
+        if self.tail_loss == "gold" and (self.fusion_loss != "forward-kl" or self.temperature != 1):
+            raise ValueError(
+                f"tail_loss = 'gold' adds cross-entropy, so it goes with fusion_loss = 'forward-kl' at temperature = 1; found "
+                f"{self.fusion_loss!r} at {self.temperature:g}"
+            )
         return self
 
     @property

@@ -21,7 +21,7 @@ from typing import Any, Final
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, ResolvedRun, Step
 
-FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_loss", "temperature")
+FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_loss", "temperature", "tail_loss")
 """The settings of ``[train]`` that say how much the fusion loss weighs, and those that it alone reads."""
 
 

@@ -98,6 +98,8 @@ class RunConfig(Settings):
                 "fuse.function = 'fitted' needs align.tail = 'bucket': a row rescaled to 1 gives a gold token that it does not "
                 "list no probability, and no weight but 0 would fit it"
             )
+        if self.train.tail_loss == "gold" and self.align.tail != "bucket":
+            raise ValueError("train.tail_loss = 'gold' needs align.tail = 'bucket': a row rescaled to 1 has no tail")
         if self.fuse.function == "fitted" and self.fuse.per == "kind" and self.dataset.kind_column is None:
             raise ValueError(
                 "fuse.per = 'kind' needs dataset.kind_column: the column that says of what kind a document is"

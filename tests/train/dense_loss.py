@@ -4,7 +4,7 @@ import torch
 
 from stages.contract.columns import PAD_ID
 from train.objective.divergence import Divergence, SparseTargets
-from train.objective.loss import IGNORED, LossSettings
+from train.objective.loss import IGNORED, LossSettings, TailLoss
 
 
 def loss_settings(
@@ -13,9 +13,10 @@ def loss_settings(
     divergence: Divergence = "forward-kl",
     temperature: float = 1.0,
     chunk_positions: int = 128,
+    tail_loss: TailLoss = "bucket",
 ) -> LossSettings:
     """The paper's loss, but for what is given."""
-    return LossSettings(clm_factor, fusion_factor, divergence, temperature, chunk_positions)
+    return LossSettings(clm_factor, fusion_factor, divergence, temperature, chunk_positions, tail_loss)
 
 
 def dense_sums(

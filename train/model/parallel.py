@@ -58,7 +58,12 @@ class LossModel(nn.Module):
         hidden = self._body(batch.ids, **isolated)
         config = self._config
         settings = LossSettings(
-            clm_factor, fusion_factor, config.fusion_loss, config.temperature, config.chunk_positions
+            clm_factor=clm_factor,
+            fusion_factor=fusion_factor,
+            divergence=config.fusion_loss,
+            temperature=config.temperature,
+            chunk_positions=config.chunk_positions,
+            tail_loss=config.tail_loss,
         )
         sums = fused_loss(hidden.flatten(0, 1), self._head, batch.labels.flatten(), batch.targets, settings)
         return sums.total, sums.clm, sums.fusion

@@ -20,13 +20,17 @@ list, and the normaliser is put together from it and the listed logits: ln q_res
 leaves the rest 1e-7, or nothing that float32 can tell from it, as for one that leaves it a half. Elsewhere it is the
 normaliser itself.
 
+With ``tail_loss = "gold"`` the row's entries are all that is left of its tail, and a gold token g that the row does not list
+adds -ln q(g). Over the text its expectation is - sum of p(g) ln q(g) over the ids that the row does not list, p being the
+distribution of the data: the cross-entropy of the whole distribution, where the bucket only asks for the right mass.
+
 Source: the idea of the gradient in the forward pass: Hsu et al. 2024, "Liger Kernel".
 """
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +43,7 @@ BLOCK = 32
 """Positions whose logits are in float32 at once: few enough to stay in a processor's cache."""
 _ROWS = 2048
 """Of a weight's gradient, computed at once where it is converted to another precision."""
+TailLoss = Literal["bucket", "gold"]
 IGNORED = -100
 """Label of a position that has no gold next token."""
 
@@ -63,6 +68,8 @@ class LossSettings:
         divergence: of the fusion loss.
         temperature: of the fusion loss.
         chunk_positions: positions whose logits exist at once.
+        tail_loss: ``"bucket"``: a row's tail is one outcome, the rest of the vocabulary. ``"gold"``: in its place stands
+            -ln q(gold) wherever the row does not list the gold token, which is forward KL at temperature 1 alone.
     """
 
     clm_factor: float
@@ -70,6 +77,7 @@ class LossSettings:
     divergence: Divergence
     temperature: float
     chunk_positions: int
+    tail_loss: TailLoss = "bucket"
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,8 @@ def fused_loss(
     if targets is not None:
         counted = counted | targets.present
         targets = targets.select(counted)
+        if settings.tail_loss == "gold":
+            targets = replace(targets, tail_mass=None)
     weights = [p for module in head.modules() for p in module.parameters(recurse=False) if p.requires_grad]
     weights = list({id(weight): weight for weight in weights}.values())
     with_gradient = torch.is_grad_enabled()
@@ -318,5 +328,9 @@ def _loss_of(
         logprobs = (listed[0] - normaliser[:, None])[present]
         rows = targets.select(present)
         fusion = fusion_losses(logprobs, rows, settings.divergence, settings.temperature).sum()
+        if settings.tail_loss == "gold":
+            is_listed = (targets.ids == labels[:, None]).any(dim=1)
+            is_outside = present & (labels != IGNORED) & ~is_listed
+            fusion = fusion + torch.where(is_outside, normaliser - gold, 0.0).sum()
     total = settings.clm_factor * clm + settings.fusion_factor * fusion
     return total, torch.stack([clm.detach(), fusion.detach()]).float()

@@ -82,6 +82,7 @@ def test_a_run_on_gold_tokens_that_differs_in_what_they_teach_is_no_reference(
     [
         "train.temperature=2.0",
         "train.fusion_loss=reverse-kl",
+        "train.tail_loss=gold",
         "train.num_workers=2",
         "train.checkpoint_every_steps=7",
         "align.epsilon=0.7",

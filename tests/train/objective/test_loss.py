@@ -65,6 +65,51 @@ def test_loss_and_gradients_agree_with_dense_targets(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("with_tail", [False, True])
+@pytest.mark.parametrize("chunk_positions", [1, 4, 100])
+def test_the_gold_token_stands_for_the_tail_where_the_row_does_not_list_it(with_tail, chunk_positions):
+    setting = Setting(with_tail=with_tail)
+    settings = loss_settings(0.3, 0.7, chunk_positions=chunk_positions, tail_loss="gold")
+    found = fused_loss(setting.hidden, setting.head, setting.labels, setting.targets, settings)
+    logprobs = setting.head(setting.hidden).double().log_softmax(dim=1)
+    clm, fusion = logprobs.new_zeros(()), logprobs.new_zeros(())
+    num_outside = 0
+    for row, label in enumerate(setting.labels.tolist()):
+        clm = clm - (logprobs[row, label] if label != IGNORED else 0)
+        ids = [token for token in setting.targets.ids[row].tolist() if token != PAD_ID]
+        for token, prob in zip(ids, setting.targets.probs[row].tolist(), strict=False):
+            fusion = fusion - prob * logprobs[row, token]
+        if ids and label != IGNORED and label not in ids:
+            fusion = fusion - logprobs[row, label]
+            num_outside += 1
+    assert num_outside > 1
+    assert found.clm.item() == pytest.approx(clm.item(), rel=1e-5)
+    assert found.fusion.item() == pytest.approx(fusion.item(), rel=1e-5)
+    for one, other in zip(setting.gradients(found.total), setting.gradients(0.3 * clm + 0.7 * fusion), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_over_the_data_the_gold_tail_is_the_cross_entropy_of_the_whole_distribution():
+    """Of a row with the data's own probabilities, whatever the model is: expected over the gold token, with its gradient."""
+    torch.manual_seed(0)
+    hidden, head = torch.randn(1, H, requires_grad=True), nn.Linear(H, V)
+    data = torch.randn(V).double().softmax(dim=0)
+    ids = data.argsort(descending=True)[:5]
+    row = SparseTargets(ids[None], data[ids][None].float(), torch.tensor([1 - data[ids].sum()]).float())
+    settings = loss_settings(0.0, 1.0, tail_loss="gold")
+    expected = [
+        prob * fused_loss(hidden, head, torch.tensor([gold]), row, settings).total
+        for gold, prob in enumerate(data.tolist())
+    ]
+    found = torch.stack(expected).sum()
+    whole = -(data * head(hidden)[0].double().log_softmax(dim=0)).sum()
+    assert found.item() == pytest.approx(whole.item(), rel=1e-6)
+    for one, other in zip(
+        *(torch.autograd.grad(total, [hidden, *head.parameters()]) for total in (found, whole)), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("divergence", ["forward-kl", "reverse-kl"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "cohere", "granite", "phi"])
 @pytest.mark.parametrize("tied", [False, True])
