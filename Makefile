@@ -17,7 +17,7 @@ VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-versio
 DEMO_DATA := $(if $(filter demo %demo.toml,$(notdir $(CONFIG))),demo-data/.complete)
 
 # The list of pipeline/run/stage_table.py: a test compares them.
-STAGES := shard logits align fit fuse train eval
+STAGES := shard adapt logits align fit fuse train eval
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-data stages $(STAGES) sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean

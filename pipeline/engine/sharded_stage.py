@@ -15,8 +15,9 @@ from pipeline.run.rollup import SHARDS_A_ROLLUP, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
 from pipeline.run.sharing import take_up_plan, take_up_shards
-from pipeline.run.stage_table import Resources, sharded_stage
+from pipeline.run.stage_table import Resources, job_stage, sharded_stage
 from pipeline.run.steps import Step, result_key
+from pipeline.settings.adapt import fold_of
 from pipeline.settings.run import EngineConfig
 from stages.contract.store import Store
 
@@ -54,12 +55,14 @@ def _run_step(run: Run, step: Step) -> None:
     check_library_versions(run, step)
     resources = spec.resources(run.config)
     inputs = {name: run.resolved.steps[key] for name, key in step.inputs.items()}
+    jobs = {name: given for name, given in inputs.items() if not given.is_sharded}
     job = ShardJob(
         run_url=run.store.url if not run.store.is_local else run.store.path("").rstrip("/"),
         config_json=run.config.model_dump_json(by_alias=True),
         step=step,
         input_folders={name: given.folder for name, given in inputs.items() if given.is_sharded},
-        result_keys={name: result_key(given) for name, given in inputs.items() if not given.is_sharded},
+        result_keys={name: result_key(given) for name, given in jobs.items() if job_stage(given.stage).is_table},
+        models={name: given.folder for name, given in jobs.items() if not job_stage(given.stage).is_table},
         shard_folder=run.resolved.steps["shard"].folder,
         num_shards=num_shards,
         launch=f"{int(time.time())}-{uuid.uuid4().hex[:8]}",
@@ -67,6 +70,8 @@ def _run_step(run: Run, step: Step) -> None:
         cpus=resources.cpus,
         gpus=resources.gpus,
     )
+    if job.models:
+        pending.sort(key=lambda shard: (fold_of(shard), shard))  # a worker then changes models once
     failed: list[ShardStatus] = []
     with StepProgress(run.console, step.key, num_shards, num_shards - len(pending)) as progress:
         for number, status in enumerate(_runner(run)(job, pending, resources, run.config.engine), start=1):

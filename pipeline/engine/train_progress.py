@@ -18,17 +18,19 @@ class TrainProgress:
     A live bar in a terminal, a plain line a step elsewhere.
     """
 
-    def __init__(self, output: Path, console: Console) -> None:
+    def __init__(self, output: Path, console: Console, label: str = "train") -> None:
         """Look at what was logged before; it is not shown again.
 
         Args:
             output: the job's folder.
             console: where the steps are shown.
+            label: what is trained: the step's key.
         """
         from train.run_log import LogFollower
 
         self._log = LogFollower(output)
         self._console = console
+        self._label = label
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -36,12 +38,12 @@ class TrainProgress:
         self._bar: Progress | None = None
         if self._log.step:
             console.print(
-                f"train: {self._log.step} steps were logged before; going on from the newest checkpoint, or from the "
+                f"{label}: {self._log.step} steps were logged before; going on from the newest checkpoint, or from the "
                 "beginning where there is none",
                 soft_wrap=True,
             )
         if console.is_terminal:
-            columns = [TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+            columns = [TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
             self._bar = Progress(*columns, TextColumn("{task.description}"), console=console)
             self._task = self._bar.add_task("starting", total=None, completed=self._log.step)
 
@@ -75,7 +77,9 @@ class TrainProgress:
         if self._bar:
             self._bar.update(self._task, total=record.num_steps, completed=record.step, description=_described(record))
         else:
-            self._console.print(f"train: step {record.step}/{record.num_steps}, {_described(record)}", soft_wrap=True)
+            self._console.print(
+                f"{self._label}: step {record.step}/{record.num_steps}, {_described(record)}", soft_wrap=True
+            )
 
 
 def _described(record: StepRecord) -> str:

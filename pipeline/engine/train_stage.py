@@ -5,12 +5,14 @@ from typing import Any
 
 from pipeline.engine.train_progress import TrainProgress
 from pipeline.run.session import Run, StageError, command, require_complete
+from pipeline.run.steps import Step
 from pipeline.run.trained_model import (
     checkpoint_store,
     fetch_checkpoint,
     is_trained,
+    local_folder,
     publish_training,
-    training_folder,
+    target_step,
 )
 from train.job import FusedFile, TrainJob
 
@@ -36,11 +38,11 @@ def train_job(run: Run) -> TrainJob:
             FusedFile(path=run.store.full_url(manifests[shard].data.key), sha256=manifests[shard].data.sha256)
             for shard in range(num_shards)
         ),
-        output=str(training_folder(run)),
+        output=str(local_folder(run, step)),
         fingerprint=step.fingerprint,
         sources=tuple(model.name for model in run.config.sources),
         provenance=_provenance(run),
-        checkpoint_store=checkpoint_store(run),
+        checkpoint_store=checkpoint_store(run, step),
     )
 
 
@@ -66,19 +68,26 @@ def run_training(run: Run) -> None:
     if is_trained(run):
         run.console.print("train: nothing to do (the model is trained)")
         return
-    job = train_job(run)
-    fetch_checkpoint(run, Path(job.output))
+    run_job(run, target_step(run), train_job(run))
+
+
+def run_job(run: Run, step: Step, job: TrainJob) -> None:
+    """Run a training job of a step to its end.
+
+    Raises:
+        StageError: training failed; says why.
+    """
+    fetch_checkpoint(run, step)
     try:
-        with TrainProgress(Path(job.output), run.console):
+        with TrainProgress(Path(job.output), run.console, step.key):
             _train(job, run)
-        publish_training(run, Path(job.output))
+        publish_training(run, step)
     except (RuntimeError, FloatingPointError) as error:
         raise StageError(
-            f"train did not finish: {error}\nMend the cause, then run {command(run, 'train')}: it goes on from the newest "
-            "checkpoint."
+            f"{step.key} did not finish: {error}\nMend the cause, then run {command(run, step.stage)}: it goes on from the "
+            "newest checkpoint."
         ) from error
-    folder = run.resolved.steps["train"].folder
-    run.console.print(f"train: the model is at {run.store.full_url(folder)}/model", soft_wrap=True)
+    run.console.print(f"{step.key}: the model is at {run.store.full_url(step.folder)}/model", soft_wrap=True)
 
 
 def _train(job: TrainJob, run: Run) -> None:

@@ -23,6 +23,8 @@ from pipeline.run.session import kinds_table, result_rows
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import Step
+from pipeline.run.trained_model import fetch_model
+from pipeline.settings.adapt import fold_of
 from pipeline.settings.run import RunConfig
 from stages.contract import schemas
 from stages.contract.digest import sha256
@@ -31,6 +33,7 @@ from stages.contract.manifest import DataFile, InputRef, Manifest, choices_key, 
 from stages.contract.stage import Stage, StageOutput
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
+from train.job import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,8 @@ class ShardJob:
         launch: identifies the command that started the job.
         max_attempts: attempts at a shard before it counts as failed.
         result_keys: input name -> the result that gives it, for the inputs that are the same for all shards.
+        models: fold of the shards -> folder of the step that trained the model which computes them; empty: the step's own
+            model computes all.
         cpus: that each worker has, for the manifest.
         gpus: likewise; None where only the runner knows.
     """
@@ -62,6 +67,7 @@ class ShardJob:
     launch: str
     max_attempts: int
     result_keys: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
     cpus: float | None = None
     gpus: float | None = None
 
@@ -92,6 +98,7 @@ class ShardWorker:
         self._config = RunConfig.model_validate_json(job.config_json)
         self._spec = sharded_stage(job.step.stage)
         self._stage: Stage | None = None
+        self._fold = ""
         self._setup_error = ""
 
     def run(self, shard: int) -> ShardStatus:
@@ -104,7 +111,7 @@ class ShardWorker:
             attempt = Attempt.begin(self._store, folder, shard, self._job.launch, self._job.max_attempts)
             if isinstance(attempt, str):
                 return ShardStatus(shard, "failed", message=attempt)
-            if self._stage is None and not self._set_up():
+            if not self._is_set_up(shard) and not self._set_up():
                 self._store.delete(attempt.key)  # no fault of this shard's
                 return ShardStatus(shard, "failed", message=self._setup_error)
             try:
@@ -115,14 +122,24 @@ class ShardWorker:
                 log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
                 attempt.fail(self._store, error)
 
+    def _is_set_up(self, shard: int) -> bool:
+        """Whether the stage is loaded, with the model of the shard's fold where each fold has its own."""
+        fold = fold_of(shard) if self._job.models else ""
+        if fold != self._fold:
+            self._stage, self._fold = None, fold  # one model is in memory at a time
+        return self._stage is not None
+
     def _set_up(self) -> bool:
         """Load what the stage needs; False, and why in ``_setup_error``, if it cannot be had. It is tried once."""
         if self._setup_error:
             return False
         try:
-            if self._spec.runs_model:
-                self._refuse_other_files(self._config.find_model(self._job.step.model))
-            stage = self._spec.build(settle_choices(self._job, self._store, self._config), self._job.step.model)
+            config = settle_choices(self._job, self._store, self._config)
+            if self._fold:
+                config = self._with_adapted_source(config)
+            elif self._spec.runs_model:
+                self._refuse_other_files(config.find_model(self._job.step.model))
+            stage = self._spec.build(config, self._job.step.model)
             stage.setup()
         except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
             log.exception("%s: set-up failed", self._job.step.key)
@@ -130,6 +147,19 @@ class ShardWorker:
             return False
         self._stage = stage
         return True
+
+    def _with_adapted_source(self, config: RunConfig) -> RunConfig:
+        """The configuration with the model that was adapted for the shards of this fold in the place of the step's own."""
+        folder = fetch_model(self._store, self._job.models[self._fold], config.engine.scratch)
+        sources = tuple(
+            source.model_copy(
+                update={"hub": None, "revision": None, "path": folder, "tokenizer": source.tokenizer_files}
+            )
+            if source.name == self._job.step.model
+            else source
+            for source in config.sources
+        )
+        return config.model_copy(update={"sources": sources})
 
     def _refuse_other_files(self, model: ModelConfig) -> None:
         """Refuse model files that are not those the step's fingerprint names: changed since, or others on this machine.
@@ -191,6 +221,10 @@ class ShardWorker:
             references[name] = InputRef(
                 folder=key.rsplit("/", 1)[0], manifest_sha256=sha256(raw), data_sha256=sha256(raw)
             )
+        if self._fold:
+            folder = self._job.models[self._fold]
+            digest = sha256(self._store.read(f"{folder}/{MANIFEST}"))
+            references[self._fold] = InputRef(folder=folder, manifest_sha256=digest, data_sha256=digest)
         if self._spec.reads_kinds(self._config):
             plan = read_plan(self._store, self._job.shard_folder)
             assert plan is not None

@@ -17,7 +17,14 @@ from pipeline.run.outcomes import read_result
 from pipeline.run.session import Run, StageError, command, require_complete
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step, result_key
-from pipeline.run.trained_model import evaluated_model, is_trained, local_folder, publish_card, trained_model
+from pipeline.run.trained_model import (
+    evaluated_model,
+    is_trained,
+    local_folder,
+    publish_card,
+    target_step,
+    trained_model,
+)
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from train.evaluate import Evaluation, Segment, bits_per_byte
 from train.model.card import add_evaluation
@@ -116,8 +123,8 @@ def _complete_card(run: Run) -> None:
         for label, value in found
         if value is not None and "refused" not in value
     ]
-    add_evaluation(trained_model(run), figures, dtype=run.config.eval.dtype)
-    publish_card(run)
+    add_evaluation(trained_model(run, target_step(run)), figures, dtype=run.config.eval.dtype)
+    publish_card(run, target_step(run))
 
 
 def held_out_segments(run: Run, num_shards: int) -> list[Segment]:

@@ -18,7 +18,7 @@ from pipeline.run.outcomes import read_training_log, training_seconds
 from pipeline.run.records import recorded_steps
 from pipeline.run.rollup import DoneShard, FiguresReader
 from pipeline.run.shard_plan import read_plan
-from pipeline.run.stage_table import job_stage, sharded_stage
+from pipeline.run.stage_table import adapted_source, job_stage, sharded_stage
 from pipeline.run.steps import ResolvedRun, Step, result_key
 from pipeline.settings.run import RunConfig
 from pipeline.state.status import StatusReader, StepStatus
@@ -228,7 +228,8 @@ class _Planner:
         tokens = assumed.tokens(self.outlook, step)
         record = status.training
         share = 0.0 if status.is_done else 1 - record["step"] / record["num_steps"] if record else 1.0
-        gpus = float(self.outlook.on_gpu(self._config.target, train.device))
+        model = self._config.target if step.model is None else adapted_source(self._config, step.model)[0]
+        gpus = float(self.outlook.on_gpu(model, train.device))
         spent_seconds, spent_tokens = training_seconds(read_training_log(step, self._store))
         seconds, known = spent_seconds, spent_tokens
         if not known and other is not None and _has_same_rate(step, other):

@@ -18,8 +18,9 @@ from pipeline.forecast.estimate import (
     train_cost,
 )
 from pipeline.forecast.sizes import Parameters, count_parameters
-from pipeline.run.stage_table import FUSED
+from pipeline.run.stage_table import FUSED, adapted_source
 from pipeline.run.steps import Step
+from pipeline.settings.adapt import FOLDS
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE
 from pipeline.settings.run import RunConfig
 from stages.models.config import ModelConfig
@@ -86,6 +87,18 @@ def _logits_tokens(outlook: Outlook, step: Step) -> float:
     return outlook.sizes.tokens[str(step.model)] * outlook.config.shard.fraction_of("train")
 
 
+def _adapt_tokens(outlook: Outlook, step: Step) -> float:
+    source, _ = adapted_source(outlook.config, step.model)
+    assert source.adapt is not None
+    share = outlook.config.shard.fraction_of("train") / len(FOLDS)
+    return outlook.sizes.tokens[source.name] * share * source.adapt.num_epochs
+
+
+def _adapt_cost(outlook: Outlook, step: Step, tokens: float) -> Cost:
+    source, _ = adapted_source(outlook.config, step.model)
+    return _training_cost(outlook, source, tokens)
+
+
 def _fit_tokens(outlook: Outlook, step: Step) -> float:
     """Return the tokens of the shards that weights are fitted on."""
     del step
@@ -98,11 +111,15 @@ def _fit_tokens(outlook: Outlook, step: Step) -> float:
 
 def _train_cost(outlook: Outlook, step: Step, tokens: float) -> Cost:
     del step
-    target, train = outlook.config.target, outlook.config.train
+    return _training_cost(outlook, outlook.config.target, tokens)
+
+
+def _training_cost(outlook: Outlook, model: ModelConfig, tokens: float) -> Cost:
+    train = outlook.config.train
     return train_cost(
         tokens,
-        outlook.num_parameters(target),
-        gpu=outlook.on_gpu(target, train.device),
+        outlook.num_parameters(model),
+        gpu=outlook.on_gpu(model, train.device),
         checkpointing=train.gradient_checkpointing,
         assumed=outlook.assumed,
     )
@@ -132,6 +149,13 @@ STAGE_COSTS: Final[dict[str, StageCost]] = {
         tokens=lambda outlook, step: outlook.sizes.tokens[outlook.config.target.name],
         cost=lambda outlook, step, tokens: shard_cost(outlook.sizes.tokens.values(), outlook.assumed),
         num_bytes=lambda outlook, step, tokens: shard_bytes(outlook.sizes.text_bytes, outlook.assumed),
+    ),
+    "adapt": StageCost(
+        tokens=_adapt_tokens,
+        cost=_adapt_cost,
+        num_bytes=lambda outlook, step, tokens: train_bytes(
+            outlook.num_parameters(adapted_source(outlook.config, step.model)[0]), outlook.config.train.keep_checkpoints
+        ),
     ),
     "logits": StageCost(
         tokens=_logits_tokens,

@@ -14,7 +14,7 @@ from pipeline.run.records import record
 from pipeline.run.resolve import resolve
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.sharing import check_shared
-from pipeline.run.stage_table import stage_spec
+from pipeline.run.stage_table import job_stage, stage_spec
 from pipeline.run.steps import Request, ResolvedRun, Step, result_key
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
@@ -119,7 +119,8 @@ def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[
     for name, key in step.inputs.items():
         given = run.steps[key]
         if not given.is_sharded:
-            tables[name] = result_rows(store.read(result_key(given)))
+            if job_stage(given.stage).is_table:
+                tables[name] = result_rows(store.read(result_key(given)))
             continue
         manifest = store.read_manifest(run.steps[key].folder, shard)
         if manifest is None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pipeline.settings.adapt import FOLDS, SourceConfig
 from pipeline.settings.baselines import ENSEMBLE, Baseline
 from pipeline.settings.run import RunConfig
 from stages.align.config import VERSION as ALIGN_VERSION
@@ -30,6 +31,8 @@ from stages.shard.config import VERSION as SHARD_VERSION
 from train.config import EVAL_VERSION, TRAIN_VERSION
 from train.job import MANIFEST
 
+ADAPT_VERSION: Final = 1
+"""Of the adapt stage; raised when the same settings, model and text give another model."""
 FUSED: Final = "fused"
 """The trained model's name among the evaluated ones."""
 
@@ -130,13 +133,15 @@ class JobStage(StageSpec):
     """A stage that computes one result per step.
 
     Attributes:
-        result: the file in a step's folder that is written last: the proof that the step is done. Where another stage
-            reads the step, it is JSON, and its ``rows`` are the table that this stage gets.
+        result: the file in a step's folder that is written last: the proof that the step is done.
+        is_table: the stages that read the step get a table, the ``rows`` of its result, which is JSON; else they get the models
+            in its folders, one for each fold of the shards (``adapt``).
         figures: from its result to what ``status`` shows of it; None: nothing.
         keeps_log: a step logs its progress (``outcomes.read_training_log``).
     """
 
     result: str
+    is_table: bool = False
     figures: Callable[[Mapping[str, Any]], dict[str, Figure]] | None = None
     keeps_log: bool = False
 
@@ -144,6 +149,37 @@ class JobStage(StageSpec):
 def step_key(stage: str, name: str | None) -> str:
     """Return ``logits/gemma3``, or ``shard``."""
     return stage if name is None else f"{stage}/{name}"
+
+
+def adapted_source(config: RunConfig, name: str | None) -> tuple[SourceConfig, str]:
+    """Return the source and the fold of an adapt step.
+
+    Args:
+        config: the configuration.
+        name: the step's.
+    """
+    return next((source, fold) for source in config.sources for fold in FOLDS if f"{source.name}-{fold}" == name)
+
+
+def _adapt_names(config: RunConfig) -> tuple[str, ...]:
+    return tuple(f"{source.name}-{fold}" for source in config.sources if source.adapt is not None for fold in FOLDS)
+
+
+def _adapt_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
+    source, fold = adapted_source(config, name)
+    assert source.adapt is not None
+    training = source.adapt.training(config.train).result_settings()
+    return {
+        "adapt": {**training, "max_length": source.adapt.max_length},
+        "fold": fold,
+        "train version": TRAIN_VERSION,
+        **_model_identities(source),
+    }
+
+
+def _logits_inputs(config: RunConfig, name: str | None) -> dict[str, str]:
+    adapted = any(source.name == name and source.adapt is not None for source in config.sources)
+    return {"shard": "shard", **({fold: f"adapt/{name}-{fold}" for fold in FOLDS} if adapted else {})}
 
 
 def _logits_choices(config: RunConfig, name: str | None) -> dict[str, str]:
@@ -284,6 +320,17 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         tokenizers=lambda config, name: config.models,
         can_be_shared=True,
     ),
+    JobStage(
+        name="adapt",
+        help="Train the sources that have `adapt` on the run's own text, before their logits are dumped.",
+        version=ADAPT_VERSION,
+        settings=_adapt_settings,
+        inputs=lambda config, name: {"shard": "shard"},
+        names=_adapt_names,
+        applies=lambda config: bool(_adapt_names(config)),
+        result=MANIFEST,
+        keeps_log=True,
+    ),
     ShardedStage(
         name="logits",
         help="Run each model over every shard and keep the top-k logprobs of every position.",
@@ -292,7 +339,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
             "logits": config.logits.result_settings(),
             **_model_identities(config.find_model(name)),
         },
-        inputs=lambda config, name: {"shard": "shard"},
+        inputs=_logits_inputs,
         names=lambda config: tuple(model.name for model in config.models),
         build=_logits_stage,
         section=lambda config: config.logits,
@@ -322,6 +369,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         applies=_is_fitted,
         reads_kinds=_by_kind,
         result="weights.json",
+        is_table=True,
         figures=_fit_figures,
     ),
     ShardedStage(

@@ -1,4 +1,4 @@
-"""The trained model of a run, local and in an object store.
+"""The models that a run trained, local and in an object store: the target, and adapted sources.
 
 Training works in a local folder, and publishes what it made at its end. Each committed checkpoint is copied to the store
 (``train.checkpoints.mirror``): a training that was killed goes on from the folder where that outlives the process, and from
@@ -16,6 +16,7 @@ from pipeline.run.session import Run, StageError, command
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step
 from stages.contract.digest import file_sha256, sha256
+from stages.contract.store import Store
 from stages.models.config import ModelConfig
 from train.job import MANIFEST
 from train.model.card import CARD
@@ -28,52 +29,55 @@ log = logging.getLogger(__name__)
 LOGS = ("log.jsonl",)
 
 
-def training_folder(run: Run) -> Path:
-    """Where training writes."""
-    return local_folder(run, run.resolved.steps["train"])
+def target_step(run: Run) -> Step:
+    """Return the step that trains the target."""
+    return run.resolved.steps["train"]
 
 
 def local_folder(run: Run, step: Step) -> Path:
     """The step's folder in a local run directory, else one of its own in ``engine.scratch``."""
-    folder = step.folder
-    if run.store.is_local:
-        return Path(run.store.path(folder))
-    scratch = run.config.engine.scratch
+    return folder_here(run.store, step.folder, run.config.engine.scratch)
+
+
+def folder_here(store: Store, folder: str, scratch: Path | None) -> Path:
+    """Return a folder of a local run directory, else the one of its own that it has in ``engine.scratch``."""
+    if store.is_local:
+        return Path(store.path(folder))
     if scratch is None:
         scratch = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptafuse" / "scratch"
-    return scratch.expanduser().absolute() / sha256(run.store.url.encode())[:12] / folder
+    return scratch.expanduser().absolute() / sha256(store.url.encode())[:12] / folder
 
 
-def checkpoint_store(run: Run) -> str | None:
+def checkpoint_store(run: Run, step: Step) -> str | None:
     """Where checkpoints are copied to: the step's folder in a remote run directory."""
-    return None if run.store.is_local else run.store.full_url(run.resolved.steps["train"].folder)
+    return None if run.store.is_local else run.store.full_url(step.folder)
 
 
-def checkpoint_copies(run: Run) -> "CheckpointMirror | None":
+def checkpoint_copies(run: Run, step: Step) -> "CheckpointMirror | None":
     """The copies of the job's checkpoints in a remote run directory; None for a local one."""
     from train.checkpoints.mirror import CheckpointMirror
 
-    url = checkpoint_store(run)
+    url = checkpoint_store(run, step)
     return None if url is None else CheckpointMirror(url, keep=run.config.train.keep_checkpoints)
 
 
-def fetch_checkpoint(run: Run, output: Path) -> None:
+def fetch_checkpoint(run: Run, step: Step) -> None:
     """Bring the newest checkpoint from a remote run directory where this machine has none that is as new."""
-    copies = checkpoint_copies(run)
-    step = copies and copies.fetch(output)
-    if step:
-        run.console.print(f"train: fetched the checkpoint of step {step} from {run.store.url}", soft_wrap=True)
+    copies = checkpoint_copies(run, step)
+    fetched = copies and copies.fetch(local_folder(run, step))
+    if fetched:
+        run.console.print(f"{step.key}: fetched the checkpoint of step {fetched} from {run.store.url}", soft_wrap=True)
 
 
-def publish_training(run: Run, output: Path) -> None:
+def publish_training(run: Run, step: Step) -> None:
     """Put the finished model into a remote run directory, its manifest last: the proof that training is done."""
     if run.store.is_local:
         return
-    folder = run.resolved.steps["train"].folder
+    folder, output = step.folder, local_folder(run, step)
     raw = (output / MANIFEST).read_bytes()
     for name in json.loads(raw)["model_files"]:
         run.store.upload(f"{folder}/model/{name}", output / "model" / name)
-    publish_card(run)
+    publish_card(run, step)
     for name in LOGS:
         if (output / name).is_file():
             run.store.upload(f"{folder}/{name}", output / name)
@@ -81,53 +85,63 @@ def publish_training(run: Run, output: Path) -> None:
     log.info("the model and its manifest are at %s/%s", run.store.url, folder)
 
 
-def publish_card(run: Run) -> None:
+def publish_card(run: Run, step: Step) -> None:
     """Put the model card, which evaluation completes, into a remote run directory."""
     if not run.store.is_local:
-        folder = run.resolved.steps["train"].folder
-        run.store.upload(f"{folder}/model/{CARD}", training_folder(run) / "model" / CARD)
+        run.store.upload(f"{step.folder}/model/{CARD}", local_folder(run, step) / "model" / CARD)
 
 
-def trained_model(run: Run) -> Path:
-    """A local folder with the trained model, fetched from a remote run directory where it is not here or differs.
+def trained_model(run: Run, step: Step) -> Path:
+    """A local folder with the trained model of a step; see ``fetch_model``."""
+    return fetch_model(run.store, step.folder, run.config.engine.scratch)
+
+
+def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
+    """A local folder with a trained model, fetched from a remote run directory where it is not here or differs.
+
+    Args:
+        store: the run directory.
+        folder: of the step that trained it.
+        scratch: ``engine.scratch``.
 
     Raises:
         FileNotFoundError: the model is not trained, or a file of it is gone.
         ValueError: a fetched file is not the one that the training's manifest names.
     """
-    model = training_folder(run) / "model"
-    if run.store.is_local:
+    model = folder_here(store, folder, scratch) / "model"
+    if store.is_local:
         return model
-    folder = run.resolved.steps["train"].folder
-    for name, digest in json.loads(run.store.read(f"{folder}/{MANIFEST}"))["model_files"].items():
-        run.store.path(name)  # refuses one that would leave the folder
+    for name, digest in json.loads(store.read(f"{folder}/{MANIFEST}"))["model_files"].items():
+        store.path(name)  # refuses one that would leave the folder
         if (model / name).is_file() and file_sha256(model / name) == digest:
             continue
-        run.store.download(f"{folder}/model/{name}", model / name)
+        store.download(f"{folder}/model/{name}", model / name)
         if file_sha256(model / name) != digest:
+            stage = folder.split("/", maxsplit=1)[0]
             raise ValueError(
-                f"{run.store.url}/{folder}/model/{name} is not the file that was written: run `ptafuse verify "
-                f"{run.store.url} --repair`, then `make train`"
+                f"{store.url}/{folder}/model/{name} is not the file that was written: run `ptafuse verify "
+                f"{store.url} --repair`, then `make {stage}`"
             )
     if not (model / CARD).is_file():
-        run.store.download(f"{folder}/model/{CARD}", model / CARD)
+        store.download(f"{folder}/model/{CARD}", model / CARD)
     return model
 
 
 def evaluated_model(run: Run, step: Step) -> ModelConfig:
     """The model that an eval step speaks of; the trained one as the folder it was exported to."""
     if step.model == FUSED:
-        return ModelConfig(name=FUSED, path=trained_model(run), bos=run.config.target.bos)
+        return ModelConfig(name=FUSED, path=trained_model(run, target_step(run)), bos=run.config.target.bos)
     return run.config.find_model(step.model)
 
 
-def is_trained(run: Run) -> bool:
-    """The train stage of this run is done.
+def is_trained(run: Run, step: Step | None = None) -> bool:
+    """A training is done: that of the target, where no other step is given.
 
     Raises:
         StageError: its manifest says so, but files of the model are missing.
     """
-    folder = run.resolved.steps["train"].folder
+    step = target_step(run) if step is None else step
+    folder = step.folder
     try:
         manifest = json.loads(run.store.read(f"{folder}/{MANIFEST}"))
     except FileNotFoundError:
@@ -136,25 +150,26 @@ def is_trained(run: Run) -> bool:
     if missing:
         raise StageError(
             f"{run.store.url}/{folder} is said to be done, but {', '.join(missing)} of its model is missing: run "
-            f"`ptafuse verify {run.store.url} --repair`, then {command(run, 'train')}"
+            f"`ptafuse verify {run.store.url} --repair`, then {command(run, step.stage)}"
         )
     return True
 
 
 def discard_model(run: Run) -> None:
-    """Remove a trained model and its checkpoints, which are large; its step log stays.
+    """Remove the trained target and its checkpoints, which are large; its step log stays.
 
     The step counts as not done afterwards, so the manifest goes first.
     """
-    folder = run.resolved.steps["train"].folder
+    step = target_step(run)
+    folder = step.folder
     if not run.store.is_local:
         run.store.delete(f"{folder}/{MANIFEST}")
         for name in run.store.names(f"{folder}/model"):
             run.store.delete(f"{folder}/model/{name}")
-    copies = checkpoint_copies(run)
+    copies = checkpoint_copies(run, step)
     if copies:
         copies.remove()
-    here = training_folder(run)
+    here = local_folder(run, step)
     (here / MANIFEST).unlink(missing_ok=True)
     for part in (*here.glob("model"), *here.glob("checkpoint-*")):
         shutil.rmtree(part)

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
+from pipeline.settings.adapt import SourceConfig
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE, BaselinesConfig
 from pipeline.settings.interpret import InterpretConfig
 from pipeline.settings.planning import AssumptionsConfig, PricesConfig
@@ -45,7 +46,9 @@ class RunConfig(Settings):
     )
     dataset: DatasetConfig
     target: ModelConfig
-    sources: tuple[ModelConfig, ...] = Field(min_length=1, description="The models fused into the target, one or more.")
+    sources: tuple[SourceConfig, ...] = Field(
+        min_length=1, description="The models fused into the target, one or more."
+    )
     shard: ShardConfig = ShardConfig()
     logits: LogitsConfig = LogitsConfig()
     align: AlignConfig = AlignConfig()
@@ -69,17 +72,24 @@ class RunConfig(Settings):
         return values
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _names_are_free(self) -> Self:
         names = [model.name for model in self.models]
         if "fused" in names:
             raise ValueError("a model cannot be named 'fused': that is the trained model's name")
         for baseline in (ENSEMBLE, WEIGHT_AVERAGE):
             if baseline in names:
                 raise ValueError(f"a model cannot be named {baseline!r}: that is a baseline's name")
-        self.baselines.check(len(self.sources))
         double = sorted({name for name in names if names.count(name) > 1})
         if double:
             raise ValueError(f"model names must differ (they name folders), but {double[0]!r} is given twice")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> Self:
+        self.baselines.check(len(self.sources))
+        for source in self.sources:
+            if source.adapt is not None:
+                source.adapt.training(self.train)  # refuses a batch that its workers cannot share
         if self.align.top_k > self.logits.top_k:
             raise ValueError(
                 f"align.top_k = {self.align.top_k} asks for more candidates than logits.top_k = {self.logits.top_k} keeps"

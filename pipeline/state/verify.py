@@ -37,19 +37,26 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
                 console.print(
                     f"{key}: taken back; run `make {folder.split('/', maxsplit=1)[0]}` to compute the shard again"
                 )
-    for name in store.names("train"):
-        problem = _model_problem(store, f"train/{name}")
+    for folder in _training_folders(store):
+        problem = _model_problem(store, folder)
         if problem is None:
             continue
         num_bad += 1
-        console.print(f"train/{name}: {problem}", soft_wrap=True)
+        console.print(f"{folder}: {problem}", soft_wrap=True)
         if repair:
-            store.delete(f"train/{name}/{MANIFEST}")
+            store.delete(f"{folder}/{MANIFEST}")
+            stage = folder.split("/", maxsplit=1)[0]
             console.print(
-                f"train/{name}: taken back; run `make train` to write the model again from the newest checkpoint"
+                f"{folder}: taken back; run `make {stage}` to write the model again from the newest checkpoint"
             )
     console.print(f"{num_good} shards are as their manifests say; {num_bad} shards or models are not")
     return num_bad
+
+
+def _training_folders(store: Store) -> list[str]:
+    """Every folder of the run directory that a training works in: of the target, and of adapted sources."""
+    adapted = [f"adapt/{model}/{name}" for model in store.names("adapt") for name in store.names(f"adapt/{model}")]
+    return [f"train/{name}" for name in store.names("train")] + adapted
 
 
 def stage_folders(store: Store) -> list[str]:

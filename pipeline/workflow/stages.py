@@ -49,11 +49,17 @@ def _evaluate(run: "Run") -> None:
     run_suites(run)
 
 
+def _adapt(run: "Run") -> None:
+    from pipeline.engine.adapt_stage import run_adapt
+
+    run_adapt(run)
+
+
 def _fit(run: "Run") -> None:
     from pipeline.engine.fit_stage import run_fit
 
     run_fit(run)
 
 
-JOBS: Final[dict[str, Callable[["Run"], None]]] = {"fit": _fit, "train": _train, "eval": _evaluate}
+JOBS: Final[dict[str, Callable[["Run"], None]]] = {"adapt": _adapt, "fit": _fit, "train": _train, "eval": _evaluate}
 """How each stage that is not sharded is run; a test compares the keys with ``STAGES``."""

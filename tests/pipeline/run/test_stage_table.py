@@ -11,6 +11,7 @@ from pipeline.forecast.stage_costs import STAGE_COSTS
 from pipeline.run.resolve import resolve
 from pipeline.run.stage_table import SHARDED_STAGES, STAGES, JobStage
 from pipeline.run.steps import Request, result_key
+from pipeline.settings.adapt import AdaptConfig
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from pipeline.workflow.stages import JOBS
@@ -49,6 +50,8 @@ def test_every_sharded_stage_has_its_section_of_the_configuration() -> None:
 
 def test_a_step_is_computed_from_steps_before_it(tiny_config: Path, tmp_path: Path) -> None:
     config = load_config(tiny_config, ("fuse.function=fitted",))
+    adapted = config.sources[0].model_copy(update={"adapt": AdaptConfig()})
+    config = config.model_copy(update={"sources": (adapted,)})
     run = resolve(config, Store(str(tmp_path)), Request(str(tiny_config)))
     order = list(run.steps)
     for position, step in enumerate(run.steps.values()):
@@ -58,7 +61,9 @@ def test_a_step_is_computed_from_steps_before_it(tiny_config: Path, tmp_path: Pa
 
 def test_stages_that_do_not_apply_have_no_step(tiny_config: Path, tmp_path: Path) -> None:
     run = resolve(load_config(tiny_config), Store(str(tmp_path)), Request(str(tiny_config)))
-    assert list(dict.fromkeys(step.stage for step in run.steps.values())) == [name for name in NAMES if name != "fit"]
+    assert list(dict.fromkeys(step.stage for step in run.steps.values())) == [
+        name for name in NAMES if name not in ("adapt", "fit")
+    ]
 
 
 def test_what_proves_a_job_done_is_a_file_of_its_folder(tiny_config: Path, tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+"""Settings of a source that is trained on the run's own text before its logits are dumped."""
+
+from typing import Annotated, Final, Literal
+
+from pydantic import Field
+
+from stages.contract.fingerprint import ADDED, RUNTIME, Settings
+from stages.models.config import ModelConfig
+from train.config import LoraConfig, TrainConfig
+
+FOLDS: Final = ("even", "odd")
+"""A model of each fold of the shards: the one that is named for a fold's shards was trained on all others."""
+
+
+def fold_of(shard: int) -> str:
+    """Return the fold that a shard is in."""
+    return FOLDS[shard % len(FOLDS)]
+
+
+class AdaptConfig(Settings):
+    """How a source is adapted to the run's text: on its gold tokens, in two folds.
+
+    A model that has seen a document gives its tokens away. So one is trained on the even shards and dumps the odd ones, and one
+    the other way round.
+    """
+
+    num_epochs: int = Field(1, ge=1, description="Times every block of the other fold is seen.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak.")
+    batch_size: int = Field(256, ge=1, description="Blocks in an optimizer step.")
+    warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
+    weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
+    max_length: int = Field(2048, ge=2, description="Tokens of a block; a longer segment has a block of its own.")
+    autocast: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Precision of the forward and backward pass."
+    )
+    lora: LoraConfig | None = Field(None, description="Train low-rank adapters alone; all weights by default.")
+    seed: int = Field(42, ge=0, description="Of the blocks' order.")
+
+    def training(self, like: TrainConfig) -> TrainConfig:
+        """Return the settings of the trainer: these, and of another training what changes no result (devices, workers)."""
+        runtime = {
+            name: getattr(like, name) for name, field in TrainConfig.model_fields.items() if RUNTIME in field.metadata
+        }
+        own = {name: getattr(self, name) for name in type(self).model_fields if name != "max_length"}
+        return TrainConfig.model_validate({**runtime, **own, "lambda": 1.0})
+
+
+class SourceConfig(ModelConfig):
+    """A source model."""
+
+    adapt: Annotated[AdaptConfig | None, ADDED] = Field(
+        None,
+        description="Train the source on the run's own text before its logits are dumped; by default it is used as it is.",
+    )

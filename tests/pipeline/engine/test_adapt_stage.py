@@ -1,0 +1,170 @@
+"""Sources trained on the run's own text: who is trained on what, who dumps what, and what is refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.engine.adapt_stage import source_blocks
+from pipeline.run.records import recorded_run
+from pipeline.run.steps import ResolvedRun
+from pipeline.settings.load import load_config
+from stages.contract.schemas import SHARD
+from stages.contract.store import Store
+from stages.logits.stage import LogitsStage
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
+from tests.tiny_run import ptafuse
+from tests.tiny_tokenizers import TEXTS, save_tokenizer
+
+ADAPT = """
+[sources.adapt]
+learning_rate = 1e-2
+batch_size = 4
+max_length = 64
+autocast = "float32"
+"""
+
+
+def shard_table(texts: list[str], splits: list[str]) -> pa.Table:
+    columns = {
+        "doc_id": range(len(texts)),
+        "segment": [0] * len(texts),
+        "byte_start": [0] * len(texts),
+        "split": splits,
+        "text": texts,
+        "is_last": [True] * len(texts),
+    }
+    return pa.table({field.name: pa.array(columns[field.name], field.type) for field in SHARD}, schema=SHARD)
+
+
+def test_blocks_hold_every_train_segment_once_under_the_source_s_tokens(tmp_path: Path) -> None:
+    tokenizer = SegmentTokenizer.load(ModelConfig(name="neox", path=save_tokenizer("byte-bpe", tmp_path)))
+    splits = ["train", "validation", *["train"] * 6]
+    blocks = source_blocks(shard_table(list(TEXTS[:8]), splits), tokenizer, max_length=48)
+    found: dict[int, list[int]] = {}
+    for block in blocks.to_pylist():
+        ends = [*block["piece_start"][1:], len(block["token_ids"])]
+        assert block["piece_start"][0] == 0
+        for start, end, doc_id in zip(block["piece_start"], ends, block["piece_doc_id"], strict=True):
+            assert doc_id not in found
+            found[doc_id] = block["token_ids"][start:end]
+    expected = {
+        doc_id: tokenizer.encode(text, is_last=True).ids.tolist()
+        for doc_id, (text, split) in enumerate(zip(TEXTS[:8], splits, strict=True))
+        if split == "train"
+    }
+    assert found == expected
+    longest = max(map(len, expected.values()))
+    assert all(len(block) <= max(48, longest) for block in blocks["token_ids"].to_pylist())
+    assert source_blocks(shard_table([], []), tokenizer, max_length=48).num_rows == 0
+
+
+@pytest.fixture(scope="module")
+def config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run with an adapted source."""
+    text = tiny_config.read_text().replace("\n[shard]", f"{ADAPT}\n[shard]", 1).replace('"tiny"', '"adapted"')
+    path = tmp_path_factory.mktemp("adapt") / "adapted.toml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapt") / "run"
+    ptafuse("logits", str(config), "--run", str(folder), "--local", "--upstream")
+    return folder
+
+
+def resolved(run: Path) -> ResolvedRun:
+    return recorded_run(Store(str(run)), "adapted")
+
+
+@pytest.mark.slow
+def test_no_document_is_dumped_by_a_model_that_saw_it(run: Path) -> None:
+    steps = resolved(run).steps
+    for shard, path in enumerate(sorted((run / steps["logits/neox"].folder / "manifests").glob("shard-*.json"))):
+        fold = ("even", "odd")[shard % 2]
+        model = steps[f"adapt/neox-{fold}"]
+        manifest = json.loads(path.read_text())
+        assert {name: ref["folder"] for name, ref in manifest["inputs"].items() if name != "shard"} == {
+            fold: model.folder
+        }
+        dumped = set(pq.read_table(run / manifest["data"]["key"])["doc_id"].to_pylist())
+        seen = {
+            doc_id
+            for blocks in (run / model.folder / "blocks").iterdir()
+            for row in pq.read_table(blocks)["piece_doc_id"].to_pylist()
+            for doc_id in row
+        }
+        assert seen
+        assert dumped
+        assert not seen & dumped
+
+
+@pytest.mark.slow
+def test_rows_are_those_of_the_model_that_was_adapted(run: Path, config: Path) -> None:
+    found = resolved(run)
+    store, loaded = Store(str(run)), load_config(config)
+    for shard in (0, 1):
+        manifest = store.read_manifest(found.steps["logits/neox"].folder, shard)
+        segments = store.read_manifest(found.steps["shard"].folder, shard)
+        assert manifest is not None
+        assert segments is not None
+        folder = run / found.steps[f"adapt/neox-{('even', 'odd')[shard]}"].folder / "model"
+        inputs = {"shard": store.read_table(segments.data, remake="")}
+        tables = []
+        for path in (folder, loaded.sources[0].path):
+            stage = LogitsStage(loaded.logits, ModelConfig(name="neox", path=path))
+            stage.setup()
+            tables.append(stage.run(inputs).table)
+        committed = store.read_table(manifest.data, remake="")
+        assert committed["token_ids"] == tables[0]["token_ids"]
+        adapted, original, stored = (
+            np.array(part["gold_logprob"].combine_chunks().flatten().drop_null()) for part in (*tables, committed)
+        )
+        np.testing.assert_allclose(stored, adapted, rtol=2e-3, atol=2e-3)
+        assert np.abs(adapted - original).mean() > 0.01
+        assert stored.mean() > original.mean(), "it has learnt something of the text's kind"
+
+
+@pytest.mark.slow
+def test_a_second_command_has_nothing_to_do_and_the_cost_is_shown(run: Path, config: Path) -> None:
+    again = ptafuse("logits", str(config), "--run", str(run), "--local", "--upstream").stdout
+    for line in ("adapt/neox-even: nothing to do", "adapt/neox-odd: nothing to do", "logits/neox: nothing to do"):
+        assert line in again
+    assert "adapt/neox-odd" in ptafuse("report", str(run)).stdout
+    planned = ptafuse("plan", str(config), "--run", str(run)).stdout
+    assert "adapt/neox-even" in planned
+    assert ptafuse("verify", str(run)).returncode == 0
+    weights = next(run.glob("adapt/neox-even/*/model/*.safetensors"))
+    raw = weights.read_bytes()
+    weights.write_bytes(raw[:-1] + b"x")
+    assert "adapt/neox-even" in ptafuse("verify", str(run), check=False).stdout
+    weights.write_bytes(raw)
+
+
+@pytest.mark.slow
+def test_sources_without_it_are_dumped_as_they_are(tiny_config: Path, tmp_path: Path) -> None:
+    said = ptafuse("adapt", str(tiny_config), "--run", str(tmp_path / "run"), "--local").stdout
+    assert "adapt: nothing to do (no source has `adapt`)" in said
+    assert "adapt" not in {step.stage for step in recorded_run(Store(str(tmp_path / "run")), "tiny").steps.values()}
+
+
+@pytest.mark.slow
+def test_one_shard_is_refused_before_anything_is_trained(config: Path, tmp_path: Path) -> None:
+    sets = ("--set", "shard.documents_per_shard=100")
+    ptafuse("shard", str(config), "--run", str(tmp_path / "run"), "--local", *sets)
+    refused = ptafuse("adapt", str(config), "--run", str(tmp_path / "run"), "--local", *sets, check=False)
+    assert refused.returncode == 1
+    assert "this run has one shard: lower shard.documents_per_shard" in refused.stderr
+
+
+def test_logits_without_the_adapted_model_says_what_to_run(config: Path, tmp_path: Path) -> None:
+    ptafuse("shard", str(config), "--run", str(tmp_path / "run"), "--local")
+    refused = ptafuse("logits", str(config), "--run", str(tmp_path / "run"), "--local", check=False)
+    assert refused.returncode == 1
+    assert "logits/neox needs the result of adapt/neox-even, which has not run yet: run `make adapt" in refused.stderr
