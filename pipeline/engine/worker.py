@@ -178,8 +178,8 @@ class ShardWorker:
         assert self._stage is not None
         started = time.monotonic()
         tables, references = self._read_inputs(shard)
-        per_shard = {"documents", *self._job.input_folders}
-        num_rows_in = max(table.num_rows for name, table in tables.items() if name in per_shard)
+        beside = {"kinds", *self._job.result_keys}
+        num_rows_in = max(table.num_rows for name, table in tables.items() if name not in beside)
         output = self._stage.run(tables)
         self._refuse_bad_shard(shard, output, num_rows_in)
         manifest = self._write(shard, attempt, output, references, num_rows_in, started)
