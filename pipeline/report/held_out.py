@@ -4,9 +4,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from pipeline.display.table import ResultTable
+from pipeline.evaluation.paired import paired_difference
 from pipeline.report.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
 from pipeline.report.reported import runs_by_folder
 from pipeline.run.outcomes import evaluation_dtype, read_result, read_rounding
@@ -14,7 +13,7 @@ from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
 from stages.contract.store import Store
-from stages.measures.standard_error import Estimate, weighted_mean
+from stages.measures.standard_error import Estimate
 
 _Result = dict[str, Any] | None
 """A model's figures, as ``read_result`` gives them."""
@@ -186,70 +185,6 @@ def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
     ]
     missing = [f"against gold only: {', '.join(names)} {reason}" for reason, names in labels.items()]
     return (*rounded, *missing)
-
-
-class OtherDocumentsError(ValueError):
-    """Figures of different documents cannot be paired."""
-
-
-def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> Estimate:
-    """Difference in bits per byte on the same documents, and its standard error over documents.
-
-    Args:
-        result: an evaluation, as ``read_result`` gives it.
-        baseline: the evaluation it is compared with.
-
-    Returns:
-        result - baseline over all bytes (negative: better), and the standard error of that difference, from the
-        documents' differences weighted by their bytes (the ratio estimator); NaN for fewer than two documents.
-
-    Raises:
-        OtherDocumentsError: see ``document_differences``.
-    """
-    return weighted_mean(*document_differences(result, baseline))
-
-
-def document_differences(
-    result: Mapping[str, Any], baseline: Mapping[str, Any], *, same_documents: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's difference in bits per byte, (D,), and its bytes, (D,).
-
-    A document of which a model had nothing to predict (one token, without BOS) has no figure: it is left out here too.
-
-    Args:
-        result: an evaluation.
-        baseline: the evaluation it is compared with.
-        same_documents: the caller knows that the same documents were scored; so does, without it, who finds the same
-            shards and split in what the evaluations record of their settings.
-
-    Raises:
-        OtherDocumentsError: one has a document that the other lacks, and it is not known that they were scored on the same.
-    """
-    own, before = ({part["doc_id"]: part for part in found["documents"]} for found in (result, baseline))
-    lacking = own.keys() ^ before.keys()
-    if lacking and not same_documents and not _have_same_documents(result, baseline):
-        raise OtherDocumentsError(
-            f"figures of other documents cannot be paired: of {len(own.keys() | before.keys())} documents {len(lacking)} "
-            "are in one of the two evaluations alone"
-        )
-    pairs = [(part, before[doc_id]) for doc_id, part in own.items() if doc_id in before]
-    differences = np.array([part["bits_per_byte"] - other["bits_per_byte"] for part, other in pairs])
-    return differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64)
-
-
-def _have_same_documents(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Both evaluations record that they read the same split of the same shards."""
-    if "settings" not in result or "settings" not in baseline:
-        return False
-    own, other = (
-        (
-            found["settings"]["inputs"]["shard"],
-            found["settings"]["eval"].get("split"),
-            found["settings"]["eval"]["max_documents"],
-        )
-        for found in (result, baseline)
-    )
-    return own == other
 
 
 def _held_out_row(label: str, result: _Result) -> HeldOutRow:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.display.table import ResultTable
-from pipeline.report.held_out import document_differences, in_precisions, untrained
+from pipeline.evaluation.paired import document_differences
+from pipeline.report.held_out import in_precisions, untrained
 from pipeline.run.outcomes import evaluation_dtype, read_result
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, Step
