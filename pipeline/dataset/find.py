@@ -59,8 +59,8 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
     splits = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
     if dataset.split not in splits:
         raise DatasetError(
-            f"{dataset.hub} has no split {dataset.split!r}: set {dataset.section}.split to one of {', '.join(map(repr, splits))} "
-            f"(for a part of it give {dataset.section}.max_documents)"
+            f"{dataset.hub} has no split {dataset.split!r}: set {dataset.section}.split to one of "
+            f"{', '.join(map(repr, splits))} (for a part of it give {dataset.section}.max_documents)"
         )
     urls = splits[dataset.split]
     filesystem, _ = fsspec.core.url_to_fs(urls[0])

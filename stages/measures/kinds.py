@@ -26,6 +26,11 @@ class KindFigures:
         """The number of kinds with a mean below 0: of a difference in bits per byte, the kinds on which it is better."""
         return sum(mean < 0 for mean in self.means.values())
 
+    @property
+    def won(self) -> str:
+        """The kinds won, for people: "15 of 18"."""
+        return f"{self.num_won} of {len(self.means)}"
+
 
 def kind_figures(figures: np.ndarray, weights: np.ndarray, kinds: Sequence[str]) -> KindFigures:
     """Average documents' figures by kind, then over the kinds.

@@ -12,6 +12,7 @@ from typing import Any, Final
 from pipeline.dataset.documents import plan_documents, read_documents, read_kinds
 from pipeline.dataset.files import reading
 from pipeline.evaluation.texts.choose import NO_KIND, choose_documents, shorten
+from pipeline.evaluation.texts.describe import describe_counts
 from pipeline.evaluation.texts.overlap import Overlap, OverlapIndex
 from pipeline.run.session import Run, StageError, command
 from pipeline.run.stage_table import eval_key
@@ -51,21 +52,6 @@ class _Document:
     kind: str | None
     whole: str | None
     reason: str | None = None
-
-
-def describe_counts(counts: Mapping[str, int]) -> str:
-    """Return what of a text is scored and what is left out, in words."""
-    left_out = [
-        f"{counts[name]:,} {words}"
-        for name, words in (
-            ("overlapping", "that share text with the training documents"),
-            ("unreadable", "that are empty or no text"),
-            ("uncut", "that have no cut that fits every tokenizer"),
-        )
-        if counts[name]
-    ]
-    shown = f"{counts['scored']:,} of {counts['chosen']:,} chosen documents ({counts['documents']:,} in the corpus)"
-    return f"{shown}; left out: {', '.join(left_out)}" if left_out else shown
 
 
 def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, PreparedText]:

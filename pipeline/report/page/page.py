@@ -19,6 +19,7 @@ from pipeline.report.page.viewer import viewer_data
 from pipeline.report.reported import reported_runs, runs_by_folder
 from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
+from pipeline.report.texts import TextReport, text_reports, text_tables
 from pipeline.report.times import time_table
 from pipeline.run.outcomes import read_training_log
 from pipeline.run.stage_table import FUSED
@@ -78,6 +79,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         runs=[_described(run, statuses[run.label]) for run in runs],
         held_out=held_out_table(results),
         held_out_plot=_held_out_plot(results),
+        texts=[_described_text(report) for report in text_reports(runs, store, peers=every)],
         has_benchmarks=bool(benchmarks),
         benchmarks=suite_table(benchmarks),
         benchmark_plot=_benchmark_plot(benchmarks),
@@ -148,6 +150,10 @@ def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
         if row.against_gold_only is not None
     ]
     return bars(entries, axis="bits per byte, difference") if entries else ""
+
+
+def _described_text(report: TextReport) -> dict[str, Any]:
+    return {"name": report.name, "tables": text_tables(report), "plot": _held_out_plot(report.rows)}
 
 
 def _benchmark_plot(rows: Sequence[SuiteRow]) -> str:

@@ -1,0 +1,18 @@
+"""How much of a text is scored, in words."""
+
+from collections.abc import Mapping
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """Return what of a text is scored and what is left out, in words."""
+    left_out = [
+        f"{counts[name]:,} {words}"
+        for name, words in (
+            ("overlapping", "that share text with the training documents"),
+            ("unreadable", "that are empty or no text"),
+            ("uncut", "that have no cut that fits every tokenizer"),
+        )
+        if counts[name]
+    ]
+    shown = f"{counts['scored']:,} of {counts['chosen']:,} chosen documents ({counts['documents']:,} in the corpus)"
+    return f"{shown}; left out: {', '.join(left_out)}" if left_out else shown
