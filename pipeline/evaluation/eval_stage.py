@@ -14,15 +14,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.evaluation.card import complete_card
 from pipeline.evaluation.texts.prepare import prepare_texts
-from pipeline.run.outcomes import read_result
 from pipeline.run.session import Run, StageError, command, require_complete
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step, result_key
-from pipeline.run.trained_model import evaluated_model, is_trained, local_folder, publish_card, trained_model
-from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
+from pipeline.run.trained_model import evaluated_model, is_trained, local_folder
+from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from train.evaluate import Evaluation, Segment, bits_per_byte
-from train.model.card import add_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def run_eval(run: Run) -> None:
     trained = is_trained(run)
     if not pending:
         if trained:  # a sweep keeps the figures of the models that it removes
-            _complete_card(run)
+            complete_card(run)
         run.console.print("eval: nothing to do (every model has its figure)")
         return
     possible = [step for step in pending if step.model != FUSED or trained]
@@ -66,7 +65,7 @@ def run_eval(run: Run) -> None:
         run.store.create(result_key(step), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
         run.console.print(f"{step.key}: {shown}", soft_wrap=True)
     if trained:
-        _complete_card(run)
+        complete_card(run)
     elif any(step.model == FUSED for step in pending):
         raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
 
@@ -117,25 +116,6 @@ def _figures(evaluation: Evaluation, kinds: Mapping[int, str]) -> dict[str, Any]
             if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
         ],
     }
-
-
-def _complete_card(run: Run) -> None:
-    """Write the figures of all models into the trained model's card."""
-    labels = {model.name: f"source {model.name}" for model in run.config.sources}
-    labels |= {run.config.target.name: f"target {run.config.target.name} before", FUSED: "this model"}
-    labels |= BASELINE_LABELS
-    found = [
-        (labels[step.model or ""], read_result(run.store, step))
-        for step in run.resolved.of_stage("eval")
-        if step.text is None
-    ]
-    figures = [
-        (label, value["bits_per_byte"], value["num_bytes"])
-        for label, value in found
-        if value is not None and "refused" not in value
-    ]
-    add_evaluation(trained_model(run), figures, dtype=run.config.eval.dtype)
-    publish_card(run)
 
 
 def held_out_segments(run: Run, num_shards: int) -> list[Segment]:

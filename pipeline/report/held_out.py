@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.display.table import ResultTable
+from pipeline.evaluation.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
 from pipeline.evaluation.paired import differences_by_kind, figures_by_kind, paired_difference
-from pipeline.report.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
 from pipeline.report.reported import runs_by_folder
 from pipeline.run.outcomes import evaluation_dtype, read_result, read_rounding
 from pipeline.run.stage_table import FUSED, eval_key

@@ -17,7 +17,7 @@ from pipeline.report.page.interpretation import described_interpretations
 from pipeline.report.page.plots import Bar, bars, curves
 from pipeline.report.page.viewer import viewer_data
 from pipeline.report.reported import reported_runs, runs_by_folder
-from pipeline.report.sweeps import sweep_results, sweep_table
+from pipeline.report.sweeps import summary_of, sweep_results, sweep_tables
 from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
 from pipeline.report.texts import TextReport, text_reports, text_tables
 from pipeline.report.times import time_table
@@ -189,7 +189,12 @@ def _described_sweep(sweep: SweepConfig, store: Store) -> dict[str, Any]:
         if result.against_baseline is not None and result.is_trained
     ]
     plot = bars(entries, axis=f"bits per byte, difference to {sweep.baseline}") if entries else ""
-    return {"name": sweep.name, "table": sweep_table(sweep, results), "plot": plot}
+    return {
+        "name": sweep.name,
+        "tables": sweep_tables(sweep, store),
+        "plot": plot,
+        "plotted": summary_of(sweep).words,
+    }
 
 
 def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:
