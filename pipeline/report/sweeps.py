@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,9 +46,9 @@ def summary_of(sweep: SweepConfig) -> Measure:
     return Measure(None if sweep.summary == HELD_OUT else sweep.summary, sweep.average == "kinds")
 
 
-def sweep_measures(sweep: SweepConfig, store: Store) -> list[Measure]:
+def sweep_measures(sweep: SweepConfig, runs: Iterable[ResolvedRun]) -> list[Measure]:
     """Return all that the sweep's runs can be summed up by: the sweep's summary, then the held-out split and every text."""
-    texts = {text.name: text for run in sweep_runs(sweep, store).values() for text in run.config.eval.texts}
+    texts = {text.name: text for run in runs for text in run.config.eval.texts}
     measures = [summary_of(sweep), Measure()]
     for name, text in texts.items():
         measures += [Measure(name), *([Measure(name, by_kind=True)] if text.kind_column is not None else [])]
@@ -97,17 +97,23 @@ class _Figures:
         return math.nan if kinds is None else kinds.average.mean
 
 
-def sweep_results(sweep: SweepConfig, store: Store, measure: Measure | None = None) -> list[CellResult]:
+def sweep_results(
+    sweep: SweepConfig,
+    store: Store,
+    measure: Measure | None = None,
+    runs: Mapping[tuple[str, int], ResolvedRun] | None = None,
+) -> list[CellResult]:
     """What the finished cells gave, in the sweep's order, then what they evaluated without training.
 
     Args:
         sweep: the sweep.
         store: the run directory.
         measure: what is summed up; what the sweep says by default.
+        runs: the configuration of each cell and seed, as ``sweep_runs`` gives them; read by default.
     """
     measure = summary_of(sweep) if measure is None else measure
     text = measure.text
-    runs = sweep_runs(sweep, store)
+    runs = sweep_runs(sweep, store) if runs is None else runs
     figures: dict[tuple[str, int], _Figures] = {}
     steps: dict[str, tuple[str, Step, Mapping[str, Any], bool]] = {}
     for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
@@ -238,8 +244,10 @@ def cells_table(sweep: SweepConfig) -> ResultTable:
 
 def sweep_tables(sweep: SweepConfig, store: Store) -> list[ResultTable]:
     """Return a sweep's tables: first what it is to be summed up by, then the held-out split and every text."""
+    runs = sweep_runs(sweep, store)
     return [
-        sweep_table(sweep, sweep_results(sweep, store, measure), measure) for measure in sweep_measures(sweep, store)
+        sweep_table(sweep, sweep_results(sweep, store, measure, runs), measure)
+        for measure in sweep_measures(sweep, runs.values())
     ]
 
 
