@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from pipeline.report.page.page import report_page
+from pipeline.report.reported import reported_runs
 from pipeline.report.sweeps import Measure, summary_of, sweep_results, sweep_table, sweep_tables
 from pipeline.report.terminal import print_report
 from pipeline.report.texts import text_reports, text_tables
@@ -112,13 +113,23 @@ def test_texts_of_one_name_that_are_other_texts_have_tables_of_their_own(
     assert row.against_gold_only is None
 
 
+def test_configurations_that_differ_in_their_texts_alone_are_told_apart(store: Store, config: Path) -> None:
+    shorter = config.with_name("shorter.toml")
+    shorter.write_text(config.read_text().replace('name = "essays"', 'name = "essays"\nmax_characters = 5'))
+    for path in (config, shorter):
+        put(store, begin(store, path), f"{FUSED}/essays", figures([1.0] * 5))
+    labels = [run.label for run in reported_runs(store)]
+    assert labels == [
+        "tiny (eval.texts.essays.max_characters none)", "tiny (eval.texts.essays.max_characters 5)",
+    ]  # fmt: skip
+
+
 def test_terminal_and_page_show_each_text(store: Store, finished: list[ResolvedRun]) -> None:
     out = io.StringIO()
     print_report(store, Console(file=out, width=100))
     text = out.getvalue()
     assert "Text essays, average over its 3 kinds" in text
     assert "2 of 3" in text
-    print(text)
     tables = [line for line in text.splitlines() if line[:1] in "┏┃┡│└"]
     assert tables
     assert max(map(len, tables)) <= 100
