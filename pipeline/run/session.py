@@ -61,7 +61,10 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
     for model in config.models:
         model.check()
     for text in config.eval.texts:
-        reading(text, check_dataset, text)
+        if (
+            text.path is not None
+        ):  # those of the hub are checked where shards are planned: later stages may have no network
+            reading(text, check_dataset, text)
     _warn_of_branches(config)
     if config.logits_from is not None:
         check_shared(config.logits_from)

@@ -45,11 +45,11 @@ class Texts:
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         return path
 
-    def ptafuse(self, *texts: str, command: str = "eval", check: bool = True) -> str:
+    def ptafuse(self, *texts: str, command: str = "eval", check: bool = True, options: tuple[str, ...] = ()) -> str:
         """Run with ``[[eval.texts]]`` tables of these lines."""
         tables = "".join(f"\n[[eval.texts]]\n{lines}\n" for lines in texts)
         self.config.write_text(self._plain + tables)
-        options = ["--json"] if command == "plan" else ["--local"]
+        options = ("--json",) if command == "plan" else ("--local", *options)
         done = ptafuse(command, str(self.config), "--run", str(self.run), *options, check=check)
         if not check:
             assert done.returncode == 1, done.stdout
@@ -200,6 +200,29 @@ def test_adding_a_text_leaves_every_fingerprint_of_the_held_out_split_alone(tiny
     path.write_text(new_document(1))
     changed = resolve(load_config(tiny_config, (given,)), store, Request(str(tiny_config), (given,)))
     assert changed.steps["eval/llama/news"].fingerprint != added.steps["eval/llama/news"].fingerprint
+
+
+def test_baselines_are_evaluated_on_texts_and_the_card_compares_the_trained_model(texts: Texts) -> None:
+    records = [{"text": new_document(number), "kind": KINDS[number % 3]} for number in range(6)]
+    news = table("news", texts.write("news", *records), 'kind_column = "kind"', "max_characters = 60")
+    both = "\n[baselines]\nensemble = true\nweight_average = true\n"
+    texts.ptafuse(news + both)
+    ensemble, target = texts.result("ensemble", "news"), texts.result("llama", "news")
+    assert [part["num_bytes"] for part in ensemble["documents"]] == [part["num_bytes"] for part in target["documents"]]
+    assert ensemble["bits_per_byte"] != target["bits_per_byte"]
+    assert "not of one architecture" in texts.result("weight-average", "news")["refused"]
+    texts.ptafuse(news, options=("--upstream", "--set", "train.lambda=1.0"))
+    texts.ptafuse(news + both)  # nothing is left to compute, and the card is compared with what was evaluated since
+    step = recorded_run(Store(str(texts.run))).steps["train"]
+    card = (texts.run / step.folder / "model" / "README.md").read_text()
+    assert "Text news: 6 of 6 chosen documents (6 in the corpus). " in card
+    lines = [line for line in card.splitlines() if line.startswith(("| target llama", "| this model", "| ensemble"))]
+    assert "| kinds against gold only | kinds won |" in card
+    assert "± " in lines[-1]
+    assert lines[-1].count(" of 3 |") == 2
+    assert lines[-2].startswith("| ensemble of target and sources |")
+    report = ptafuse("report", str(texts.run)).stdout
+    assert "Text news, average over its 3 kinds" in report
 
 
 def test_status_and_plan_count_texts(texts: Texts) -> None:
