@@ -4,7 +4,13 @@ from collections.abc import Mapping
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """Return what of a text is scored and what is left out, in words."""
+    """Return what of a text is scored and what is left out, in words.
+
+    Args:
+        counts: documents of the corpus (``documents``), those that were chosen (``chosen``), what became of them
+            (``unreadable``, ``overlapping``, ``uncut``, ``scored``), and kinds in the corpus and among the scored ones
+            (``kinds``, ``scored_kinds``; 0 without ``kind_column``).
+    """
     left_out = [
         f"{counts[name]:,} {words}"
         for name, words in (
@@ -15,4 +21,6 @@ def describe_counts(counts: Mapping[str, int]) -> str:
         if counts[name]
     ]
     shown = f"{counts['scored']:,} of {counts['chosen']:,} chosen documents ({counts['documents']:,} in the corpus)"
-    return f"{shown}; left out: {', '.join(left_out)}" if left_out else shown
+    words = f"{shown}; left out: {', '.join(left_out)}" if left_out else shown
+    missing = counts["kinds"] - counts["scored_kinds"]
+    return f"{words}; {missing} of its {counts['kinds']} kinds have no document among them" if missing else words

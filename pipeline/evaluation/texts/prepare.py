@@ -70,7 +70,7 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
     texts = {name: run.config.eval.find_text(name) for name in names}
     known = {name: _read_overlaps(run, text) for name, text in texts.items()}
     documents: dict[str, list[_Document]] = {}
-    totals: dict[str, int] = {}
+    totals: dict[str, dict[str, int]] = {}
     for name, text in texts.items():
         documents[name], totals[name] = reading(text, _read_chosen, text)
     new = [name for name in names if known[name] is None]
@@ -80,12 +80,12 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
     for name, text in texts.items():
         kept, counts = _keep(run, text, documents[name], known[name] or {})
         segments, num_uncut = _segments(text, kept, tokenizers, run.config.shard.max_length)
-        counts |= {"documents": totals[name], "uncut": num_uncut, "scored": counts["scored"] - num_uncut}
+        scored = {segment.doc_id for segment in segments}
+        kinds = {part.doc_id: part.kind for part in kept if part.kind is not None and part.doc_id in scored}
+        counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
         if not segments:
             raise StageError(_nothing_left(text, counts))
         run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
-        scored = {segment.doc_id for segment in segments}
-        kinds = {part.doc_id: part.kind for part in kept if part.kind is not None and part.doc_id in scored}
         prepared[name] = PreparedText(tuple(segments), kinds, counts)
     return prepared
 
@@ -93,8 +93,8 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
 # --- documents --------------------------------------------------------------------------------------------------------
 
 
-def _read_chosen(text: TextConfig) -> tuple[list[_Document], int]:
-    """Read the chosen documents of a corpus, and count all it has."""
+def _read_chosen(text: TextConfig) -> tuple[list[_Document], dict[str, int]]:
+    """Read the chosen documents of a corpus, and count all its documents and kinds."""
     ranges = plan_documents(text, DOCUMENTS_AT_A_TIME)
     total = sum(part.num_documents for part in ranges)
     kinds = [NO_KIND] * total
@@ -111,7 +111,7 @@ def _read_chosen(text: TextConfig) -> tuple[list[_Document], int]:
             if row["doc_id"] in chosen:
                 kind = None if text.kind_column is None else kinds[row["doc_id"]]
                 documents.append(_decoded(row, kind))
-    return documents, total
+    return documents, {"documents": total, "kinds": 0 if text.kind_column is None else len(set(kinds))}
 
 
 def _decoded(row: Mapping[str, Any], kind: str | None) -> _Document:
@@ -219,7 +219,6 @@ def _keep(
         "chosen": len(documents),
         "unreadable": len(documents) - len(readable),
         "overlapping": len(shared),
-        "scored": len(kept),
     }
     return kept, counts
 

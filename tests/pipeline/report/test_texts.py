@@ -21,7 +21,9 @@ from stages.contract.store import Store
 from tests.pipeline.report.finished_runs import begin, evaluation_of, put
 
 KINDS = ["law", "law", "news", "news", "poem"]
-COUNTS = {"documents": 9, "chosen": 6, "unreadable": 0, "overlapping": 1, "uncut": 0, "scored": 5}
+COUNTS = {
+    "documents": 9, "kinds": 3, "chosen": 6, "unreadable": 0, "overlapping": 1, "uncut": 0, "scored": 5, "scored_kinds": 3,
+}  # fmt: skip
 
 
 def figures(values: list[float], kinds: list[str] | None = KINDS) -> dict[str, Any]:

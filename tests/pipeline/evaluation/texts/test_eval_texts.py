@@ -116,7 +116,7 @@ def test_figures_are_those_of_the_documents_and_every_model_counts_the_same_byte
     plain = bits_per_byte(config.target, [Segment(3, text, is_last=True)], config.eval)
     assert results["llama"]["documents"][3]["bits_per_byte"] == pytest.approx(plain.bits_per_byte, rel=1e-5)
     assert results["llama"]["counts"] == {
-        "documents": 5, "chosen": 5, "unreadable": 0, "overlapping": 0, "uncut": 0, "scored": 5,
+        "documents": 5, "kinds": 3, "chosen": 5, "unreadable": 0, "overlapping": 0, "uncut": 0, "scored": 5, "scored_kinds": 3,
     }  # fmt: skip
 
 
@@ -182,6 +182,10 @@ def test_a_choice_spreads_over_kinds_and_is_the_same_in_every_run(
     assert [part["doc_id"] for part in found["documents"]] == choose_documents(kinds, num_documents=6)
     assert [part["kind"] for part in found["documents"]].count("poem") == 1
     assert found["counts"]["documents"] == 12
+    few = table("few", texts.folder / "some.jsonl", 'kind_column = "kind"', "num_documents = 2")
+    assert "text few: 2 of 2 chosen documents (12 in the corpus); 1 of its 3 kinds have no document" in texts.ptafuse(
+        few
+    )
     other = Texts(tiny_config, undisturbed_run, texts.folder / "other")
     other.ptafuse(chosen)
     assert other.result("llama", "some")["documents"] == found["documents"]
