@@ -23,17 +23,19 @@ end to end, to ln p(gold token) (P,)."""
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a held-out document, as the shard stage cut it.
+    """A piece of a document, as the shard stage cut it, or cut like its segments.
 
     Attributes:
         doc_id: the document's index in the dataset.
         text: the segment's text.
         is_last: the document ends here.
+        first_byte: tokens that begin before it are not scored, so that all models are on the same bytes.
     """
 
     doc_id: int
     text: str
     is_last: bool
+    first_byte: int = 0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def bits_per_byte(
     for segment, encoding, gold in zip(segments, encodings, logprobs, strict=True):
         if not np.isfinite(gold[:-1]).all():
             raise FloatingPointError(f"model {model.name}: a logprob of document {segment.doc_id} is not finite")
-        part = cross_entropy(gold, encoding.byte_end, tokenizer.vocabulary.is_special[encoding.ids])
+        is_special = tokenizer.vocabulary.is_special[encoding.ids]
+        part = cross_entropy(gold, encoding.byte_end, is_special, first_byte=segment.first_byte)
         totals[segment.doc_id] = totals.get(segment.doc_id, CrossEntropy(0.0, 0, 0)) + part
     return Evaluation(sum(totals.values(), CrossEntropy(0.0, 0, 0)), tuple(totals.items()))
 

@@ -132,7 +132,7 @@ def sweep(
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
     from pipeline.display.table import print_table
-    from pipeline.report.sweeps import cells_table, sweep_results, sweep_table
+    from pipeline.report.sweeps import cells_table, sweep_tables
     from pipeline.workflow.sweep import load_sweep, run_sweep
 
     loaded = load_sweep(path)
@@ -140,7 +140,8 @@ def sweep(
         print_table(cells_table(loaded), console())
         return
     run_sweep(loaded, run, console(), local=local)
-    print_table(sweep_table(loaded, sweep_results(loaded, Store(run))), console())
+    for table in sweep_tables(loaded, Store(run)):
+        print_table(table, console())
 
 
 @app.command(name="demo-data")

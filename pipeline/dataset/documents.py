@@ -162,7 +162,7 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
     kind = FORMATS[files.format]
     if not kind.has_columns:
         raise DatasetError(
-            f"dataset.kind_column = {dataset.kind_column!r}: plain text files have no columns; leave it out"
+            f"{dataset.section}.kind_column = {dataset.kind_column!r}: plain text files have no columns; leave it out"
         )
     for name in files.paths:
         if kind.has_documents(files, name, dataset.kind_column, "kind_column"):

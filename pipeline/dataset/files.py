@@ -46,11 +46,13 @@ class DatasetFiles:
         filesystem: of fsspec.
         paths: name under the dataset's folder -> full path, in the order of the documents.
         format: the name of their format, a key of ``formats.FORMATS``.
+        section: the section of the configuration that names them, for messages.
     """
 
     filesystem: Any
     paths: dict[str, str]
     format: str
+    section: str = "dataset"
 
     @property
     def is_local(self) -> bool:

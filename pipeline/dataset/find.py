@@ -36,21 +36,20 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
         matches = patiently(filesystem.glob, root, detail=True, url=url)
         found = sorted(path for path, info in matches.items() if info["type"] == "file")
         if not found:
-            raise FileNotFoundError(f"dataset.path = {url!r} matches no file; {EXPECTED}")
+            raise FileNotFoundError(f"{dataset.section}.path = {url!r} matches no file; {EXPECTED}")
     elif kind == "directory":
         base = root
         found = _in_folder(filesystem, root, url)
     else:
         raise FileNotFoundError(
-            f"dataset.path = {url!r} is no file or folder (looked for {root}): correct it; a dataset of the Hugging Face hub "
-            "is named by dataset.hub and dataset.revision"
+            f"{dataset.section}.path = {url!r} is no file or folder (looked for {root}): correct it; a dataset of the Hugging "
+            f"Face hub is named by {dataset.section}.hub and {dataset.section}.revision"
         )
-    return DatasetFiles(
-        filesystem, {path[len(base) :].lstrip("/"): path for path in found}, _one_format(found, url).name
-    )
+    names = {path[len(base) :].lstrip("/"): path for path in found}
+    return DatasetFiles(filesystem, names, _one_format(found, url).name, dataset.section)
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=16)
 def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
     """The files of a hub dataset's split, at its revision: asked for once a process."""
     import datasets
@@ -60,16 +59,15 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
     splits = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
     if dataset.split not in splits:
         raise DatasetError(
-            f"{dataset.hub} has no split {dataset.split!r}: set dataset.split to one of {', '.join(map(repr, splits))} (for a "
-            "part of it give dataset.max_documents)"
+            f"{dataset.hub} has no split {dataset.split!r}: set {dataset.section}.split to one of "
+            f"{', '.join(map(repr, splits))} (for a part of it give {dataset.section}.max_documents)"
         )
     urls = splits[dataset.split]
     filesystem, _ = fsspec.core.url_to_fs(urls[0])
     paths = [filesystem._strip_protocol(url) for url in urls]
     base = len(os.path.commonpath([path.rpartition("/")[0] for path in paths]))
-    return DatasetFiles(
-        filesystem, {path[base:].lstrip("/"): path for path in paths}, _one_format(paths, str(dataset.hub)).name
-    )
+    names = {path[base:].lstrip("/"): path for path in paths}
+    return DatasetFiles(filesystem, names, _one_format(paths, str(dataset.hub)).name, dataset.section)
 
 
 def _one_format(found: list[str], url: str) -> Format:

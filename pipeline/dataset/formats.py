@@ -69,7 +69,7 @@ class Format(Protocol):
             files: the dataset's files.
             name: which one.
             column: the column that is wanted.
-            setting: the setting of ``[dataset]`` that names it, for messages.
+            setting: the setting of ``files.section`` that names it, for messages.
 
         Raises:
             DatasetError: the file is not of this format, or has no such column of text.
@@ -114,18 +114,18 @@ class Parquet:
     def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
         """See ``Format``."""
         with files.open(name) as stream:
-            return bool(_open_parquet(stream, files.paths[name], column, setting).metadata.num_rows)
+            return bool(_open_parquet(stream, files, name, column, setting).metadata.num_rows)
 
     def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``."""
         del wanted  # the footer holds the number
         with files.open(name) as stream:
-            return _open_parquet(stream, files.paths[name], column).metadata.num_rows, {}
+            return _open_parquet(stream, files, name, column).metadata.num_rows, {}
 
     def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
         """See ``Format``."""
         with files.open(part.file) as stream:
-            parquet = _open_parquet(stream, files.paths[part.file], column)
+            parquet = _open_parquet(stream, files, part.file, column)
             sizes = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
             firsts = [sum(sizes[:index]) for index in range(len(sizes))]
             groups = [
@@ -168,7 +168,7 @@ class JsonLines:
                 except (ValueError, RecursionError):
                     record = None
                 if isinstance(record, dict):
-                    _require_column(column, list(record), path, setting)
+                    _require_column(column, list(record), path, f"{files.section}.{setting}")
                     return True
                 if number == _MAX_LINES_PROBED:
                     break
@@ -259,19 +259,20 @@ def changed(part: FileRange, found: str) -> DatasetError:
 
 
 def _require_column(column: str, found: list[str], where: str, setting: str) -> None:
-    """Refuse data without a column that a setting of ``[dataset]`` names."""
+    """Refuse data without a column that a setting names."""
     if column not in found:
-        raise DatasetError(
-            f"{where} has no column {column!r}: set dataset.{setting} to one of {', '.join(map(repr, found))}"
-        )
+        raise DatasetError(f"{where} has no column {column!r}: set {setting} to one of {', '.join(map(repr, found))}")
 
 
-def _open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text_column") -> pq.ParquetFile:
+def _open_parquet(
+    stream: BinaryIO, files: DatasetFiles, name: str, column: str, setting: str = "text_column"
+) -> pq.ParquetFile:
     """Read a Parquet file's footer.
 
     Raises:
         DatasetError: it is no Parquet file, or has no such column of text.
     """
+    path, setting = files.paths[name], f"{files.section}.{setting}"
     try:
         parquet = pq.ParquetFile(stream)
     except pa.ArrowInvalid as error:
@@ -280,9 +281,7 @@ def _open_parquet(stream: BinaryIO, path: str, column: str, setting: str = "text
     kind = parquet.schema_arrow.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(test(kind) for test in _TEXT_TYPES):
-        raise DatasetError(
-            f"{path}: column {column!r} is {kind}, not text: set dataset.{setting} to a column of strings"
-        )
+        raise DatasetError(f"{path}: column {column!r} is {kind}, not text: set {setting} to a column of strings")
     return parquet
 
 

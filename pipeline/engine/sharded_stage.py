@@ -38,7 +38,8 @@ def run_stage(run: Run, stage: str) -> None:
         other = _shared_store(run)
         if other is None or not take_up_plan(run.resolved.steps["shard"], run.store, other):
             dataset = run.config.dataset
-            reading(dataset, check_dataset, dataset)
+            for documents in (dataset, *run.config.eval.texts):
+                reading(documents, check_dataset, documents)
             reading(dataset, freeze_plan, run.resolved, run.store)
     for step in run.resolved.of_stage(stage):
         _run_step(run, step)

@@ -8,65 +8,64 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.run.outcomes import read_result
+from pipeline.evaluation.card import complete_card
+from pipeline.evaluation.texts.prepare import prepare_texts
 from pipeline.run.session import Run, StageError, command, require_complete
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step, result_key
-from pipeline.run.trained_model import (
-    evaluated_model,
-    is_trained,
-    local_folder,
-    publish_card,
-    target_step,
-    trained_model,
-)
-from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
+from pipeline.run.trained_model import evaluated_model, is_trained, local_folder
+from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
 from train.evaluate import Evaluation, Segment, bits_per_byte
-from train.model.card import add_evaluation
 
 log = logging.getLogger(__name__)
 
 
 def run_eval(run: Run) -> None:
-    """Evaluate every model of the run that has no figure yet on the held-out split that ``eval.split`` names.
+    """Evaluate every model of the run that has no figure yet: on the held-out split that ``eval.split`` names, and on texts.
+
+    Texts are prepared before any model is loaded: one that cannot be used ends the command early.
 
     Raises:
-        StageError: the shard stage is incomplete, no document is held out, or, after all other models were evaluated,
-            the target is not trained yet.
+        StageError: the shard stage is incomplete, no document is held out, a text cannot be used, or, after all other models
+            were evaluated, the target is not trained yet.
     """
     num_shards = require_complete(run, ["shard"], "eval")
     pending = [step for step in run.resolved.of_stage("eval") if not run.store.exists(result_key(step))]
     trained = is_trained(run)
     if not pending:
         if trained:  # a sweep keeps the figures of the models that it removes
-            _complete_card(run)
+            complete_card(run)
         run.console.print("eval: nothing to do (every model has its figure)")
         return
-    segments = held_out_segments(run, num_shards)
-    for step in pending:
-        if step.model == FUSED and not trained:
-            continue
+    possible = [step for step in pending if step.model != FUSED or trained]
+    texts = prepare_texts(run, list(dict.fromkeys(step.text for step in possible if step.text)), num_shards)
+    held_out = held_out_segments(run, num_shards) if any(step.text is None for step in possible) else []
+    for step in possible:
         started = time.monotonic()
+        text = None if step.text is None else texts[step.text]
         try:
-            evaluation, notes = _evaluate(run, step, segments)
+            evaluation, notes = _evaluate(run, step, held_out if text is None else list(text.segments))
         except AverageRefusedError as error:
             figures: dict[str, Any] = {"refused": str(error)}
             shown = f"refused: {error}"
         else:
             total = evaluation.total
-            figures = {**_figures(evaluation), **notes}
-            shown = f"{total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} held-out bytes"
+            figures = {**_figures(evaluation, {} if text is None else text.kinds), **notes}
+            where = "held-out bytes" if text is None else f"bytes of {step.text}"
+            shown = f"{total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} {where}"
         seconds = round(time.monotonic() - started, 1)
-        value = {"model": step.model, **figures, "seconds": seconds, "settings": dict(step.settings)}
+        of_text = {} if text is None else {"text": step.text, "counts": dict(text.counts)}
+        value = {"model": step.model, **of_text, **figures, "seconds": seconds, "settings": dict(step.settings)}
         run.store.create(result_key(step), (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
         run.console.print(f"{step.key}: {shown}", soft_wrap=True)
     if trained:
-        _complete_card(run)
+        complete_card(run)
     elif any(step.model == FUSED for step in pending):
         raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
 
@@ -78,6 +77,8 @@ def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation
         AverageRefusedError: the models' weights cannot be averaged.
     """
     config = run.config
+    if step.text is not None:  # its documents are chosen already
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_documents": None})})
     cpus = max(1, int(config.train.cpus_per_worker))
     if step.model == ENSEMBLE:
         # Imports compilers, which the reports that read results do without.
@@ -97,7 +98,7 @@ def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
+def _figures(evaluation: Evaluation, kinds: Mapping[int, str]) -> dict[str, Any]:
     total = evaluation.total
     return {
         "bits_per_byte": total.bits_per_byte,
@@ -105,26 +106,16 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
         "num_tokens": total.num_tokens,
         "num_bytes": total.num_bytes,
         "documents": [
-            {"doc_id": doc_id, "bits_per_byte": part.bits_per_byte, "num_bytes": part.num_bytes}
+            {
+                "doc_id": doc_id,
+                **({"kind": kinds[doc_id]} if doc_id in kinds else {}),
+                "bits_per_byte": part.bits_per_byte,
+                "num_bytes": part.num_bytes,
+            }
             for doc_id, part in evaluation.documents
             if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
         ],
     }
-
-
-def _complete_card(run: Run) -> None:
-    """Write the figures of all models into the trained model's card."""
-    labels = {model.name: f"source {model.name}" for model in run.config.sources}
-    labels |= {run.config.target.name: f"target {run.config.target.name} before", FUSED: "this model"}
-    labels |= BASELINE_LABELS
-    found = [(labels[step.model or ""], read_result(run.store, step)) for step in run.resolved.of_stage("eval")]
-    figures = [
-        (label, value["bits_per_byte"], value["num_bytes"])
-        for label, value in found
-        if value is not None and "refused" not in value
-    ]
-    add_evaluation(trained_model(run, target_step(run)), figures, dtype=run.config.eval.dtype)
-    publish_card(run, target_step(run))
 
 
 def held_out_segments(run: Run, num_shards: int) -> list[Segment]:

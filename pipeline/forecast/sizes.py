@@ -14,10 +14,13 @@ from pipeline.forecast.estimate import Assumed, Sizes
 from pipeline.run.shard_plan import Plan
 from pipeline.settings.planning import HUB_DATASETS
 from pipeline.settings.run import RunConfig
+from pipeline.settings.texts import TextConfig
 from pipeline.state.status import StepStatus
 from stages.models.config import ModelConfig
 from stages.shard.config import DatasetConfig
 
+_TEXT_RANGE = 4000
+"""Documents of a range of an evaluated text; any number counts the same."""
 COUNTED_BYTES = 2**28
 """Local files of no more bytes than this are read to count their documents."""
 _PARAMETERS = re.compile(r"(?<![0-9a-z.])(\d+(?:\.\d+)?)(b|m)(?![0-9a-z])", re.IGNORECASE)
@@ -84,6 +87,37 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
         )
     part = min(1.0, dataset.max_documents / num_documents)
     return min(num_documents, dataset.max_documents), text_bytes * part, source
+
+
+def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
+    """Return about how many bytes of a text are scored, before any overlap with the training text is known.
+
+    Raises:
+        ValueError: nothing tells how large it is; says what to set.
+    """
+    if text.hub is None:
+        num_documents, num_bytes = _files_size(text, _TEXT_RANGE, assumed)
+    else:
+        card = HUB_DATASETS.get((text.hub, text.split))
+        num_documents, num_bytes = (card[0], float(card[1])) if card else (None, math.inf)
+    if num_documents is not None and text.max_documents is not None:
+        num_bytes *= min(1.0, text.max_documents / num_documents)
+        num_documents = min(num_documents, text.max_documents)
+    if text.fraction is not None:
+        num_bytes *= text.fraction
+        num_documents = None if num_documents is None else round(num_documents * text.fraction)
+    chosen = text.num_documents if text.num_documents is not None else num_documents
+    if text.num_documents is not None and num_documents:
+        num_bytes *= min(1.0, text.num_documents / num_documents)
+        chosen = min(text.num_documents, num_documents)
+    if chosen is not None and text.max_characters is not None:
+        num_bytes = min(num_bytes, float(chosen * text.max_characters))
+    if math.isinf(num_bytes):
+        raise ValueError(
+            f"how much of {text.section} is scored is not known here, and planning fetches nothing: set num_documents and "
+            "max_characters there"
+        )
+    return num_bytes
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pipeline.forecast.estimate import (
     train_bytes,
     train_cost,
 )
-from pipeline.forecast.sizes import Parameters, count_parameters
+from pipeline.forecast.sizes import Parameters, count_parameters, evaluated_text_bytes
 from pipeline.run.stage_table import FUSED, adapted_source
 from pipeline.run.steps import Step
 from pipeline.settings.adapt import FOLDS
@@ -36,6 +36,7 @@ class Outlook:
         assumed: the assumptions.
         tokens: step key -> tokens that the step goes through, of the steps planned so far.
         parameters: model -> its parameters, of the models that were asked for.
+        text_bytes: text -> bytes of it that are scored, of the texts that were asked for.
     """
 
     config: RunConfig
@@ -43,6 +44,7 @@ class Outlook:
     assumed: Assumed
     tokens: dict[str, float] = field(default_factory=dict)
     parameters: dict[str, Parameters] = field(default_factory=dict)
+    text_bytes: dict[str, float] = field(default_factory=dict)
 
     def target_tokens(self) -> float:
         """Return the tokens of the target's logits, which align and fuse go through as well."""
@@ -60,6 +62,12 @@ class Outlook:
         if self.config.logits.gpus_per_worker is not None:
             return self.config.logits.gpus_per_worker > 0
         return self.num_parameters(model) >= self.assumed.take("gpu_from_parameters")
+
+    def text_tokens(self, text: str, model: ModelConfig) -> float:
+        """Return the tokens of a model in a text besides the held-out split, with as many bytes each as in the dataset."""
+        if text not in self.text_bytes:
+            self.text_bytes[text] = evaluated_text_bytes(self.config.eval.find_text(text), self.assumed)
+        return self.text_bytes[text] * self.sizes.tokens[model.name] / self.sizes.text_bytes
 
     def num_parameters(self, model: ModelConfig) -> float:
         """Return a model's parameters, and remember how they are known."""
@@ -132,6 +140,8 @@ def _evaluated_tokens(outlook: Outlook, step: Step) -> list[tuple[ModelConfig, f
         models = (config.target, *config.models)  # the target's window first, then its full distributions
     else:
         models = (config.target if step.model in (FUSED, WEIGHT_AVERAGE) else config.find_model(step.model),)
+    if step.text is not None:
+        return [(model, outlook.text_tokens(step.text, model)) for model in models]
     share = config.shard.fraction_of(config.eval.split)
     if config.eval.max_documents is not None and outlook.sizes.num_documents:
         share = min(share, config.eval.max_documents / outlook.sizes.num_documents)

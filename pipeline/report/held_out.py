@@ -1,20 +1,20 @@
-"""Bits per byte on held-out text, with paired differences: rows for the terminal and for the page."""
+"""Bits per byte on held-out text and on other texts, with paired differences: rows for the terminal and for the page."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from pipeline.display.table import ResultTable
-from pipeline.report.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
+from pipeline.evaluation.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
+from pipeline.evaluation.paired import differences_by_kind, figures_by_kind, paired_difference
 from pipeline.report.reported import runs_by_folder
 from pipeline.run.outcomes import evaluation_dtype, read_result, read_rounding
-from pipeline.run.stage_table import FUSED
+from pipeline.run.stage_table import FUSED, eval_key
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
 from stages.contract.store import Store
-from stages.measures.standard_error import Estimate, weighted_mean
+from stages.measures.kinds import KindFigures
+from stages.measures.standard_error import Estimate
 
 _Result = dict[str, Any] | None
 """A model's figures, as ``read_result`` gives them."""
@@ -22,7 +22,7 @@ _Result = dict[str, Any] | None
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """One model on the held-out text.
+    """One model on the held-out text, or on another text.
 
     Attributes:
         label: which model.
@@ -35,6 +35,10 @@ class HeldOutRow:
         refused: why there is no such model, of a baseline that these models do not allow.
         dtype: precision of the evaluation; None where there is none.
         surviving_share: share of the weights changed by training that keep a change in bfloat16; None where not recorded.
+        kinds: bits per byte by kind of document; None where the documents have no kinds.
+        kinds_against_before: the same of the difference to the target before training.
+        kinds_against_gold_only: the same of the difference to the same training on the gold tokens alone.
+        counts: documents of another text, and what became of them; None for the held-out text.
     """
 
     label: str
@@ -46,10 +50,18 @@ class HeldOutRow:
     refused: str | None = None
     dtype: str | None = None
     surviving_share: float | None = None
+    kinds: KindFigures | None = None
+    kinds_against_before: KindFigures | None = None
+    kinds_against_gold_only: KindFigures | None = None
+    counts: Mapping[str, int] | None = None
 
 
 def held_out(
-    runs: Sequence[ResolvedRun], store: Store, *, peers: Sequence[ResolvedRun] | None = None
+    runs: Sequence[ResolvedRun],
+    store: Store,
+    *,
+    peers: Sequence[ResolvedRun] | None = None,
+    text: str | None = None,
 ) -> list[HeldOutRow]:
     """Every evaluated model once: sources and target, baselines, then what each configuration trained.
 
@@ -59,29 +71,32 @@ def held_out(
         runs: the configurations that are shown, the last used one last.
         store: the run directory.
         peers: those among which a run on the gold tokens alone is looked for; ``runs`` by default.
+        text: figures on this text, which all of the ``runs`` name; on the held-out split by default.
     """
     read = _remembering(store)
 
     def gold_only(run: ResolvedRun) -> GoldOnly:
-        return find_gold_only(run, runs if peers is None else peers, read, store.url)
+        return find_gold_only(run, runs if peers is None else peers, read, store.url, text)
 
     rows: list[HeldOutRow] = []
     for is_baseline in (False, True):
-        for label, run, step in _untrained_once(runs, read):
+        for label, run, step in _untrained_once(runs, read, text):
             if is_baseline == (step.model in BASELINE_LABELS):
                 row = _held_out_row(label, read(step))
                 if is_baseline:
                     beside = [other for other in runs if step.folder in {own.folder for own in other.steps.values()}]
-                    row = _compared(row, read(step), read(_target_before(run)), _of_all(beside, gold_only))
+                    row = _compared(row, read(step), read(_target_before(run, text)), _of_all(beside, gold_only, text))
                 rows.append(row)
-    for run, label, is_latest in runs_by_folder(runs, f"eval/{FUSED}"):
-        fused = read(run.steps[f"eval/{FUSED}"])
+    fused_key = eval_key(FUSED, text)
+    for run, label, is_latest in runs_by_folder(runs, fused_key):
+        fused = read(run.steps[fused_key])
         if fused is None and not is_latest:
             continue
-        row = _held_out_row(f"after {label} ({_describe(run)})", fused)
+        row = _held_out_row(f"after {label} ({_describe(run, text)})", fused)
         reference = GoldOnly(None, None) if is_gold_only(run) else gold_only(run)
-        row = replace(row, surviving_share=_surviving_share(read_rounding(run.steps["train"], store)))
-        rows.append(_compared(row, fused, read(_target_before(run)), reference))
+        if text is None:
+            row = replace(row, surviving_share=_surviving_share(read_rounding(run.steps["train"], store)))
+        rows.append(_compared(row, fused, read(_target_before(run, text)), reference))
     return rows
 
 
@@ -93,7 +108,7 @@ def _surviving_share(rounding: Mapping[str, int] | None) -> float | None:
 
 
 def _untrained_once(
-    runs: Sequence[ResolvedRun], read: Callable[[Step], _Result]
+    runs: Sequence[ResolvedRun], read: Callable[[Step], _Result], text: str | None
 ) -> list[tuple[str, ResolvedRun, Step]]:
     """What the runs evaluate without training it, each result once; what is not evaluated where a name's latest asks for it.
 
@@ -103,7 +118,7 @@ def _untrained_once(
     latest = {run.config.name: run for run in runs}
     found: dict[str, tuple[str, ResolvedRun, Step]] = {}
     for run in runs:
-        for label, step in untrained(run):
+        for label, step in untrained(run, text):
             if run is latest[run.config.name] or read(step) is not None:
                 found.setdefault(step.folder, (label, run, step))
     labels = [label for label, _, _ in found.values()]
@@ -125,28 +140,33 @@ def _remembering(store: Store) -> Callable[[Step], _Result]:
     return read
 
 
-def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], GoldOnly]) -> GoldOnly:
+def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], GoldOnly], text: str | None) -> GoldOnly:
     """What a figure that needs no training is compared with: the runs that evaluate it must train alike."""
-    first = gold_training(runs[0])
-    if any(gold_training(run) != first for run in runs):
+    first = gold_training(runs[0], text)
+    if any(gold_training(run, text) != first for run in runs):
         return GoldOnly(None, "stands beside runs that train in different ways: there is no one run to compare it with")
     return gold_only(runs[0])
 
 
-def untrained(run: ResolvedRun) -> list[tuple[str, Step]]:
-    """What a run evaluates without training it, for people and as steps: the sources, the target, the baselines."""
-    where = _split(run)
+def untrained(run: ResolvedRun, text: str | None = None) -> list[tuple[str, Step]]:
+    """What a run evaluates without training it, for people and as steps: the sources, the target, the baselines.
+
+    Args:
+        run: which run.
+        text: on which text of it; on the held-out split by default.
+    """
+    where = _unusual(run, text)
     labels = {model.name: f"source {model.name}{where}" for model in run.config.sources}
     labels[run.config.target.name] = f"target {run.config.target.name} before{where}"
     for baseline in run.config.baselines.methods:
-        labels[baseline] = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline)})"
-    return [(label, run.steps[f"eval/{name}"]) for name, label in labels.items()]
+        labels[baseline] = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline, text)})"
+    return [(label, run.steps[eval_key(name, text)]) for name, label in labels.items()]
 
 
-def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
-    """The rows for people."""
+def held_out_table(rows: Sequence[HeldOutRow], name: str = "Held-out text") -> ResultTable:
+    """The rows for people; ``name`` is that of the text."""
     return ResultTable(
-        f"Held-out text{in_precisions(row.dtype for row in rows)} (differences: over all bytes ± standard error over "
+        f"{name}{in_precisions(row.dtype for row in rows)} (differences: over all bytes ± standard error over "
         "documents)",
         ("model", "bits per byte", "against target before", "against gold only", "bytes"),
         tuple(
@@ -157,8 +177,8 @@ def held_out_table(rows: Sequence[HeldOutRow]) -> ResultTable:
             else (
                 row.label,
                 f"{row.bits_per_byte:.4f}",
-                _difference(row.against_before),
-                _difference(row.against_gold_only),
+                difference(row.against_before),
+                difference(row.against_gold_only),
                 f"{row.num_bytes:,}",
             )
             for row in rows
@@ -188,76 +208,19 @@ def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
     return (*rounded, *missing)
 
 
-class OtherDocumentsError(ValueError):
-    """Figures of different documents cannot be paired."""
-
-
-def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> Estimate:
-    """Difference in bits per byte on the same documents, and its standard error over documents.
-
-    Args:
-        result: an evaluation, as ``read_result`` gives it.
-        baseline: the evaluation it is compared with.
-
-    Returns:
-        result - baseline over all bytes (negative: better), and the standard error of that difference, from the
-        documents' differences weighted by their bytes (the ratio estimator); NaN for fewer than two documents.
-
-    Raises:
-        OtherDocumentsError: see ``document_differences``.
-    """
-    return weighted_mean(*document_differences(result, baseline))
-
-
-def document_differences(
-    result: Mapping[str, Any], baseline: Mapping[str, Any], *, same_documents: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's difference in bits per byte, (D,), and its bytes, (D,).
-
-    A document of which a model had nothing to predict (one token, without BOS) has no figure: it is left out here too.
-
-    Args:
-        result: an evaluation.
-        baseline: the evaluation it is compared with.
-        same_documents: the caller knows that the same documents were scored; so does, without it, who finds the same
-            shards and split in what the evaluations record of their settings.
-
-    Raises:
-        OtherDocumentsError: one has a document that the other lacks, and it is not known that they were scored on the same.
-    """
-    own, before = ({part["doc_id"]: part for part in found["documents"]} for found in (result, baseline))
-    lacking = own.keys() ^ before.keys()
-    if lacking and not same_documents and not _have_same_documents(result, baseline):
-        raise OtherDocumentsError(
-            f"figures of other documents cannot be paired: of {len(own.keys() | before.keys())} documents {len(lacking)} "
-            "are in one of the two evaluations alone"
-        )
-    pairs = [(part, before[doc_id]) for doc_id, part in own.items() if doc_id in before]
-    differences = np.array([part["bits_per_byte"] - other["bits_per_byte"] for part, other in pairs])
-    return differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64)
-
-
-def _have_same_documents(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Both evaluations record that they read the same split of the same shards."""
-    if "settings" not in result or "settings" not in baseline:
-        return False
-    own, other = (
-        (
-            found["settings"]["inputs"]["shard"],
-            found["settings"]["eval"].get("split"),
-            found["settings"]["eval"]["max_documents"],
-        )
-        for found in (result, baseline)
-    )
-    return own == other
-
-
 def _held_out_row(label: str, result: _Result) -> HeldOutRow:
     if result is None:
         return HeldOutRow(label, None)
     if "refused" in result:
         return HeldOutRow(label, None, refused=result["refused"])
-    return HeldOutRow(label, result["bits_per_byte"], result["num_bytes"], dtype=evaluation_dtype(result))
+    return HeldOutRow(
+        label,
+        result["bits_per_byte"],
+        result["num_bytes"],
+        dtype=evaluation_dtype(result),
+        kinds=figures_by_kind(result),
+        counts=result.get("counts"),
+    )
 
 
 def _compared(row: HeldOutRow, result: _Result, before: _Result, gold_only: GoldOnly) -> HeldOutRow:
@@ -267,43 +230,50 @@ def _compared(row: HeldOutRow, result: _Result, before: _Result, gold_only: Gold
     against_before, against_gold_only = (
         None if baseline is None else paired_difference(result, baseline) for baseline in (before, gold_only.figures)
     )
+    kinds_against_before, kinds_against_gold_only = (
+        None if baseline is None else differences_by_kind(result, baseline) for baseline in (before, gold_only.figures)
+    )
     return replace(
         row,
         against_before=against_before,
         against_gold_only=against_gold_only,
         no_gold_only=gold_only.missing,
+        kinds_against_before=kinds_against_before,
+        kinds_against_gold_only=kinds_against_gold_only,
     )
 
 
-def _describe_baseline(run: ResolvedRun, baseline: Baseline) -> str:
+def _describe_baseline(run: ResolvedRun, baseline: Baseline, text: str | None) -> str:
     weights = run.config.baselines.source_weights(baseline, len(run.config.sources))
     parts = [f"{weight:.3g} {model.name}" for weight, model in zip(weights, run.config.sources, strict=True)]
     if baseline != ENSEMBLE:
-        return " + ".join([f"{1 - sum(weights):.3g} {run.config.target.name}", *parts]) + _split(run)
+        return " + ".join([f"{1 - sum(weights):.3g} {run.config.target.name}", *parts]) + _unusual(run, text)
     align, contexts = run.config.align, run.config.baselines.ensemble_contexts
-    return f"{' + '.join(parts)}, {align.preset or align.marginals}, contexts by {contexts}{_split(run)}"
+    return f"{' + '.join(parts)}, {align.preset or align.marginals}, contexts by {contexts}{_unusual(run, text)}"
 
 
-def _target_before(run: ResolvedRun) -> Step:
+def _target_before(run: ResolvedRun, text: str | None) -> Step:
     """The run's target as it is before training. Its fingerprint says which weights and tokenizer it has, which documents
     are scored, and how: figures are compared where all of it agrees.
     """
-    return run.steps[f"eval/{run.config.target.name}"]
+    return run.steps[eval_key(run.config.target.name, text)]
 
 
-def _split(run: ResolvedRun) -> str:
+def _unusual(run: ResolvedRun, text: str | None) -> str:
     """Return what is unusual in how a run is evaluated: another split than validation, or rounded weights."""
-    split = "" if run.config.eval.split == "validation" else f", {run.config.eval.split} split"
+    is_usual = text is not None or run.config.eval.split == "validation"
+    split = "" if is_usual else f", {run.config.eval.split} split"
     return split if run.config.eval.dtype == "float32" else f"{split}, in {run.config.eval.dtype}"
 
 
-def _describe(run: ResolvedRun) -> str:
-    train, align, where = run.config.train, run.config.align, _split(run)
+def _describe(run: ResolvedRun, text: str | None) -> str:
+    train, align, where = run.config.train, run.config.align, _unusual(run, text)
     if is_gold_only(run):
         return f"gold tokens only{where}"
     weight = f"{train.lambda_}" if train.lambda_end is None else f"{train.lambda_} to {train.lambda_end}"
     return f"lambda {weight}, {align.preset or align.pairing + ' ' + align.marginals}{where}"
 
 
-def _difference(estimate: Estimate | None) -> str:
+def difference(estimate: Estimate | None) -> str:
+    """Return a difference with its standard error, for people; nothing where there is none."""
     return "" if estimate is None else f"{estimate.mean:+.4f} ± {estimate.error:.4f}"

@@ -8,6 +8,7 @@ from pipeline.analysis.interpret.run import read_interpretation
 from pipeline.run.records import recorded_configurations
 from pipeline.run.stage_table import job_stage
 from pipeline.run.steps import ResolvedRun, Step, result_key
+from pipeline.settings.texts import TextConfig
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.store import Store
@@ -131,10 +132,10 @@ def _flat(settings: Settings, prefix: str, *, everything: bool) -> Iterator[tupl
             continue
         if isinstance(value, Settings):
             yield from _flat(value, f"{key}.", everything=everything)
-        elif isinstance(value, tuple) and any(isinstance(part, ModelConfig) for part in value):
-            yield key, tuple(model.name for model in value)
-            for model in value:
-                yield from _flat(model, f"{key}.{model.name}.", everything=everything)
+        elif isinstance(value, tuple) and any(isinstance(part, ModelConfig | TextConfig) for part in value):
+            yield key, tuple(part.name for part in value)
+            for part in value:
+                yield from _flat(part, f"{key}.{part.name}.", everything=everything)
         else:
             yield key, value
 

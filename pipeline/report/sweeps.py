@@ -2,26 +2,62 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.display.table import ResultTable
-from pipeline.report.held_out import document_differences, in_precisions, untrained
+from pipeline.evaluation.paired import document_differences, document_kinds, figures_by_kind
+from pipeline.report.held_out import in_precisions, untrained
 from pipeline.run.outcomes import evaluation_dtype, read_result
-from pipeline.run.stage_table import FUSED
+from pipeline.run.stage_table import FUSED, eval_key
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.documents import PLACE, other_documents, scored_documents
+from pipeline.settings.texts import HELD_OUT
 from pipeline.workflow.sweep import SweepConfig, cells_of, sweep_runs
 from stages.contract.store import Store
+from stages.measures.kinds import kind_figures
 from stages.measures.standard_error import Estimate, weighted_mean
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What a table of a sweep sums up.
+
+    Attributes:
+        text: the text; None for the held-out split.
+        by_kind: averaged over kinds of documents, each weighing the same; else over all bytes.
+    """
+
+    text: str | None = None
+    by_kind: bool = False
+
+    @property
+    def words(self) -> str:
+        """For the title of a table."""
+        where = "held-out bits per byte" if self.text is None else f"bits per byte on the text {self.text}"
+        return f"{where}, average over kinds" if self.by_kind else where
+
+
+def summary_of(sweep: SweepConfig) -> Measure:
+    """Return what the sweep's first table sums up."""
+    return Measure(None if sweep.summary == HELD_OUT else sweep.summary, sweep.average == "kinds")
+
+
+def sweep_measures(sweep: SweepConfig, runs: Iterable[ResolvedRun]) -> list[Measure]:
+    """Return all that the sweep's runs can be summed up by: the sweep's summary, then the held-out split and every text."""
+    texts = {text.name: text for run in runs for text in run.config.eval.texts}
+    measures = [summary_of(sweep), Measure()]
+    for name, text in texts.items():
+        measures += [Measure(name), *([Measure(name, by_kind=True)] if text.kind_column is not None else [])]
+    return list(dict.fromkeys(measures))
+
+
+@dataclass(frozen=True)
 class CellResult:
-    """What a cell's seeds gave on the held-out text.
+    """What a cell's seeds gave on a text.
 
     Attributes:
         name: the cell's.
@@ -32,6 +68,8 @@ class CellResult:
         seed_error: standard error of that difference over seeds; NaN for fewer than two.
         is_trained: it is a cell; else what its configurations evaluate without training, which has no seeds of its own.
         dtypes: the precisions of the evaluations.
+        kinds_won: kinds of documents on which the mean over seeds is better than the baseline's, "15 of 18"; empty where
+            nothing is compared by kind.
     """
 
     name: str
@@ -41,6 +79,7 @@ class CellResult:
     is_trained: bool = True
     not_compared: str | None = None
     dtypes: frozenset[str] = frozenset()
+    kinds_won: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,42 +89,81 @@ class _Figures:
     result: dict[str, Any]
     documents: Mapping[str, Any]
 
+    def value(self, measure: Measure) -> float:
+        """Return what it gave in the measure; NaN by kinds where its documents have none."""
+        if not measure.by_kind:
+            return float(self.result["bits_per_byte"])
+        kinds = figures_by_kind(self.result)
+        return math.nan if kinds is None else kinds.average.mean
 
-def sweep_results(sweep: SweepConfig, store: Store) -> list[CellResult]:
-    """What the finished cells gave, in the sweep's order, then what they evaluated without training."""
-    runs = sweep_runs(sweep, store)
+
+def sweep_results(
+    sweep: SweepConfig,
+    store: Store,
+    measure: Measure | None = None,
+    runs: Mapping[tuple[str, int], ResolvedRun] | None = None,
+) -> list[CellResult]:
+    """What the finished cells gave, in the sweep's order, then what they evaluated without training.
+
+    Args:
+        sweep: the sweep.
+        store: the run directory.
+        measure: what is summed up; what the sweep says by default.
+        runs: the configuration of each cell and seed, as ``sweep_runs`` gives them; read by default.
+    """
+    measure = summary_of(sweep) if measure is None else measure
+    text = measure.text
+    runs = sweep_runs(sweep, store) if runs is None else runs
     figures: dict[tuple[str, int], _Figures] = {}
     steps: dict[str, tuple[str, Step, Mapping[str, Any], bool]] = {}
     for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
         run = runs.get((cell.name, seed))
-        if run is None:
+        if run is None or eval_key(FUSED, text) not in run.steps:
             continue
-        found = read_result(store, run.steps[f"eval/{FUSED}"])
+        found = read_result(store, run.steps[eval_key(FUSED, text)])
         if found is not None:
-            figures[cell.name, seed] = _Figures(found, _documents(run))
+            figures[cell.name, seed] = _Figures(found, _documents(run, text))
         own_tokens = {model.name for model in run.config.sources}
         steps |= {
-            step.folder: (label, step, _documents(run), step.model not in own_tokens) for label, step in untrained(run)
+            step.folder: (label, step, _documents(run, text), step.model not in own_tokens)
+            for label, step in untrained(run, text)
         }
     cells = [
-        replace(_cell_result(sweep, cell.name, figures), dtypes=_dtypes(figures, cell.name)) for cell in cells_of(sweep)
+        replace(_cell_result(sweep, cell.name, figures, measure), dtypes=_dtypes(figures, cell.name))
+        for cell in cells_of(sweep)
     ]
     others = [
-        _untrained_result(sweep, label, _Figures(found, documents), figures if is_compared else {})
+        _untrained_result(sweep, label, _Figures(found, documents), figures if is_compared else {}, measure)
         for label, step, documents, is_compared in steps.values()
         if (found := read_result(store, step)) is not None
     ]
     return [*cells, *others]
 
 
-def _documents(run: ResolvedRun) -> dict[str, Any]:
-    """What decides which documents a run scores: the settings, with the dataset by its contents, wherever it lay."""
+def _documents(run: ResolvedRun, text: str | None) -> dict[str, Any]:
+    """What decides which documents a run scores: the settings, with the dataset by its contents, wherever it lay.
+
+    Of a text those are left out that training has read, so what decides the training documents decides here as well.
+    """
     settings = {key: value for key, value in scored_documents(run.config).items() if key not in PLACE}
-    return {"dataset": run.steps["shard"].settings["inputs"]["dataset"], **settings}
+    documents = {"dataset": run.steps["shard"].settings["inputs"]["dataset"], **settings}
+    if text is None:
+        return documents
+    step = run.steps[eval_key(FUSED, text)]
+    of_text = {**step.settings["text"], "documents": step.settings["inputs"]["documents"]}
+    held_out_only = ("eval.split", "eval.max_documents")
+    return {
+        **{key: value for key, value in documents.items() if key not in held_out_only},
+        **{f"eval.texts.{text}.{key}": value for key, value in of_text.items()},
+    }
 
 
 def _untrained_result(
-    sweep: SweepConfig, label: str, found: _Figures, figures: Mapping[tuple[str, int], _Figures]
+    sweep: SweepConfig,
+    label: str,
+    found: _Figures,
+    figures: Mapping[tuple[str, int], _Figures],
+    measure: Measure,
 ) -> CellResult:
     """One figure beside those of all seeds.
 
@@ -94,16 +172,20 @@ def _untrained_result(
         label: what was evaluated.
         found: its figures.
         figures: of the cells; none for a source, whose first tokens, which are left out, are other ones.
+        measure: what is summed up.
     """
     if "refused" in found.result:
         return CellResult(f"{label}; refused: {found.result['refused']}", (), None, is_trained=False)
-    compared = _cell_result(sweep, label, {**figures, **{(label, seed): found for seed in sweep.seeds}})
-    return replace(compared, bits_per_byte=(found.result["bits_per_byte"],), is_trained=False)
+    of_seeds = {(label, seed): found for seed in sweep.seeds}
+    compared = _cell_result(sweep, label, {**figures, **of_seeds}, measure)
+    return replace(compared, bits_per_byte=(found.value(measure),), is_trained=False)
 
 
-def _cell_result(sweep: SweepConfig, name: str, figures: Mapping[tuple[str, int], _Figures]) -> CellResult:
+def _cell_result(
+    sweep: SweepConfig, name: str, figures: Mapping[tuple[str, int], _Figures], measure: Measure
+) -> CellResult:
     own = {seed: figures[name, seed] for seed in sweep.seeds if (name, seed) in figures}
-    values = tuple(found.result["bits_per_byte"] for found in own.values())
+    values = tuple(found.value(measure) for found in own.values())
     baseline = sweep.baseline
     if baseline is None or baseline == name:
         return CellResult(name, values, None)
@@ -116,9 +198,19 @@ def _cell_result(sweep: SweepConfig, name: str, figures: Mapping[tuple[str, int]
     parts = [document_differences(one.result, other.result, same_documents=True) for one, other in pairs]
     differences = np.stack([difference for difference, _ in parts])  # (seeds, documents)
     weights = parts[0][1]
-    by_seed = np.average(differences, axis=1, weights=weights)
+    kinds = document_kinds(pairs[0][0].result, pairs[0][1].result, same_documents=True) if measure.by_kind else None
+    won = ""
+    if kinds is None:
+        if measure.by_kind:
+            return CellResult(name, values, None, not_compared="its documents have no kinds")
+        by_seed = np.average(differences, axis=1, weights=weights)
+        estimate = weighted_mean(differences.mean(axis=0), weights)
+    else:
+        by_seed = np.array([kind_figures(difference, weights, kinds).average.mean for difference in differences])
+        by_kind = kind_figures(differences.mean(axis=0), weights, kinds)
+        estimate, won = by_kind.average, by_kind.won
     seed_error = float(by_seed.std(ddof=1) / math.sqrt(len(pairs))) if len(pairs) > 1 else math.nan
-    return CellResult(name, values, weighted_mean(differences.mean(axis=0), weights), seed_error)
+    return CellResult(name, values, estimate, seed_error, kinds_won=won)
 
 
 def _other_documents(pairs: Sequence[tuple[_Figures, _Figures]]) -> str | None:
@@ -150,8 +242,24 @@ def cells_table(sweep: SweepConfig) -> ResultTable:
     )
 
 
-def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTable:
-    """The results for people."""
+def sweep_tables(sweep: SweepConfig, store: Store) -> list[ResultTable]:
+    """Return a sweep's tables: first what it is to be summed up by, then the held-out split and every text."""
+    runs = sweep_runs(sweep, store)
+    return [
+        sweep_table(sweep, sweep_results(sweep, store, measure, runs), measure)
+        for measure in sweep_measures(sweep, runs.values())
+    ]
+
+
+def sweep_table(sweep: SweepConfig, results: Sequence[CellResult], measure: Measure | None = None) -> ResultTable:
+    """The results for people.
+
+    Args:
+        sweep: the sweep.
+        results: as ``sweep_results`` gives them.
+        measure: what they sum up; what the sweep says by default.
+    """
+    measure = summary_of(sweep) if measure is None else measure
     rows = []
     for result in results:
         mean = f"{np.mean(result.bits_per_byte):.4f}" if result.bits_per_byte else "not evaluated"
@@ -160,11 +268,13 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult]) -> ResultTabl
         over_documents = "" if result.against_baseline is None else f"{result.against_baseline.error:.4f}"
         over_seeds = "" if math.isnan(result.seed_error) else f"{result.seed_error:.4f}"
         seeds = str(len(result.bits_per_byte)) if result.is_trained else ""
-        rows.append((result.name, seeds, mean, difference, over_documents, over_seeds))
+        cells = (result.name, seeds, mean, difference, over_documents, over_seeds)
+        rows.append((*cells, result.kinds_won) if measure.by_kind else cells)
+    columns = ("cell", "seeds", "bits per byte", "difference", "over documents", "over seeds")
     return ResultTable(
-        f"Sweep {sweep.name}: held-out bits per byte{_precisions(results)}, mean over seeds; paired "
+        f"Sweep {sweep.name}: {measure.words}{_precisions(results)}, mean over seeds; paired "
         f"differences against {sweep.baseline}, with their standard errors over documents and over seeds",
-        ("cell", "seeds", "bits per byte", "difference", "over documents", "over seeds"),
+        (*columns, "kinds won") if measure.by_kind else columns,
         tuple(rows),
         notes=tuple(
             f"{result.name} is not compared with {sweep.baseline}: {result.not_compared}"

@@ -10,6 +10,7 @@ from pipeline.evaluation.suites.results import suite_rows, suite_table
 from pipeline.report.held_out import held_out, held_out_table
 from pipeline.report.reported import reported_runs
 from pipeline.report.teacher import teacher_rows, teacher_table
+from pipeline.report.texts import text_reports, text_tables
 from pipeline.report.times import time_table
 from pipeline.report.weights import weight_table
 from pipeline.state.status import read_status
@@ -29,6 +30,9 @@ def print_report(store: Store, console: Console) -> None:
         )
     statuses = {run.label: read_status(run, store) for run in runs}
     print_table(held_out_table(held_out(runs, store)), console)
+    for report in text_reports(runs, store):
+        for table in text_tables(report):
+            print_table(table, console)
     benchmarks = suite_rows(runs, store)
     if benchmarks:
         print_table(suite_table(benchmarks), console)

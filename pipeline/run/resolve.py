@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.dataset.documents import dataset_identity
 from pipeline.run.shard_plan import plan_header, read_plan
-from pipeline.run.stage_table import STAGES, ShardedStage, StageSpec, step_key
+from pipeline.run.stage_table import STAGES, ShardedStage, StageSpec, model_and_text, step_key
 from pipeline.run.steps import Request, ResolvedRun, Step
 from pipeline.settings.run import RunConfig
 from stages.contract.fingerprint import fingerprint
@@ -37,13 +37,15 @@ def _step(spec: StageSpec, config: RunConfig, name: str | None, steps: Mapping[s
     inputs = dict(spec.inputs(config, name))
     settings = spec.settings(config, name)
     chained = {**{of: steps[key].fingerprint for of, key in inputs.items()}, **spec.identities(config, name)}
+    model, text = model_and_text(name)
     return Step(
         key=step_key(spec.name, name),
         stage=spec.name,
-        model=name,
+        model=model,
         fingerprint=fingerprint(spec.name, spec.version, settings, chained),
         inputs=inputs,
         settings={**settings, "inputs": chained, "version": spec.version},
+        text=text,
     )
 
 

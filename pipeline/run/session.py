@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import pyarrow as pa
 from rich.console import Console
 
-from pipeline.dataset.documents import ShardRange, read_kinds
+from pipeline.dataset.documents import ShardRange, check_dataset, read_kinds
+from pipeline.dataset.files import reading
 from pipeline.run.records import record
 from pipeline.run.resolve import resolve
 from pipeline.run.shard_plan import read_plan
@@ -62,6 +63,11 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
     config = load_config(request.config_path, request.overrides)
     for model in config.models:
         model.check()
+    for text in config.eval.texts:
+        if (
+            text.path is not None
+        ):  # those of the hub are checked where shards are planned: later stages may have no network
+            reading(text, check_dataset, text)
     _warn_of_branches(config)
     if config.logits_from is not None:
         check_shared(config.logits_from)
@@ -155,6 +161,7 @@ def command(run: Run, stage: str) -> str:
 def _warn_of_branches(config: RunConfig) -> None:
     """A branch may move between two commands, and a fingerprint that holds its name would not notice."""
     places = {model.name: model.revision for model in config.models} | {"dataset": config.dataset.revision}
+    places |= {text.section: text.revision for text in config.eval.texts}
     for name, revision in places.items():
         if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
             log.warning("%s: revision %r is no commit: a later change on the hub would go unnoticed", name, revision)

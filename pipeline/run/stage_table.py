@@ -14,9 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from pipeline.dataset.documents import dataset_identity
 from pipeline.settings.adapt import FOLDS, SourceConfig
 from pipeline.settings.baselines import ENSEMBLE, Baseline
 from pipeline.settings.run import RunConfig
+from pipeline.settings.texts import TEXT_VERSION
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
 from stages.contract.manifest import Figure, Mean
@@ -58,7 +60,8 @@ class Resources:
 class StageSpec:
     """A row of the stage table.
 
-    Where a function takes a name, that is the step's own: the model it runs for, or None where the stage has one step.
+    Where a function takes a name, that is the step's own: the model it runs for, or None where the stage has one step. An
+    evaluation on another text than the held-out split is named by both, ``"gemma3/news"`` (``model_and_text``).
 
     Attributes:
         name: the stage's name, its folder's and its command's.
@@ -182,6 +185,19 @@ def _logits_inputs(config: RunConfig, name: str | None) -> dict[str, str]:
     return {"shard": "shard", **({fold: f"adapt/{name}-{fold}" for fold in FOLDS} if adapted else {})}
 
 
+def eval_key(model: str, text: str | None = None) -> str:
+    """Return the key of a model's evaluation on a text, or on the held-out split: ``eval/gemma3/news``, ``eval/gemma3``."""
+    return step_key("eval", model if text is None else f"{model}/{text}")
+
+
+def model_and_text(name: str | None) -> tuple[str | None, str | None]:
+    """Return the model and the text that a step's name consists of; None for what it lacks."""
+    if name is None:
+        return None, None
+    model, _, text = name.partition("/")
+    return model, text or None
+
+
 def _logits_choices(config: RunConfig, name: str | None) -> dict[str, str]:
     if config.logits.backend != "auto":
         return {}
@@ -240,14 +256,26 @@ def _fit_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     return {"positions": count, "kinds": len(result["rows"]) - 1, **weights, **nll}
 
 
+_HELD_OUT_ONLY: Final = ("split", "max_documents")
+"""Settings of ``[eval]`` that say which held-out documents are scored."""
+
+
 def _evaluated(config: RunConfig) -> tuple[str, ...]:
-    """Return what is evaluated: the target before training, the sources, the baselines, and the trained model."""
-    return (*(model.name for model in config.models), *config.baselines.methods, FUSED)
+    """Return what is evaluated: the target before training, the sources, the baselines, and the trained model.
+
+    First on the held-out split, then on every other text.
+    """
+    models = (*(model.name for model in config.models), *config.baselines.methods, FUSED)
+    return (*models, *(f"{model}/{text.name}" for text in config.eval.texts for model in models))
 
 
 def _eval_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
+    model, text = model_and_text(name)
     settings: dict[str, Any] = {"eval": config.eval.result_settings()}
-    baseline = next((method for method in config.baselines.methods if method == name), None)
+    if text is not None:
+        settings["eval"] = {key: value for key, value in settings["eval"].items() if key not in _HELD_OUT_ONLY}
+        settings["text"] = {**config.eval.find_text(text).result_settings(), "version": TEXT_VERSION}
+    baseline = next((method for method in config.baselines.methods if method == model), None)
     return settings if baseline is None else {**settings, **_baseline_settings(config, baseline)}
 
 
@@ -263,7 +291,19 @@ def _baseline_settings(config: RunConfig, baseline: Baseline) -> dict[str, Any]:
 
 
 def _eval_identities(config: RunConfig, name: str | None) -> dict[str, str]:
-    """Return the hashes of the evaluated model's files; of all models' files for a baseline, which has none of its own."""
+    """Return the hashes of the evaluated model's files; of all models' files for a baseline, which has none of its own.
+
+    A text is cut to fit every tokenizer, and only bytes that every model predicts count: so all tokenizers decide its figures.
+    """
+    model, text = model_and_text(name)
+    if text is None:
+        return _evaluated_identities(config, model)
+    tokenizers = sorted({part.tokenizer_identity() for part in config.models})
+    documents = dataset_identity(config.eval.find_text(text))
+    return {**_evaluated_identities(config, model), "documents": documents, "tokenizers": ",".join(tokenizers)}
+
+
+def _evaluated_identities(config: RunConfig, name: str | None) -> dict[str, str]:
     if name == FUSED:
         return {}
     if name in config.baselines.methods:
@@ -398,11 +438,14 @@ STAGES: Final[tuple[StageSpec, ...]] = (
     ),
     JobStage(
         name="eval",
-        help="Bits per byte on held-out text: the target before and after, each source, and baselines; benchmarks on "
-        "request.",
+        help="Bits per byte on held-out text and on other texts: the target before and after, each source, and baselines; "
+        "benchmarks on request.",
         version=EVAL_VERSION,
         settings=_eval_settings,
-        inputs=lambda config, name: {"shard": "shard", **({"train": "train"} if name == FUSED else {})},
+        inputs=lambda config, name: {
+            "shard": "shard",
+            **({"train": "train"} if model_and_text(name)[0] == FUSED else {}),
+        },
         names=_evaluated,
         identities=_eval_identities,
         result="bits-per-byte.json",

@@ -30,6 +30,7 @@ class Step:
         fingerprint: names the folder.
         inputs: input name, as the stage knows it -> step key.
         settings: the readable settings behind the fingerprint, with the inputs' fingerprints.
+        text: the text that a model is evaluated on; None for the held-out split, and for the other stages.
     """
 
     key: str
@@ -38,6 +39,7 @@ class Step:
     fingerprint: str
     inputs: Mapping[str, str]
     settings: Mapping[str, Any]
+    text: str | None = None
 
     @property
     def folder(self) -> str:

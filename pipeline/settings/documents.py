@@ -26,6 +26,14 @@ def scored_documents(config: RunConfig) -> dict[str, Any]:
     return {f"{section}.{name}": getattr(getattr(config, section), name) for section, name in keys}
 
 
+def scored_texts(config: RunConfig) -> tuple[str, ...]:
+    """Return what decides which documents of other texts are scored: each text's name, place and settings, in words."""
+    return tuple(
+        " ".join(f"{key} {value}" for key, value in text.model_dump().items() if value is not None)
+        for text in config.eval.texts
+    )
+
+
 def other_documents(documents: Mapping[str, Any], baseline: Mapping[str, Any]) -> str | None:
     """Return what two configurations differ in that decides what text is scored, in words; None where they agree.
 

@@ -9,13 +9,14 @@ from pipeline.settings.adapt import SourceConfig
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE, BaselinesConfig
 from pipeline.settings.interpret import InterpretConfig
 from pipeline.settings.planning import AssumptionsConfig, PricesConfig
+from pipeline.settings.texts import EvaluationConfig
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
 from stages.fuse.config import FuseConfig
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
 from stages.shard.config import DatasetConfig, ShardConfig, absolute_or_url
-from train.config import EvalConfig, TrainConfig
+from train.config import TrainConfig
 
 
 class EngineConfig(Settings):
@@ -54,7 +55,7 @@ class RunConfig(Settings):
     align: AlignConfig = AlignConfig()
     fuse: FuseConfig = FuseConfig()
     train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
+    eval: EvaluationConfig = EvaluationConfig()
     interpret: InterpretConfig = InterpretConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     engine: Annotated[EngineConfig, RUNTIME] = EngineConfig()

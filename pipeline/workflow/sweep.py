@@ -9,7 +9,7 @@ import json
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
@@ -21,8 +21,10 @@ from pipeline.run.session import open_run
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, ResolvedRun, record_key, result_key
 from pipeline.run.trained_model import discard_model, is_trained
-from pipeline.settings.documents import other_documents, scored_documents
+from pipeline.settings.documents import other_documents, scored_documents, scored_texts
 from pipeline.settings.load import ConfigError, find_toml, load_config, shipped_sweeps
+from pipeline.settings.run import RunConfig
+from pipeline.settings.texts import HELD_OUT
 from pipeline.workflow.stages import run_all_stages
 from stages.contract.fingerprint import Settings
 from stages.contract.store import Store
@@ -48,6 +50,12 @@ class SweepConfig(Settings):
     )
     set: dict[str, Scalar] = Field({}, description="Dotted key -> value, of every variant.")
     baseline: str | None = Field(None, description="The variant that all others are compared with, seed by seed.")
+    summary: str = Field(
+        HELD_OUT, description=f"What the first table sums up: `{HELD_OUT}`, or the name of one of `[[eval.texts]]`."
+    )
+    average: Literal["bytes", "kinds"] = Field(
+        "bytes", description="There: over all bytes, or over the kinds of its documents, each weighing the same."
+    )
     keep_models: bool = Field(False, description="Keep every trained model; else each is removed when it is evaluated.")
     variants: tuple[Variant, ...] = Field(min_length=1, description="What is compared.")
 
@@ -63,6 +71,10 @@ class SweepConfig(Settings):
             )
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline = {self.baseline!r} is none of the cells: {', '.join(names)}")
+        if self.average == "kinds" and self.summary == HELD_OUT:
+            raise ValueError(
+                f"the documents of summary = {HELD_OUT!r} have no kinds: name one of the texts, or average bytes"
+            )
         return self
 
 
@@ -106,18 +118,20 @@ def load_sweep(given: Path) -> SweepConfig:
 
 
 def check_cells(sweep: SweepConfig) -> None:
-    """Refuse a sweep of which a cell cannot be used, or cannot be compared with the baseline.
+    """Refuse a sweep of which a cell cannot be used, summed up, or compared with the baseline.
 
     Raises:
-        ConfigError: a cell's configuration is wrong, or it scores other documents than the baseline; names the cell and
-            the setting.
+        ConfigError: a cell's configuration is wrong, it has no such text or kinds as the sweep is summed up by, or it scores
+            other documents than the baseline; names the cell and the setting.
     """
     documents = {}
     for cell in cells_of(sweep):
         try:
-            documents[cell.name] = scored_documents(load_config(sweep.config, cell.overrides))
+            config = load_config(sweep.config, cell.overrides)
         except ConfigError as error:
             raise ConfigError(f"cell {cell.name}: {error}") from None
+        _check_summary(sweep, cell, config)
+        documents[cell.name] = {**scored_documents(config), "eval.texts": scored_texts(config)}
     for name, own in documents.items() if sweep.baseline is not None else ():
         differing = other_documents(own, documents[str(sweep.baseline)])
         if differing is not None:
@@ -125,6 +139,18 @@ def check_cells(sweep: SweepConfig) -> None:
                 f"cell {name}: {differing}, in the baseline {sweep.baseline}: cells are compared with it document by "
                 "document, so all must score the same ones. Give such settings under [set], or leave out `baseline`"
             )
+
+
+def _check_summary(sweep: SweepConfig, cell: Cell, config: RunConfig) -> None:
+    texts = {text.name: text for text in config.eval.texts}
+    if sweep.summary != HELD_OUT and sweep.summary not in texts:
+        known = ", ".join([HELD_OUT, *texts])
+        raise ConfigError(f"cell {cell.name}: summary = {sweep.summary!r} is none of its texts; it has: {known}")
+    if sweep.average == "kinds" and texts[sweep.summary].kind_column is None:
+        raise ConfigError(
+            f'cell {cell.name}: average = "kinds", and the text {sweep.summary} has no kind_column: set it there, or average '
+            "bytes"
+        )
 
 
 def cells_of(sweep: SweepConfig) -> list[Cell]:

@@ -42,6 +42,11 @@ class DatasetConfig(Settings):
     )
     max_documents: int | None = Field(None, ge=1, description="Take the first this many documents; all when not given.")
 
+    @property
+    def section(self) -> str:
+        """The section of the configuration that these settings stand in, for messages."""
+        return "dataset"
+
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         check_place(hub=self.hub, revision=self.revision, path=self.path)

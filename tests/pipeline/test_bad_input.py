@@ -329,6 +329,67 @@ def test_secret_in_the_dataset_url_is_refused_and_not_recorded(corpus: Corpus) -
     assert not corpus.run.exists()
 
 
+class Essays:
+    """A text besides the held-out split."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.file = corpus.folder / "essays.jsonl"
+
+    def write(self, *texts: Any) -> "Essays":
+        self.file.write_text("".join(json.dumps({"text": text, "kind": "essay"}) + "\n" for text in texts))
+        return self
+
+    def setting(self, *more: str, name: str = "news") -> str:
+        lines = (f'name = "{name}"', f'path = "{self.file}"', *more)
+        return "{" + ", ".join(lines) + "}"
+
+    def eval(self, *more: str) -> str:
+        """Evaluate after the shard stage alone; the trained model is missing, so the command always ends with a message."""
+        self.corpus.write(*GOOD).ptafuse("shard", "shard.validation_fraction=0.4")
+        sets = ("--set=shard.validation_fraction=0.4", f"--set=eval.texts=[{self.setting(*more)}]")
+        command = ("eval", str(self.corpus.config()), "--run", str(self.corpus.run), "--local", *sets)
+        done = ptafuse(*command, check=False)
+        assert done.returncode == 1
+        assert "Traceback" not in done.stderr
+        return done.stdout + done.stderr
+
+
+def test_texts_that_cannot_be_read_are_refused_before_anything_runs(corpus: Corpus) -> None:
+    essays = Essays(corpus)
+    corpus.write(*GOOD)
+    refused = corpus.refused("eval", f"eval.texts=[{essays.setting()}]")
+    assert re.search(said("a text of `[[eval.texts]]` whose file is missing"), refused)
+    essays.write("An essay.")
+    of_kinds = essays.setting('kind_column = "genre"')
+    refused = corpus.refused("eval", f"eval.texts=[{of_kinds}]")
+    assert re.search(said("a text without its column, of text or of kinds"), refused)
+    refused = corpus.refused("eval", f"eval.texts=[{essays.setting()}, {essays.setting()}]")
+    assert re.search(said("two texts of one name"), refused)
+    refused = corpus.refused("eval", f"eval.texts=[{essays.setting(name='heldout')}]")
+    assert re.search(said("a text called like the held-out split"), refused)
+    assert not list(corpus.run.glob("shard/*"))
+
+
+def test_documents_of_a_text_that_are_not_scored_are_counted(corpus: Corpus) -> None:
+    training = [f" {text}\n" for text in GOOD]
+    essays = Essays(corpus).write("An essay of its own.", *training, "", None, " ")
+    shown = essays.eval()
+    assert re.search(said("a document of a text that shares text with the training documents"), shown)
+    assert re.search(said("a document of a text that is empty, null, or no text"), shown)
+    assert "3 that are empty or no text" in shown
+    assert list(corpus.run.glob("eval/llama/news/*/bits-per-byte.json"))
+    refused = essays.eval('overlap = "refuse"')
+    assert re.search(said("the same where `overlap` says to refuse"), refused)
+
+
+def test_a_text_of_which_nothing_is_left_is_refused_before_any_model_runs(corpus: Corpus) -> None:
+    refused = Essays(corpus).write("", None).eval()
+    assert re.search(said("a text of which nothing is left"), refused)
+    assert "left out: 2 that are empty or no text" in refused
+    assert not list(corpus.run.glob("eval/*"))
+
+
 def test_every_documented_message_is_compared_with_a_real_one() -> None:
     rows = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| ") and line.endswith("` |")]
     compared = Path(__file__).read_text()

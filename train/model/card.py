@@ -1,10 +1,14 @@
 """The model card of a finished model: what it was made of and how; evaluation adds its figures later."""
 
 import json
+import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from stages.measures.kinds import KindFigures
+from stages.measures.standard_error import Estimate
 from train.job import StepRecord, TrainJob
 from train.model.rounding import RoundingSurvival
 
@@ -57,7 +61,60 @@ Models, data, and the stages before training, each with its fingerprint:
 """
 
 
-def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]], *, dtype: str) -> None:
+@dataclass(frozen=True)
+class Comparison:
+    """Paired differences in bits per byte between two models on one text.
+
+    Attributes:
+        over_bytes: over all bytes.
+        by_kind: by kind of document; None where the documents have no kinds.
+    """
+
+    over_bytes: Estimate
+    by_kind: KindFigures | None
+
+
+@dataclass(frozen=True)
+class TextRow:
+    """One model on a text.
+
+    Attributes:
+        label: which model.
+        bits_per_byte: over all bytes.
+        by_kind: by kind of document; None where the documents have no kinds.
+        against_before: difference to the target before training; None for the target itself and for sources.
+        against_gold_only: difference to the same training on the gold tokens alone; None where there is no such run.
+    """
+
+    label: str
+    bits_per_byte: float
+    by_kind: KindFigures | None
+    against_before: Comparison | None
+    against_gold_only: Comparison | None
+
+
+@dataclass(frozen=True)
+class TextFigures:
+    """What several models gave on a text besides the held-out split.
+
+    Attributes:
+        name: the text's.
+        documents: how many documents are scored and why others are not, in words.
+        rows: the models.
+    """
+
+    name: str
+    documents: str
+    rows: tuple[TextRow, ...]
+
+
+def add_evaluation(
+    model_folder: Path,
+    figures: Sequence[tuple[str, float, int]],
+    *,
+    dtype: str,
+    texts: Sequence[TextFigures] = (),
+) -> None:
     """Write held-out figures into the card of a finished model, in the place of what stood there.
 
     The card is the one file of the folder that its manifest does not hash.
@@ -66,6 +123,7 @@ def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]
         model_folder: the exported model.
         figures: (what was evaluated, bits per byte, held-out bytes).
         dtype: the precision of the evaluation.
+        texts: figures on other texts, a table each.
 
     Raises:
         ValueError: the folder's card has no place for them.
@@ -77,9 +135,46 @@ def add_evaluation(model_folder: Path, figures: Sequence[tuple[str, float, int]]
         raise ValueError(f"{path} is not ptafuse's model card: it has no section {_EVALUATION!r} before another one")
     rows = "\n".join(f"| {name} | {bits:.4f} | {num_bytes:,} |" for name, bits, num_bytes in figures)
     section = f"\n| model | bits per byte, in {dtype} | held-out bytes |\n| --- | --- | --- |\n{rows}\n"
+    section += "".join(f"\n{_text_table(text)}\n" for text in texts)
     temporary = path.with_name(f".{CARD}.{os.getpid()}")
     temporary.write_text(before + heading + section + next_heading + rest)
     temporary.replace(path)
+
+
+def _text_table(text: TextFigures) -> str:
+    """Markdown: over all bytes, and where there are kinds the average over them; only the columns that hold something."""
+    has_kinds = any(row.by_kind is not None for row in text.rows)
+    columns = ["model", "bits per byte", "against target before", "against gold only"]
+    if has_kinds:
+        columns += [
+            "average over kinds",
+            "kinds against target before",
+            "kinds won",
+            "kinds against gold only",
+            "kinds won",
+        ]
+    lines = []
+    for row in text.rows:
+        comparisons = (row.against_before, row.against_gold_only)
+        cells = [row.label, f"{row.bits_per_byte:.4f}"]
+        cells += ["" if found is None else _difference(found.over_bytes) for found in comparisons]
+        if has_kinds:
+            cells.append("" if row.by_kind is None else f"{row.by_kind.average.mean:.4f}")
+            for found in comparisons:
+                kinds = None if found is None else found.by_kind
+                cells += ["", ""] if kinds is None else [_difference(kinds.average), kinds.won]
+        lines.append(cells)
+    used = [index for index in range(len(columns)) if any(cells[index] for cells in lines)]
+    shown = [columns, ["---"] * len(columns), *lines]
+    table = "\n".join(f"| {' | '.join(cells[index] for index in used)} |" for cells in shown)
+    return (
+        f"Text {text.name}: {text.documents}. Bits per byte; differences are paired by document (± standard error over "
+        f"documents), and an average over kinds weighs each kind of document the same.\n\n{table}"
+    )
+
+
+def _difference(estimate: Estimate) -> str:
+    return f"{estimate.mean:+.4f}" + ("" if math.isnan(estimate.error) else f" ± {estimate.error:.4f}")
 
 
 def _json(value: object) -> str:

@@ -17,8 +17,9 @@ from pipeline.report.page.interpretation import described_interpretations
 from pipeline.report.page.plots import Bar, bars, curves
 from pipeline.report.page.viewer import viewer_data
 from pipeline.report.reported import reported_runs, runs_by_folder
-from pipeline.report.sweeps import sweep_results, sweep_table
+from pipeline.report.sweeps import summary_of, sweep_results, sweep_tables
 from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
+from pipeline.report.texts import TextReport, text_reports, text_tables
 from pipeline.report.times import time_table
 from pipeline.report.weights import weight_table
 from pipeline.run.outcomes import read_training_log
@@ -79,6 +80,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         runs=[_described(run, statuses[run.label]) for run in runs],
         held_out=held_out_table(results),
         held_out_plot=_held_out_plot(results),
+        texts=[_described_text(report) for report in text_reports(runs, store, peers=every)],
         has_benchmarks=bool(benchmarks),
         benchmarks=suite_table(benchmarks),
         benchmark_plot=_benchmark_plot(benchmarks),
@@ -152,6 +154,10 @@ def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
     return bars(entries, axis="bits per byte, difference") if entries else ""
 
 
+def _described_text(report: TextReport) -> dict[str, Any]:
+    return {"name": report.name, "tables": text_tables(report), "plot": _held_out_plot(report.rows)}
+
+
 def _benchmark_plot(rows: Sequence[SuiteRow]) -> str:
     """Differences to the target before training in each suite's headline figure."""
     entries = [
@@ -185,7 +191,12 @@ def _described_sweep(sweep: SweepConfig, store: Store) -> dict[str, Any]:
         if result.against_baseline is not None and result.is_trained
     ]
     plot = bars(entries, axis=f"bits per byte, difference to {sweep.baseline}") if entries else ""
-    return {"name": sweep.name, "table": sweep_table(sweep, results), "plot": plot}
+    return {
+        "name": sweep.name,
+        "tables": sweep_tables(sweep, store),
+        "plot": plot,
+        "plotted": summary_of(sweep).words,
+    }
 
 
 def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:

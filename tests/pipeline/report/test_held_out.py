@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.report.held_out import HeldOutRow, held_out, held_out_table, paired_difference
+from pipeline.evaluation.paired import paired_difference
+from pipeline.report.held_out import HeldOutRow, held_out, held_out_table
 from pipeline.run.records import recorded_runs
 from pipeline.run.resolve import resolve
 from pipeline.run.stage_table import FUSED

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.held_out import paired_difference
+from pipeline.evaluation.paired import paired_difference
 from pipeline.report.sweeps import sweep_results, sweep_table
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun

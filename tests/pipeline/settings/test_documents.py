@@ -11,6 +11,7 @@ OTHER = {
     "eval": {
         *("max_length", "dtype", "attention", "device", "batch_tokens", "chunk_positions"),
         *("suites", "suite_models", "data", "limit", "suite_batch_size", "execute_code"),
+        "texts",
     },
 }
 """Settings of the same sections that say how text is scored, or where and how that is computed."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from pipeline.run.stage_table import FUSED
+from pipeline.run.stage_table import FUSED, eval_key
 from pipeline.run.steps import Request, ResolvedRun, Step
 
 FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_loss", "temperature", "tail_loss")
@@ -44,8 +44,12 @@ def is_gold_only(run: ResolvedRun) -> bool:
     return not run.config.train.uses_fusion
 
 
-def gold_training(run: ResolvedRun) -> dict[str, Any]:
+def gold_training(run: ResolvedRun, text: str | None = None) -> dict[str, Any]:
     """Return what decides the figures of a run's training if the gold tokens are all it learns from; see the module's text.
+
+    Args:
+        run: which run.
+        text: the figures on a text of it; on the held-out split by default.
 
     Two runs with equal values and no weight on the fusion loss have the same model and the same figures.
     """
@@ -55,12 +59,16 @@ def gold_training(run: ResolvedRun) -> dict[str, Any]:
         "versions": [run.steps[stage].settings.get("version") for stage in ("fuse", "train")],
         "blocks": [run.config.fuse.max_length, run.config.fuse.packing],
         # Its fingerprint has the target's weights and tokenizer, the shards, which documents are scored, and how.
-        "target before": run.steps[f"eval/{run.config.target.name}"].fingerprint,
+        "target before": run.steps[eval_key(run.config.target.name, text)].fingerprint,
     }
 
 
 def find_gold_only(
-    run: ResolvedRun, runs: Sequence[ResolvedRun], read: Callable[[Step], dict[str, Any] | None], run_url: str
+    run: ResolvedRun,
+    runs: Sequence[ResolvedRun],
+    read: Callable[[Step], dict[str, Any] | None],
+    run_url: str,
+    text: str | None = None,
 ) -> GoldOnly:
     """Return the figures of the same training on the gold tokens alone, or how to come by them.
 
@@ -69,11 +77,18 @@ def find_gold_only(
         runs: the configurations of the run directory.
         read: reads a step's figures.
         run_url: the run directory.
+        text: the figures on a text of the run; on the held-out split by default.
     """
-    training = gold_training(run)
-    twins = [other for other in runs if is_gold_only(other) and gold_training(other) == training]
+    training = gold_training(run, text)
+    twins = [
+        other
+        for other in runs
+        if is_gold_only(other)
+        and eval_key(other.config.target.name, text) in other.steps
+        and gold_training(other, text) == training
+    ]
     for twin in twins:
-        figures = read(twin.steps[f"eval/{FUSED}"])
+        figures = read(twin.steps[eval_key(FUSED, text)])
         if figures is not None:
             return GoldOnly(figures, None)
     command = _command(twins[-1].request if twins else _gold_only_request(run), run_url)

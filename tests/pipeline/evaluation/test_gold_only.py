@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.report.gold_only import FUSION_SETTINGS, is_gold_only
+from pipeline.evaluation.gold_only import FUSION_SETTINGS, is_gold_only
 from pipeline.report.held_out import HeldOutRow, held_out, held_out_table
 from pipeline.run.stage_table import FUSED
 from pipeline.settings.load import load_config

@@ -1,0 +1,266 @@
+"""Prepare the texts of a run: choose their documents, leave out those that training has read, cut them into segments.
+
+What a text shares with the training documents is kept under ``texts/<name>/<fingerprint>/overlap.json``: the training shards
+are read once for all texts that are new.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from pipeline.dataset.documents import plan_documents, read_documents, read_kinds
+from pipeline.dataset.files import reading
+from pipeline.evaluation.texts.choose import NO_KIND, choose_documents, shorten
+from pipeline.evaluation.texts.describe import describe_counts
+from pipeline.evaluation.texts.overlap import Overlap, OverlapIndex
+from pipeline.run.session import Run, StageError, command
+from pipeline.run.stage_table import eval_key
+from pipeline.settings.texts import TEXT_VERSION, TextConfig
+from stages.contract.fingerprint import fingerprint
+from stages.contract.manifest import stage_folder
+from stages.measures.cross_entropy import first_common_byte
+from stages.models.tokenizer import SegmentTokenizer
+from stages.shard.cut import CutError, cut_document
+from train.evaluate import Segment
+
+DOCUMENTS_AT_A_TIME: Final = 4000
+"""Documents of a corpus that are held at once while some are chosen."""
+_NAMED_DOCUMENTS: Final = 5
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A text as the models of a run are evaluated on it.
+
+    Attributes:
+        segments: of the documents that are scored; a document's segments stand together.
+        kinds: number of a scored document -> its kind; empty without ``kind_column``.
+        counts: documents of the corpus, and what became of them (``describe_counts``).
+    """
+
+    segments: tuple[Segment, ...]
+    kinds: Mapping[int, str]
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A chosen document; ``whole`` is None and ``reason`` says why where it cannot be read."""
+
+    doc_id: int
+    kind: str | None
+    whole: str | None
+    reason: str | None = None
+
+
+def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, PreparedText]:
+    """Prepare some of a run's texts.
+
+    Args:
+        run: the run; its shard stage is complete.
+        names: of the texts.
+        num_shards: of the shard stage.
+
+    Raises:
+        StageError: no document of a text is left, or one shares text with the training documents and ``overlap`` says
+            ``refuse``.
+        FileNotFoundError, DatasetError: a text's files cannot be read.
+    """
+    texts = {name: run.config.eval.find_text(name) for name in names}
+    known = {name: _read_overlaps(run, text) for name, text in texts.items()}
+    documents: dict[str, list[_Document]] = {}
+    totals: dict[str, dict[str, int]] = {}
+    for name, text in texts.items():
+        documents[name], totals[name] = reading(text, _read_chosen, text)
+    new = [name for name in names if known[name] is None]
+    known |= _measure_overlaps(run, {name: texts[name] for name in new}, documents, num_shards)
+    tokenizers = [SegmentTokenizer.load(model) for model in run.config.models]
+    prepared = {}
+    for name, text in texts.items():
+        kept, counts = _keep(run, text, documents[name], known[name] or {})
+        segments, num_uncut = _segments(text, kept, tokenizers, run.config.shard.max_length)
+        scored = {segment.doc_id for segment in segments}
+        kinds = {part.doc_id: part.kind for part in kept if part.kind is not None and part.doc_id in scored}
+        counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
+        if not segments:
+            raise StageError(_nothing_left(text, counts))
+        run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
+        prepared[name] = PreparedText(tuple(segments), kinds, counts)
+    return prepared
+
+
+# --- documents --------------------------------------------------------------------------------------------------------
+
+
+def _read_chosen(text: TextConfig) -> tuple[list[_Document], dict[str, int]]:
+    """Read the chosen documents of a corpus, and count all its documents and kinds."""
+    ranges = plan_documents(text, DOCUMENTS_AT_A_TIME)
+    total = sum(part.num_documents for part in ranges)
+    kinds = [NO_KIND] * total
+    if text.kind_column is not None:
+        for part in ranges:
+            for number, kind in read_kinds(text, part).items():
+                kinds[number] = NO_KIND if kind is None else kind
+    chosen = set(choose_documents(kinds, num_documents=text.num_documents, fraction=text.fraction))
+    documents = []
+    for part in ranges:
+        if chosen.isdisjoint(range(part.first_doc_id, part.first_doc_id + part.num_documents)):
+            continue
+        for row in read_documents(text, part).to_pylist():
+            if row["doc_id"] in chosen:
+                kind = None if text.kind_column is None else kinds[row["doc_id"]]
+                documents.append(_decoded(row, kind))
+    return documents, {"documents": total, "kinds": 0 if text.kind_column is None else len(set(kinds))}
+
+
+def _decoded(row: Mapping[str, Any], kind: str | None) -> _Document:
+    raw = row["text"]
+    if raw is None:
+        return _Document(row["doc_id"], kind, None, row["error"] or "the text column is null in this record")
+    try:
+        whole = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return _Document(row["doc_id"], kind, None, f"not UTF-8 at byte {error.start}")
+    if not whole.strip():
+        return _Document(row["doc_id"], kind, None, "empty, or white space alone")
+    return _Document(row["doc_id"], kind, whole)
+
+
+def _scored(text: TextConfig, document: _Document) -> str:
+    """What is scored of a readable document; white space at its beginning is not cut off from what follows."""
+    assert document.whole is not None
+    return shorten(document.whole, text.max_characters)
+
+
+# --- overlap ----------------------------------------------------------------------------------------------------------
+
+
+def _overlap_key(run: Run, text: TextConfig) -> str:
+    """Where is kept what a text shares with the training documents, whatever limit is set to it."""
+    step = run.resolved.steps[eval_key(run.config.target.name, text.name)]
+    settings = {key: value for key, value in step.settings["text"].items() if key not in ("overlap", "max_overlap")}
+    inputs = {name: step.settings["inputs"][name] for name in ("documents", "shard")}
+    return f"{stage_folder(f'texts/{text.name}', fingerprint('text', TEXT_VERSION, settings, inputs))}/overlap.json"
+
+
+def _read_overlaps(run: Run, text: TextConfig) -> dict[int, Overlap] | None:
+    try:
+        value = json.loads(run.store.read(_overlap_key(run, text)))
+    except FileNotFoundError:
+        return None
+    return {part["doc_id"]: Overlap(part["is_equal"], part["share"]) for part in value["documents"]}
+
+
+def _measure_overlaps(
+    run: Run, texts: Mapping[str, TextConfig], documents: Mapping[str, Sequence[_Document]], num_shards: int
+) -> dict[str, dict[int, Overlap]]:
+    """Read the training documents once for several texts, and record what each shares with them."""
+    readable = [(name, part) for name in texts for part in documents[name] if part.whole is not None]
+    if not readable:
+        return {name: {} for name in texts}
+    index = OverlapIndex(
+        [_scored(texts[name], part) for name, part in readable], [str(part.whole) for _, part in readable]
+    )
+    for training in _training_documents(run, num_shards):
+        index.read(training)
+    found: dict[str, dict[int, Overlap]] = {name: {} for name in texts}
+    for (name, part), overlap in zip(readable, index.overlaps(), strict=True):
+        found[name][part.doc_id] = overlap
+    for name, text in texts.items():
+        records = [
+            {"doc_id": part.doc_id, "kind": part.kind, **asdict(found[name][part.doc_id])}
+            for part in documents[name]
+            if part.doc_id in found[name]
+        ]
+        unreadable = [{"doc_id": part.doc_id, "reason": part.reason} for part in documents[name] if part.reason]
+        value = {"text": name, "documents": records, "unreadable": unreadable}
+        run.store.create(_overlap_key(run, text), (json.dumps(value, indent=1) + "\n").encode())
+    return found
+
+
+def _training_documents(run: Run, num_shards: int) -> Iterator[list[str]]:
+    """The training documents, shard by shard, each put together from its segments."""
+    manifests = run.store.manifests(run.resolved.steps["shard"].folder)
+    for shard in range(num_shards):
+        table = run.store.read_table(manifests[shard].data, remake="`make shard`").select(["doc_id", "split", "text"])
+        parts: dict[int, list[str]] = {}
+        for doc_id, split, segment in zip(*(column.to_pylist() for column in table.columns), strict=True):
+            if split == "train":
+                parts.setdefault(doc_id, []).append(segment)
+        yield ["".join(segments) for segments in parts.values()]
+
+
+def _keep(
+    run: Run, text: TextConfig, documents: Sequence[_Document], overlaps: Mapping[int, Overlap]
+) -> tuple[list[_Document], dict[str, int]]:
+    """Leave out what cannot be scored.
+
+    Raises:
+        StageError: a document shares text with the training documents, and that is refused.
+    """
+    readable = [part for part in documents if part.whole is not None]
+    shared = [
+        part for part in readable if overlaps[part.doc_id].is_equal or overlaps[part.doc_id].share > text.max_overlap
+    ]
+    if shared and text.overlap == "refuse":
+        named = ", ".join(
+            f"document {part.doc_id} ({_describe(overlaps[part.doc_id])})" for part in shared[:_NAMED_DOCUMENTS]
+        )
+        more = f" and {len(shared) - _NAMED_DOCUMENTS} more" if len(shared) > _NAMED_DOCUMENTS else ""
+        raise StageError(
+            f"{text.section}: {len(shared)} of its {len(documents)} documents share more than max_overlap = "
+            f"{text.max_overlap} of their 13-grams with the training documents, or are one of them: {named}{more}. Leave them "
+            f'out of the text, or set overlap = "filter" there, then run {command(run, "eval")}'
+        )
+    without = {part.doc_id for part in shared}
+    kept = [part for part in readable if part.doc_id not in without]
+    counts = {
+        "chosen": len(documents),
+        "unreadable": len(documents) - len(readable),
+        "overlapping": len(shared),
+    }
+    return kept, counts
+
+
+def _describe(overlap: Overlap) -> str:
+    return "equal" if overlap.is_equal else f"{overlap.share:.0%}"
+
+
+def _nothing_left(text: TextConfig, counts: Mapping[str, int]) -> str:
+    return (
+        f"{text.section}: no document is left to score: {describe_counts(counts)}. Give another text or more of it, or raise "
+        "max_overlap there"
+    )
+
+
+# --- segments ---------------------------------------------------------------------------------------------------------
+
+
+def _segments(
+    text: TextConfig, documents: Sequence[_Document], tokenizers: Sequence[SegmentTokenizer], max_length: int
+) -> tuple[list[Segment], int]:
+    """Cut documents as the shard stage does, so that they fit every tokenizer.
+
+    Returns:
+        The segments, each with the byte from which on all models predict; and how many documents have no cut.
+    """
+    measures = [tokenizer.measure for tokenizer in tokenizers]
+    pieces: list[tuple[int, str, bool]] = []
+    num_uncut = 0
+    for document in documents:
+        try:
+            cut = cut_document(_scored(text, document), measures, max_length).segments
+        except CutError:
+            num_uncut += 1
+            continue
+        pieces.extend((document.doc_id, piece, index == len(cut) - 1) for index, piece in enumerate(cut))
+    encodings = [
+        tokenizer.encode_batch([piece for _, piece, _ in pieces], is_last=[last for _, _, last in pieces])
+        for tokenizer in tokenizers
+    ]
+    ends = [[encoding.byte_end for encoding in of_segment] for of_segment in zip(*encodings, strict=True)]
+    return [
+        Segment(doc_id, piece, last, first_byte=first_common_byte(byte_ends))
+        for (doc_id, piece, last), byte_ends in zip(pieces, ends, strict=True)
+    ], num_uncut
