@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
-VERSION: Final = 3
-"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
+VERSION: Final = 4
+"""Of the stage's algorithm; raised when its code gives other rows for the same settings. 4: the prefix cost holds between
+texts that the tokenizers would really cut so, and no longer between the bare space and every word."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -80,8 +81,8 @@ class AlignConfig(Settings):
     cost: Literal["edit-distance", "prefix", "semantic"] = Field(
         "edit-distance",
         description="Transport: what moving mass between two tokens costs, in edits: the Levenshtein distance of their "
-        "texts; 0.1 a byte of difference where one text begins with the other; or the cosine distance of the target "
-        "model's input embeddings, scaled to edits.",
+        "texts; 0.1 per byte of difference where one text begins with the other and the tokenizers would really cut it so; "
+        "or the cosine distance of the target model's input embeddings, scaled to edits.",
     )
     marginals: Literal["balanced", "source"] = Field(
         "balanced", description="Which marginals bind: both (Sinkhorn), or the source's alone (closed form)."

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from stages.contract.columns import (
 from stages.contract.stage import BadRecord, StageOutput
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
-from stages.models.tokenizer import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,7 @@ class AlignStage:
         target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
         self._target = _side(self._models[0], target_tokenizer)
         self._source = _side(self._models[1], source_tokenizer)
-        pair = ModelPair(
-            source=self._source.vocabulary,
-            target=self._target.vocabulary,
-            source_texts=self._source.texts,
-            target_texts=self._target.texts,
-            encode=lambda texts: target_tokenizer.encode_batch(texts, is_last=[False] * len(texts)),
-            load_embeddings=lambda: load_input_embeddings(self._models[0]),
-        )
+        pair = _model_pair(target_tokenizer, source_tokenizer, self._models[0].model_dump_json())
         self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
@@ -259,10 +253,33 @@ class _OutputRows:
         self._start_batch()
 
 
+@lru_cache(maxsize=1)
+def _model_pair(target: SegmentTokenizer, source: SegmentTokenizer, target_model: str) -> ModelPair:
+    """Return the two models with the maps between their vocabularies, which the stages of a comparison share.
+
+    Args:
+        target: the target's tokenizer.
+        source: the source's tokenizer.
+        target_model: the target's ``ModelConfig`` as JSON, for its embeddings.
+    """
+    return ModelPair(
+        source=source.vocabulary,
+        target=target.vocabulary,
+        source_texts=_texts(source.vocabulary),
+        target_texts=_texts(target.vocabulary),
+        encode=lambda texts: target.encode_batch(texts, is_last=[False] * len(texts)),
+        encode_source=lambda texts: source.encode_batch(texts, is_last=[False] * len(texts)),
+        load_embeddings=lambda: load_input_embeddings(ModelConfig.model_validate_json(target_model)),
+    )
+
+
 def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
     vocabulary = tokenizer.vocabulary
-    texts = tuple(map(vocabulary.text, range(vocabulary.size)))
-    return Side(model.name, vocabulary, tokenizer.prefix_id, tokenizer.has_dummy_prefix, texts)
+    return Side(model.name, vocabulary, tokenizer.prefix_id, tokenizer.has_dummy_prefix, _texts(vocabulary))
+
+
+def _texts(vocabulary: Vocabulary) -> tuple[str, ...]:
+    return tuple(map(vocabulary.text, range(vocabulary.size)))
 
 
 def _model_rows(table: pa.Table, row: int) -> ModelRows:
