@@ -36,6 +36,8 @@ SAMPLE_TOKENS: Final = 100_000
 PAIRINGS: Final = ("edit-distance", "boundary")
 TARGET_ROW: Final = "target itself"
 SOURCE_ROW: Final = "source itself"
+CONDITIONED: Final = "conditioned"
+"""The row of ``semi-relaxed`` that also covers positions inside a source token."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Way:
     """One way of aligning: a row of the table.
 
     Attributes:
-        name: a preset, a method, or ``"as configured"``.
+        name: a preset, a method, ``CONDITIONED``, or ``"as configured"``.
         settings: all of it.
-        is_configured: it is what the configuration says, but for ``inexact`` and ``tail``, which all rows share. A bucket
-            row and one rescaled to 1 differ by that alone, so all are aligned with their tails.
+        is_configured: it is what the configuration says, but for ``tail``, which all rows share, and ``inexact``, which all
+            share that do not condition. A bucket row and one rescaled to 1 differ by that alone, so all are aligned with
+            their tails.
     """
 
     name: str
@@ -93,7 +96,8 @@ def ways_of(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[Way
     """The rows: each method with both pairings, and the configuration's own settings where no row has them.
 
     All take inexact pairs as they are (what is judged is what each pairing gives, on positions that all have), keep their
-    tails, and see the configuration's window.
+    tails, and see the configuration's window. One row more conditions the source at the positions inside its tokens
+    (``inexact = "condition"``): the same rows elsewhere, so it differs in what it covers.
 
     Args:
         config: the configuration's own settings.
@@ -112,12 +116,15 @@ def ways_of(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[Way
         kinds += [
             (preset, {"preset": preset, "epsilon": epsilon}) for epsilon in sorted({filled["epsilon"], *epsilons})
         ]
-    configured = config.model_copy(update=alike)
+    conditions = {**alike, "inexact": "condition"}
+    configured = config.model_copy(update=conditions if config.inexact == "condition" else alike)
     ways = []
     for name, chosen in kinds:
         for pairing in PAIRINGS:
             settings = AlignConfig.model_validate({**chosen, **alike, **window, "pairing": pairing})
             ways.append(Way(name, settings, settings.result_settings() == configured.result_settings()))
+    settings = AlignConfig.model_validate({"preset": "semi-relaxed", **conditions, **window})
+    ways.append(Way(CONDITIONED, settings, settings.result_settings() == configured.result_settings()))
     if not any(way.is_configured for way in ways):
         ways.append(Way("as configured", configured, is_configured=True))
     return tuple(ways)

@@ -91,6 +91,10 @@ def show_aligned(place: Place, table: pa.Table, position: int | None, console: C
     _show_context(found.context, position, target.name, source.name, console)
     gold = visible(found.gold_next) if found.gold_next is not None else "(the segment ends)"
     console.print(Text(f"gold next token: {gold}   outcome: {found.outcome}"))
+    if found.seen:
+        console.print(
+            Text(f"{source.name} conditioned on: {visible(found.seen)} (what is left of its candidates is moved)")
+        )
     lists = [
         distribution_table(
             f"{source.name} top {len(found.source_topk)}", _pairs(found.source_topk), _rest(found.source_topk)

@@ -6,8 +6,9 @@ from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
-VERSION: Final = 3
-"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
+VERSION: Final = 4
+"""Of the stage's algorithm; raised when its code gives other rows for the same settings. 4: the prefix cost holds between
+texts that the tokenizers would really cut so, and no longer between the bare space and every word."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -41,7 +42,8 @@ what the target already says: a high teacher NLL.
 ``semi-relaxed``: positions that condition on the same text alone; the source's mass goes where its text is, also to
 tokens outside the target's window, and the target's probabilities are a prior. Good for learning from the source: a low
 teacher NLL, no iteration, and a tail that keeps the source's own confidence. It leaves out the positions inside a
-source token, which ``paper`` covers: between unlike tokenizers up to a quarter of them. Its cost and epsilon were chosen on
+source token, which ``paper`` covers: between unlike tokenizers up to a quarter of them (``inexact = "condition"`` takes them
+in, conditioned on the bytes read). Its cost and epsilon were chosen on
 news and checked on documentation, Python source and six languages, in both directions between two models: in the best
 mixture with the target, which rewards what a row adds to it, ``prefix`` at 0.2 beat ``edit-distance`` at 0.5 on all
 eight. ``edit-distance`` charges 4 between a line break and the same with four blanks, so nothing moves there.
@@ -66,10 +68,12 @@ class AlignConfig(Settings):
     pairing: Literal["edit-distance", "boundary"] = Field(
         "edit-distance", description="The paper's dynamic token pairing, or positions that end at the same byte."
     )
-    inexact: Literal["transport", "gold", "mask"] = Field(
+    inexact: Literal["transport", "gold", "mask", "condition"] = Field(
         "transport",
         description="A position whose contexts differ, or without partner: transport it all the same (without a partner: "
-        "mask), put all mass on the gold next token, or leave it out.",
+        "mask), put all mass on the gold next token, or leave it out. `condition` (semi-relaxed, with shared boundaries): "
+        "inside a source token take the source's candidates that begin with the bytes read since its last boundary, and "
+        "transport what is left of each; leave out what cannot be conditioned.",
     )
     method: Literal["transport", "min-edit", "exact"] = Field(
         "transport",
@@ -80,8 +84,8 @@ class AlignConfig(Settings):
     cost: Literal["edit-distance", "prefix", "semantic"] = Field(
         "edit-distance",
         description="Transport: what moving mass between two tokens costs, in edits: the Levenshtein distance of their "
-        "texts; 0.1 a byte of difference where one text begins with the other; or the cosine distance of the target "
-        "model's input embeddings, scaled to edits.",
+        "texts; 0.1 per byte of difference where one text begins with the other and the tokenizers would really cut it so; "
+        "or the cosine distance of the target model's input embeddings, scaled to edits.",
     )
     marginals: Literal["balanced", "source"] = Field(
         "balanced", description="Which marginals bind: both (Sinkhorn), or the source's alone (closed form)."
@@ -123,6 +127,21 @@ class AlignConfig(Settings):
                 preset = {name: value for name, value in preset.items() if name not in TRANSPORT_SETTINGS}
             return {**preset, **values}
         return values
+
+    @model_validator(mode="after")
+    def _refuse_conditioning_without_its_transport(self) -> Self:
+        """Rests of tokens move by the prefix cost, and where the source's marginal alone binds."""
+        needed = {"method": "transport", "pairing": "boundary", "marginals": "source", "cost": "prefix"}
+        wrong = [f"{name} = {value!r}" for name, value in needed.items() if getattr(self, name) != value]
+        if self.inexact == "condition" and wrong:
+            chosen = ", ".join(
+                f"{name} = {getattr(self, name)!r}" for name in needed if getattr(self, name) != needed[name]
+            )
+            raise ValueError(
+                f"inexact = 'condition' needs {', '.join(wrong)}, and the configuration has {chosen}: it moves what is left of "
+                "a source token. Choose preset = 'semi-relaxed', or another `inexact`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _refuse_empty_choice(self) -> Self:

@@ -56,10 +56,12 @@ class Explanation:
         gold_next: the next target token, None at the last position.
         source_position: whose distribution was taken, -1 where none.
         exact_context: both distributions condition on the same text.
-        outcome: ``"none"``, ``"transport"``, ``"gold"`` or ``"identity"``.
+        outcome: ``"none"``, ``"transport"``, ``"gold"``, ``"identity"`` or ``"condition"``.
+        seen: where the outcome is ``"condition"``, what was read of the source's token; what moves is what is left of the
+            candidates that begin with it. Else empty.
         target_topk: the target's own candidates, with full-vocabulary probabilities.
         source_topk: the source's candidates (n), with full-vocabulary probabilities; the transported mass a is these,
-            rescaled to 1 if the tail is renormalised.
+            rescaled to 1 if the tail is renormalised; where the outcome is ``"condition"``, those that agree with ``seen``.
         support: the m target candidates with their prior b; for a hard mapping the tokens that it chose, without prior.
         cost: (n, m) edits.
         plan: (n, m) mass.
@@ -75,6 +77,7 @@ class Explanation:
     source_position: int
     exact_context: bool
     outcome: str
+    seen: str
     target_topk: tuple[Candidate, ...]
     source_topk: tuple[Candidate, ...]
     support: tuple[Candidate, ...]
@@ -86,7 +89,11 @@ class Explanation:
 
 def printable(vocabulary: Vocabulary, token_id: int) -> str:
     """The token's text with bytes that are no UTF-8 escaped."""
-    return vocabulary.token_bytes[token_id].decode("utf-8", errors="backslashreplace")
+    return _printable(vocabulary.token_bytes[token_id])
+
+
+def _printable(text: bytes) -> str:
+    return text.decode("utf-8", errors="backslashreplace")
 
 
 def explain_position(
@@ -136,6 +143,7 @@ def explain_position(
         source_position=taken,
         exact_context=bool(aligned.exact_context[position]),
         outcome=outcome,
+        seen=_printable(aligned.seen.get(position, b"")),
         target_topk=_candidates(target_side.vocabulary, target_rows, position, config),
         source_topk=source_topk,
         support=support,

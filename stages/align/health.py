@@ -4,9 +4,10 @@ from typing import Final
 
 import numpy as np
 
+from stages.align.conditioning import Inner
 from stages.align.config import AlignConfig
 from stages.align.rows import ModelRows, narrow
-from stages.align.segment import GOLD, IDENTITY, TRANSPORT, AlignedSegment
+from stages.align.segment import CONDITION, GOLD, IDENTITY, TRANSPORT, AlignedSegment
 from stages.contract.columns import SparseRows
 from stages.contract.manifest import Mean
 from stages.measures.teacher import completed_nll, exact_nll, floored_nll
@@ -25,12 +26,20 @@ _COUNTS: Final[tuple[str, ...]] = (
     "problems",
     "unconverged",
     "missing_source_segments",
+    "inner_positions",
+    "inner_conditioned",
+    "inner_no_context",
+    "inner_no_candidate",
+    "inner_little_mass",
+    "inner_white_space",
 )
 _MEANS: Final[tuple[str, ...]] = (
     "marginal_error",
     "completed_nll",
     "target_exact_nll",
     "source_exact_nll",
+    "conditioned_nll",
+    "conditioned_target_nll",
     "floored_nll",
     "target_floored_nll",
     "source_entropy",
@@ -72,7 +81,7 @@ class AlignHealth:
             source: and the source's; None where the source has none.
             distributions: the projected distributions as they are stored.
         """
-        covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY)))
+        covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY, CONDITION)))
         self._count(aligned, len(target) - 1, len(covered), is_missing=source is None)
         self._add_teacher_nll(aligned, target, distributions, covered)
         self._add_mean("aligned_entropy", _entropy(_renormalised(aligned.probs[covered])))
@@ -81,7 +90,8 @@ class AlignHealth:
         self._add_mean("mass_special", aligned.mass_special[covered])
         self._add_mean("cut_mass", aligned.cut_mass[covered])
         if source is not None:
-            taken = aligned.source_position[covered]
+            # Inside a source token the source's own next token is another event, and has been counted at its boundary.
+            taken = aligned.source_position[covered[aligned.outcome[covered] != CONDITION]]
             self._add_mean("source_entropy", _entropy(self._window(source, taken)[1]))
             if source.gold_logprob is not None:
                 self._add_mean("source_exact_nll", exact_nll(source.gold_logprob, taken))
@@ -112,7 +122,12 @@ class AlignHealth:
         )
         self._add_mean("completed_nll", completed)
         self._counts["gold_excluded"] += int(np.isinf(completed).sum())
-        self._add_mean("target_exact_nll", exact_nll(target.gold_logprob, covered))
+        own = exact_nll(target.gold_logprob, covered)
+        self._add_mean("target_exact_nll", own)
+        # The same positions in both: those at which the row knows the gold token at all.
+        conditioned = (aligned.outcome[covered] == CONDITION) & np.isfinite(completed)
+        self._add_mean("conditioned_nll", completed[conditioned])
+        self._add_mean("conditioned_target_nll", own[conditioned])
 
     def _count(self, aligned: AlignedSegment, num_positions: int, num_covered: int, *, is_missing: bool) -> None:
         positions = slice(max(0, num_positions))  # the last one has no next token
@@ -133,6 +148,12 @@ class AlignHealth:
             "problems": 0 if problems is None else len(problems.positions),
             "unconverged": 0 if problems is None else int((~problems.converged).sum()),
             "missing_source_segments": int(is_missing),
+            "inner_positions": int((aligned.inner != Inner.NOT_INNER).sum()),
+            **{
+                f"inner_{kind.name.lower()}": int((aligned.inner == kind).sum())
+                for kind in Inner
+                if kind != Inner.NOT_INNER
+            },
         }
         for name, count in found.items():
             self._counts[name] += count

@@ -6,14 +6,17 @@ from typing import Literal, Self
 
 import numpy as np
 
+from stages.align.conditioning import ConditionedCandidates
 from stages.align.config import AlignConfig
 from stages.align.costs.build import build_costs
+from stages.align.costs.rest import RestCosts
 from stages.align.rows import ModelRows, narrow
 from stages.align.transport.hard_mapping import NearestTokens, hard_plan
-from stages.align.transport.moved_mass import moved_share, text_numbers
+from stages.align.transport.moved_mass import UNKNOWN_TEXT, moved_share, text_numbers
 from stages.align.transport.sinkhorn import semi_relaxed, sinkhorn
 from stages.align.transport.support import target_support, union_support
 from stages.align.vocabulary_maps import NO_ID, ModelPair
+from stages.models.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +25,7 @@ class Problems:
 
     Attributes:
         positions: (P,) target positions.
-        source_ids: (P, n) source candidates; -1 at pads.
+        source_ids: (P, n) source candidates; -1 at pads. At a position inside a source token what moves is the rest of each.
         source_mass: (P, n) a, the source marginal.
         support_ids: (P, m) target candidates; -1 at pads.
         prior: (P, m) b, the target marginal or prior; sums to 1; zeros for a method without one.
@@ -31,7 +34,7 @@ class Problems:
         marginal_error: (P,) largest violation of a marginal that binds, relative to the source's mass.
         converged: (P,) bool.
         mass_moved: (P,) share of the plan's mass that lands, as it is projected, on a token of another text.
-        same_text: (P, n, m) bool; both tokens stand for the same there; False at pads.
+        same_text: (P, n, m) bool; both tokens (a rest and a token) stand for the same there; False at pads.
     """
 
     positions: np.ndarray
@@ -97,6 +100,9 @@ class MassMover:
         if config.method == "transport":
             self._costs = build_costs(config.cost, pair, num_slots=cache_slots)
             self._first_token = pair.first_token if config.support == "union" else None
+            # What is left of a source token never stands at the start of a text.
+            self._rests = RestCosts(pair) if config.inexact == "condition" and pair.start_mark is None else None
+            self._target_ids = np.arange(pair.target.size, dtype=np.int32)
             return
         self._costs = build_costs("edit-distance", pair, num_slots=cache_slots)
         self._exact = pair.exact
@@ -126,7 +132,57 @@ class MassMover:
         )
         if config.method != "transport":
             return self._map(positions, source_ids, source_mass, target_ids)
-        return self._transport(positions, source_ids, source_mass, target_ids, target_probs)
+        if self._first_token is not None:
+            support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
+        else:
+            support_ids, prior = target_support(target_ids, target_probs)
+        return self._transport(
+            positions=positions,
+            source_ids=source_ids,
+            source_mass=source_mass,
+            source_numbers=np.where(source_ids != NO_ID, self._numbers[0][source_ids], UNKNOWN_TEXT),
+            support_ids=support_ids,
+            prior=prior,
+            cost=self._costs.costs(source_ids, support_ids),
+        )
+
+    def move_rests(self, target: ModelRows, candidates: ConditionedCandidates, source: Vocabulary) -> Problems:
+        """Move the mass at Q positions inside source tokens: of each candidate, what is left of its text.
+
+        Args:
+            target: the target's rows.
+            candidates: the source's candidates that agree with what was read.
+            source: the source's vocabulary.
+        """
+        assert self._rests is not None
+        config, positions = self._config, candidates.positions
+        target_ids, target_probs = narrow(
+            target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
+        )
+        source_ids = candidates.source_ids
+        rows, columns = np.nonzero(source_ids != NO_ID)
+        numbers = self._rests.numbers(
+            [candidates.seen[row] for row in rows.tolist()],
+            [source.token_bytes[token_id] for token_id in source_ids[rows, columns].tolist()],
+        )
+        rests, exact, first = (np.full(source_ids.shape, NO_ID, np.int32) for _ in range(3))
+        rests[rows, columns] = numbers
+        exact[rows, columns] = self._rests.exact(numbers)
+        if config.support == "union":
+            first[rows, columns] = self._rests.first_token(numbers)
+            # The target tokens that begin the rests: each begins itself.
+            support_ids, prior = union_support(target_ids, target_probs, first, self._target_ids)
+        else:
+            support_ids, prior = target_support(target_ids, target_probs)
+        return self._transport(
+            positions=positions,
+            source_ids=source_ids,
+            source_mass=candidates.mass,
+            source_numbers=np.where(exact != NO_ID, self._numbers[1][exact], UNKNOWN_TEXT),
+            support_ids=support_ids,
+            prior=prior,
+            cost=self._rests.costs(rests, support_ids),
+        )
 
     def _map(
         self, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray, target_ids: np.ndarray
@@ -137,6 +193,7 @@ class MassMover:
         else:
             mapped = self._nearest.map(source_ids, target_ids, self._costs.costs(source_ids, target_ids))
         support_ids, plan = hard_plan(mapped, source_mass)
+        source_numbers = np.where(source_ids != NO_ID, self._numbers[0][source_ids], UNKNOWN_TEXT)
         return Problems(
             positions=positions,
             source_ids=source_ids,
@@ -147,24 +204,23 @@ class MassMover:
             plan=plan,
             marginal_error=np.zeros(len(positions)),
             converged=np.ones(len(positions), np.bool_),
-            mass_moved=self._moved(plan, source_ids, support_ids),
-            same_text=self._same_text(source_ids, support_ids),
+            mass_moved=self._moved(plan, source_numbers, support_ids),
+            same_text=self._same_text(source_numbers, support_ids),
         )
 
     def _transport(
         self,
+        *,
         positions: np.ndarray,
         source_ids: np.ndarray,
         source_mass: np.ndarray,
-        target_ids: np.ndarray,
-        target_probs: np.ndarray,
+        source_numbers: np.ndarray,
+        support_ids: np.ndarray,
+        prior: np.ndarray,
+        cost: np.ndarray,
     ) -> Problems:
+        """Solve the transport problems; ``source_numbers`` (P, n) says what text each candidate stands for."""
         config = self._config
-        if self._first_token is not None:
-            support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
-        else:
-            support_ids, prior = target_support(target_ids, target_probs)
-        cost = self._costs.costs(source_ids, support_ids)
         total = source_mass.sum(axis=1)
         share = source_mass / total[:, None]
         if config.marginals == "balanced":
@@ -181,7 +237,6 @@ class MassMover:
             error = np.abs(plan.sum(axis=2) - share).max(axis=1, initial=0.0)
             converged = np.ones(len(positions), np.bool_)
         plan = plan * total[:, None, None]
-        moved = self._moved(plan, source_ids, support_ids)
         return Problems(
             positions=positions,
             source_ids=source_ids,
@@ -192,17 +247,15 @@ class MassMover:
             plan=plan,
             marginal_error=error,
             converged=converged,
-            mass_moved=moved,
-            same_text=self._same_text(source_ids, support_ids),
+            mass_moved=self._moved(plan, source_numbers, support_ids),
+            same_text=self._same_text(source_numbers, support_ids),
         )
 
-    def _same_text(self, source_ids: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
-        source_numbers, target_numbers = self._numbers
-        is_pair = (source_ids != NO_ID)[:, :, None] & (support_ids != NO_ID)[:, None, :]
-        return is_pair & (source_numbers[source_ids][:, :, None] == target_numbers[support_ids][:, None, :])
+    def _same_text(self, source_numbers: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
+        is_pair = (source_numbers != UNKNOWN_TEXT)[:, :, None] & (support_ids != NO_ID)[:, None, :]
+        return is_pair & (source_numbers[:, :, None] == self._numbers[1][support_ids][:, None, :])
 
-    def _moved(self, plan: np.ndarray, source_ids: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
-        source_numbers, target_numbers = self._numbers
+    def _moved(self, plan: np.ndarray, source_numbers: np.ndarray, support_ids: np.ndarray) -> np.ndarray:
         return moved_share(
-            plan, source_numbers[source_ids], target_numbers[support_ids], largest_only=self.projection == "argmax"
+            plan, source_numbers, self._numbers[1][support_ids], largest_only=self.projection == "argmax"
         )

@@ -43,6 +43,7 @@ class Side:
         prefix_id: the token that stands before every text, None without.
         has_dummy_prefix: it writes a text's first token with a space that the text does not have.
         texts: (V,) each token's text, decoded.
+        spells_text: its tokens, end to end, are the text's bytes; False where it normalises (lower case, NFKC).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Side:
     prefix_id: int | None
     has_dummy_prefix: bool
     texts: tuple[str, ...]
+    spells_text: bool = True
 
     def roles(self, token_ids: np.ndarray) -> np.ndarray:
         """(N,) the role of each token of a segment."""

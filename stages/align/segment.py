@@ -5,6 +5,7 @@ from typing import Final
 
 import numpy as np
 
+from stages.align.conditioning import ConditionedCandidates, Inner, condition, inner_positions, seen_bytes
 from stages.align.config import AlignConfig
 from stages.align.mass_mover import MassMover, Problems
 from stages.align.pairing.token_pairing import (
@@ -24,6 +25,7 @@ NONE: Final = 0
 TRANSPORT: Final = 1
 GOLD: Final = 2
 IDENTITY: Final = 3
+CONDITION: Final = 4
 """Outcomes of a position: indices into ``schemas.PAIRED_BY``."""
 
 START_SLOTS: Final = 2**16
@@ -37,8 +39,11 @@ class AlignedSegment:
     Attributes:
         pairing: each position's span of source positions.
         source_position: (M,) int32, whose distribution was taken; -1 where none.
-        exact_context: (M,) bool, the paired source position conditions on the same text.
-        outcome: (M,) uint8, ``NONE``, ``TRANSPORT``, ``GOLD`` or ``IDENTITY``.
+        exact_context: (M,) bool, the paired source position conditions on the same text. A position inside a source token
+            has no such pair; with ``CONDITION`` its row is conditioned on the same text all the same.
+        outcome: (M,) uint8, ``NONE``, ``TRANSPORT``, ``GOLD``, ``IDENTITY`` or ``CONDITION``.
+        inner: (M,) uint8, values of ``conditioning.Inner``; all 0 but for ``inexact = "condition"``.
+        seen: position -> the bytes of the source token that were read, where the outcome is ``CONDITION``.
         ids: (M, k) int32, descending by probability; -1 at pads.
         probs: (M, k) float64; 0 at pads.
         tail_mass: (M,) float64; what a row lacks of 1 (0 without a distribution).
@@ -53,6 +58,8 @@ class AlignedSegment:
     source_position: np.ndarray
     exact_context: np.ndarray
     outcome: np.ndarray
+    inner: np.ndarray
+    seen: dict[int, bytes]
     ids: np.ndarray
     probs: np.ndarray
     tail_mass: np.ndarray
@@ -107,24 +114,32 @@ class SegmentAligner:
         if not self.is_identity and config.method == "transport":
             usable &= target.topk_probs[taken, : config.top_k].sum(axis=1) > 0
         taken[taken] = usable
-        source_ids, source_mass, special = source_ids[usable], source_mass[usable], special[usable]
+        source_ids, source_mass = source_ids[usable], source_mass[usable]
+        mass_special = np.zeros(len(target))
+        mass_special[taken] = special[usable]
+        conditioned, inner = self._condition(target, source)
         problems = None
         if self.is_identity:
             moved = keep_largest(source_ids, source_mass, top_k=config.top_k, tail=config.tail)
         else:
             at_start = (target.byte_end[taken] == 0) & (source.byte_end[partner[taken]] == 0)
-            problems = self._move(target, np.flatnonzero(taken), at_start, source_ids, source_mass)
+            problems = self._move(target, np.flatnonzero(taken), at_start, source_ids, source_mass, conditioned)
             mass = column_mass(problems.plan, self._mover.projection)
             moved = keep_largest(problems.support_ids, mass, top_k=config.top_k, tail=config.tail)
+        taken[conditioned.positions] = True
+        partner[conditioned.positions] = conditioned.source_position
         # A hard mapping may have no token for any of a position's candidates.
         landed = moved.ids[:, 0] != NO_ID
         taken[taken] = landed
         result = _without_distributions(pairing, exact, config.top_k, problems)
         result.source_position[taken] = partner[taken]
         result.outcome[taken] = IDENTITY if self.is_identity else TRANSPORT
+        result.outcome[conditioned.positions] = CONDITION
+        result.inner[:] = inner
+        result.seen.update(zip(conditioned.positions.tolist(), conditioned.seen, strict=True))
         result.ids[taken], result.probs[taken] = moved.ids[landed], moved.probs[landed]
         result.tail_mass[taken], result.cut_mass[taken] = moved.tail_mass[landed], moved.cut_mass[landed]
-        result.mass_special[taken] = special[landed]
+        result.mass_special[taken] = mass_special[taken]
         if problems is not None:
             result.mass_moved[taken] = problems.mass_moved[landed]
             if config.method != "transport":
@@ -136,6 +151,31 @@ class SegmentAligner:
             result.probs[gold, 0] = 1.0
         return result
 
+    def _condition(self, target: ModelRows, source: ModelRows) -> tuple[ConditionedCandidates, np.ndarray]:
+        """Condition the source at the positions inside its tokens; none without ``inexact = "condition"``.
+
+        Returns:
+            The candidates, and what became of each target position: (M,) values of ``Inner``.
+        """
+        config = self._config
+        inner = np.full(len(target), Inner.NOT_INNER, np.uint8)
+        positions, boundaries = np.empty(0, np.int64), np.empty(0, np.int32)
+        source_roles = self._source.roles(source.token_ids)
+        if config.inexact == "condition" and not self.is_identity:
+            target_roles = self._target.roles(target.token_ids)
+            positions, boundaries = inner_positions(
+                target, source, target_roles=target_roles, source_roles=source_roles
+            )
+        sides = (self._target, self._source)
+        seen = seen_bytes(target, source, positions, boundaries, sides=sides, source_roles=source_roles)
+        has_prior = target.topk_probs[positions, : config.top_k].sum(axis=1) > 0
+        seen = [entry if usable else None for entry, usable in zip(seen, has_prior.tolist(), strict=True)]
+        ids, probs = narrow(
+            source.topk_ids[boundaries], source.topk_probs[boundaries], top_k=config.top_k, top_p=config.top_p
+        )
+        candidates, inner[positions] = condition(seen, ids, probs, self._source, tail=config.tail)
+        return candidates, inner
+
     def _move(
         self,
         target: ModelRows,
@@ -143,16 +183,24 @@ class SegmentAligner:
         at_start: np.ndarray,
         source_ids: np.ndarray,
         source_mass: np.ndarray,
+        conditioned: ConditionedCandidates,
     ) -> Problems:
-        """Move the mass at P positions; those at the start of the text by the texts as they are written there."""
-        if self._start_mover is self._mover or not at_start.any():
-            return self._mover.move(target, positions, source_ids, source_mass)
+        """Move the mass at P positions, and at those inside source tokens.
+
+        At the start of the text the source's texts count as they are written there.
+        """
+        if self._start_mover is self._mover:
+            at_start = np.zeros_like(at_start)
         parts = [
             mover.move(target, positions[here], source_ids[here], source_mass[here])
             for mover, here in ((self._start_mover, at_start), (self._mover, ~at_start))
             if here.any()
         ]
-        return Problems.joined(parts)
+        if len(conditioned.positions):
+            parts.append(self._mover.move_rests(target, conditioned, self._source.vocabulary))
+        if not parts:  # no position at all: empty arrays of the right widths
+            parts = [self._mover.move(target, positions, source_ids, source_mass)]
+        return parts[0] if len(parts) == 1 else Problems.joined(parts)
 
     def landed(self, problems: Problems) -> np.ndarray:
         """(P, n, m) which candidate's mass lands on which, see ``landed_mass``."""
@@ -257,6 +305,8 @@ def _without_distributions(
         source_position=np.full(size, NO_POSITION, np.int32),
         exact_context=exact,
         outcome=np.full(size, NONE, np.uint8),
+        inner=np.full(size, Inner.NOT_INNER, np.uint8),
+        seen={},
         ids=np.full((size, top_k), NO_ID, np.int32),
         probs=np.zeros((size, top_k)),
         tail_mass=np.zeros(size),

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +29,7 @@ from stages.contract.columns import (
 from stages.contract.stage import BadRecord, StageOutput
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
-from stages.models.tokenizer import SegmentTokenizer
+from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,21 @@ class AlignStage:
     Health: ``segments``; ``positions`` (with a next token), which are the sum of ``one_to_one``, ``one_to_many`` (one
     source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``; ``covered`` (with the
     source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the transport;
-    ``missing_source_segments`` and ``missing_target_segments``. Means over covered positions:
+    ``missing_source_segments`` and ``missing_target_segments``. With ``inexact = "condition"``: ``inner_positions``, those
+    inside a source token, which are the sum of ``inner_conditioned`` (with a distribution), ``inner_no_context`` (no source
+    distribution before, or bytes that the target's tokens do not spell), ``inner_no_candidate``, ``inner_little_mass`` and
+    ``inner_white_space`` (see ``conditioning.Inner``). Means over covered positions:
 
     - ``completed_nll``, ``target_exact_nll``, nats, of the gold next token under the projected distribution, completed by
       the target's own (``stages.measures.teacher``), and under the target; ``source_exact_nll``, of the source's own next
-      token at the source position that was taken, where a token follows there. ``gold_excluded`` counts the positions that
-      ``completed_nll`` is infinite at and leaves out: a row rescaled to 1 that does not list the gold token.
+      token at the source position that was taken, where a token follows there and the position is not inside it.
+      ``gold_excluded`` counts the positions that ``completed_nll`` is infinite at and leaves out: a row rescaled to 1 that
+      does not list the gold token.
+    - ``conditioned_nll``, ``conditioned_target_nll``: ``completed_nll`` and ``target_exact_nll`` inside source tokens alone.
     - ``floored_nll``, ``target_floored_nll``, nats: under the projected distribution and under the target's own window,
       both rescaled to 1, floored at 1e-4.
-    - ``source_entropy``, ``aligned_entropy``, nats, of the source's window and of the projected row, both renormalised.
+    - ``source_entropy``, ``aligned_entropy``, nats, of the source's window (not where it was conditioned) and of the
+      projected row, both renormalised.
     - ``mass_moved``: share of what landed that is on a token of another text; ``mass_unmapped``: share of the source's
       mass whose candidates a hard mapping has no token for; ``mass_special``: share of the source's window on special
       tokens without a counterpart, which is left out; ``cut_mass``: mass beyond a row's k largest.
@@ -66,14 +73,7 @@ class AlignStage:
         target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
         self._target = _side(self._models[0], target_tokenizer)
         self._source = _side(self._models[1], source_tokenizer)
-        pair = ModelPair(
-            source=self._source.vocabulary,
-            target=self._target.vocabulary,
-            source_texts=self._source.texts,
-            target_texts=self._target.texts,
-            encode=lambda texts: target_tokenizer.encode_batch(texts, is_last=[False] * len(texts)),
-            load_embeddings=lambda: load_input_embeddings(self._models[0]),
-        )
+        pair = _model_pair(target_tokenizer, source_tokenizer, self._models[0].model_dump_json())
         self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
@@ -259,10 +259,40 @@ class _OutputRows:
         self._start_batch()
 
 
+@lru_cache(maxsize=1)
+def _model_pair(target: SegmentTokenizer, source: SegmentTokenizer, target_model: str) -> ModelPair:
+    """Return the two models with the maps between their vocabularies, which the stages of a comparison share.
+
+    Args:
+        target: the target's tokenizer.
+        source: the source's tokenizer.
+        target_model: the target's ``ModelConfig`` as JSON, for its embeddings.
+    """
+    return ModelPair(
+        source=source.vocabulary,
+        target=target.vocabulary,
+        source_texts=_texts(source.vocabulary),
+        target_texts=_texts(target.vocabulary),
+        encode=lambda texts: target.encode_batch(texts, is_last=[False] * len(texts)),
+        encode_source=lambda texts: source.encode_batch(texts, is_last=[False] * len(texts)),
+        load_embeddings=lambda: load_input_embeddings(ModelConfig.model_validate_json(target_model)),
+    )
+
+
 def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
     vocabulary = tokenizer.vocabulary
-    texts = tuple(map(vocabulary.text, range(vocabulary.size)))
-    return Side(model.name, vocabulary, tokenizer.prefix_id, tokenizer.has_dummy_prefix, texts)
+    return Side(
+        model.name,
+        vocabulary,
+        tokenizer.prefix_id,
+        tokenizer.has_dummy_prefix,
+        _texts(vocabulary),
+        spells_text=tokenizer.spells_text,
+    )
+
+
+def _texts(vocabulary: Vocabulary) -> tuple[str, ...]:
+    return tuple(map(vocabulary.text, range(vocabulary.size)))
 
 
 def _model_rows(table: pa.Table, row: int) -> ModelRows:

@@ -8,12 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from stages.models.tokenizer import Encoding, Vocabulary
+from stages.align.first_cuts import Encode, FirstCuts
+from stages.models.tokenizer import Vocabulary
 
 NO_ID = -1
-
-Encode = Callable[[list[str]], Sequence[Encoding]]
-"""A tokenizer: ids and byte ends of each text, with or without BOS."""
 
 _PROBE_CONTEXTS: Final = ("", "\n", "a")
 """Texts before a token to see which of several ids its tokenizer gives it."""
@@ -31,7 +29,10 @@ class ModelPair:
         source_texts: text of each source id, decoded.
         target_texts: text of each target id.
         encode: the target's tokenizer.
+        encode_source: the source's tokenizer.
         load_embeddings: loads the target's input embeddings, (V of the target or more, H).
+        start_mark: at the start of a text, what every written text has before the text itself: the dummy prefix, or
+            nothing; None in the middle of texts.
     """
 
     source: Vocabulary
@@ -39,7 +40,9 @@ class ModelPair:
     source_texts: Sequence[str]
     target_texts: Sequence[str]
     encode: Encode
+    encode_source: Encode
     load_embeddings: Callable[[], np.ndarray]
+    start_mark: bytes | None = None
 
     def at_text_start(self, *, source_dummy: bool, target_dummy: bool) -> "ModelPair":
         """Return the pair as it is at the first token of a text, where one tokenizer writes a dummy prefix.
@@ -53,13 +56,23 @@ class ModelPair:
         """
         if source_dummy == target_dummy:
             return self
+        if target_dummy not in self._at_start:
+            self._at_start[target_dummy] = self._written_at_start(target_dummy=target_dummy)
+        return self._at_start[target_dummy]
+
+    @cached_property
+    def _at_start(self) -> dict[bool, "ModelPair"]:
+        """What ``at_text_start`` made, so that several aligners of one pair compute its maps once."""
+        return {}
+
+    def _written_at_start(self, *, target_dummy: bool) -> "ModelPair":
         written = tuple(
             token if special or not token else b" " + token if target_dummy else token.removeprefix(b" ")
             for token, special in zip(self.source.token_bytes, self.source.is_special.tolist(), strict=True)
         )
         source = replace(self.source, token_bytes=written)
         texts = [source.text(token_id) for token_id in range(source.size)]
-        return replace(self, source=source, source_texts=texts)
+        return replace(self, source=source, source_texts=texts, start_mark=b" " if target_dummy else b"")
 
     @cached_property
     def preferred(self) -> dict[bytes, int]:
@@ -82,6 +95,16 @@ class ModelPair:
             ],
             np.int32,
         ).reshape(self.source.size)
+
+    @cached_property
+    def source_cut(self) -> np.ndarray:
+        """(V of the source,) bytes of the token with which the target's tokenizer begins each text; see ``FirstCuts``."""
+        return FirstCuts(self.target, self.encode, start_mark=self.start_mark).of_vocabulary(self.source)
+
+    @cached_property
+    def target_cut(self) -> np.ndarray:
+        """(V of the target,) bytes of the token with which the source's tokenizer begins each text; see ``FirstCuts``."""
+        return FirstCuts(self.source, self.encode_source, start_mark=self.start_mark).of_vocabulary(self.target)
 
     @cached_property
     def first_token(self) -> np.ndarray:

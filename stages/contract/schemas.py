@@ -74,9 +74,10 @@ def logits_schema(vocab_size: int) -> pa.Schema:
     )
 
 
-PAIRED_BY: Final = ("none", "transport", "gold", "identity")
+PAIRED_BY: Final = ("none", "transport", "gold", "identity", "condition")
 """Meaning of ``outcome`` in an aligned row: no distribution (unpaired, masked, or no next token in the segment);
-transported; all mass on the gold next token (``inexact = "gold"``); copied, since both tokenizers are the same."""
+transported; all mass on the gold next token (``inexact = "gold"``); copied, since both tokenizers are the same; inside a
+source token, transported from what is left of the source's candidates after the bytes read (``inexact = "condition"``)."""
 
 
 def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
@@ -84,7 +85,8 @@ def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
 
     - ``source_position`` (N): the source position whose distribution was taken, -1 where none.
     - ``pair_start``, ``pair_end`` (N): the source positions paired with the target position, half-open; -1, -1 if none.
-    - ``exact_context`` (N): both distributions condition on the same text.
+    - ``exact_context`` (N): both distributions condition on the same text. False inside a source token, where
+      ``source_position`` is the token's first boundary, also where the outcome ``condition`` conditioned on the rest.
     - ``outcome`` (N): index into ``PAIRED_BY``.
     - ``topk_ids``, ``topk_logprobs`` (N, 0..k): the projected distribution over the target's vocabulary, natural logs,
       descending; empty where there is none. With ``tail = "renormalise"`` the probabilities of a row sum to 1.

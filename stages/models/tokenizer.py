@@ -120,7 +120,7 @@ class SegmentTokenizer:
         self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else self.vocabulary.eos_id
         self.has_dummy_prefix: bool = self._writes_dummy_prefix()
         probe = self._backend.encode(_PROBE, add_special_tokens=False)
-        self._spells_text = ends_by_bytes(_PROBE.encode(), self._pieces(probe.ids)) is not None
+        self.spells_text: bool = ends_by_bytes(_PROBE.encode(), self._pieces(probe.ids)) is not None
 
     @classmethod
     def load(cls, model: ModelConfig) -> Self:
@@ -177,7 +177,7 @@ class SegmentTokenizer:
         (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
 
         def byte_end() -> np.ndarray:
-            ends = ends_by_bytes(text.encode(), self._pieces(found.ids)) if self._spells_text else None
+            ends = ends_by_bytes(text.encode(), self._pieces(found.ids)) if self.spells_text else None
             if ends is None:
                 ((_, ends),) = self._tokenize_with_offsets([text])
             return self._with_special(text, found.ids, ends, is_last=False).byte_end
@@ -205,7 +205,7 @@ class SegmentTokenizer:
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         """Ids and byte ends of each text's own tokens. Offsets cost as much again: asked for only where needed."""
         done: dict[int, tuple[list[int], np.ndarray]] = {}
-        if self._spells_text:
+        if self.spells_text:
             for index, found in enumerate(self._backend.encode_batch_fast(texts, add_special_tokens=False)):
                 byte_end = ends_by_bytes(texts[index].encode(), self._pieces(found.ids))
                 if byte_end is not None:

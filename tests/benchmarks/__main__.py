@@ -18,6 +18,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     align.convergence,
     align.paper,
     align.semi_relaxed_tokens_per_second,
+    align.condition_coverage,
     align.bytes_per_token,
     align.memory_bytes_per_token,
     fuse.fitted_vs_min_ce_completed_nll,

@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import ot
@@ -152,6 +153,22 @@ def semi_relaxed_tokens_per_second() -> list[Figure]:
     with one_core():
         rate, _ = _stage_rate("semi-relaxed")
     return [Figure("align.semi_relaxed_tokens_per_second", rate, "target tokens/s on one core", ">= 60000")]
+
+
+def condition_coverage() -> list[Figure]:
+    """Share of the positions inside a source token that ``inexact = "condition"`` has a row for, and what they are worth."""
+    made = align_data.stage("semi-relaxed", inexact="condition")
+    totals: dict[str, Any] = {}
+    for target, source in align_data.shards():
+        health = made.run({"target": align_data.read(target), "source": align_data.read(source)}).health
+        totals = {name: totals[name] + value if name in totals else value for name, value in health.items()}
+    reasons = {name: totals[name] for name in totals if name.startswith("inner_")}
+    say(
+        f"{totals['positions']} positions, {reasons}; completed NLL {totals['conditioned_nll'].value:.3f} nats there, the "
+        f"target's own {totals['conditioned_target_nll'].value:.3f}"
+    )
+    share = totals["inner_conditioned"] / totals["inner_positions"]
+    return [Figure("align.condition_coverage", share, "of positions inside a source token", ">= 0.4")]
 
 
 def _stage_rate(preset: str) -> tuple[float, AlignStage]:

@@ -86,9 +86,9 @@ def models() -> tuple[ModelConfig, ModelConfig]:
     return ModelConfig.model_validate(found[TARGET]), ModelConfig.model_validate(found[SOURCE])
 
 
-def stage(preset: str) -> AlignStage:
-    """The align stage of the run's models, set up."""
-    made = AlignStage(AlignConfig.model_validate({"preset": preset, "top_k": TOP_K}), *models())
+def stage(preset: str, **chosen: str) -> AlignStage:
+    """The align stage of the run's models, set up; further settings by name."""
+    made = AlignStage(AlignConfig.model_validate({"preset": preset, "top_k": TOP_K, **chosen}), *models())
     made.setup()
     return made
 

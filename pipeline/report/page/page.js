@@ -110,7 +110,8 @@
   function pairing(name, target, part, source) {
     const [start, tokens] = source.p;
     const paired = start < 0 ? "nothing" : `${tokens.map((token) => `“${visible(text(token))}”`).join(" ")} (from position ${start})`;
-    const contexts = source.e ? "contexts agree" : "contexts differ";
+    const unlike = "n" in source ? `conditioned on “${visible(text(source.n))}”, what is left of the candidates is moved` : "contexts differ";
+    const contexts = source.e ? "contexts agree" : unlike;
     const nodes = [
       make("h3", { textContent: `Pairing and plan: ${name} to ${target}` }),
       make("p", { className: "pairing soft", textContent: `“${visible(part.token)}” is paired with ${paired}; ${contexts}; outcome: ${source.o}` }),

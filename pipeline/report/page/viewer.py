@@ -190,6 +190,8 @@ def _source(part: aligned.Explanation, texts: TextTable) -> dict[str, Any]:
         "r": _flat(((entry.text, entry.prob) for entry in part.projected), texts),
         "z": _units(part.tail_mass),
     }
+    if part.seen:
+        found["n"] = texts(part.seen)
     if part.plan.size:
         found["u"] = [texts(entry.text) for entry in part.support]
         found["m"] = [[_units(mass) for mass in row] for row in part.plan.tolist()]

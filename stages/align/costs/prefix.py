@@ -1,4 +1,4 @@
-"""The prefix cost: a byte of difference costs little where one text begins with the other."""
+"""The prefix cost: a byte of difference costs little where one text begins with the other and is really cut so."""
 
 from typing import Final, Self
 
@@ -15,26 +15,48 @@ EDITS_PER_BYTE: Final = 0.1
 
 
 class PrefixCosts:
-    """0.1 per byte of difference where one text begins with the other, else the edit distance.
+    """0.1 per byte of difference where one text begins with the other and the tokenizers cut it so, else the edit distance.
 
-    A source that says `` inter`` does not contradict `` international``: it has the same text to come, cut elsewhere.
+    A source that says `` inter`` does not contradict `` international``: it has the same text to come, cut elsewhere. But
+    that holds only if it really would be cut so. A target token that is shorter must be the one with which the target's
+    tokenizer begins the source token's text, and a source token that is shorter the one with which the source's tokenizer
+    begins the target token's text. Otherwise the bare space, which is the beginning of most words and how none of them is
+    written, would take mass from all of them.
+
     A special token is no prefix of anything and nothing is one of it.
 
     Args:
         source: vocabulary of the source.
         target: vocabulary of the target.
         distances: their edit distances.
+        source_cut: (V of the source,) int32; bytes of the token with which the target's tokenizer begins the text of each
+            source token; 0 where none is known.
+        target_cut: (V of the target,) int32; the source's tokenizer, and the text of each target token.
     """
 
-    def __init__(self, source: Vocabulary, target: Vocabulary, distances: Costs) -> None:
+    def __init__(
+        self,
+        source: Vocabulary,
+        target: Vocabulary,
+        distances: Costs,
+        *,
+        source_cut: np.ndarray,
+        target_cut: np.ndarray,
+    ) -> None:
         self._distances = distances
-        self._source = _flat_texts(source)
-        self._target = _flat_texts(target)
+        self._source = (*_flat_texts(source), source_cut)
+        self._target = (*_flat_texts(target), target_cut)
 
     @classmethod
     def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
-        """See ``base.Costs``."""
-        return cls(pair.source, pair.target, EditDistanceCosts.of(pair, num_slots=num_slots))
+        """See ``base.Costs``; tokenizes each vocabulary once with the other model's tokenizer."""
+        return cls(
+            pair.source,
+            pair.target,
+            EditDistanceCosts.of(pair, num_slots=num_slots),
+            source_cut=pair.source_cut,
+            target_cut=pair.target_cut,
+        )
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
         """See ``Costs``."""
@@ -61,8 +83,10 @@ def _lower_prefixes(
     target_ids: np.ndarray,
     source_bytes: np.ndarray,
     source_starts: np.ndarray,
+    source_cut: np.ndarray,
     target_bytes: np.ndarray,
     target_starts: np.ndarray,
+    target_cut: np.ndarray,
 ) -> None:
     num_problems, n, m = costs.shape
     for problem in range(num_problems):
@@ -78,6 +102,11 @@ def _lower_prefixes(
                     continue
                 target_start = target_starts[target]
                 target_length = target_starts[target + 1] - target_start
+                # The lengths decide before any byte is read: only the tokenizer's own first token counts.
+                if target_length < source_length and target_length != source_cut[source]:
+                    continue
+                if source_length < target_length and source_length != target_cut[target]:
+                    continue
                 shared = min(source_length, target_length)
                 if shared == 0:
                     continue

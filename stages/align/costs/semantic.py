@@ -9,7 +9,8 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cpdist
 
 from stages.align.costs.pair_cache import NO_PAIR, PairCache
-from stages.align.vocabulary_maps import NO_ID, Encode, ModelPair, text_ids
+from stages.align.first_cuts import Encode
+from stages.align.vocabulary_maps import NO_ID, ModelPair, text_ids
 from stages.models.token_space import BLOCK_VALUES, TokenSpace
 from stages.models.tokenizer import Encoding, Vocabulary
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.analysis.compare import SOURCE_ROW, TARGET_ROW, ways_of
+from pipeline.analysis.compare import CONDITIONED, SOURCE_ROW, TARGET_ROW, ways_of
 from stages.align.config import AlignConfig
 from stages.measures.teacher import TEACHER_FLOOR
 from tests.tiny_run import ptafuse
@@ -23,10 +23,17 @@ def test_every_method_has_a_row_with_both_pairings() -> None:
         (name, pairing)
         for name in ("exact", "min-edit", "paper", "semi-relaxed")
         for pairing in ("edit-distance", "boundary")
-    ]
+    ] + [(CONDITIONED, "boundary")]
     assert [way.label for way in ways if way.is_configured] == ["semi-relaxed, boundary, epsilon 0.2"]
     assert len({way.label for way in ways}) == len(ways)
-    assert [way.epsilon for way in ways] == [None] * 4 + [1 / 30] * 2 + [0.2] * 2
+    assert [way.epsilon for way in ways] == [None] * 4 + [1 / 30] * 2 + [0.2] * 3
+
+
+def test_a_configuration_that_conditions_is_the_row_that_conditions() -> None:
+    ways = ways_of(AlignConfig(preset="semi-relaxed", inexact="condition"))
+    assert [way.name for way in ways if way.is_configured] == [CONDITIONED]
+    other = ways_of(AlignConfig(preset="semi-relaxed", inexact="condition", epsilon=0.3))[-1]
+    assert (other.name, other.settings.inexact, other.settings.epsilon) == ("as configured", "condition", 0.3)
 
 
 def test_all_rows_share_window_tail_and_what_inexact_pairs_get() -> None:
@@ -34,8 +41,10 @@ def test_all_rows_share_window_tail_and_what_inexact_pairs_get() -> None:
         cost="prefix", marginals="source", projection="plan", inexact="gold", top_k=7, top_p=0.9, tail="renormalise"
     )
     ways = ways_of(config)
-    alike = {(way.settings.tail, way.settings.inexact, way.settings.top_k, way.settings.top_p) for way in ways}
-    assert alike == {("bucket", "transport", 7, 0.9)}
+    alike = {(way.settings.tail, way.settings.top_k, way.settings.top_p) for way in ways}
+    assert alike == {("bucket", 7, 0.9)}
+    assert {way.settings.inexact for way in ways if way.name != CONDITIONED} == {"transport"}
+    assert [way.settings.inexact for way in ways if way.name == CONDITIONED] == ["condition"]
     last = ways[-1]
     assert (last.name, last.is_configured, last.settings.cost) == ("as configured", True, "prefix")
     assert not any(way.is_configured for way in ways[:-1])
@@ -123,6 +132,9 @@ def test_figures_are_those_of_the_committed_rows(undisturbed_run: Path, tiny_con
         # Boundary pairing decides what is shared, and `exact` leaves out a position of which it has nothing.
         assert found["num_shared_positions"] <= len(expected["source"])
         assert found["num_shared_positions"] == min(part[name]["num_positions"] for part in found["rows"])
+        conditioned = rows_of(found)[CONDITIONED, "boundary", 0.2][name]
+        assert conditioned["nll"] == entry["nll"]  # the same rows at shared boundaries
+        assert conditioned["coverage"] > entry["coverage"]
         assert entry["mixed_difference"]["mean"] <= min(0, entry["difference"]["mean"])
         assert entry["nll"]["mean"] - target["nll"]["mean"] == pytest.approx(entry["difference"]["mean"])
 
@@ -140,7 +152,8 @@ def test_the_table_has_every_row_and_fits_the_terminal(undisturbed_run: Path, ti
     assert max(len(line) for line in shown.splitlines()) <= 100
     assert "completed" in shown
     assert "6 of 6 shards" in " ".join(shown.split())
-    for name, count in {TARGET_ROW: 1, SOURCE_ROW: 1, "exact": 2, "min-edit": 2, "paper": 4, "semi-relaxed": 4}.items():
+    counts = {TARGET_ROW: 1, SOURCE_ROW: 1, "exact": 2, "min-edit": 2, "paper": 4, "semi-relaxed": 4, CONDITIONED: 1}
+    for name, count in counts.items():
         assert sum(line.strip().startswith(name) for line in shown.splitlines()) == count
     assert sum(line.strip().startswith("semi-relaxed 0.2 *") for line in shown.splitlines()) == 1
 

@@ -17,7 +17,8 @@ from stages.measures.teacher import exact_nll, floored_nll
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
 from stages.models.tokenizer import SegmentTokenizer
-from tests.stages.align.pairing.test_levenshtein import levenshtein, prefix_cost
+from tests.stages.align.costs.cutting import prefix_cost
+from tests.stages.align.pairing.test_levenshtein import levenshtein
 from tests.stages.align.synthetic import HALF, logits_table
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
@@ -279,10 +280,9 @@ def test_top_p_uses_the_smallest_window_that_holds_it(align, tables, method):
 
 def test_prefix_cost_equals_its_formula_position_by_position(align, tables, tokenizers):
     output = align(preset="semi-relaxed", support="target", cost="prefix", epsilon=0.5)
-    one, other = tokenizers[SOURCE].vocabulary, tokenizers[TARGET].vocabulary
 
     def cost(x: int, y: int) -> float:
-        return prefix_cost(one, x, other, y)
+        return prefix_cost(tokenizers[SOURCE], x, tokenizers[TARGET], y)
 
     assert_semi_relaxed(list(positions(output.table, tables))[::5], cost, epsilon=0.5)
 

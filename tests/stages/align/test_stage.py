@@ -15,7 +15,8 @@ from stages.contract.columns import list_row, sparse_row
 from stages.measures.teacher import TEACHER_FLOOR
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
-from tests.stages.align.pairing.test_levenshtein import levenshtein, prefix_cost
+from tests.stages.align.costs.cutting import prefix_cost
+from tests.stages.align.pairing.test_levenshtein import levenshtein
 from tests.stages.align.synthetic import HALF, logits_table
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
 
@@ -295,7 +296,7 @@ def test_semi_relaxed_preset_equals_its_formula_position_by_position(align, tabl
             expected = dict.fromkeys(b, 0.0)
             for x, mass in a.items():
                 weights = {
-                    y: p * math.exp(-prefix_cost(tokenizers[source].vocabulary, x, vocabulary, y) / 0.2)
+                    y: p * math.exp(-prefix_cost(tokenizers[source], x, tokenizers[target], y) / 0.2)
                     for y, p in b.items()
                 }
                 for y, weight in weights.items():

@@ -50,13 +50,18 @@ class Model:
         return ModelRows(np.array(self.tokens, np.int32), np.array(self.byte_end, np.int32), ids, probs)
 
 
+def no_tokens(texts: list[str]) -> list[Encoding]:
+    return [Encoding(np.empty(0, np.int32), np.empty(0, np.int32)) for _ in texts]
+
+
 def align(target: Model, source: Model, **settings: object) -> AlignedSegment:
     pair = ModelPair(
         source.vocabulary,
         target.vocabulary,
         source.texts,
         target.texts,
-        encode=lambda texts: [Encoding(np.empty(0, np.int32), np.empty(0, np.int32)) for _ in texts],
+        encode=no_tokens,
+        encode_source=no_tokens,
         load_embeddings=lambda: np.eye(target.vocabulary.size),
     )
     aligner = SegmentAligner(AlignConfig(**settings), target.side, source.side, pair)

@@ -15,13 +15,18 @@ SOURCE = vocabulary(b"ab", b" abc", b"x", b"<eos>")
 TARGET = vocabulary(b"ab", b"abc", b"y", b" ", b"<eos>")
 
 
+def no_tokens(texts: list[str]) -> list[Encoding]:
+    return [Encoding(np.empty(0, np.int32), np.empty(0, np.int32)) for _ in texts]
+
+
 def pair() -> ModelPair:
     return ModelPair(
         source=SOURCE,
         target=TARGET,
         source_texts=[SOURCE.text(token) for token in range(SOURCE.size)],
         target_texts=[TARGET.text(token) for token in range(TARGET.size)],
-        encode=lambda texts: [Encoding(np.empty(0, np.int32), np.empty(0, np.int32)) for _ in texts],
+        encode=no_tokens,
+        encode_source=no_tokens,
         load_embeddings=lambda: np.random.default_rng(0).normal(size=(TARGET.size, 8)),
     )
 
@@ -46,11 +51,11 @@ def test_every_cost_is_finite_not_negative_and_0_for_the_same_token_and_at_pads(
 
 def test_a_pair_computes_only_what_a_cost_needs() -> None:
     def fail(*_: object) -> np.ndarray:
-        raise AssertionError("the edit distance needs neither embeddings nor the target's tokenizer")
+        raise AssertionError("the edit distance needs neither embeddings nor a tokenizer")
 
     texts = ["a", "b"]
     part = vocabulary(b"a", b"b")
-    cheap = ModelPair(part, part, texts, texts, encode=fail, load_embeddings=fail)
+    cheap = ModelPair(part, part, texts, texts, encode=fail, encode_source=fail, load_embeddings=fail)
     assert build_costs("edit-distance", cheap).costs(np.array([[0]]), np.array([[1]])).tolist() == [[[1.0]]]
 
 

@@ -6,7 +6,6 @@ from rapidfuzz.distance import Levenshtein
 
 from stages.align.costs.edit_distance import EditDistanceCosts
 from stages.align.pairing.levenshtein import levenshtein_matrix
-from stages.models.tokenizer import Vocabulary
 
 
 def levenshtein(a: str, b: str) -> int:
@@ -17,15 +16,6 @@ def levenshtein(a: str, b: str) -> int:
         for j, y in enumerate(b, 1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (x != y))
     return row[-1]
-
-
-def prefix_cost(one: Vocabulary, x: int, other: Vocabulary, y: int) -> float:
-    """0.1 a byte where one token begins with the other; special tokens have no beginning."""
-    first, second = one.token_bytes[x], other.token_bytes[y]
-    is_text = not one.is_special[x] and not other.is_special[y]
-    if is_text and (first.startswith(second) or second.startswith(first)):
-        return 0.1 * abs(len(first) - len(second))
-    return levenshtein(one.text(x), other.text(y))
 
 
 TEXTS = [

@@ -1,0 +1,110 @@
+"""How a tokenizer begins a text: where its first cut is."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import numpy as np
+
+from stages.models.tokenizer import Encoding, Vocabulary
+
+Encode = Callable[[list[str]], Sequence[Encoding]]
+"""A tokenizer: ids and byte ends of each text, with or without BOS."""
+
+CONTEXTS: Final = ("", "\n", "a", ".", "ж")
+"""Texts before a token's text, in the order in which they are tried. A tokenizer with a dummy prefix writes the first word of
+a text with a space, and one that merges across words or only marks the inside of words needs something that ends before
+the text: a line break, a letter, punctuation, a letter that few vocabularies merge with Latin ones."""
+
+UNKNOWN: Final = 0
+"""Length of a first token that is not known: no token has it, so nothing counts as the beginning."""
+
+
+class FirstCuts:
+    """Finds the first token that a tokenizer cuts off a text that another tokenizer's token stands for.
+
+    In the middle of a text, the first of ``CONTEXTS`` counts after which a token begins where the text begins and spells
+    the text's beginning. Texts of which a tokenizer makes something else (lower case, NFKC), or which it always merges with
+    what stands before, have no known cut. Bytes that are not UTF-8 on their own (a part of a character) cannot be given to
+    a tokenizer: there the longest token of its vocabulary that begins them counts, as byte-pair merges mostly end.
+
+    Args:
+        vocabulary: the tokenizer's tokens, as its texts are written (``ModelPair.at_text_start``).
+        encode: the tokenizer.
+        start_mark: what the written texts have before the text itself, at the start of a text; None in the middle.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, encode: Encode, *, start_mark: bytes | None = None) -> None:
+        self._vocabulary = vocabulary
+        self._encode = encode
+        self._start_mark = start_mark
+        self._ordinary = frozenset(
+            token
+            for token, is_special in zip(vocabulary.token_bytes, vocabulary.is_special.tolist(), strict=True)
+            if token and not is_special
+        )
+        self._longest = max(map(len, self._ordinary), default=0)
+
+    def of_vocabulary(self, other: Vocabulary) -> np.ndarray:
+        """(V of the other,) int32; ``lengths`` of all its ordinary tokens, ``UNKNOWN`` at special ones."""
+        ordinary = np.flatnonzero(~other.is_special)
+        lengths = np.full(other.size, UNKNOWN, np.int32)
+        lengths[ordinary] = self.lengths([other.token_bytes[token_id] for token_id in ordinary.tolist()])
+        return lengths
+
+    def lengths(self, texts: Sequence[bytes]) -> np.ndarray:
+        """Return how long the first token of each text is.
+
+        Args:
+            texts: T texts as bytes, not necessarily UTF-8.
+
+        Returns:
+            (T,) int32, bytes; ``UNKNOWN`` (0) where the tokenizer writes nothing that begins the text.
+        """
+        lengths = np.full(len(texts), UNKNOWN, np.int32)
+        decoded: dict[int, str] = {}
+        for index, text in enumerate(texts):
+            try:
+                decoded[index] = text.decode()
+            except UnicodeDecodeError:
+                lengths[index] = self._longest_prefix(text)
+        if self._start_mark is not None:
+            self._cut_at_start(texts, decoded, lengths)
+            return lengths
+        for context in CONTEXTS:
+            num_context_bytes = len(context.encode())
+            encodings = self._encode([context + text for text in decoded.values()])
+            for index, encoding in zip(tuple(decoded), encodings, strict=True):
+                lengths[index] = self._after(encoding, num_context_bytes, texts[index])
+                if lengths[index] != UNKNOWN:
+                    del decoded[index]
+        return lengths
+
+    def _cut_at_start(self, texts: Sequence[bytes], decoded: dict[int, str], lengths: np.ndarray) -> None:
+        """Tokenize what stands at the start of a text as it is; its first token is compared as it is written."""
+        assert self._start_mark is not None
+        mark = self._start_mark.decode()
+        marked = [index for index, text in decoded.items() if text.startswith(mark) and text != mark]
+        vocabulary = self._vocabulary
+        for index, encoding in zip(marked, self._encode([decoded[i][len(mark) :] for i in marked]), strict=True):
+            first = next(
+                (vocabulary.token_bytes[i] for i in encoding.ids.tolist() if not vocabulary.is_special[i]), b""
+            )
+            if texts[index].startswith(first):
+                lengths[index] = len(first)
+
+    def _after(self, encoding: Encoding, num_context_bytes: int, text: bytes) -> int:
+        """Length of the token that begins where the context ends, if it spells the text's beginning."""
+        start = 0
+        for token_id, end in zip(encoding.ids.tolist(), encoding.byte_end.tolist(), strict=True):
+            if end > num_context_bytes:
+                length = end - num_context_bytes
+                spells = start == num_context_bytes and self._vocabulary.token_bytes[token_id] == text[:length]
+                return length if spells else UNKNOWN
+            start = end
+        return UNKNOWN
+
+    def _longest_prefix(self, text: bytes) -> int:
+        for length in range(min(len(text), self._longest), 0, -1):
+            if text[:length] in self._ordinary:
+                return length
+        return UNKNOWN
