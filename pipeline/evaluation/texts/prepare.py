@@ -128,7 +128,7 @@ def _decoded(row: Mapping[str, Any], kind: str | None) -> _Document:
 
 
 def _scored(text: TextConfig, document: _Document) -> str:
-    """What is scored of a readable document; white space at its beginning is not cut off from what follows."""
+    """Return what is scored of a readable document."""
     assert document.whole is not None
     return shorten(document.whole, text.max_characters)
 
