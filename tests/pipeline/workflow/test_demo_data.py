@@ -40,8 +40,19 @@ def test_articles_become_one_json_object_a_line(tmp_path, lee_wheel):
     assert lines[-1] == ""
 
 
+def test_texts_of_python_are_of_two_kinds_and_long_enough(tmp_path):
+    demo_data._prepare_python(tmp_path)
+    documents = [json.loads(line) for line in (tmp_path / "python.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    kinds = [document["kind"] for document in documents]
+    assert min(kinds.count("documentation"), kinds.count("source")) >= 24
+    assert set(kinds) == {"documentation", "source"}
+    assert min(len(document["text"]) for document in documents) >= demo_data.LEAST_CHARACTERS
+    assert any("import argparse" in document["text"] for document in documents)
+
+
 def test_what_is_there_is_left_alone(tmp_path, lee_wheel):
     demo_data._prepare_lee(tmp_path)
+    (tmp_path / "python.jsonl").write_text("{}\n")
     for model in (demo_data.SMOLLM2, demo_data.GEMMA3):
         (tmp_path / model.folder).mkdir()
     before = (tmp_path / "lee.jsonl").stat().st_mtime_ns
