@@ -97,22 +97,20 @@ def _teacher_row(run: str, name: str, health: Health, prefix: str) -> TeacherRow
 
 
 def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
-    """The rows for people."""
+    """How well the distributions know the gold tokens, for people."""
     return ResultTable(
-        "Teacher NLL: mean -ln p(gold next token) in nats, lower is better: completed (what a row does not list is divided as "
-        "the target divides it), and floored (rows rescaled to 1, floor 1e-4); steps shared by configurations once",
+        "Teacher NLL: mean -ln p(gold next token) in nats, lower is better; beside each figure the models' own, computed alike "
+        "on the same positions. Completed: what a row does not list is divided as the target divides it. Floored: rows "
+        "rescaled to 1, at least 1e-4. Steps shared by configurations once",
         (
             "configuration",
             "distribution",
             "completed",
-            "target there",
-            "source itself",
+            "target",
+            "source",
             "floored",
-            "target there, floored",
-            "coverage",
-            "exact contexts",
-            "mass moved",
-            "entropy before, after",
+            "target",
+            "covers",
         ),
         tuple(
             (
@@ -124,14 +122,33 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
                 _nats(row.floored_nll),
                 _nats(row.target_floored_nll),
                 _percent(row.coverage),
-                _percent(row.exact_contexts),
-                _percent(row.mass_moved),
-                "" if row.source_entropy is None else f"{_nats(row.source_entropy)}, {_nats(row.aligned_entropy)}",
             )
             for row in rows
         ),
         text_columns=(0, 1),
         notes=_notes(rows),
+    )
+
+
+def moved_table(rows: Sequence[TeacherRow]) -> ResultTable:
+    """What aligning did to the sources' distributions, for people."""
+    return ResultTable(
+        "What aligning moved: positions where both models condition on the same text; mass that landed on a token of another "
+        "text; entropy of the source's window and of what came of it, nats",
+        ("configuration", "distribution", "exact contexts", "mass moved", "entropy before", "after"),
+        tuple(
+            (
+                row.run,
+                row.name,
+                _percent(row.exact_contexts),
+                _percent(row.mass_moved),
+                _nats(row.source_entropy),
+                _nats(row.aligned_entropy),
+            )
+            for row in rows
+            if row.source_entropy is not None
+        ),
+        text_columns=(0, 1),
     )
 
 

@@ -9,7 +9,7 @@ from pipeline.display.table import print_table
 from pipeline.evaluation.suites.results import suite_rows, suite_table
 from pipeline.report.held_out import held_out, held_out_table
 from pipeline.report.reported import reported_runs
-from pipeline.report.teacher import teacher_rows, teacher_table
+from pipeline.report.teacher import moved_table, teacher_rows, teacher_table
 from pipeline.report.texts import text_reports, text_tables
 from pipeline.report.times import time_table
 from pipeline.report.weights import weight_table
@@ -36,7 +36,9 @@ def print_report(store: Store, console: Console) -> None:
     benchmarks = suite_rows(runs, store)
     if benchmarks:
         print_table(suite_table(benchmarks), console)
-    print_table(teacher_table(teacher_rows(runs, statuses)), console)
+    teachers = teacher_rows(runs, statuses)
+    print_table(teacher_table(teachers), console)
+    print_table(moved_table(teachers), console)
     weights = weight_table(runs, store)
     if weights is not None:
         print_table(weights, console)

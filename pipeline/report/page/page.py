@@ -18,7 +18,7 @@ from pipeline.report.page.plots import Bar, bars, curves
 from pipeline.report.page.viewer import viewer_data
 from pipeline.report.reported import reported_runs, runs_by_folder
 from pipeline.report.sweeps import summary_of, sweep_results, sweep_tables
-from pipeline.report.teacher import TeacherRow, teacher_rows, teacher_table
+from pipeline.report.teacher import TeacherRow, moved_table, teacher_rows, teacher_table
 from pipeline.report.texts import TextReport, text_reports, text_tables
 from pipeline.report.times import time_table
 from pipeline.report.weights import weight_table
@@ -86,6 +86,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
         benchmark_plot=_benchmark_plot(benchmarks),
         subtasks=subtask_table(runs, store),
         teacher=teacher_table(teachers),
+        moved=moved_table(teachers),
         teacher_plot=_teacher_plot(teachers),
         weights=weight_table(runs, store),
         interpretations=described_interpretations(runs, store),

@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
-from pipeline.report.teacher import teacher_rows, teacher_table
+from pipeline.report.teacher import moved_table, teacher_rows, teacher_table
 from stages.contract.manifest import Mean
 
 
@@ -13,8 +13,8 @@ def rows_of(**steps: dict[str, Any]):
     run = SimpleNamespace(
         label="tiny",
         steps={
-            "align/one": SimpleNamespace(folder="align/one/f", stage="align", model="one"),
-            "fuse": SimpleNamespace(folder="fuse/f", stage="fuse", model=None),
+            "align/one": SimpleNamespace(folder="align/one/f", stage="align", model="one", is_sharded=True),
+            "fuse": SimpleNamespace(folder="fuse/f", stage="fuse", model=None, is_sharded=True),
         },
     )
     keys = {"align": "align/one", "fuse": "fuse"}
@@ -56,3 +56,10 @@ def test_figures_of_an_earlier_version_are_not_shown_as_something_else():
     (row,) = rows_of(align={"positions": 100, "covered": 80, "teacher_nll": Mean(total=1.0, count=80)})
     assert (row.completed_nll, row.floored_nll, row.coverage) == (None, None, 0.8)
     assert teacher_table([row]).notes == ()
+
+
+def test_what_was_moved_has_a_row_for_each_alignment():
+    entropies = {"source_entropy": Mean(total=100.0, count=80), "aligned_entropy": Mean(total=80.0, count=80)}
+    moved = {"mass_moved": Mean(total=8.0, count=80), "exact_contexts": 90}
+    rows = rows_of(align={"positions": 100, "covered": 80, **entropies, **moved}, fuse={"positions": 100, "fused": 80})
+    assert moved_table(rows).rows == (("tiny", "aligned one", "90.0%", "10.0%", "1.250", "1.000"),)
