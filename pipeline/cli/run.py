@@ -156,8 +156,11 @@ def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("
 def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
     """The whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
     from pipeline.report.terminal import print_report
+    from pipeline.report.verdict import verdicts
     from pipeline.workflow.demo import run_demo
 
     seconds = run_demo(run, console(), local=local)
     print_report(Store(run), console())
+    for sentence in verdicts(Store(run)):
+        console().print(sentence, soft_wrap=True)
     console().print(f"make demo took {seconds:.0f} s after the downloads")

@@ -13,6 +13,7 @@ from pipeline.report.reported import reported_runs
 from pipeline.report.sweeps import Measure, summary_of, sweep_results, sweep_table, sweep_tables
 from pipeline.report.terminal import print_report
 from pipeline.report.texts import text_reports, text_tables
+from pipeline.report.verdict import verdicts
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun
 from pipeline.settings.load import ConfigError
@@ -99,6 +100,13 @@ def test_a_text_has_a_table_over_bytes_and_one_over_kinds(store: Store, finished
     assert over_kinds.rows[-1][1:] == ("1.9000", "-0.1000 ± 0.0667", "2 of 3", "-0.0667 ± 0.0667", "2 of 3")
     assert over_kinds.rows[0][1:] == ("1.8333", "", "", "", "")
     assert len(text_tables(text_reports(finished, store)[1])) == 1, "a text without kinds"
+
+
+@pytest.mark.usefixtures("finished")
+def test_what_can_be_compared_has_a_sentence(store: Store) -> None:
+    (essays,) = verdicts(store)
+    assert essays.startswith("text essays: after fused-run (")
+    assert "and gold tokens only are equal within two standard errors (apart by 0.0200 ± " in essays
 
 
 def test_texts_of_one_name_that_are_other_texts_have_tables_of_their_own(
