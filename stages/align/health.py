@@ -99,8 +99,15 @@ class AlignHealth:
             self._add_mean("marginal_error", aligned.problems.marginal_error)
 
     def figures(self) -> dict[str, int | Mean]:
-        """The figures for the manifest."""
-        return {**self._counts, **self._means, "missing_target_segments": self._missing_target_segments}
+        """The figures for the manifest; those of positions inside source tokens only where these are conditioned."""
+        figures: dict[str, int | Mean] = {
+            **self._counts,
+            **self._means,
+            "missing_target_segments": self._missing_target_segments,
+        }
+        if self._config.inexact == "condition":
+            return figures
+        return {name: figure for name, figure in figures.items() if not name.startswith(("inner_", "conditioned_"))}
 
     def _add_teacher_nll(
         self, aligned: AlignedSegment, target: ModelRows, distributions: SparseRows, covered: np.ndarray

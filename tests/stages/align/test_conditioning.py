@@ -326,7 +326,7 @@ def test_positions_at_shared_boundaries_are_as_without_conditioning(models, inpu
     kinds = ("conditioned", "no_context", "no_candidate", "little_mass", "white_space")
     assert health["inner_positions"] == sum(health[f"inner_{kind}"] for kind in kinds) > 50
     assert (num_conditioned > 20) == (target != "unigram"), "a target that normalises does not say what bytes it read"
-    assert masked.health["inner_positions"] == 0
+    assert not {name for name in masked.health if name.startswith(("inner_", "conditioned_"))}
     assert health["conditioned_nll"].count == health["conditioned_target_nll"].count == num_conditioned
 
 
