@@ -83,7 +83,7 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
 def test_a_shipped_configuration_is_found_by_its_name(installed: Path, tmp_path: Path) -> None:
     config = json.loads(run(installed, tmp_path, "config", "demo"))
     assert config["name"] == "demo"
-    assert config["train"]["lambda"] == 0.8
+    assert config["train"]["lambda"] == 0.5
 
 
 def test_the_paper_s_run_is_planned_without_a_network(installed: Path, tmp_path: Path) -> None:
