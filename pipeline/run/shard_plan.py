@@ -68,6 +68,11 @@ def plan_header(store: Store, shard_folder: str) -> dict[str, Any] | None:
 
 
 def evenly_spread(num_shards: int, wanted: int) -> tuple[int, ...]:
-    """Return as many shards as are wanted, or all, at equal distances."""
+    """Return as many shards as are wanted, or all, at equal distances.
+
+    Args:
+        num_shards: of the run.
+        wanted: at least 1.
+    """
     count = min(wanted, num_shards)
     return tuple(index * num_shards // count for index in range(count))

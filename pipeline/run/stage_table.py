@@ -159,7 +159,7 @@ def adapted_source(config: RunConfig, name: str | None) -> tuple[SourceConfig, s
 
     Args:
         config: the configuration.
-        name: the step's.
+        name: the step's, one of ``_adapt_names``.
     """
     return next((source, fold) for source in config.sources for fold in FOLDS if f"{source.name}-{fold}" == name)
 
@@ -251,7 +251,6 @@ def _fit_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     nll = {
         f"nll/{name}": Mean(total=value * count, count=count)
         for name, value in zip(("mixture", *result["candidates"]), (whole["nll"], *whole["candidate_nll"]), strict=True)
-        if value is not None
     }
     return {"positions": count, "kinds": len(result["rows"]) - 1, **weights, **nll}
 

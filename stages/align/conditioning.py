@@ -8,7 +8,7 @@ each, its *rest*. The source's next token itself is never looked at: it is what 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import numpy as np
 
@@ -67,6 +67,12 @@ class ConditionedCandidates:
     source_ids: np.ndarray
     mass: np.ndarray
     seen: tuple[bytes, ...]
+
+    @classmethod
+    def none(cls) -> Self:
+        """Candidates at no position."""
+        no_position = np.empty(0, np.int32)
+        return cls(no_position.astype(np.int64), no_position, np.empty((0, 0), np.int32), np.empty((0, 0)), ())
 
 
 def inner_positions(

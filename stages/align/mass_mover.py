@@ -126,11 +126,8 @@ class MassMover:
             source_ids: (P, n) the source's candidates; -1 at pads.
             source_mass: (P, n) their mass.
         """
-        config = self._config
-        target_ids, target_probs = narrow(
-            target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
-        )
-        if config.method != "transport":
+        target_ids, target_probs = self._target_window(target, positions)
+        if self._config.method != "transport":
             return self._map(positions, source_ids, source_mass, target_ids)
         if self._first_token is not None:
             support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
@@ -155,10 +152,8 @@ class MassMover:
             source: the source's vocabulary.
         """
         assert self._rests is not None
-        config, positions = self._config, candidates.positions
-        target_ids, target_probs = narrow(
-            target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
-        )
+        positions = candidates.positions
+        target_ids, target_probs = self._target_window(target, positions)
         source_ids = candidates.source_ids
         rows, columns = np.nonzero(source_ids != NO_ID)
         numbers = self._rests.numbers(
@@ -168,7 +163,7 @@ class MassMover:
         rests, exact, first = (np.full(source_ids.shape, NO_ID, np.int32) for _ in range(3))
         rests[rows, columns] = numbers
         exact[rows, columns] = self._rests.exact(numbers)
-        if config.support == "union":
+        if self._config.support == "union":
             first[rows, columns] = self._rests.first_token(numbers)
             # The target tokens that begin the rests: each begins itself.
             support_ids, prior = union_support(target_ids, target_probs, first, self._target_ids)
@@ -207,6 +202,11 @@ class MassMover:
             mass_moved=self._moved(plan, source_numbers, support_ids),
             same_text=self._same_text(source_numbers, support_ids),
         )
+
+    def _target_window(self, target: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the target's own candidates at P positions and their probabilities, (P, n) each."""
+        config = self._config
+        return narrow(target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p)
 
     def _transport(
         self,

@@ -159,13 +159,11 @@ class SegmentAligner:
         """
         config = self._config
         inner = np.full(len(target), Inner.NOT_INNER, np.uint8)
-        positions, boundaries = np.empty(0, np.int64), np.empty(0, np.int32)
+        if config.inexact != "condition" or self.is_identity:
+            return ConditionedCandidates.none(), inner
         source_roles = self._source.roles(source.token_ids)
-        if config.inexact == "condition" and not self.is_identity:
-            target_roles = self._target.roles(target.token_ids)
-            positions, boundaries = inner_positions(
-                target, source, target_roles=target_roles, source_roles=source_roles
-            )
+        target_roles = self._target.roles(target.token_ids)
+        positions, boundaries = inner_positions(target, source, target_roles=target_roles, source_roles=source_roles)
         sides = (self._target, self._source)
         seen = seen_bytes(target, source, positions, boundaries, sides=sides, source_roles=source_roles)
         has_prior = target.topk_probs[positions, : config.top_k].sum(axis=1) > 0

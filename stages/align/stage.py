@@ -73,7 +73,7 @@ class AlignStage:
         target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
         self._target = _side(self._models[0], target_tokenizer)
         self._source = _side(self._models[1], source_tokenizer)
-        pair = _model_pair(target_tokenizer, source_tokenizer, self._models[0].model_dump_json())
+        pair = _model_pair(target_tokenizer, source_tokenizer, self._models[0])
         self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
@@ -260,13 +260,13 @@ class _OutputRows:
 
 
 @lru_cache(maxsize=1)
-def _model_pair(target: SegmentTokenizer, source: SegmentTokenizer, target_model: str) -> ModelPair:
+def _model_pair(target: SegmentTokenizer, source: SegmentTokenizer, target_model: ModelConfig) -> ModelPair:
     """Return the two models with the maps between their vocabularies, which the stages of a comparison share.
 
     Args:
         target: the target's tokenizer.
         source: the source's tokenizer.
-        target_model: the target's ``ModelConfig`` as JSON, for its embeddings.
+        target_model: the target, for its embeddings.
     """
     return ModelPair(
         source=source.vocabulary,
@@ -275,7 +275,7 @@ def _model_pair(target: SegmentTokenizer, source: SegmentTokenizer, target_model
         target_texts=_texts(target.vocabulary),
         encode=lambda texts: target.encode_batch(texts, is_last=[False] * len(texts)),
         encode_source=lambda texts: source.encode_batch(texts, is_last=[False] * len(texts)),
-        load_embeddings=lambda: load_input_embeddings(ModelConfig.model_validate_json(target_model)),
+        load_embeddings=lambda: load_input_embeddings(target_model),
     )
 
 

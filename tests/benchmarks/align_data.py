@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.settings.adapt import SourceConfig
 from stages.align.config import AlignConfig
 from stages.align.costs.edit_distance import EditDistanceCosts
 from stages.align.stage import AlignStage
@@ -83,7 +84,7 @@ def models() -> tuple[ModelConfig, ModelConfig]:
     configs = sorted((run_folder() / "configs").glob("*.json"), key=lambda path: path.stat().st_mtime)
     config = json.loads(configs[-1].read_text())["config"]
     found = {model["name"]: model for model in (config["target"], *config["sources"])}
-    return ModelConfig.model_validate(found[TARGET]), ModelConfig.model_validate(found[SOURCE])
+    return ModelConfig.model_validate(found[TARGET]), SourceConfig.model_validate(found[SOURCE])
 
 
 def stage(preset: str, **chosen: str) -> AlignStage:

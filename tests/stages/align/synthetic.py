@@ -1,16 +1,26 @@
 """Logits tables with real tokens and made-up distributions: peaked, over tokens of the text, the gold one among them."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from stages.contract import schemas
 from stages.contract.columns import SparseRows, list_column, round_to_half, sparse_columns
+from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
+from tests.tiny_tokenizers import FAMILIES, save_tokenizer
 
 HALF = 2.0**-11
 """Largest relative error of a number rounded to float16's precision, as stored tail masses are."""
+
+
+def save_families(folder: Path) -> dict[str, ModelConfig]:
+    """Save the four families of tiny tokenizers, and ``coarse``, a byte-level BPE of many more merges."""
+    found = {family: ModelConfig(name=family, path=save_tokenizer(family, folder / family)) for family in FAMILIES}
+    coarse = save_tokenizer("byte-bpe", folder / "coarse", vocab_size=1000)
+    return {**found, "coarse": ModelConfig(name="coarse", path=coarse)}
 
 
 def logits_table(

@@ -25,9 +25,9 @@ from stages.models.tokenizer import Encoding, SegmentTokenizer, Vocabulary
 from tests.stages.align.costs.cutting import first_piece
 from tests.stages.align.costs.test_prefix import pair_of
 from tests.stages.align.pairing.test_levenshtein import levenshtein
-from tests.stages.align.synthetic import HALF, logits_table
+from tests.stages.align.synthetic import HALF, logits_table, save_families
 from tests.stages.align.transport.test_support import vocabulary
-from tests.tiny_tokenizers import TEXTS, save_tokenizer
+from tests.tiny_tokenizers import TEXTS
 
 # --- hand-made models ---------------------------------------------------------------------------------------------------
 
@@ -265,13 +265,9 @@ def test_without_the_bytes_or_a_distribution_before_there_is_no_context():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, ModelConfig]:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    found = {family: ModelConfig(name=family, path=save_tokenizer(family, folder / family)) for family in FAMILIES}
-    coarse = save_tokenizer("byte-bpe", folder / "coarse", vocab_size=1000)
-    return {**found, "coarse": ModelConfig(name="coarse", path=coarse)}
+    return save_families(tmp_path_factory.mktemp("tokenizers"))
 
 
-FAMILIES = ("byte-bpe", "spm-bpe", "unigram", "wordpiece")
 PAIRS = [
     ("byte-bpe", "coarse"),
     ("spm-bpe", "coarse"),

@@ -19,9 +19,9 @@ from stages.contract.stage import StageOutput
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
 from tests.stages.align.pairing.test_levenshtein import levenshtein
-from tests.stages.align.synthetic import logits_table
+from tests.stages.align.synthetic import logits_table, save_families
 from tests.texts import texts
-from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
+from tests.tiny_tokenizers import FAMILIES, TEXTS
 
 PAIRINGS = ("edit-distance", "boundary")
 cached_levenshtein = functools.cache(levenshtein)
@@ -30,10 +30,7 @@ cached_levenshtein = functools.cache(levenshtein)
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, ModelConfig]:
     """The four families, and a byte-level BPE of many more merges."""
-    folder = tmp_path_factory.mktemp("tokenizers")
-    found = {family: ModelConfig(name=family, path=save_tokenizer(family, folder / family)) for family in FAMILIES}
-    coarse = save_tokenizer("byte-bpe", folder / "coarse", vocab_size=1000)
-    return {**found, "coarse": ModelConfig(name="coarse", path=coarse)}
+    return save_families(tmp_path_factory.mktemp("tokenizers"))
 
 
 @pytest.fixture(scope="module")
