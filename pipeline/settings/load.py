@@ -24,7 +24,8 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     Args:
         path: a TOML file; a bare name such as ``demo`` or ``pipeline/configs/demo.toml`` of an installed ptafuse
             finds the shipped one.
-        overrides: ``"align.epsilon=0.2"``: a dotted key and a TOML value (bare words are strings).
+        overrides: ``"align.epsilon=0.2"``: a dotted key and a TOML value (bare words are strings); ``sources.mpt.path``
+            is of the source named ``mpt``.
 
     Raises:
         ConfigError: a file, key or value is wrong.
@@ -101,12 +102,29 @@ def _set(values: dict[str, Any], override: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    *tables, last = key.split(".")
-    for table in tables:
-        values = values.setdefault(table, {})
-        if not isinstance(values, dict):
+    where = values
+    while "." in key:
+        table, key = key.split(".", 1)
+        found = where.setdefault(table, {})
+        if isinstance(found, list):
+            found, key = _entry(found, key, override)
+        if not isinstance(found, dict):
             raise ConfigError(f"--set {override}: {table} is not a table")
-    values[last] = value
+        where = found
+    where[key] = value
+
+
+def _entry(tables: list[Any], key: str, override: str) -> tuple[dict[str, Any], str]:
+    """Find the table of a list, ``[[sources]]`` for one, that a key begins with the name of (which may hold dots).
+
+    Returns:
+        The table, and the rest of the key.
+    """
+    named = {str(table.get("name")): table for table in tables if isinstance(table, dict)}
+    for name, table in named.items():
+        if key.startswith(f"{name}."):
+            return table, key.removeprefix(f"{name}.")
+    raise ConfigError(f"--set {override}: {key} begins with no name and a dot; the names are {', '.join(named)}")
 
 
 def _known(location: tuple[int | str, ...]) -> list[str]:

@@ -117,3 +117,14 @@ def test_overrides_are_toml_values(tmp_path: Path) -> None:
     )
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         load_config(path, ("align.epsilon",))
+
+
+def test_an_override_finds_a_table_of_a_list_by_its_name(tmp_path: Path) -> None:
+    other = '\n[[sources]]\nname = "qwen-0.5b"\nhub = "a/b"\nrevision = "main"\n'
+    path = write(tmp_path, MINIMAL + other)
+    config = load_config(path, ("sources.qwen-0.5b.revision=abc", "sources.qwen-0.5b.adapt.num_epochs=3"))
+    found = {source.name: source for source in config.sources}
+    assert (found["qwen-0.5b"].revision, found["qwen-0.5b"].adapt.num_epochs) == ("abc", 3)
+    assert all(source.revision != "abc" for name, source in found.items() if name != "qwen-0.5b")
+    with pytest.raises(ConfigError, match=r"qwen\.revision begins with no name .* the names are .*qwen-0\.5b"):
+        load_config(path, ("sources.qwen.revision=abc",))
