@@ -143,13 +143,13 @@ def test_every_shipped_sweep_loads_by_its_name_and_names_a_shipped_configuration
 def test_the_demo_s_configurations_are_named_without_a_seed() -> None:
     sweep = load_sweep(Path("demo"))
     names = [run_name(sweep, cell, seed) for cell in cells_of(sweep) for seed in sweep.seeds]
-    assert names == ["demo-semi-relaxed", "demo-paper", "demo-gold-only"]
+    assert names == ["demo-semi-relaxed", "demo-gold-only"]
 
 
 def test_a_sweep_that_is_not_there_is_refused_with_the_shipped_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"no such sweep: nope\.toml.*demo, study-kinds-fused, .*study-mixed-test, study-rates, study-settings, study",
+        match=r"no such sweep: nope\.toml.*demo-paper, demo, study-kinds-fused, .*study-mixed-test, study-rates, study-settings, study",
     ):
         load_sweep(Path("nope.toml"))
 
