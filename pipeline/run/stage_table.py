@@ -116,11 +116,13 @@ class ShardedStage(StageSpec):
     choices: Callable[[RunConfig, str | None], Mapping[str, str]] = field(default=lambda config, name: {})
     row_group_bytes: int = ROW_GROUP_BYTES
 
-    def resources(self, config: RunConfig) -> Resources:
-        """Return what its workers need, from the stage's settings."""
+    def resources(self, config: RunConfig, name: str | None) -> Resources:
+        """Return what the workers of a step need, from the stage's settings."""
         section: Any = self.section(config)
         if not self.runs_model:
             return Resources(section.num_workers, section.cpus_per_worker, 0)
+        if config.logits_of(name).backend == "server":
+            return Resources(section.num_workers or 1, section.cpus_per_worker, 0)
         gpus = 0 if section.device == "cpu" else section.gpus_per_worker
         if gpus is None and section.tensor_parallel_size > 1:
             gpus = section.tensor_parallel_size
@@ -199,11 +201,12 @@ def model_and_text(name: str | None) -> tuple[str | None, str | None]:
 
 
 def _logits_choices(config: RunConfig, name: str | None) -> dict[str, str]:
-    if config.logits.backend != "auto":
+    logits = config.logits_of(name)
+    if logits.backend != "auto":
         return {}
     from stages.logits.backends.choose import choose_backend
 
-    return {"backend": choose_backend(config.logits, config.find_model(name))}
+    return {"backend": choose_backend(logits, config.find_model(name))}
 
 
 def _candidates(config: RunConfig, _: str | None) -> dict[str, str]:
@@ -264,7 +267,8 @@ def _evaluated(config: RunConfig) -> tuple[str, ...]:
 
     First on the held-out split, then on every other text.
     """
-    models = (*(model.name for model in config.models), *config.baselines.methods, FUSED)
+    sources = (source.name for source in config.evaluated_sources)
+    models = (config.target.name, *sources, *config.baselines.methods, FUSED)
     return (*models, *(f"{model}/{text.name}" for text in config.eval.texts for model in models))
 
 
@@ -328,7 +332,7 @@ def _shard_stage(config: RunConfig, _: str | None) -> Stage:
 def _logits_stage(config: RunConfig, name: str | None) -> Stage:
     from stages.logits.stage import LogitsStage
 
-    return LogitsStage(config.logits, config.find_model(name))
+    return LogitsStage(config.logits_of(name), config.find_model(name))
 
 
 def _align_stage(config: RunConfig, name: str | None) -> Stage:
@@ -375,7 +379,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         help="Run each model over every shard and keep the top-k logprobs of every position.",
         version=LOGITS_VERSION,
         settings=lambda config, name: {
-            "logits": config.logits.result_settings(),
+            "logits": config.logits_of(name).result_settings(),
             **_model_identities(config.find_model(name)),
         },
         inputs=_logits_inputs,

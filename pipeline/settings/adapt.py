@@ -1,8 +1,8 @@
 """Settings of a source that is trained on the run's own text before its logits are dumped."""
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.models.config import ModelConfig
@@ -48,7 +48,35 @@ class AdaptConfig(Settings):
 class SourceConfig(ModelConfig):
     """A source model."""
 
+    # Part of the fingerprint of its logits, in the place of the one under [logits].
+    backend: Annotated[Literal["transformers", "vllm", "server"] | None, RUNTIME] = Field(
+        None,
+        description="What runs this source for its logits, in the place of `logits.backend`. One that a server has is not "
+        "evaluated, and its weights need not be here.",
+    )
+    served_model: Annotated[str | None, RUNTIME] = Field(
+        None, description="What the server calls this source, in the place of `logits.served_model`."
+    )
+
     adapt: Annotated[AdaptConfig | None, ADDED] = Field(
         None,
         description="Train the source on the run's own text before its logits are dumped; by default it is used as it is.",
     )
+
+    @property
+    def is_served(self) -> bool:
+        """A server has it: nothing is asked of its weights."""
+        return self.backend == "server"
+
+    @model_validator(mode="after")
+    def _adapt_what_is_here(self) -> Self:
+        if self.is_served and self.adapt is not None:
+            raise ValueError(
+                "`adapt` trains a source, and backend = 'server' leaves its weights where they are: drop one"
+            )
+        return self
+
+    def check_weights(self) -> None:
+        """See ``ModelConfig.check_weights``."""
+        if not self.is_served:
+            super().check_weights()

@@ -88,9 +88,17 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         self.baselines.check(len(self.sources))
+        served = [source.name for source in self.sources if source.is_served]
+        if served and self.baselines.methods:
+            raise ValueError(
+                f"the baselines run every model, and source {served[0]} has backend = 'server': turn off "
+                f"{', '.join(f'baselines.{method}' for method in self.baselines.methods)}"
+            )
         for source in self.sources:
             if source.adapt is not None:
                 source.adapt.training(self.train)  # refuses a batch that its workers cannot share
+        for source in self.sources:
+            self.logits_of(source.name)
         if self.align.top_k > self.logits.top_k:
             raise ValueError(
                 f"align.top_k = {self.align.top_k} asks for more candidates than logits.top_k = {self.logits.top_k} keeps"
@@ -123,6 +131,23 @@ class RunConfig(Settings):
     def models(self) -> tuple[ModelConfig, ...]:
         """The target, then the sources."""
         return (self.target, *self.sources)
+
+    @property
+    def evaluated_sources(self) -> tuple[SourceConfig, ...]:
+        """The sources that can be evaluated: all but those of a server."""
+        return tuple(source for source in self.sources if not source.is_served)
+
+    def logits_of(self, name: str | None) -> LogitsConfig:
+        """Return the settings of the logits stage for one model."""
+        own = {
+            key: value
+            for source in self.sources
+            if source.name == name
+            for key, value in (("backend", source.backend), ("served_model", source.served_model))
+            if value is not None
+        }
+        # Checked again: a backend that goes with no other setting of the section is refused like that of the section.
+        return LogitsConfig.model_validate({**self.logits.model_dump(by_alias=True), **own}) if own else self.logits
 
     def find_model(self, name: str | None) -> ModelConfig:
         """Return the model of that name: the target or a source.

@@ -21,12 +21,15 @@ class LogitsConfig(Settings):
         description="A position keeps the smallest prefix of its top-k that holds this probability; 1: always all k.",
     )
     max_length: int = Field(2048, ge=8, description="Most tokens a model sees at once; longer segments go in windows.")
-    backend: Literal["auto", "transformers", "vllm"] = Field(
+    backend: Literal["auto", "transformers", "vllm", "server"] = Field(
         "auto",
         description="What runs the model. `auto`: vLLM where it is installed and a GPU is visible, else transformers; what the "
-        "first worker of a folder finds stands for all of it, since the two agree to rounding only.",
+        "first worker of a folder finds stands for all of it, since the two agree to rounding only. `server`: a server that "
+        "has the model already, see docs/server.md. A source can have one of its own.",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="Of the weights and activations.")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Of the weights and activations; a server has its own."
+    )
     attention: Annotated[Literal["auto", "sdpa", "eager", "flash_attention_2"], RUNTIME] = Field(
         "auto",
         description="Of transformers (vLLM chooses its own). `auto`: FlashAttention 2 where it is installed and a GPU is used, "
@@ -52,6 +55,18 @@ class LogitsConfig(Settings):
     )
     tensor_parallel_size: Annotated[int, RUNTIME] = Field(
         1, ge=1, description="GPUs that share one model, with vLLM alone: for models that do not fit one GPU."
+    )
+    served_model: Annotated[str | None, RUNTIME] = Field(
+        None, description="What the server calls the model; by default the only one that it serves."
+    )
+    server_concurrency: Annotated[int, RUNTIME] = Field(
+        8, ge=1, description="Requests of a worker that a server has at once."
+    )
+    server_attempts: Annotated[int, RUNTIME] = Field(
+        6, ge=1, description="Tries of a request that fails in a way that may pass; the pauses between them double."
+    )
+    server_timeout_seconds: Annotated[float, RUNTIME] = Field(
+        600, gt=0, description="What a server may take for one request."
     )
     max_bad_fraction: Annotated[float, RUNTIME] = Field(
         0.01, ge=0, le=1, description="A shard with more bad segments than this fails."

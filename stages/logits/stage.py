@@ -15,6 +15,7 @@ from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
 from stages.logits.backends.base import Backend, NotFiniteError, Predictions
 from stages.logits.backends.choose import choose_backend
+from stages.logits.backends.server import ServerBackend
 from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.backends.vllm import VllmBackend
 from stages.logits.config import LogitsConfig
@@ -104,7 +105,10 @@ class LogitsStage:
 
     def _load_backend(self) -> Backend:
         num_valid = self._tokenizer.vocabulary.size
-        if choose_backend(self._config, self._model) == "vllm":
+        backend = choose_backend(self._config, self._model)
+        if backend == "server":
+            return ServerBackend(self._config, self._model, num_valid=num_valid)
+        if backend == "vllm":
             return VllmBackend(self._config, self._model, num_valid=num_valid)
         return TransformersBackend(self._config, self._model, num_valid=num_valid)
 

@@ -144,9 +144,13 @@ class ModelConfig(PretrainedFiles):
         """Refuse a missing local path, of the weights or of the tokenizer, and a folder without them."""
         super().check()
         self.require("model configuration", ("config.json",))
-        self.require("weights: pickled ones (*.bin) are not read", ("*.safetensors",))
+        self.check_weights()
         self.tokenizer_files.check()
         self.tokenizer_files.require("tokenizer", TOKENIZER_FILES)
+
+    def check_weights(self) -> None:
+        """Refuse a folder without weights."""
+        self.require("weights: pickled ones (*.bin) are not read", ("*.safetensors",))
 
 
 def load_tokenizer(model: ModelConfig) -> Any:

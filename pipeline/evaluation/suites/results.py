@@ -132,7 +132,7 @@ def _models(runs: Sequence[ResolvedRun]) -> dict[str, _Model]:
     for run in runs:
         target = run.config.target.name
         labels = {target: f"target {target} before"} | {
-            model.name: f"source {model.name}" for model in run.config.sources
+            model.name: f"source {model.name}" for model in run.config.evaluated_sources
         }
         for name, label in labels.items():
             is_taken = label in {model.label for model in found.values()}

@@ -156,7 +156,7 @@ def data_folder(config: EvalConfig) -> Path | None:
 
 
 def _model_names(config: RunConfig) -> Sequence[str]:
-    known = [*(model.name for model in config.models), FUSED]
+    known = [config.target.name, *(model.name for model in config.evaluated_sources), FUSED]
     names = config.eval.suite_models or (config.target.name, FUSED)
     for name in names:
         if name not in known:

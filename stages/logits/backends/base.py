@@ -118,6 +118,17 @@ class Backend(Protocol):
         """
 
 
+def descending(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in descending order of logprob, equal ones in ascending order of id: no server or engine promises that.
+
+    Args:
+        ids: (N, k).
+        logprobs: (N, k).
+    """
+    order = np.lexsort((ids, -logprobs), axis=1)
+    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)
+
+
 def run_batches(
     lengths: np.ndarray,
     *,

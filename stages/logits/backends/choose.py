@@ -9,7 +9,7 @@ from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
 
 
-def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transformers", "vllm"]:
+def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transformers", "vllm", "server"]:
     """The backend that a worker on this machine takes: what is configured; ``auto``: vLLM where it can run the model.
 
     Raises:

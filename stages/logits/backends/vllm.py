@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from stages.logits.backends.base import Predictions, run_batches
+from stages.logits.backends.base import Predictions, descending, run_batches
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig, load_config, num_positions
 from stages.models.devices import resolve_device
@@ -229,7 +229,7 @@ class VllmBackend:
                     f"{window} of sequence {index}): its logprobs are not laid out as vLLM 0.32 does"
                 )
             rows = predictions.starts[index] + np.arange(window.take_start, window.end)
-            predictions.put(rows, *_ordered(ids[:, 1:], logprobs[:, 1:]), logprobs[:, 0])
+            predictions.put(rows, *descending(ids[:, 1:], logprobs[:, 1:]), logprobs[:, 0])
 
     def _sampling(self, next_id: np.ndarray) -> Any:
         """Parameters for one window; next_id: (1,) the token behind it, (0,) at the end of its sequence."""
@@ -276,9 +276,3 @@ def _stop_engine(engine: Any) -> None:
     engine.llm_engine.engine_core.shutdown()
     gc.collect()
     cleanup_dist_env_and_memory()
-
-
-def _ordered(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in descending order of logprob, equal ones in ascending order of id: vLLM promises nothing about ties."""
-    order = np.lexsort((ids, -logprobs), axis=1)
-    return np.take_along_axis(ids, order, axis=1), np.take_along_axis(logprobs, order, axis=1)

@@ -89,7 +89,7 @@ def test_auto_takes_transformers_for_gguf(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_an_actor_gets_the_gpus_that_share_its_model(settings: dict, gpus: float | None) -> None:
     config = load_config("demo").model_copy(update={"logits": LogitsConfig(**settings)})
-    assert stage_spec("logits").resources(config).gpus == gpus
+    assert stage_spec("logits").resources(config, config.target.name).gpus == gpus
 
 
 @pytest.mark.parametrize(
