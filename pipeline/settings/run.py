@@ -107,6 +107,7 @@ class RunConfig(Settings):
             raise ValueError(
                 f"align.top_p = {self.align.top_p} asks for more probability than logits.top_p = {self.logits.top_p} keeps"
             )
+        self._draws_are_kept()
         if self.fuse.packing == "whole" and self.fuse.max_length < self.shard.max_length:
             raise ValueError(
                 f"fuse.max_length = {self.fuse.max_length} is below shard.max_length = {self.shard.max_length}, and with "
@@ -126,6 +127,42 @@ class RunConfig(Settings):
         if self.eval.split == "test" and self.shard.test_fraction == 0:
             raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')
         return self
+
+    def _draws_are_kept(self) -> None:
+        """Refuse what would narrow or rescale rows with draws, whose expectation is the full distribution.
+
+        Raises:
+            ValueError: a setting does; says which, and what to set.
+        """
+        samples, top_k = self.logits.tail_samples, self.logits.top_k
+        if not samples:
+            return
+        needs = f"logits.tail_samples = {samples} needs"
+        if self.align.tail != "bucket":
+            raise ValueError(
+                f"{needs} align.tail = 'bucket', and it is {self.align.tail!r}: draws stand for the tail that a row "
+                "rescaled to 1 does not have. Choose align.preset = 'semi-relaxed', or set align.tail"
+            )
+        if self.align.top_k < top_k:
+            raise ValueError(
+                f"{needs} align.top_k = logits.top_k = {top_k}, and it is {self.align.top_k}: no draw stands for the entries "
+                "between the two"
+            )
+        if self.align.top_p is not None:
+            raise ValueError(
+                f"{needs} windows that nothing narrows, and align.top_p = {self.align.top_p} cuts entries that no draw stands "
+                "for: leave align.top_p out"
+            )
+        if self.fuse.top_k < top_k:
+            raise ValueError(
+                f"{needs} fuse.top_k of at least logits.top_k = {top_k}, and it is {self.fuse.top_k}: a fused row keeps "
+                "fuse.top_k entries and the draws of each candidate, and draws would be cut"
+            )
+        if self.train.tail_loss == "gold":
+            raise ValueError(
+                f"{needs} train.tail_loss = 'bucket': 'gold' stands for what rows leave out, and with draws they leave out "
+                "nothing in the mean, so that the tail would be learnt twice"
+            )
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:

@@ -77,21 +77,37 @@ def list_row(table: pa.Table, name: str, row: int) -> np.ndarray:
 def sparse_columns(rows: Sequence[SparseRows], id_type: pa.DataType) -> tuple[pa.ListArray, pa.ListArray]:
     """The two nested list columns (ids, logprobs) of one ``SparseRows`` a table row; pads are not stored."""
     keep = [part.ids != PAD_ID for part in rows]
+    ids = _nested_column([part.ids for part in rows], keep, id_type)
+    logprobs = _nested_column([part.logprobs for part in rows], keep, pa.float32())
+    return ids, logprobs
+
+
+def ids_column(rows: Sequence[np.ndarray], id_type: pa.DataType) -> pa.ListArray:
+    """Return a nested list column of ids: one (N, m) array per table row; pads are not stored."""
+    return _nested_column(rows, [part != PAD_ID for part in rows], id_type)
+
+
+def _nested_column(rows: Sequence[np.ndarray], keep: Sequence[np.ndarray], element: pa.DataType) -> pa.ListArray:
+    """Return a nested list column: one (N, m) array per table row, of which (N, m) bool says what is stored."""
     inner = np.concatenate([mask.sum(axis=1) for mask in keep]) if rows else np.empty(0, np.int64)
     inner_offsets = np.zeros(len(inner) + 1, np.int32)
     np.cumsum(inner, out=inner_offsets[1:])
     outer_offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(part) for part in rows], out=outer_offsets[1:])
+    values = np.concatenate([part[mask] for part, mask in zip(rows, keep, strict=True)]) if rows else np.empty(0)
+    leaf = pa.array(values.astype(element.to_pandas_dtype(), copy=False), element)
+    lists = pa.ListArray.from_arrays(pa.array(inner_offsets), leaf)
+    return pa.ListArray.from_arrays(pa.array(outer_offsets), lists)
 
-    def nested(flat: list[np.ndarray], element: pa.DataType) -> pa.ListArray:
-        values = np.concatenate(flat) if flat else np.empty(0)
-        leaf = pa.array(values.astype(element.to_pandas_dtype(), copy=False), element)
-        lists = pa.ListArray.from_arrays(pa.array(inner_offsets), leaf)
-        return pa.ListArray.from_arrays(pa.array(outer_offsets), lists)
 
-    ids = nested([part.ids[mask] for part, mask in zip(rows, keep, strict=True)], id_type)
-    logprobs = nested([part.logprobs[mask] for part, mask in zip(rows, keep, strict=True)], pa.float32())
-    return ids, logprobs
+def padded_ids(table: pa.Table, name: str, row: int) -> np.ndarray:
+    """Return one table row of a nested list column of ids, (N, m) int32, with pads where a list is shorter than the longest."""
+    lists = table[name][row].values
+    lengths = np.diff(lists.offsets.to_numpy())
+    mask = np.arange(int(lengths.max(initial=0))) < lengths[:, None]
+    ids = np.full(mask.shape, PAD_ID, np.int32)
+    ids[mask] = lists.flatten().to_numpy()
+    return ids
 
 
 def sparse_row(table: pa.Table, row: int) -> SparseRows:

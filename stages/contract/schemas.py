@@ -50,7 +50,7 @@ def _sparse(vocab_size: int) -> list[pa.Field]:
 _KEYS: Final = [SHARD.field("doc_id"), SHARD.field("segment")]
 
 
-def logits_schema(vocab_size: int) -> pa.Schema:
+def logits_schema(vocab_size: int, *, has_draws: bool = False) -> pa.Schema:
     """What ``logits/<model>`` writes and ``align`` and ``fuse`` read: one row a train segment, N tokens each.
 
     - ``token_ids`` (N): the segment's tokens, special tokens included.
@@ -59,6 +59,9 @@ def logits_schema(vocab_size: int) -> pa.Schema:
       position.
     - ``topk_ids``, ``topk_logprobs`` (N, <= k): the largest entries at each position, descending; natural logs over the
       full vocabulary (every id that the tokenizer has). What they leave out of 1 is the tail mass.
+    - ``sample_ids`` (N, m or 0), only with ``has_draws`` (``logits.tail_samples`` = m > 0): tokens drawn from the ids that the
+      top-k leave out, in proportion to their probability; ascending, a token that was drawn twice stands there twice. Each
+      stands for tail mass / m (``stages.contract.draws``). Empty where the other ids have no probability.
 
     Logprobs are rounded to float16's precision, to the nearest: a token's gold logprob moves by at most 1 part in 2,048,
     the mean over a thousand tokens by about 1e-5 nats.
@@ -70,6 +73,7 @@ def logits_schema(vocab_size: int) -> pa.Schema:
             pa.field("byte_end", pa.list_(pa.int32()), nullable=False),
             pa.field("gold_logprob", pa.list_(pa.float32()), nullable=False),
             *_sparse(vocab_size),
+            *([pa.field("sample_ids", pa.list_(pa.list_(id_type(vocab_size))), nullable=False)] if has_draws else []),
         ]
     )
 
@@ -80,7 +84,7 @@ transported; all mass on the gold next token (``inexact = "gold"``); copied, sin
 source token, transported from what is left of the source's candidates after the bytes read (``inexact = "condition"``)."""
 
 
-def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
+def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> pa.Schema:
     """What ``align/<source>`` writes and ``fuse`` reads: one row a train segment, N *target* positions each.
 
     - ``source_position`` (N): the source position whose distribution was taken, -1 where none.
@@ -90,8 +94,15 @@ def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
     - ``outcome`` (N): index into ``PAIRED_BY``.
     - ``topk_ids``, ``topk_logprobs`` (N, 0..k): the projected distribution over the target's vocabulary, natural logs,
       descending; empty where there is none. With ``tail = "renormalise"`` the probabilities of a row sum to 1.
+      With draws in the source's logits (k + m entries then) this is a sample: its expectation is what the source's full
+      distribution would give.
     - ``tail_mass`` (N), only with ``tail = "bucket"``: what the row's probabilities lack of 1, rounded to float16's
       precision as the logprobs are.
+    - ``completed_logprob`` (N), only with ``has_draws``: ln of the probability of the gold next token, completed as
+      ``stages.measures.teacher`` does, in the row that the source's exact entries alone would have given. This is what the row
+      is judged by: draws would make a noisy probability of a token, and its logarithm is biased. Null where the exact entries
+      give no distribution, and at the last position. Not rounded, so that what is fitted to it (``fuse.function = "fitted"``)
+      is the same with and without draws.
     """
     return pa.schema(
         [
@@ -103,6 +114,7 @@ def aligned_schema(vocab_size: int, tail: Tail) -> pa.Schema:
             pa.field("outcome", pa.list_(pa.uint8()), nullable=False),
             *_sparse(vocab_size),
             *_tail_field(tail),
+            *([pa.field("completed_logprob", pa.list_(pa.float32()), nullable=False)] if has_draws else []),
         ],
         metadata={"tail": tail, "outcomes": ",".join(PAIRED_BY)},
     )

@@ -4,7 +4,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
-from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
 VERSION: Final = 3
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""
@@ -19,6 +19,14 @@ class LogitsConfig(Settings):
         gt=0,
         le=1,
         description="A position keeps the smallest prefix of its top-k that holds this probability; 1: always all k.",
+    )
+    tail_samples: Annotated[int, ADDED] = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Tokens drawn at each position from what its top-k leave out, in proportion to their probability; each "
+        "stands for an equal share of the tail, so that the expected row is the full distribution. With transformers alone; "
+        "needs align.tail = 'bucket' and windows that nothing narrows.",
     )
     max_length: int = Field(2048, ge=8, description="Most tokens a model sees at once; longer segments go in windows.")
     backend: Literal["auto", "transformers", "vllm", "server"] = Field(
@@ -89,5 +97,19 @@ class LogitsConfig(Settings):
             raise ValueError(
                 f"tensor_parallel_size = {self.tensor_parallel_size} splits a model with vLLM alone: set backend = 'vllm', or "
                 "tensor_parallel_size = 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _full_distribution_for_draws(self) -> Self:
+        if self.tail_samples and self.backend == "vllm":
+            raise ValueError(
+                f"tail_samples = {self.tail_samples} draws from the full distribution, and vLLM gives the largest entries "
+                "alone: set backend = 'transformers', or tail_samples = 0"
+            )
+        if self.tail_samples and self.top_p < 1:
+            raise ValueError(
+                f"tail_samples = {self.tail_samples} draws from what the top_k leave out, and top_p = {self.top_p} would cut "
+                "entries that no draw stands for: set top_p = 1, or tail_samples = 0"
             )
         return self

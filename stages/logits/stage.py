@@ -1,4 +1,4 @@
-"""The logits stage: one model's top-k logprobs at every position of the train segments."""
+"""The logits stage: one model's top-k logprobs at every position of the train segments, and draws from the rest."""
 
 import logging
 import time
@@ -9,7 +9,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stages.contract.columns import PAD_ID, SparseRows, list_column, round_to_half, segment_keys, sparse_columns
+from stages.contract.columns import (
+    PAD_ID,
+    SparseRows,
+    ids_column,
+    list_column,
+    round_to_half,
+    segment_keys,
+    sparse_columns,
+)
 from stages.contract.manifest import Health, Mean
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
@@ -85,7 +93,9 @@ class LogitsStage:
             windows(len(segment), max_length=self._backend.max_length, num_prefix=num_prefix) for segment in segments
         ]
         try:
-            predictions = self._backend.predict([segment.encoding.ids for segment in segments], cuts)
+            predictions = self._backend.predict(
+                [segment.encoding.ids for segment in segments], cuts, self._uniforms(segments)
+            )
         except NotFiniteError as error:
             raise ValueError(self._not_finite(segments[error.sequence], error.position)) from error
         self._cut_rows(predictions)
@@ -131,6 +141,26 @@ class LogitsStage:
                 segments.append(_Segment(doc_id, index, encoding))
         return segments, bad
 
+    def _uniforms(self, segments: Sequence[_Segment]) -> np.ndarray | None:
+        """Return where in the cumulated tail each draw lies, (P, m) in [0, 1], ascending; None without draws.
+
+        The numbers of a segment depend on its document and its number there alone, so that a shard that is computed again has
+        the same draws, whatever the batches. A position's draws are stratified, one in each m-th of the tail: each token's
+        expected count is that of independent draws, with less variance.
+        """
+        num_samples = self._config.tail_samples
+        if not num_samples:
+            return None
+        generators = (
+            np.random.Generator(np.random.Philox(key=np.array([segment.doc_id, segment.index], np.uint64)))
+            for segment in segments
+        )
+        random = [
+            generator.random((len(segment), num_samples))
+            for generator, segment in zip(generators, segments, strict=True)
+        ]
+        return (np.arange(num_samples) + np.concatenate([np.empty((0, num_samples)), *random])) / num_samples
+
     def _not_finite(self, segment: _Segment, position: int) -> str:
         """What to say of a position without finite logprobs."""
         return (
@@ -153,16 +183,33 @@ class LogitsStage:
         for index, segment in enumerate(segments):
             ids, byte_end = segment.encoding.ids, segment.encoding.byte_end
             total += cross_entropy(predictions.gold_logprob[predictions.part(index)], byte_end, is_special[ids])
-        mass = float(np.exp(predictions.topk_logprobs.astype(np.float64)).sum())
+        row_mass = np.exp(predictions.topk_logprobs.astype(np.float64)).sum(axis=1)
+        mass = float(row_mass.sum())
         num_tokens = int(predictions.starts[-1])
         return {
             "segments": len(segments),
             "tokens": num_tokens,
             "topk_mass": Mean(total=mass, count=num_tokens),
             "topk_entries": Mean(total=int((predictions.topk_ids != PAD_ID).sum()), count=num_tokens),
+            **(self._draw_health(predictions, row_mass) if self._config.tail_samples else {}),
             "bits_per_byte": Mean(total=total.nats / np.log(2), count=total.num_bytes),
             "oom_retries": predictions.oom_retries,
             "forward_seconds": round(predictions.forward_seconds, 3),
+        }
+
+    def _draw_health(self, predictions: Predictions, row_mass: np.ndarray) -> Health:
+        """Return the mass that the tails have, and the mass that the stored rows leave to their draws.
+
+        Args:
+            predictions: P positions.
+            row_mass: (P,) what their top-k hold, not rounded.
+        """
+        stored = np.exp(round_to_half(predictions.topk_logprobs).astype(np.float64)).sum(axis=1)
+        has_draws = (predictions.sample_ids != PAD_ID).any(axis=1)
+        left = np.where(has_draws, np.maximum(0.0, 1.0 - stored), 0.0)
+        return {
+            "tail_mass": Mean(total=float(np.maximum(0.0, 1.0 - row_mass).sum()), count=len(row_mass)),
+            "sampled_tail_mass": Mean(total=float(left.sum()), count=len(left)),
         }
 
     def _table(self, segments: Sequence[_Segment], predictions: Predictions) -> pa.Table:
@@ -173,6 +220,8 @@ class LogitsStage:
         ids, logprobs = sparse_columns(
             [SparseRows(predictions.topk_ids[part], rounded[part]) for part in parts], id_type(vocab_size)
         )
+        has_draws = self._config.tail_samples > 0
+        draws = [ids_column([predictions.sample_ids[part] for part in parts], id_type(vocab_size))] if has_draws else []
         return pa.Table.from_arrays(
             [
                 pa.array([segment.doc_id for segment in segments], pa.int64()),
@@ -182,6 +231,7 @@ class LogitsStage:
                 list_column([gold[part] for part in parts], pa.float32()),
                 ids,
                 logprobs,
+                *draws,
             ],
-            schema=logits_schema(vocab_size),
+            schema=logits_schema(vocab_size, has_draws=has_draws),
         )

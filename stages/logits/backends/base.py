@@ -11,6 +11,7 @@ from typing import Final, Protocol
 import numpy as np
 import torch
 
+from stages.contract.columns import PAD_ID
 from stages.models.batches import token_batches
 from stages.models.windows import Window
 
@@ -42,6 +43,8 @@ class Predictions:
         topk_ids: (P, k) int32, descending probability, equal ones in ascending order of id.
         topk_logprobs: (P, k) float32, natural logs, normalised over the ids that the tokenizer has.
         gold_logprob: (P,) float32 of the next token; NaN at the last position of each sequence.
+        sample_ids: (P, m) int32, ascending, tokens drawn from what the top-k leave out, in proportion to their probability; all
+            m are ``PAD_ID`` where nothing is left out.
         forward_seconds: time inside the model, head and top-k included.
         oom_retries: how often memory ran out and a smaller budget went on.
     """
@@ -50,12 +53,13 @@ class Predictions:
     topk_ids: np.ndarray
     topk_logprobs: np.ndarray
     gold_logprob: np.ndarray
+    sample_ids: np.ndarray
     forward_seconds: float = 0.0
     oom_retries: int = 0
 
     @classmethod
-    def empty(cls, lengths: Sequence[int], *, width: int) -> "Predictions":
-        """Room for sequences of these lengths, ``width`` entries a position."""
+    def empty(cls, lengths: Sequence[int], *, width: int, num_samples: int = 0) -> "Predictions":
+        """Return room for sequences of these lengths, with ``width`` entries and ``num_samples`` draws at each position."""
         starts = np.zeros(len(lengths) + 1, np.int64)
         np.cumsum(lengths, out=starts[1:])
         return cls(
@@ -63,13 +67,21 @@ class Predictions:
             topk_ids=np.zeros((starts[-1], width), np.int32),
             topk_logprobs=np.zeros((starts[-1], width), np.float32),
             gold_logprob=np.full(starts[-1], np.nan, np.float32),
+            sample_ids=np.full((starts[-1], num_samples), PAD_ID, np.int32),
         )
 
     def part(self, sequence: int) -> slice:
         """Where a sequence's positions lie."""
         return slice(self.starts[sequence], self.starts[sequence + 1])
 
-    def put(self, rows: np.ndarray, ids: np.ndarray, logprobs: np.ndarray, gold_logprob: np.ndarray) -> None:
+    def put(
+        self,
+        rows: np.ndarray,
+        ids: np.ndarray,
+        logprobs: np.ndarray,
+        gold_logprob: np.ndarray,
+        sample_ids: np.ndarray | None = None,
+    ) -> None:
         """Take in some positions.
 
         Args:
@@ -77,6 +89,7 @@ class Predictions:
             ids: (N, k).
             logprobs: (N, k).
             gold_logprob: (N,); not looked at where the position is the last of its sequence.
+            sample_ids: (N, m); None: nothing was drawn.
 
         Raises:
             NotFiniteError: a logprob is not finite; of several the first.
@@ -90,6 +103,8 @@ class Predictions:
         self.topk_ids[rows] = ids
         self.topk_logprobs[rows] = logprobs
         self.gold_logprob[rows] = np.where(is_last, np.nan, gold_logprob)
+        if sample_ids is not None:
+            self.sample_ids[rows] = sample_ids
 
 
 class Backend(Protocol):
@@ -105,14 +120,22 @@ class Backend(Protocol):
     num_embeddings: int
     versions: Mapping[str, str]
 
-    def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
+    def predict(
+        self,
+        sequences: Sequence[np.ndarray],
+        cuts: Sequence[Sequence[Window]],
+        uniforms: np.ndarray | None = None,
+    ) -> Predictions:
         """Run the model over sequences.
 
         Args:
             sequences: (N,) token ids each, below ``num_embeddings``.
             cuts: the windows of each sequence, of at most ``max_length`` tokens.
+            uniforms: (P, m) float64 in [0, 1], ascending in a row, for the P positions of all sequences end to end: where each
+                draw of a position lies in the cumulated rest of its distribution. None: nothing is drawn.
 
         Raises:
+            ValueError: draws are asked of a backend that sees no full distribution.
             NotFiniteError: the model gave a number that is not finite.
             RuntimeError: memory ran out although the budgets are as small as they get.
         """

@@ -30,6 +30,8 @@ def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transfo
 
 def _obstacle(config: LogitsConfig, model: ModelConfig) -> str | None:
     """Why vLLM cannot be taken, the cheapest question first; None if it can."""
+    if config.tail_samples:
+        return "logits.tail_samples draws from the full distribution, of which vLLM gives the largest entries alone"
     if config.device == "cpu" or not torch.cuda.is_available():
         return "no GPU is used"
     if not is_installed():

@@ -54,16 +54,24 @@ class TransformersBackend:
         self.num_embeddings = int(loaded.get_input_embeddings().weight.shape[0])
         self.max_length = num_positions(loaded, config.max_length)
 
-    def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
+    def predict(
+        self,
+        sequences: Sequence[np.ndarray],
+        cuts: Sequence[Sequence[Window]],
+        uniforms: np.ndarray | None = None,
+    ) -> Predictions:
         """Run all windows in batches of similar length; see ``base.Backend.predict``."""
-        width = min(self._config.top_k, self._num_valid)
-        predictions = Predictions.empty([len(sequence) for sequence in sequences], width=width)
+        predictions = Predictions.empty(
+            [len(sequence) for sequence in sequences],
+            width=min(self._config.top_k, self._num_valid),
+            num_samples=0 if uniforms is None else uniforms.shape[1],
+        )
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         lengths = np.array([len(window) for _, window in inputs], np.int64)
         predictions.oom_retries = run_batches(
             lengths,
             budget=lambda: self._batch_tokens,
-            run=lambda batch: self._run(sequences, [inputs[index] for index in batch], predictions),
+            run=lambda batch: self._run(sequences, [inputs[index] for index in batch], uniforms, predictions),
             can_shrink=lambda num_windows: num_windows > 1 or self._chunk_positions > 1,
             shrink=lambda batch: self._shrink(len(batch) * int(lengths[batch].max())),
         )
@@ -71,7 +79,11 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def _run(
-        self, sequences: Sequence[np.ndarray], batch: Sequence[tuple[int, Window]], predictions: Predictions
+        self,
+        sequences: Sequence[np.ndarray],
+        batch: Sequence[tuple[int, Window]],
+        uniforms: np.ndarray | None,
+        predictions: Predictions,
     ) -> None:
         """One forward pass, padded on the right; the head sees the taken positions alone."""
         inputs = padded_batch(batch, sequences, predictions.starts)
@@ -88,10 +100,12 @@ class TransformersBackend:
             top_k=self._config.top_k,
             num_valid=self._num_valid,
             chunk_positions=self._chunk_positions,
+            uniforms=None if uniforms is None else on_device(uniforms[inputs.rows]),
         )
-        ids, logprobs, gold_logprob = (part.cpu().numpy() for part in (top.ids, top.logprobs, top.gold_logprob))
+        kept = (top.ids, top.logprobs, top.gold_logprob, top.sample_ids)
+        ids, logprobs, gold_logprob, sample_ids = (part.cpu().numpy() for part in kept)
         predictions.forward_seconds += time.perf_counter() - started  # the copies waited for the device
-        predictions.put(inputs.rows, ids, logprobs, gold_logprob)
+        predictions.put(inputs.rows, ids, logprobs, gold_logprob, sample_ids)
 
     def _shrink(self, size: int) -> None:
         """Halve the budgets of what follows, after a batch of ``size`` tokens that did not fit."""

@@ -148,8 +148,18 @@ class VllmBackend:
         self._width = min(config.top_k, num_valid, self.num_embeddings)
         self._engine = self._start()
 
-    def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
+    def predict(
+        self,
+        sequences: Sequence[np.ndarray],
+        cuts: Sequence[Sequence[Window]],
+        uniforms: np.ndarray | None = None,
+    ) -> Predictions:
         """Run all windows, some of them at a time; see ``base.Backend.predict``."""
+        if uniforms is not None:
+            raise ValueError(
+                f"model {self._model.name}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each "
+                "position, and vLLM gives the largest entries alone: set logits.backend = 'transformers'"
+            )
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=self._width)
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         lengths = np.array([len(window) for _, window in inputs], np.int64)

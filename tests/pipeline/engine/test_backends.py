@@ -78,6 +78,15 @@ def test_auto_takes_transformers_for_gguf(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_backend(LogitsConfig(device="cpu"), MODEL) == "transformers"
 
 
+def test_auto_takes_transformers_for_draws_from_the_tail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("stages.logits.backends.choose.is_installed", lambda: True)
+    monkeypatch.setattr("stages.logits.backends.choose.knows_architecture", lambda _: True)
+    assert choose_backend(LogitsConfig(tail_samples=4), MODEL) == "transformers"
+    with pytest.raises(ValueError, match="tail_samples draws from the full distribution"):
+        choose_backend(LogitsConfig(tail_samples=4, tensor_parallel_size=2), MODEL)
+
+
 @pytest.mark.parametrize(
     ("settings", "gpus"),
     [

@@ -19,6 +19,9 @@ path = "b"
 """
 
 
+DRAWS = "[logits]\ntail_samples = 4\n"
+
+
 def write(folder: Path, text: str) -> Path:
     path = folder / "x.toml"
     path.write_text(text)
@@ -77,6 +80,19 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
         ("[train]\ntail_loss = 'gold'\ntemperature = 2.0", "goes with fusion_loss = 'forward-kl' at temperature = 1"),
         ("[fuse]\nfunction = 'fitted'", "fuse.function = 'fitted' needs align.tail = 'bucket'"),
         ("[align]\npreset = 'semi-relaxed'\n[fuse]\nfunction = 'fitted'\nper = 'kind'", "needs dataset.kind_column"),
+        ("[logits]\ntail_samples = 4", "tail_samples = 4 needs align.tail = 'bucket', and it is 'renormalise'"),
+        ("[logits]\ntail_samples = 4\nbackend = 'vllm'", "set backend = 'transformers', or tail_samples = 0"),
+        ("[logits]\ntail_samples = 4\ntop_p = 0.9", "set top_p = 1, or tail_samples = 0"),
+        (f"{DRAWS}[align]\ntop_k = 8\ntail = 'bucket'", "needs align.top_k = logits.top_k = 10, and it is 8"),
+        (f"{DRAWS}[align]\ntop_p = 0.9\ntail = 'bucket'", "align.top_p = 0.9 cuts entries that no draw stands for"),
+        (
+            f"{DRAWS}[align]\ntail = 'bucket'\n[fuse]\ntop_k = 9",
+            "fuse.top_k of at least logits.top_k = 10, and it is 9",
+        ),
+        (
+            f"{DRAWS}[align]\ntail = 'bucket'\n[train]\ntail_loss = 'gold'",
+            "needs train.tail_loss = 'bucket': 'gold' stands for what rows leave out",
+        ),
         ("[eval]\nsplit = 'test'", 'eval.split = "test" has no documents: set shard.test_fraction'),
         ("[tarin]\nseed = 1", "tarin: there is no such setting; known here: align, assumptions, baselines, dataset"),
     ],
@@ -84,6 +100,11 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
 def test_wrong_configuration_says_where_and_what(tmp_path: Path, addition: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(write(tmp_path, MINIMAL + addition))
+
+
+def test_draws_go_with_the_preset_that_keeps_the_tail(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, f"{MINIMAL}{DRAWS}[align]\npreset = 'semi-relaxed'"))
+    assert config.logits.tail_samples == 4
 
 
 def test_no_source_is_refused(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def values_of(field: pa.Field, rng: np.random.Generator, vocab_size: int) -> pa.
         return list_column([np.cumsum(rng.integers(0, 9, length)) for length in LENGTHS], element)
     if pa.types.is_floating(element):
         gold = [round_to_half(-rng.gamma(2, 3, length).astype(np.float32)) for length in LENGTHS]
-        for row in gold if field.name == "gold_logprob" else ():
+        for row in gold if field.name in ("gold_logprob", "completed_logprob") else ():
             row[-1] = np.nan  # no next token
         return list_column(gold, element)
     largest = {pa.uint8(): 4, pa.int8(): 2, pa.bool_(): 2}.get(element, vocab_size)
@@ -55,7 +55,7 @@ def values_of(field: pa.Field, rng: np.random.Generator, vocab_size: int) -> pa.
 def table_of(schema: pa.Schema, vocab_size: int) -> pa.Table:
     rng = np.random.default_rng(0)
     ids, logprobs = sparse(rng, vocab_size)
-    own = {"topk_ids": ids, "topk_logprobs": logprobs}
+    own = {"topk_ids": ids, "topk_logprobs": logprobs, "sample_ids": ids}
     columns = [own.get(field.name) for field in schema]
     return pa.Table.from_arrays(
         [
@@ -71,7 +71,9 @@ SCHEMAS = {
     "quarantine": (schemas.QUARANTINE, 400),
     "logits of 32,000": (schemas.logits_schema(32_000), 32_000),
     "logits of 262,144": (schemas.logits_schema(262_144), 262_144),
+    "logits with draws": (schemas.logits_schema(32_000, has_draws=True), 32_000),
     "aligned": (schemas.aligned_schema(2**16, "bucket"), 2**16),
+    "aligned with draws": (schemas.aligned_schema(2**16, "bucket", has_draws=True), 2**16),
     "fused": (schemas.fused_schema(151_936, "bucket", CANDIDATES), 151_936),
 }
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stages.contract.columns import PAD_ID, list_row, round_to_half, sparse_row
+from stages.contract.draws import add_draws, draws_row, has_draws
 from stages.contract.schemas import SHARD, logits_schema
 from stages.logits.config import LogitsConfig
 from stages.logits.stage import LogitsStage
@@ -146,6 +147,17 @@ def test_a_shard_without_train_rows_gives_an_empty_table(llama):
     assert output.num_tokens == 0
 
 
+def logprobs_in_windows(oracle, ids):
+    """Windows of 32 tokens, each but the first with BOS and 15 tokens of context."""
+    expected = [oracle.logprobs(ids[:32])]
+    taken = 32
+    while taken < len(ids):
+        end = min(len(ids), taken + 16)
+        expected.append(oracle.logprobs([ids[0], *ids[end - 31 : end]])[-(end - taken) :])
+        taken = end
+    return np.concatenate(expected)
+
+
 def test_a_long_segment_goes_in_overlapping_windows_with_bos(llama):
     text = "".join(TEXTS[:4])
     output = make_stage(llama, max_length=32).run({"shard": shard_table([text, "Short."])})
@@ -153,13 +165,7 @@ def test_a_long_segment_goes_in_overlapping_windows_with_bos(llama):
     ids = oracle.tokenizer.encode(text, is_last=True).ids
     assert len(ids) > 3 * 32
     assert oracle.tokenizer.num_prefix
-    expected = [oracle.logprobs(ids[:32])]
-    taken = 32
-    while taken < len(ids):
-        end = min(len(ids), taken + 16)
-        expected.append(oracle.logprobs([ids[0], *ids[end - 31 : end]])[-(end - taken) :])
-        taken = end
-    assert_row_agrees(output.table, 0, ids, np.concatenate(expected))
+    assert_row_agrees(output.table, 0, ids, logprobs_in_windows(oracle, ids))
     assert output.health["windowed_segments"] == 1
     assert output.num_tokens == output.health["tokens"] == sum(map(len, output.table["token_ids"]))
 
@@ -291,3 +297,111 @@ def test_seconds_of_the_model_are_part_of_the_stages(llama):
 
 def test_the_backend_is_recorded(llama):
     assert make_stage(llama).run({"shard": shard_table(TEXTS[:1])}).versions == {"backend": "transformers"}
+
+
+# --- draws from the tail -------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_not_among_the_top_k_and_their_mass_is_reported(llama):
+    output = make_stage(llama, tail_samples=5).run({"shard": shard_table(TEXTS)})
+    oracle = Oracle(llama)
+    schema = logits_schema(oracle.tokenizer.vocabulary.size, has_draws=True)
+    assert output.table.schema.equals(schema, check_metadata=True)
+    output.table.validate(full=True)
+    tails = []
+    for row in range(output.table.num_rows):
+        draws, window = draws_row(output.table, row), sparse_row(output.table, row)
+        assert draws.shape == (len(list_row(output.table, "token_ids", row)), 5)
+        assert (draws >= 0).all()
+        assert (np.diff(draws, axis=1) >= 0).all()
+        assert not (draws[:, :, None] == window.ids[:, None, :]).any()
+        logprobs = oracle.logprobs(list_row(output.table, "token_ids", row))
+        tails.append(1 - np.exp(-np.sort(-logprobs.astype(np.float64), axis=1)[:, :TOP_K]).sum(axis=1))
+    health = output.health
+    assert health["tail_mass"].count == health["sampled_tail_mass"].count == health["tokens"]
+    assert health["tail_mass"].value == pytest.approx(np.concatenate(tails).mean(), rel=1e-5)
+    assert health["sampled_tail_mass"].value == pytest.approx(health["tail_mass"].value, rel=1e-3)
+    assert health["tail_mass"].value == pytest.approx(1 - health["topk_mass"].value)
+
+
+def test_nothing_else_changes_with_draws(llama):
+    shard = {"shard": shard_table(TEXTS)}
+    without, with_draws = (make_stage(llama, tail_samples=samples).run(shard) for samples in (0, 3))
+    assert not has_draws(without.table)
+    assert with_draws.table.drop_columns(["sample_ids"]).equals(without.table)
+    added = {"tail_mass", "sampled_tail_mass"}
+    assert with_draws.health.keys() - without.health.keys() == added
+    assert "tail_samples" not in LogitsConfig().result_settings()
+    assert LogitsConfig(tail_samples=3).result_settings()["tail_samples"] == 3
+
+
+def test_a_recomputed_shard_has_the_same_draws_whatever_the_batches(llama):
+    texts = [*TEXTS, *[text[:20] for text in TEXTS], "a"]
+    shard = shard_table(texts)
+    one = make_stage(llama, tail_samples=6, batch_tokens=1, chunk_positions=1).run({"shard": shard})
+    many = make_stage(llama, tail_samples=6, batch_tokens=4096).run({"shard": shard})
+    assert make_stage(llama, tail_samples=6).run({"shard": shard}).table.equals(many.table)
+    # Logits of other batches differ in their last digit, so that a draw on a border may fall on its other side.
+    left, right = (
+        np.concatenate([flat(table, "sample_ids", row) for row in range(len(texts))])
+        for table in (one.table, many.table)
+    )
+    assert (left == right).mean() > 0.999
+    # A segment's draws do not depend on what else is in the shard.
+    alone = make_stage(llama, tail_samples=6).run({"shard": shard.slice(3, 2)})
+    assert alone.table["sample_ids"].to_pylist() == many.table["sample_ids"].to_pylist()[3:5]
+
+
+def test_draws_lie_where_the_document_s_numbers_say_also_in_windows(llama):
+    num_samples = 6
+    shard = {"shard": shard_table(["Short.", "".join(TEXTS[:4])])}
+    output = make_stage(llama, tail_samples=num_samples, max_length=32).run(shard)
+    assert output.health["windowed_segments"] == 1
+    oracle = Oracle(llama)
+    ids = list_row(output.table, "token_ids", 1)
+    rest = np.exp(logprobs_in_windows(oracle, ids).astype(np.float64))
+    np.put_along_axis(rest, sparse_row(output.table, 1).ids.astype(np.int64), 0.0, axis=1)
+    ends = np.cumsum(rest, axis=1) / rest.sum(axis=1, keepdims=True)
+    starts = np.hstack([np.zeros((len(ids), 1)), ends[:, :-1]])
+    random = np.random.Generator(np.random.Philox(key=[101, 1])).random((len(ids), num_samples))
+    places = (np.arange(num_samples) + random) / num_samples
+    drawn = draws_row(output.table, 1).astype(np.int64)
+    assert (np.take_along_axis(starts, drawn, axis=1) - 1e-5 <= places).all()
+    assert (places <= np.take_along_axis(ends, drawn, axis=1) + 1e-5).all()
+
+
+def test_expected_row_of_many_documents_is_the_model_s_distribution(llama):
+    num_copies, num_samples, positions = 300, 4, 12
+    text = TEXTS[0][:40]
+    output = make_stage(llama, tail_samples=num_samples, batch_tokens=4096).run(
+        {"shard": shard_table([text] * num_copies)}
+    )
+    oracle = Oracle(llama)
+    expected = np.exp(oracle.logprobs(list_row(output.table, "token_ids", 0)).astype(np.float64))
+    total = np.zeros(expected.shape)
+    for row in range(num_copies):
+        window = sparse_row(output.table, row)
+        ids, probs = add_draws(window.ids, np.exp(window.logprobs.astype(np.float64)), draws_row(output.table, row))
+        dense = np.zeros((len(ids), expected.shape[1] + 1))  # the last column takes the pads
+        np.put_along_axis(dense, ids.astype(np.int64), probs, axis=1)
+        total += dense[:, :-1]
+    mean = (total / num_copies)[:positions]
+    tail = 1 - np.sort(expected, axis=1)[:, -TOP_K:].sum(axis=1)[:positions, None]
+    # The variance of independent draws bounds that of stratified ones; a single draw of a rare token is no surprise.
+    one = tail / (num_samples * num_copies)
+    error = np.sqrt(expected[:positions] * one + one**2)
+    z = (mean - expected[:positions]) / (error + 1e-3 * expected[:positions])
+    assert np.abs(z).max() < 5.5
+    assert (z**2).mean() < 1.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backend": "vllm"}, "vLLM gives the largest entries alone: set backend = 'transformers'"),
+        ({"top_p": 0.9}, "top_p = 0.9 would cut entries that no draw stands for"),
+    ],
+)
+def test_draws_are_refused_where_there_is_no_full_distribution(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LogitsConfig(tail_samples=2, **settings)
