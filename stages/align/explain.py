@@ -60,8 +60,9 @@ class Explanation:
         seen: where the outcome is ``"condition"``, what was read of the source's token; what moves is what is left of the
             candidates that begin with it. Else empty.
         target_topk: the target's own candidates, with full-vocabulary probabilities.
-        source_topk: the source's candidates (n), with full-vocabulary probabilities; the transported mass a is these,
-            rescaled to 1 if the tail is renormalised; where the outcome is ``"condition"``, those that agree with ``seen``.
+        source_topk: the source's candidates (n), draws from its tail included, with full-vocabulary probabilities; the
+            transported mass a is these, rescaled to 1 if the tail is renormalised; where the outcome is ``"condition"``, those
+            that agree with ``seen``.
         support: the m target candidates with their prior b; for a hard mapping the tokens that it chose, without prior.
         cost: (n, m) edits.
         plan: (n, m) mass.
@@ -164,7 +165,8 @@ def _sparse(vocabulary: Vocabulary, ids: np.ndarray, probs: np.ndarray) -> tuple
 
 def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, config: AlignConfig) -> tuple[Candidate, ...]:
     here = slice(position, position + 1)
-    ids, probs = narrow(rows.topk_ids[here], rows.topk_probs[here], top_k=config.top_k, top_p=config.top_p)
+    top_k = config.top_k + rows.num_draws
+    ids, probs = narrow(rows.topk_ids[here], rows.topk_probs[here], top_k=top_k, top_p=config.top_p)
     return _sparse(vocabulary, ids[0], probs[0])
 
 

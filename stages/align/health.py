@@ -71,27 +71,36 @@ class AlignHealth:
         return self._counts["missing_source_segments"]
 
     def add(
-        self, aligned: AlignedSegment, target: ModelRows, source: ModelRows | None, distributions: SparseRows
+        self,
+        aligned: AlignedSegment,
+        target: ModelRows,
+        source: ModelRows | None,
+        *,
+        judged: AlignedSegment,
+        distributions: SparseRows,
     ) -> None:
         """Take in one segment.
 
         Args:
             aligned: what was computed.
             target: from the target's rows.
-            source: and the source's; None where the source has none.
-            distributions: the projected distributions as they are stored.
+            source: and the source's exact ones; None where the source has none.
+            judged: ``aligned``; where the source has draws, what its exact entries alone give.
+            distributions: those of ``judged``, as they would be stored.
         """
-        covered = np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY, CONDITION)))
+        covered = _covered(aligned)
         self._count(aligned, len(target) - 1, len(covered), is_missing=source is None)
-        self._add_teacher_nll(aligned, target, distributions, covered)
-        self._add_mean("aligned_entropy", _entropy(_renormalised(aligned.probs[covered])))
         self._add_mean("mass_moved", aligned.mass_moved[covered])
         self._add_mean("mass_unmapped", aligned.mass_unmapped[covered])
         self._add_mean("mass_special", aligned.mass_special[covered])
         self._add_mean("cut_mass", aligned.cut_mass[covered])
+        # A draw is an estimate of mass. Logarithms of it estimate nothing: from here on exact entries alone count.
+        covered = _covered(judged)
+        self._add_teacher_nll(judged, target, distributions, covered)
+        self._add_mean("aligned_entropy", _entropy(_renormalised(judged.probs[covered])))
         if source is not None:
             # Inside a source token the source's own next token is another event, and has been counted at its boundary.
-            taken = aligned.source_position[covered[aligned.outcome[covered] != CONDITION]]
+            taken = judged.source_position[covered[judged.outcome[covered] != CONDITION]]
             self._add_mean("source_entropy", _entropy(self._window(source, taken)[1]))
             if source.gold_logprob is not None:
                 self._add_mean("source_exact_nll", exact_nll(source.gold_logprob, taken))
@@ -177,6 +186,11 @@ class AlignHealth:
         """Add finite values; NaN says that a position has none, and infinite ones are counted apart."""
         finite = values[np.isfinite(values)]
         self._means[name] += Mean(total=float(finite.sum()), count=len(finite))
+
+
+def _covered(aligned: AlignedSegment) -> np.ndarray:
+    """Return the positions that have the source's distribution, (P,) ascending."""
+    return np.flatnonzero(np.isin(aligned.outcome, (TRANSPORT, IDENTITY, CONDITION)))
 
 
 def _renormalised(probs: np.ndarray) -> np.ndarray:

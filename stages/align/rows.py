@@ -1,11 +1,12 @@
 """What the align stage reads of a model: its rows for a segment, and its tokenizer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from stages.align.pairing.token_pairing import token_roles
 from stages.align.vocabulary_maps import NO_ID
+from stages.contract.draws import add_draws
 from stages.measures.nucleus import outside_nucleus
 from stages.models.tokenizer import Vocabulary
 
@@ -21,6 +22,7 @@ class ModelRows:
         topk_probs: (N, k) float64; 0 at pads.
         gold_logprob: (N,) ln p(token t+1 | tokens <= t) over the full vocabulary, NaN at the last position; only figures
             read it; None: they leave it out.
+        num_draws: m, the places that draws from the tail take in a row beside those of the exact entries.
     """
 
     token_ids: np.ndarray
@@ -28,9 +30,15 @@ class ModelRows:
     topk_ids: np.ndarray
     topk_probs: np.ndarray
     gold_logprob: np.ndarray | None = None
+    num_draws: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    def with_draws(self, draws: np.ndarray) -> "ModelRows":
+        """Return the rows with tokens drawn from their tails as further entries; (N, m), see ``draws.add_draws``."""
+        ids, probs = add_draws(self.topk_ids, self.topk_probs, draws)
+        return replace(self, topk_ids=ids, topk_probs=probs, num_draws=draws.shape[1])
 
 
 @dataclass(frozen=True, eq=False)

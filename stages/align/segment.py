@@ -44,7 +44,8 @@ class AlignedSegment:
         outcome: (M,) uint8, ``NONE``, ``TRANSPORT``, ``GOLD``, ``IDENTITY`` or ``CONDITION``.
         inner: (M,) uint8, values of ``conditioning.Inner``; all 0 but for ``inexact = "condition"``.
         seen: position -> the bytes of the source token that were read, where the outcome is ``CONDITION``.
-        ids: (M, k) int32, descending by probability; -1 at pads.
+        ids: (M, k) int32, descending by probability; -1 at pads. k is ``top_k``, plus the number of draws where the source's
+            rows have draws.
         probs: (M, k) float64; 0 at pads.
         tail_mass: (M,) float64; what a row lacks of 1 (0 without a distribution).
         cut_mass: (M,) float64; mass beyond the k largest.
@@ -102,6 +103,7 @@ class SegmentAligner:
             ValueError: the two rows are not of the same text, or not of these tokenizers.
         """
         config = self._config
+        width = config.top_k + source.num_draws
         self._target.check(target)
         self._source.check(source)
         pairing, partner, exact = self._pair(target, source)
@@ -120,18 +122,18 @@ class SegmentAligner:
         conditioned, inner = self._condition(target, source)
         problems = None
         if self.is_identity:
-            moved = keep_largest(source_ids, source_mass, top_k=config.top_k, tail=config.tail)
+            moved = keep_largest(source_ids, source_mass, top_k=width, tail=config.tail)
         else:
             at_start = (target.byte_end[taken] == 0) & (source.byte_end[partner[taken]] == 0)
             problems = self._move(target, np.flatnonzero(taken), at_start, source_ids, source_mass, conditioned)
             mass = column_mass(problems.plan, self._mover.projection)
-            moved = keep_largest(problems.support_ids, mass, top_k=config.top_k, tail=config.tail)
+            moved = keep_largest(problems.support_ids, mass, top_k=width, tail=config.tail)
         taken[conditioned.positions] = True
         partner[conditioned.positions] = conditioned.source_position
         # A hard mapping may have no token for any of a position's candidates.
         landed = moved.ids[:, 0] != NO_ID
         taken[taken] = landed
-        result = _without_distributions(pairing, exact, config.top_k, problems)
+        result = _without_distributions(pairing, exact, width, problems)
         result.source_position[taken] = partner[taken]
         result.outcome[taken] = IDENTITY if self.is_identity else TRANSPORT
         result.outcome[conditioned.positions] = CONDITION
@@ -169,7 +171,10 @@ class SegmentAligner:
         has_prior = target.topk_probs[positions, : config.top_k].sum(axis=1) > 0
         seen = [entry if usable else None for entry, usable in zip(seen, has_prior.tolist(), strict=True)]
         ids, probs = narrow(
-            source.topk_ids[boundaries], source.topk_probs[boundaries], top_k=config.top_k, top_p=config.top_p
+            source.topk_ids[boundaries],
+            source.topk_probs[boundaries],
+            top_k=config.top_k + source.num_draws,
+            top_p=config.top_p,
         )
         candidates, inner[positions] = condition(seen, ids, probs, self._source, tail=config.tail)
         return candidates, inner
@@ -257,7 +262,10 @@ class SegmentAligner:
         """
         config = self._config
         ids, probs = narrow(
-            source.topk_ids[positions], source.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
+            source.topk_ids[positions],
+            source.topk_probs[positions],
+            top_k=config.top_k + source.num_draws,
+            top_p=config.top_p,
         )
         # Rounded logprobs of a peaked row can sum to a little more than 1.
         window = probs.sum(axis=1)
@@ -295,7 +303,7 @@ def _check_same_text(target: ModelRows, target_roles: np.ndarray, source: ModelR
 
 
 def _without_distributions(
-    pairing: Pairing, exact: np.ndarray, top_k: int, problems: Problems | None
+    pairing: Pairing, exact: np.ndarray, width: int, problems: Problems | None
 ) -> AlignedSegment:
     size = len(exact)
     return AlignedSegment(
@@ -305,8 +313,8 @@ def _without_distributions(
         outcome=np.full(size, NONE, np.uint8),
         inner=np.full(size, Inner.NOT_INNER, np.uint8),
         seen={},
-        ids=np.full((size, top_k), NO_ID, np.int32),
-        probs=np.zeros((size, top_k)),
+        ids=np.full((size, width), NO_ID, np.int32),
+        probs=np.zeros((size, width)),
         tail_mass=np.zeros(size),
         cut_mass=np.zeros(size),
         mass_moved=np.zeros(size),

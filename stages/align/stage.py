@@ -16,6 +16,7 @@ from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner
 from stages.align.vocabulary_maps import ModelPair
 from stages.contract import schemas
 from stages.contract.columns import (
+    PAD_ID,
     SegmentKey,
     SparseRows,
     list_column,
@@ -26,7 +27,9 @@ from stages.contract.columns import (
     sparse_columns,
     sparse_row,
 )
+from stages.contract.draws import draws_row, has_draws
 from stages.contract.stage import BadRecord, StageOutput
+from stages.measures.teacher import completed_nll
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
@@ -40,6 +43,10 @@ class AlignStage:
     ``run`` takes the inputs ``"target"`` and ``"source"`` (tables of ``logits_schema``) and gives ``aligned_schema``: one
     row for every target row. Rows are joined by document and segment; where the source has no such row (it was
     quarantined there) the segment is kept without distributions and counted.
+
+    Where the source's logits have draws from the tail, they are candidates like its exact entries, and a row has as many
+    entries more. NLLs and entropies are those of the exact entries alone: these are aligned a second time, without the draws.
+    The target's draws are not read: its window says where mass may go, and is exact.
 
     Health: ``segments``; ``positions`` (with a next token), which are the sum of ``one_to_one``, ``one_to_many`` (one
     source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``; ``covered`` (with the
@@ -84,12 +91,21 @@ class AlignStage:
         self._aligner.align(tiny, tiny)
 
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
-        """Align one shard; see the class."""
+        """Align one shard; see the class.
+
+        Raises:
+            ValueError: the source's logits have draws, and the rows are to be rescaled to 1.
+        """
         target_table, source_table = inputs["target"], inputs["source"]
+        if has_draws(source_table) and self._config.tail != "bucket":
+            raise ValueError(
+                f"the logits of {self._source.name} have draws from the tail (logits.tail_samples), and align.tail = "
+                f"{self._config.tail!r} leaves a row no tail: set align.tail = 'bucket', or logits.tail_samples = 0"
+            )
         keys = segment_keys(target_table)
         source_row = rows_by_segment(source_table)
         health = AlignHealth(self._config, missing_target_segments=len(source_row.keys() - set(keys)))
-        rows = _OutputRows(self._config, self._target.vocabulary.size)
+        rows = _OutputRows(self._config, self._target.vocabulary.size, has_draws=has_draws(source_table))
         quarantine: list[BadRecord] = []
         num_tokens = 0
         for row, key in enumerate(keys):
@@ -97,12 +113,20 @@ class AlignStage:
             num_tokens += len(target)
             try:
                 source = _model_rows(source_table, source_row[key]) if key in source_row else None
-                aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
+                judged = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
+                aligned = judged
+                if source is not None and has_draws(source_table):
+                    draws = draws_row(source_table, source_row[key])
+                    aligned = self._aligner.align(target, source.with_draws(draws))
             except ValueError as error:
                 logger.warning("document %d, segment %d: %s", *key, error)
                 quarantine.append(BadRecord(*key, type(error).__name__, str(error)))
                 continue
-            health.add(aligned, target, source, rows.add(key, aligned))
+            stored = _as_stored(aligned)
+            distributions = stored if judged is aligned else _as_stored(judged)
+            completed = _completed_logprob(judged, distributions, target) if has_draws(source_table) else None
+            rows.add(key, aligned, stored, completed)
+            health.add(aligned, target, source, judged=judged, distributions=distributions)
         if health.missing_source_segments:
             logger.warning("%d segments have no row of %s", health.missing_source_segments, self._source.name)
         return StageOutput(rows.table(), num_tokens, health.figures(), tuple(quarantine))
@@ -185,6 +209,8 @@ class AlignStage:
             key = keys[row]
             target = _model_rows(target_table, row)
             source = _model_rows(source_table, source_row[key]) if key in source_row else None
+            if source is not None and has_draws(source_table):
+                source = source.with_draws(draws_row(source_table, source_row[key]))
             aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
             return key, target, source, aligned
 
@@ -200,20 +226,25 @@ class _OutputRows:
 
     _BATCH_POSITIONS = 65_536
 
-    def __init__(self, config: AlignConfig, vocab_size: int) -> None:
+    def __init__(self, config: AlignConfig, vocab_size: int, *, has_draws: bool) -> None:
         self._id_type = schemas.id_type(vocab_size)
-        self._schema = schemas.aligned_schema(vocab_size, config.tail)
+        self._schema = schemas.aligned_schema(vocab_size, config.tail, has_draws=has_draws)
         self._batches: list[pa.RecordBatch] = []
         self._start_batch()
 
-    def add(self, key: SegmentKey, aligned: AlignedSegment) -> SparseRows:
-        """Take one segment; returns its distributions as they will be stored."""
-        with np.errstate(divide="ignore"):
-            logprobs = np.log(aligned.probs)
-        stored = np.where(aligned.probs > 0, np.minimum(round_to_half(logprobs), 0.0), -np.inf).astype(np.float32)
-        distributions = SparseRows(aligned.ids, stored)
+    def add(
+        self, key: SegmentKey, aligned: AlignedSegment, stored: SparseRows, completed_logprob: np.ndarray | None
+    ) -> None:
+        """Take one segment.
+
+        Args:
+            key: of the segment.
+            aligned: its M positions.
+            stored: their distributions, see ``_as_stored``.
+            completed_logprob: (M,) of the gold next tokens; None where the schema does not have it.
+        """
         self._keys.append(key)
-        self._distributions.append(distributions)
+        self._distributions.append(stored)
         arrays = {
             "source_position": aligned.source_position,
             "pair_start": aligned.pairing.start,
@@ -222,13 +253,14 @@ class _OutputRows:
             "outcome": aligned.outcome,
             "tail_mass": round_to_half(aligned.tail_mass),
         }
+        if completed_logprob is not None:
+            arrays["completed_logprob"] = completed_logprob
         for name, rows in self._positions.items():
             element = self._schema.field(name).type.value_type.to_pandas_dtype()
             rows.append(arrays[name].astype(element, copy=False))
-        self._num_positions += len(distributions)
+        self._num_positions += len(stored)
         if self._num_positions >= self._BATCH_POSITIONS:
             self._finish_batch()
-        return distributions
 
     def table(self) -> pa.Table:
         """Return the rows of all segments that were added."""
@@ -257,6 +289,37 @@ class _OutputRows:
         }
         self._batches.append(pa.record_batch([columns[name] for name in self._schema.names], schema=self._schema))
         self._start_batch()
+
+
+def _as_stored(aligned: AlignedSegment) -> SparseRows:
+    """Return a segment's distributions with the logprobs that are stored of them."""
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(aligned.probs)
+    stored = np.where(aligned.probs > 0, np.minimum(round_to_half(logprobs), 0.0), -np.inf).astype(np.float32)
+    return SparseRows(aligned.ids, stored)
+
+
+def _completed_logprob(aligned: AlignedSegment, distributions: SparseRows, target: ModelRows) -> np.ndarray:
+    """Return ln p(gold next token), completed, under rows as a reader of the aligned table would find them.
+
+    Args:
+        aligned: M positions, aligned without draws, with their tails.
+        distributions: as they are stored.
+        target: the target's rows.
+
+    Returns:
+        (M,) float64, NaN where there is no distribution or no next token.
+    """
+    assert target.gold_logprob is not None
+    return -completed_nll(
+        distributions.ids,
+        np.exp(distributions.logprobs.astype(np.float64)),
+        round_to_half(aligned.tail_mass).astype(np.float64),
+        np.append(target.token_ids[1:], PAD_ID)[: len(target)],
+        own_ids=target.topk_ids,
+        own_probs=target.topk_probs,
+        own_gold_logprob=target.gold_logprob,
+    )
 
 
 @lru_cache(maxsize=1)

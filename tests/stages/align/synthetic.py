@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages.contract import schemas
-from stages.contract.columns import SparseRows, list_column, round_to_half, sparse_columns
+from stages.contract.columns import SparseRows, ids_column, list_column, round_to_half, sparse_columns, sparse_row
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_tokenizers import FAMILIES, save_tokenizer
@@ -72,6 +72,21 @@ def logits_table(
         "topk_logprobs": logprobs,
     }
     return pa.table(columns, schema=schemas.logits_schema(size))
+
+
+def with_draws(table: pa.Table, *, num_draws: int, vocab_size: int, seed: int = 0) -> pa.Table:
+    """Add draws to a table of ``logits_table``: any ids that a row's entries do not have, some of them several times."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for row in range(table.num_rows):
+        window = sparse_row(table, row).ids
+        draws = np.sort(rng.integers(0, vocab_size, (len(window), num_draws)), axis=1)
+        draws[:, 1:2] = draws[:, :1]
+        while (taken := (draws[:, :, None] == window[:, None, :]).any(axis=2)).any():
+            draws[taken] = (draws[taken] + 1) % vocab_size
+        rows.append(np.sort(draws, axis=1).astype(np.int32))
+    columns = [*table.columns, ids_column(rows, schemas.id_type(vocab_size))]
+    return pa.table(columns, schema=schemas.logits_schema(vocab_size, has_draws=True))
 
 
 def _distributions(
