@@ -39,6 +39,7 @@ class HealthCounts:
         gold_logprob: np.ndarray,
         chosen: np.ndarray,
         chosen_by_gold: np.ndarray,
+        mixed_gold_logprob: np.ndarray | None = None,
     ) -> None:
         """Count one segment.
 
@@ -49,6 +50,8 @@ class HealthCounts:
             gold_logprob: (N,) what the target gives them, over the full vocabulary.
             chosen: (N,) index of the candidate with the largest weight, -1 where there is no fused distribution.
             chosen_by_gold: (N,) bool; the gold token itself decided what the distribution is.
+            mixed_gold_logprob: (N,) what the distributions are judged by where they have draws, see ``mix.mixed_gold_logprob``;
+                None: they themselves. With it there are no floored figures: the exact rows that they are of are not stored.
         """
         rows = mixture.rows
         present = rows.present
@@ -57,8 +60,11 @@ class HealthCounts:
         self._chosen += np.bincount(chosen[present], minlength=len(self._names))
         self._cut_mass += float(mixture.cut_mass[present].sum())
         probs, own_probs = (np.exp(part.logprobs.astype(np.float64)) for part in (rows, target))
-        figures = {
-            "completed_nll": completed_nll(
+        figures = {"target_exact_nll": exact_nll(gold_logprob, np.arange(len(gold)))}
+        if mixed_gold_logprob is not None:
+            figures["completed_nll"] = -mixed_gold_logprob
+        else:
+            figures["completed_nll"] = completed_nll(
                 rows.ids,
                 probs,
                 mixture.tail_mass if self._has_tail else None,
@@ -66,11 +72,9 @@ class HealthCounts:
                 own_ids=target.ids,
                 own_probs=own_probs,
                 own_gold_logprob=gold_logprob,
-            ),
-            "target_exact_nll": exact_nll(gold_logprob, np.arange(len(gold))),
-            "floored_nll": floored_nll(rows.ids, probs, gold),
-            "target_floored_nll": floored_nll(target.ids[:, : self._top_k], own_probs[:, : self._top_k], gold),
-        }
+            )
+            figures["floored_nll"] = floored_nll(rows.ids, probs, gold)
+            figures["target_floored_nll"] = floored_nll(target.ids[:, : self._top_k], own_probs[:, : self._top_k], gold)
         self._teacher.add(figures, present & ~chosen_by_gold)
         self._chosen_by_gold.add(figures, present & chosen_by_gold)
 
@@ -83,7 +87,8 @@ class HealthCounts:
         ``completed_nll``, ``target_exact_nll``, ``floored_nll``, ``target_floored_nll``, ``gold_excluded``: of the fused
         distributions, as align's are of the aligned ones. A distribution that the gold token itself decided (all mass on
         it, or granularity ``"token"`` with a choice) would be judged by what chose it: such positions are left out there,
-        and have the same figures under ``chosen_by_gold/``; ``chosen_by_gold`` counts them.
+        and have the same figures under ``chosen_by_gold/``; ``chosen_by_gold`` counts them. Where rows have draws,
+        ``completed_nll`` is of the weighted sum of the candidates' completed probabilities, and nothing is floored.
         """
         return {
             "positions": self._num_positions,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stages.contract.columns import PAD_ID, SparseRows
+from stages.contract.draws import add_draws
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,13 @@ class Candidate:
     Attributes:
         rows: N positions.
         tail_mass: (N,) what each row's probabilities lack of 1; zeros where rows are rescaled to 1.
+        gold_logprob: (N,) ln of what the model gives the gold next token, completed, NaN where it is not known; where rows have
+            draws, which estimate no logarithm, this is what they are judged by. None: the rows themselves say it.
     """
 
     rows: SparseRows
     tail_mass: np.ndarray
+    gold_logprob: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,15 @@ class Mixture:
     cut_mass: np.ndarray
 
 
+def with_draws(rows: SparseRows, draws: np.ndarray) -> SparseRows:
+    """Add tokens drawn from the tails of a model's own top-k rows, (N, m), as ``draws.add_draws`` does."""
+    ids, probs = add_draws(rows.ids, np.exp(rows.logprobs.astype(np.float64)), draws)
+    with np.errstate(divide="ignore"):
+        return SparseRows(ids, np.log(probs).astype(np.float32))
+
+
 def as_candidate(rows: SparseRows, *, renormalise: bool) -> Candidate:
-    """A model's own top-k rows as a candidate: rescaled to 1, or as they are with their tail."""
+    """A model's own rows as a candidate: rescaled to 1, or as they are with their tail."""
     mass = np.exp(rows.logprobs.astype(np.float64)).sum(axis=1)
     if not renormalise:
         return Candidate(rows, np.where(rows.present, np.clip(1 - mass, 0, 1), 0.0))
@@ -49,7 +60,26 @@ def without(candidate: Candidate, positions: np.ndarray) -> Candidate:
     """The candidate with no distribution at ``positions`` ((N,) bool)."""
     ids, logprobs = candidate.rows.ids.copy(), candidate.rows.logprobs.copy()
     ids[positions], logprobs[positions] = PAD_ID, -np.inf
-    return Candidate(SparseRows(ids, logprobs), np.where(positions, 0.0, candidate.tail_mass))
+    gold_logprob = None if candidate.gold_logprob is None else np.where(positions, np.nan, candidate.gold_logprob)
+    return Candidate(SparseRows(ids, logprobs), np.where(positions, 0.0, candidate.tail_mass), gold_logprob)
+
+
+def mixed_gold_logprob(candidates: Sequence[Candidate], weights: np.ndarray) -> np.ndarray | None:
+    """Return ln of what mixtures give the gold tokens, from what the candidates give them.
+
+    Args:
+        candidates: C candidates of N positions each.
+        weights: (N, C), rows sum to 1 or are zero.
+
+    Returns:
+        (N,) float64, NaN where it is not known of a candidate that counts, or none counts; None where the rows say it.
+    """
+    known = [part.gold_logprob for part in candidates if part.gold_logprob is not None]
+    if len(known) < len(candidates):
+        return None
+    probs = np.exp(np.stack(known, axis=1).astype(np.float64))
+    mixed = np.where(weights > 0, weights * probs, 0.0).sum(axis=1)
+    return np.log(mixed, out=np.full(len(mixed), np.nan), where=mixed > 0)
 
 
 def mix(candidates: Sequence[Candidate], weights: np.ndarray, *, top_k: int, renormalise: bool) -> Mixture:

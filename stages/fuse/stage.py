@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -20,6 +20,7 @@ from stages.contract.columns import (
     sparse_columns,
     sparse_row,
 )
+from stages.contract.draws import SAMPLE_IDS, draws_row, has_draws, num_draws
 from stages.contract.manifest import Mean
 from stages.contract.schemas import PAIRED_BY, Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
@@ -27,7 +28,7 @@ from stages.fuse.config import FuseConfig
 from stages.fuse.explanation import ExplainedCandidate, Explanation, Place
 from stages.fuse.fit import fixed_weights
 from stages.fuse.health import HealthCounts
-from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, without
+from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, mixed_gold_logprob, with_draws, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte
@@ -51,6 +52,8 @@ class _Shard:
     lengths: np.ndarray  # (S,) target tokens
     doc_ids: np.ndarray  # (S,)
     fitted: np.ndarray | None  # (S, 1 + sources) weights of the candidates, where they are fitted
+    num_draws: int  # m, tokens drawn from the tail of each model's position; 0: rows are exact
+    has_draws: bool  # rows have draws, though a small vocabulary may have left none to draw
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class FusedSegment:
             ``"token"`` chose between candidates, or a candidate that counts has all its mass on it (``inexact = "gold"``).
         short_context: (N,) bool; the block begins too shortly before the position: what is predicted there is conditioned
             on text that the block does not hold, so there is no fused distribution.
+        mixed_gold_logprob: (N,) what the fused distributions are judged by where they have draws, see
+            ``mix.mixed_gold_logprob``; None where rows are exact.
     """
 
     candidates: tuple[Candidate, ...]
@@ -76,6 +81,7 @@ class FusedSegment:
     mixture: Mixture
     chosen_by_gold: np.ndarray
     short_context: np.ndarray
+    mixed_gold_logprob: np.ndarray | None = None
 
     @property
     def present(self) -> np.ndarray:
@@ -115,6 +121,10 @@ class FuseStage:
     Inputs: ``"logits/<name>"`` of the target and of every source, ``"align/<name>"`` of every source. With
     ``function = "fitted"`` also ``"fit"``, the weights (``kind``, null for the whole text, and ``weights``, a list in the
     order of the candidates), and with ``per = "kind"`` ``"kinds"``, the kind of each document (``doc_id``, ``kind``).
+
+    Where the logits have m draws from the tail at each position, a fused row has up to m entries more for each candidate. What
+    a candidate gives the gold token is then never read off its row: for an aligned row the table says what its exact entries
+    give (``completed_logprob``), for the target's own its table says what the whole vocabulary gives.
     """
 
     def __init__(self, config: FuseConfig, target: ModelConfig, sources: tuple[ModelConfig, ...]) -> None:
@@ -132,7 +142,7 @@ class FuseStage:
         """Fuse one shard.
 
         Raises:
-            ValueError: the aligned tables disagree on their tail, or do not fit the target's positions.
+            ValueError: the aligned tables disagree on their tail or on draws, or do not fit the target's positions.
         """
         shard = self._read(inputs)
         packing = self._pack(shard)
@@ -148,6 +158,7 @@ class FuseStage:
                 gold_logprob=list_row(shard.target, "gold_logprob", row),
                 chosen=fused.chosen,
                 chosen_by_gold=fused.chosen_by_gold,
+                mixed_gold_logprob=fused.mixed_gold_logprob,
             )
             rows = fused.mixture.rows
             rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
@@ -189,7 +200,9 @@ class FuseStage:
         columns = [exact_nll(gold_logprob, np.arange(len(gold)))]
         for part in candidates[1:]:
             columns.append(
-                completed_nll(
+                -part.gold_logprob[:-1]
+                if part.gold_logprob is not None
+                else completed_nll(
                     part.rows.ids[:-1],
                     np.exp(part.rows.logprobs[:-1].astype(np.float64)),
                     part.tail_mass[:-1],
@@ -274,6 +287,13 @@ class FuseStage:
         tails = {source.name: tail_of(table.schema) for source, table in zip(self.sources, aligned, strict=True)}
         if len(set(tails.values())) > 1:
             raise ValueError(f"the sources' aligned tables have different tails: {tails}; align them with one `tail`")
+        draws = {key: name in table.schema.names for key, name, table in self._sampled_columns(inputs)}
+        if len(set(draws.values())) > 1:
+            sampled, exact = ([key for key in draws if draws[key] is wanted] for wanted in (True, False))
+            raise ValueError(
+                f"{', '.join(sampled)} have draws from the tail, {', '.join(exact)} have none: they were computed from "
+                "different logits, run `make align`"
+            )
         doc_ids = target["doc_id"].to_numpy()
         return _Shard(
             target=target,
@@ -285,7 +305,20 @@ class FuseStage:
             lengths=pc.list_value_length(target["token_ids"]).to_numpy().astype(np.int64),
             doc_ids=doc_ids,
             fitted=_weights_of(doc_ids, inputs["fit"], inputs.get("kinds")) if "fit" in inputs else None,
+            num_draws=max(num_draws(table) for table in (target, *logits)),
+            has_draws=has_draws(target),
         )
+
+    def _sampled_columns(self, inputs: Mapping[str, pa.Table]) -> list[tuple[str, str, pa.Table]]:
+        """Return each input table's name, the column that it has where there are draws, and the table."""
+        return [
+            (key, column, inputs[key])
+            for stage, column, models in (
+                ("logits", SAMPLE_IDS, (self.target, *self.sources)),
+                ("align", "completed_logprob", self.sources),
+            )
+            for key in (f"{stage}/{model.name}" for model in models)
+        ]
 
     def _piece_cross_entropy(self, shard: _Shard, packing: Packing) -> np.ndarray:
         """(P, C) the models' cross-entropy, in the configured unit and span, at each piece; NaN where unknown."""
@@ -323,7 +356,7 @@ class FuseStage:
         short_context = self._short_context(packing, pieces, length) & (gold != PAD_ID)
         candidates = tuple(without(part, short_context) for part in self._candidates(shard, row))
         if self.config.granularity == "token":
-            judged = token_cross_entropy([part.rows for part in candidates], gold)
+            judged = token_cross_entropy(candidates, gold)
         else:
             judged = np.repeat(piece_ce[pieces], packing.length[pieces], axis=0)
         present = np.stack([part.rows.present for part in candidates], axis=1)
@@ -332,11 +365,13 @@ class FuseStage:
             weights = fixed_weights(shard.fitted[row], present)
         else:
             weights = candidate_weights(judged, present, function=self.config.function)
-        mixture = mix(candidates, weights, top_k=self.config.top_k, renormalise=shard.tail == "renormalise")
+        top_k = self.config.top_k + shard.num_draws * len(candidates)
+        mixture = mix(candidates, weights, top_k=top_k, renormalise=shard.tail == "renormalise")
         is_gold = self._gold_rows(shard, row) & (weights > 0)
         is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token")
         chosen_by_gold = is_gold.any(axis=1) | is_choice
-        return FusedSegment(candidates, gold, judged, weights, mixture, chosen_by_gold, short_context)
+        mixed = mixed_gold_logprob(candidates, weights)
+        return FusedSegment(candidates, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
 
     def _gold_rows(self, shard: _Shard, row: int) -> np.ndarray:
         """(N, C) bool: the candidate has all its mass on the gold next token, as ``inexact = "gold"`` asks for."""
@@ -355,7 +390,11 @@ class FuseStage:
         """The target's own rows and each source's aligned ones; none at the last position, which has no gold token."""
         length = int(shard.lengths[row])
         is_last = np.arange(length) == length - 1
-        own = as_candidate(sparse_row(shard.target, row), renormalise=shard.tail == "renormalise")
+        rows, own_gold = sparse_row(shard.target, row), None
+        if shard.has_draws:
+            rows = with_draws(rows, draws_row(shard.target, row))
+            own_gold = list_row(shard.target, "gold_logprob", row)
+        own = replace(as_candidate(rows, renormalise=shard.tail == "renormalise"), gold_logprob=own_gold)
         candidates = [without(own, is_last)]
         for source, table, aligned_row in zip(self.sources, shard.aligned, shard.aligned_rows[row], strict=True):
             if aligned_row < 0:
@@ -372,7 +411,8 @@ class FuseStage:
                 if shard.tail == "bucket"
                 else np.zeros(length)
             )
-            candidates.append(without(Candidate(rows, tail_mass), is_last))
+            completed = list_row(table, "completed_logprob", int(aligned_row)) if shard.has_draws else None
+            candidates.append(without(Candidate(rows, tail_mass, completed), is_last))
         return tuple(candidates)
 
 

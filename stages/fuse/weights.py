@@ -3,11 +3,13 @@
 Source: PTA-LLM, "Fusion Strategy"; FuseLLM, section 3.3 (Wan et al. 2024).
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
 from stages.contract.columns import PAD_ID, SparseRows
+from stages.fuse.mix import Candidate
 from stages.measures.teacher import TEACHER_FLOOR
 
 Function = Literal["min-ce", "avg-ce"]
@@ -83,9 +85,19 @@ def gold_probability(rows: SparseRows, gold: np.ndarray) -> np.ndarray:
     return np.maximum(probs, TEACHER_FLOOR)
 
 
-def token_cross_entropy(candidates: list[SparseRows], gold: np.ndarray) -> np.ndarray:
-    """Granularity ``"token"``: -ln of what each candidate's distribution gives the gold next token, (N, C) nats."""
-    return np.stack([-np.log(gold_probability(rows, gold)) for rows in candidates], axis=1)
+def token_cross_entropy(candidates: Sequence[Candidate], gold: np.ndarray) -> np.ndarray:
+    """Return -ln of what each candidate gives the gold next token, (N, C) nats: granularity ``"token"``.
+
+    Where rows have draws, that is the completed probability, of exact entries alone (NaN where they give none); else the row's
+    own, see ``gold_probability``.
+    """
+    return np.stack(
+        [
+            -np.log(gold_probability(part.rows, gold)) if part.gold_logprob is None else -part.gold_logprob
+            for part in candidates
+        ],
+        axis=1,
+    )
 
 
 def block_cross_entropy(segment_ce: np.ndarray, segment: np.ndarray, block: np.ndarray) -> np.ndarray:

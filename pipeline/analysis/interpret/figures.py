@@ -60,7 +60,7 @@ class DocumentFigures:
         """
         present = np.stack([part.rows.present for part in segment.candidates], axis=1)
         contested = present.sum(axis=1) > 1
-        token_judged = token_cross_entropy([part.rows for part in segment.candidates], segment.gold)
+        token_judged = token_cross_entropy(segment.candidates, segment.gold)
         shares = np.stack(
             [win_shares(segment.cross_entropy, present), win_shares(token_judged, present & contested[:, None])]
         )

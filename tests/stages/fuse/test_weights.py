@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stages.contract.columns import PAD_ID, SparseRows
+from stages.fuse.mix import Candidate
 from stages.fuse.weights import (
     block_cross_entropy,
     candidate_weights,
@@ -78,7 +79,8 @@ def test_gold_probability_reads_the_row_and_floors_what_it_does_not_say():
 
 
 def test_token_cross_entropy_judges_each_candidate_by_its_own_row():
-    judged = token_cross_entropy([rows({1: 0.5}, {2: 0.25}), rows({1: 0.125}, {3: 1.0})], np.array([1, 2]))
+    candidates = [Candidate(part, np.zeros(2)) for part in (rows({1: 0.5}, {2: 0.25}), rows({1: 0.125}, {3: 1.0}))]
+    judged = token_cross_entropy(candidates, np.array([1, 2]))
     np.testing.assert_allclose(judged, -np.log([[0.5, 0.125], [0.25, TEACHER_FLOOR]]), rtol=1e-6)
 
 
