@@ -1,5 +1,6 @@
 """The views of single positions behind ``ptafuse inspect``: computed by the same functions as the stages' results."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -17,6 +18,7 @@ from pipeline.run.steps import ResolvedRun, Step
 from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage
 from stages.contract.columns import PAD_ID, find_row, list_row, sparse_row
+from stages.contract.draws import draws_row, has_draws
 from stages.contract.schemas import PAIRED_BY
 from stages.contract.store import Store
 from stages.fuse.stage import FuseStage, locate
@@ -71,9 +73,14 @@ def show_logits(place: Place, table: pa.Table, position: int | None, console: Co
     following = visible(tokens[position + 1]) if position + 1 < len(tokens) else "(the segment ends)"
     console.print(Text(f"gold next token: {following}, logprob {_logprob(gold[position])}"))
     entries = _entries(rows.ids[position], rows.logprobs[position], vocabulary)
-    console.print(
-        distribution_table(f"{place.step.model} top {len(entries)}", entries, 1 - sum(prob for _, prob in entries))
-    )
+    tail = 1 - sum(prob for _, prob in entries)
+    console.print(distribution_table(f"{place.step.model} top {len(entries)}", entries, tail))
+    if has_draws(table):
+        draws = draws_row(table, place.row)[position]
+        drawn = Counter(vocabulary.text(int(token)) for token in draws[draws != PAD_ID])
+        shown = ", ".join(f"{visible(text)} x{count}" if count > 1 else visible(text) for text, count in drawn.items())
+        each = f", each for {max(0.0, tail) / drawn.total():.2e} of probability" if drawn else ""
+        console.print(Text(f"{drawn.total()} draws from the rest{each}: {shown or 'none'}"))
 
 
 def show_aligned(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
@@ -95,9 +102,14 @@ def show_aligned(place: Place, table: pa.Table, position: int | None, console: C
         console.print(
             Text(f"{source.name} conditioned on: {visible(found.seen)} (what is left of its candidates is moved)")
         )
+    # With draws a source's row has the exact entries of its window, and the tokens that were drawn.
+    num_drawn = max(0, len(found.source_topk) - place.run.config.align.top_k)
+    drawn = f" and {num_drawn} drawn" if num_drawn else ""
     lists = [
         distribution_table(
-            f"{source.name} top {len(found.source_topk)}", _pairs(found.source_topk), _rest(found.source_topk)
+            f"{source.name} top {len(found.source_topk) - num_drawn}{drawn}",
+            _pairs(found.source_topk),
+            _rest(found.source_topk),
         ),
         distribution_table(
             f"{target.name} top {len(found.target_topk)}", _pairs(found.target_topk), _rest(found.target_topk)

@@ -122,9 +122,9 @@ def shard_bytes(text_bytes: float, assumed: Assumed) -> float:
     return text_bytes * assumed.take("text_compression")
 
 
-def topk_bytes(tokens: float, top_k: int, assumed: Assumed) -> float:
-    """Of the files of a stage that keeps ``top_k`` entries a token."""
-    return tokens * top_k * assumed.take("bytes_per_entry")
+def topk_bytes(tokens: float, num_entries: float, assumed: Assumed) -> float:
+    """Estimate the size of a stage's files, in bytes, that keep so many entries for each token."""
+    return tokens * num_entries * assumed.take("bytes_per_entry")
 
 
 def train_bytes(parameters: float, keep_checkpoints: int) -> float:

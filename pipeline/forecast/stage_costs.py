@@ -172,12 +172,19 @@ STAGE_COSTS: Final[dict[str, StageCost]] = {
         cost=lambda outlook, step, tokens: outlook.forward(
             outlook.config.find_model(step.model), tokens, outlook.config.logits.device
         ),
-        num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.logits.top_k, outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: topk_bytes(
+            # A draw is an id without a logprob.
+            tokens,
+            outlook.config.logits.top_k + outlook.config.logits.tail_samples / 2,
+            outlook.assumed,
+        ),
     ),
     "align": StageCost(
         tokens=lambda outlook, step: outlook.target_tokens(),
         cost=lambda outlook, step, tokens: align_cost(tokens, outlook.config, outlook.assumed),
-        num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.align.top_k, outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: topk_bytes(
+            tokens, outlook.config.align.top_k + outlook.config.logits.tail_samples, outlook.assumed
+        ),
     ),
     "fit": StageCost(
         tokens=_fit_tokens,
@@ -187,7 +194,11 @@ STAGE_COSTS: Final[dict[str, StageCost]] = {
     "fuse": StageCost(
         tokens=lambda outlook, step: outlook.target_tokens(),
         cost=lambda outlook, step, tokens: fuse_cost(tokens, outlook.assumed),
-        num_bytes=lambda outlook, step, tokens: topk_bytes(tokens, outlook.config.fuse.top_k, outlook.assumed),
+        num_bytes=lambda outlook, step, tokens: topk_bytes(
+            tokens,
+            outlook.config.fuse.top_k + outlook.config.logits.tail_samples * len(outlook.config.models),
+            outlook.assumed,
+        ),
     ),
     "train": StageCost(
         tokens=lambda outlook, step: outlook.tokens["fuse"] * outlook.config.train.num_epochs,
