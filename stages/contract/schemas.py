@@ -172,7 +172,8 @@ def parquet_options(schema: pa.Schema) -> dict[str, Any]:
 
     - numbers of 32 bits and more: byte-stream-split. Floats hold values rounded to 16 bits, so two of their four streams
       are nearly empty; the high bytes of ids and positions compress. A dictionary would pack its indices at odd widths,
-      which zstd cannot see through.
+      which zstd cannot see through. Sixteen draws of a position, though they ascend, take 25.4 bytes in this way, 29.9 as
+      deltas and 31.7 as they are.
     - ``byte_end``, which never decreases: deltas.
     - strings and codes of a few values: dictionaries.
 

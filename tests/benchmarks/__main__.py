@@ -28,6 +28,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     logits.speed_vs_plain,
     logits.time_outside_forward,
     logits_files.bytes_per_token,
+    logits_files.bytes_per_token_sampled,
     logits_files.float16_nll_cost,
     logits_files.bits_per_byte_vs_plain,
     compilation.compile_seconds,

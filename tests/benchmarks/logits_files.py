@@ -13,8 +13,10 @@ from pipeline.run.records import recorded_run
 from pipeline.run.steps import ResolvedRun
 from stages.contract import schemas
 from stages.contract.columns import list_row, round_to_half
+from stages.contract.draws import SAMPLE_IDS, has_draws, num_draws
 from stages.contract.store import Store
 from stages.logits.backends.topk import topk_logprobs
+from stages.logits.stage import LogitsStage
 from stages.measures.cross_entropy import cross_entropy
 from stages.measures.teacher import TEACHER_FLOOR
 from stages.models.batches import NO_GOLD
@@ -27,6 +29,7 @@ from tests.benchmarks.measure import say
 
 VOCABULARIES = {align_data.TARGET: ("32k", 32_000, 28), align_data.SOURCE: ("152k", 151_936, 36)}
 TOP_K = 10
+SAMPLED = {"top_k": 16, "tail_samples": 16}
 NUM_SEGMENTS = 50
 NUM_ROUNDED_SEGMENTS = 24
 
@@ -68,6 +71,29 @@ def bytes_per_token() -> list[Figure]:
     return figures
 
 
+def bytes_per_token_sampled() -> list[Figure]:
+    """Bytes a token at k = 16 with 16 draws, everything in the file included, ids of a vocabulary of 32,000.
+
+    The target's model is run again over the run's train segments, as the stage runs it; ids are renumbered as above.
+    """
+    name, (suffix, size, _) = next(iter(VOCABULARIES.items()))
+    store, run = Store(str(align_data.run_folder())), _run()
+    stage = LogitsStage(run.config.logits.model_copy(update=SAMPLED), _model(name))
+    stage.setup()
+    manifests = store.manifests(run.steps["shard"].folder)
+    shards = [store.read_table(manifests[shard].data, remake="`make demo`") for shard in sorted(manifests)]
+    table = stage.run({"shard": pa.concat_tables(shards)}).table
+    ranks = _frequency_ranks(name)
+    found = {
+        "as they are": _file_bytes(table),
+        "by rank": _file_bytes(_renumbered(table, ranks % size, size)),
+        "by rank, no draws": _file_bytes(_renumbered(table.drop_columns([SAMPLE_IDS]), ranks % size, size)),
+    }
+    text = ", ".join(f"{way} {value:.2f}" for way, value in found.items())
+    say(f"{name}, {suffix}, {table.num_rows} segments, {SAMPLED}: {text} bytes a token")
+    return [Figure("logits.bytes_per_token_sampled", found["by rank"], "bytes", "<= 70")]
+
+
 def _frequency_ranks(name: str) -> np.ndarray:
     """(V,) id -> its rank by frequency in the run's validation text; ids that do not occur there follow in their order."""
     store, run = Store(str(align_data.run_folder())), _run()
@@ -86,7 +112,12 @@ def _frequency_ranks(name: str) -> np.ndarray:
 
 def _renumbered(table: pa.Table, new_ids: np.ndarray, size: int) -> pa.Table:
     """The table as the stage would write it now, with other ids: ``new_ids[id]`` below ``size``."""
-    schema = schemas.logits_schema(size)
+    schema = schemas.logits_schema(size, has_draws=has_draws(table))
+    width = num_draws(table)
+
+    def sorted_again(ids: np.ndarray) -> np.ndarray:
+        """Draws ascend in a position."""
+        return np.sort(ids.reshape(-1, width), axis=1).ravel() if width else ids
 
     def renewed(column: pa.Array) -> pa.Array:
         if pa.types.is_list(column.type):
@@ -100,7 +131,13 @@ def _renumbered(table: pa.Table, new_ids: np.ndarray, size: int) -> pa.Table:
         if name in ("token_ids", "topk_ids", "gold_logprob", "topk_logprobs")
         else table[name]
         for name in schema.names
+        if name != SAMPLE_IDS
     ]
+    if has_draws(table):
+        outer = table[SAMPLE_IDS].combine_chunks()
+        leaf = sorted_again(new_ids[outer.values.values.to_numpy()])
+        inner = pa.ListArray.from_arrays(outer.values.offsets, pa.array(leaf, schemas.id_type(size)))
+        columns.append(pa.ListArray.from_arrays(outer.offsets, inner))
     return pa.Table.from_arrays(columns, schema=schema)
 
 
