@@ -102,10 +102,10 @@ class LogitsConfig(Settings):
 
     @model_validator(mode="after")
     def _full_distribution_for_draws(self) -> Self:
-        if self.tail_samples and self.backend == "vllm":
+        if self.tail_samples and self.backend in ("vllm", "server"):
             raise ValueError(
-                f"tail_samples = {self.tail_samples} draws from the full distribution, and vLLM gives the largest entries "
-                "alone: set backend = 'transformers', or tail_samples = 0"
+                f"tail_samples = {self.tail_samples} draws from the full distribution, and backend = {self.backend!r} gives "
+                "the largest entries alone: set backend = 'transformers', or tail_samples = 0"
             )
         if self.tail_samples and self.top_p < 1:
             raise ValueError(

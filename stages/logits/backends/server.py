@@ -89,12 +89,22 @@ class ServerBackend:
         self._predict_window(np.zeros(1, np.int32), next_id=0)
         self.versions: Mapping[str, str] = {"backend": "server", **self._connection.version(), "served_model": served}
 
-    def predict(self, sequences: Sequence[np.ndarray], cuts: Sequence[Sequence[Window]]) -> Predictions:
+    def predict(
+        self,
+        sequences: Sequence[np.ndarray],
+        cuts: Sequence[Sequence[Window]],
+        uniforms: np.ndarray | None = None,
+    ) -> Predictions:
         """Send all windows, ``server_concurrency`` at a time; see ``base.Backend.predict``.
 
         Raises:
             ServerError: a window failed for good; those under way are waited for, no others are sent.
         """
+        if uniforms is not None:
+            raise ValueError(
+                f"model {self._name}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each "
+                "position, and a server gives the largest entries alone: set logits.backend = 'transformers'"
+            )
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=self._width)
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         started = time.perf_counter()
