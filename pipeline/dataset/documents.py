@@ -64,6 +64,8 @@ def check_dataset(dataset: DatasetConfig) -> None:
         DatasetError: nothing readable in it, or no such column of text or of kinds (lists those found).
     """
     files = find_files(dataset)
+    for note in files.notes:
+        log.warning("%s", note)
     _check_kinds(dataset, files)
     kind = FORMATS[files.format]
     if any(kind.has_documents(files, name, dataset.text_column, "text_column") for name in files.paths):

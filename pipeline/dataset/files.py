@@ -47,19 +47,19 @@ class DatasetFiles:
         paths: name under the dataset's folder -> full path, in the order of the documents.
         format: the name of their format, a key of ``formats.FORMATS``.
         section: the section of the configuration that names them, for messages.
+        notes: what a user should know of the choice of files: files that are left out, say.
     """
 
     filesystem: Any
     paths: dict[str, str]
     format: str
     section: str = "dataset"
+    notes: tuple[str, ...] = ()
 
     @property
     def is_local(self) -> bool:
         """The files are on this machine's disk."""
-        from fsspec.implementations.local import LocalFileSystem
-
-        return isinstance(self.filesystem, LocalFileSystem)
+        return is_on_disk(self.filesystem)
 
     def size(self, name: str) -> int:
         """A file's bytes, as they are stored."""
@@ -81,6 +81,13 @@ class DatasetFiles:
         if codec is None:
             return stream
         return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(stream, "r"), codec), _BUFFER_BYTES)
+
+
+def is_on_disk(filesystem: Any) -> bool:
+    """Return whether a filesystem of fsspec is this machine's disk."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    return isinstance(filesystem, LocalFileSystem)
 
 
 def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any) -> Result:

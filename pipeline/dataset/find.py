@@ -1,52 +1,94 @@
 """Find the files of a dataset: on disk, behind any fsspec URL, or on the Hugging Face hub."""
 
+import errno
 import functools
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Final
 
-from pipeline.dataset.files import DatasetError, DatasetFiles
-from pipeline.dataset.formats import EXPECTED, FORMATS, Format, format_of
+from pipeline.dataset.files import DatasetError, DatasetFiles, is_on_disk
+from pipeline.dataset.formats import EXPECTED, LINES, TEXT, format_of
+from pipeline.dataset.local import LocalFiles, describe_link, match_files, walk_files
+from pipeline.dataset.splits import canonical_split, describe_splits, splits_of
 from stages.contract.filesystem import check_reachable, open_filesystem, patiently
 from stages.shard.config import DatasetConfig
+
+_METADATA: Final = frozenset(
+    {
+        *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "metadata.json"),
+        *("dataset-metadata.json", "datapackage.json", "croissant.json", "readme.json"),
+    }
+)
+"""Names of files that tools write beside data, lower case: no documents, whatever the data's format."""
+_REMARKS: Final = frozenset(
+    {
+        *("readme.txt", "license.txt", "licence.txt", "copying.txt", "notice.txt", "citation.txt", "changelog.txt"),
+        *("sha256sums.txt", "md5sums.txt", "checksums.txt", "requirements.txt"),
+    }
+)
+"""Names of texts about the data, lower case: no documents beside files of another format."""
+_ARROW: Final = ".arrow"
+_REMEDIES: Final = {
+    _ARROW: "Arrow files, as `Dataset.save_to_disk` writes them, are not read: write Parquet, with "
+    "`datasets.load_from_disk(FOLDER).to_parquet('corpus.parquet')` (of a DatasetDict one split: `[...]['train'].to_parquet`), "
+    "and give that file",
+    ".csv": "convert it, e.g. with `pandas.read_csv(FILE).to_parquet('corpus.parquet')`",
+    ".tsv": "convert it, e.g. with `pandas.read_csv(FILE, sep='\\t').to_parquet('corpus.parquet')`",
+    ".mds": "MosaicML's streaming shards are not read: write their samples as Parquet or JSON lines",
+    ".bin": "token ids of one tokenizer are not read, for every model has its own: give the text that they were made from",
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".bz2", ".xz", ".txt.gz", ".txt.zst"), "unpack it"),
+}
+"""Ending of a name -> what to do with such a file; the longest ending counts."""
+_NAMED_FILES: Final = 5
 
 
 def find_files(dataset: DatasetConfig) -> DatasetFiles:
     """The dataset's files, sorted by name; those of a hub dataset's split in the order that the hub gives.
 
-    Files on the hub are not downloaded: like those of any other URL, they are read where a shard needs them.
+    Files on the hub are not downloaded: like those of any other URL, they are read where a shard needs them. Links on disk are
+    followed, and a file that links give several names is read once.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or a glob matches nothing.
-        DatasetError: a file's format is unknown, or a folder has no file of a known one, or several formats.
+        DatasetError: a file's format is unknown, or a folder has no file of a known one, or several formats, or none of the
+            split.
     """
     if dataset.hub is not None:
         return _hub_files(dataset)
     from fsspec.core import has_magic
 
-    url = str(dataset.path)
+    url, setting = str(dataset.path), f"{dataset.section}.path"
     filesystem, root = open_filesystem(url)
     root = root.rstrip("/") or root
     if "://" in url:
         check_reachable(filesystem, root, url)
     kind = _kind(filesystem, root, url)
+    root, question, query = root.partition("?") if url.startswith(("http://", "https://")) else (root, "", "")
+    found = LocalFiles()
     if kind == "file":  # first: a file's name may hold a bracket
-        base, found = root.rpartition("/")[0], [root]
+        base, found.paths = root.rpartition("/")[0], [root]
     elif has_magic(root):
         base = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        matches = patiently(filesystem.glob, root, detail=True, url=url)
-        found = sorted(path for path, info in matches.items() if info["type"] == "file")
-        if not found:
-            raise FileNotFoundError(f"{dataset.section}.path = {url!r} matches no file; {EXPECTED}")
+        found = _matches(filesystem, root, url)
+        _refuse_unreadable(found, setting)
+        if not found.paths:
+            raise FileNotFoundError(f"{setting} = {url!r} matches no file; {EXPECTED}")
     elif kind == "directory":
         base = root
         found = _in_folder(filesystem, root, url)
+        _refuse_unreadable(found, setting)
     else:
+        link = describe_link(root) if is_on_disk(filesystem) else None
+        what = f"is {link}" if link else "is no file or folder"
         raise FileNotFoundError(
-            f"{dataset.section}.path = {url!r} is no file or folder (looked for {root}): correct it; a dataset of the Hugging "
-            f"Face hub is named by {dataset.section}.hub and {dataset.section}.revision"
+            f"{setting} = {url!r} {what} (looked for {root}): correct it; a dataset of the Hugging Face hub is named by "
+            f"{dataset.section}.hub and {dataset.section}.revision"
         )
-    names = {path[len(base) :].lstrip("/"): path for path in found}
-    return DatasetFiles(filesystem, names, _one_format(found, url).name, dataset.section)
+    names = {path[len(base) :].lstrip("/"): f"{path}{question}{query}" for path in found.paths}
+    notes = [f"{path} is {read_as} by a link: it is read once" for path, read_as in found.doubles.items()]
+    names = _of_split(dataset, names, notes)
+    kind_name = _one_format(dataset, names, url)
+    return DatasetFiles(filesystem, names, kind_name, dataset.section, tuple(notes))
 
 
 @functools.lru_cache(maxsize=16)
@@ -67,23 +109,64 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
     paths = [filesystem._strip_protocol(url) for url in urls]
     base = len(os.path.commonpath([path.rpartition("/")[0] for path in paths]))
     names = {path[base:].lstrip("/"): path for path in paths}
-    return DatasetFiles(filesystem, names, _one_format(paths, str(dataset.hub)).name, dataset.section)
+    return DatasetFiles(filesystem, names, _one_format(dataset, names, str(dataset.hub)), dataset.section)
 
 
-def _one_format(found: list[str], url: str) -> Format:
-    """Return the format of all files.
+def _of_split(dataset: DatasetConfig, names: dict[str, str], notes: list[str]) -> dict[str, str]:
+    """Return the files of the split that is asked for, all where none is; says in ``notes`` what that leaves in doubt.
+
+    Raises:
+        DatasetError: no file is of that split; says which splits there are.
+    """
+    splits = splits_of(list(names))
+    setting = f"{dataset.section}.split"
+    if dataset.split is None:
+        if len(splits) > 1:
+            notes.append(
+                f"{dataset.path} holds files of several splits, and all are read: {describe_splits(splits)}. Set {setting} to "
+                "one of them"
+            )
+        return names
+    wanted = canonical_split(dataset.split)
+    if wanted not in splits:
+        raise DatasetError(
+            f"{dataset.path} has no files of the split {dataset.split!r}. By their names there are: "
+            f"{describe_splits(splits)}. Set {setting} to one of these, or leave it out to read all files"
+        )
+    unnamed = len(names) - sum(map(len, splits.values()))
+    if unnamed:
+        notes.append(
+            f"{dataset.path}: {unnamed} of {len(names)} files are of no split by their names, and are left out by {setting} = "
+            f"{dataset.split!r}"
+        )
+    return {name: names[name] for name in splits[wanted]}
+
+
+def _one_format(dataset: DatasetConfig, names: dict[str, str], url: str) -> str:
+    """Return the name of the format of all files.
+
+    Args:
+        dataset: whose files they are.
+        names: of the files -> their paths.
+        url: where they are, for messages.
 
     Raises:
         DatasetError: it is unknown, or there are several.
     """
-    formats = {path: format_of(path) for path in found}
-    unknown = next((path for path, kind in formats.items() if kind is None), None)
+    formats = {name: format_of(name) for name in names}
+    unknown = next((name for name, kind in formats.items() if kind is None), None)
     if unknown is not None:
-        raise DatasetError(f"{unknown}: unknown format; {EXPECTED}")
-    names = sorted({kind.name for kind in formats.values() if kind is not None})
-    if len(names) > 1:
-        raise DatasetError(f"{url} mixes {', '.join(names)}: say which with a glob, e.g. '{url}/*.parquet'")
-    return FORMATS[names[0]]
+        raise DatasetError(f"{names[unknown]}: unknown format; {_remedy(unknown) or EXPECTED}")
+    kinds = sorted({kind.name for kind in formats.values() if kind is not None})
+    if len(kinds) > 1:
+        raise DatasetError(f"{url} mixes {', '.join(kinds)}: say which with a glob, e.g. '{url}/*.parquet'")
+    if dataset.documents == "lines":
+        if kinds != [TEXT]:
+            raise DatasetError(
+                f'{dataset.section}.documents = "lines" says how .txt files are read, and {url} holds {kinds[0]}: leave it out'
+            )
+        return LINES
+    return kinds[0]
 
 
 def _kind(filesystem: Any, path: str, url: str) -> str | None:
@@ -92,16 +175,77 @@ def _kind(filesystem: Any, path: str, url: str) -> str | None:
         return patiently(filesystem.info, path, url=url)["type"]
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return None
+        raise
 
 
-def _in_folder(filesystem: Any, root: str, url: str) -> list[str]:
-    """The files of a folder and those below it whose format is known, sorted."""
-    found = [path for path in sorted(patiently(filesystem.find, root, url=url)) if not _is_hidden(path[len(root) :])]
-    known = [path for path in found if format_of(path)]
+def _matches(filesystem: Any, pattern: str, url: str) -> LocalFiles:
+    """The files that match a glob, sorted."""
+    if is_on_disk(filesystem):
+        return _listed(match_files, pattern)
+    matches = patiently(filesystem.glob, pattern, detail=True, url=url)
+    return LocalFiles(sorted(path for path, info in matches.items() if info["type"] == "file"))
+
+
+def _in_folder(filesystem: Any, root: str, url: str) -> LocalFiles:
+    """The files of a folder and those below it that are data of a known format, sorted."""
+    if is_on_disk(filesystem):
+        found = _listed(walk_files, root)
+    else:
+        found = LocalFiles(sorted(patiently(filesystem.find, root, url=url)))
+    shown = [path for path in found.paths if not _is_hidden(path[len(root) :])]
+    known = _without_metadata([path for path in shown if format_of(path)])
     if not known:
-        names = ", ".join(path.rpartition("/")[2] for path in found[:5]) or "nothing"
-        raise DatasetError(f"the folder {url} has no file that can be read: {EXPECTED}; found {names}")
-    return known
+        remedy = next(filter(None, map(_remedy, shown)), None)
+        names = ", ".join(path.rpartition("/")[2] for path in shown[:_NAMED_FILES]) or "nothing"
+        raise DatasetError(
+            f"the folder {url} has no file that can be read: {EXPECTED}; found {names}"
+            + (f". {remedy[0].upper()}{remedy[1:]}" if remedy else "")
+        )
+    doubles = {path: read_as for path, read_as in found.doubles.items() if read_as in known}
+    unreadable = {path: why for path, why in found.unreadable.items() if not _is_hidden(path[len(root) :])}
+    return LocalFiles(known, doubles, {path: why for path, why in unreadable.items() if format_of(path)})
+
+
+def _listed(search: Any, path: str) -> LocalFiles:
+    """Search on disk.
+
+    Raises:
+        DatasetError: a folder may not be listed.
+    """
+    try:
+        found: LocalFiles = search(path)
+    except PermissionError as error:
+        raise DatasetError(
+            f"the folder {error.filename} may not be listed ({error.strerror}), so its files would be missing: give this user "
+            "the right to read it, or name the files that are wanted with a glob"
+        ) from None
+    return found
+
+
+def _without_metadata(paths: list[str]) -> list[str]:
+    """Leave out files that are about the data, as far as data are left."""
+    data = [path for path in paths if path.rpartition("/")[2].lower() not in _METADATA]
+    if len({kind.name for kind in map(format_of, data) if kind is not None}) > 1:
+        data = [path for path in data if path.rpartition("/")[2].lower() not in _REMARKS]
+    return data
+
+
+def _refuse_unreadable(found: LocalFiles, setting: str) -> None:
+    """Refuse what is called like a file of documents and is none.
+
+    Raises:
+        DatasetError: names it.
+    """
+    for path, why in found.unreadable.items():
+        raise DatasetError(f"{setting}: {path} is {why}: put the file there, or remove it")
+
+
+def _remedy(name: str) -> str | None:
+    endings: Sequence[str] = [ending for ending in _REMEDIES if name.lower().endswith(ending)]
+    return _REMEDIES[max(endings, key=len)] if endings else None
 
 
 def _is_hidden(relative: str) -> bool:

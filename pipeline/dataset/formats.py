@@ -28,6 +28,16 @@ _TEXT_TYPES: Final = (
     pa.types.is_binary_view,
 )
 _MAX_LINES_PROBED: Final = 100
+_UTF_16_MARKS: Final = (
+    codecs.BOM_UTF16_LE,
+    codecs.BOM_UTF16_BE,
+    codecs.BOM_UTF32_BE,
+)  # that of UTF-32-LE begins as UTF-16's
+
+TEXT: Final = "txt"
+"""Name of the format in which a file is one document."""
+LINES: Final = "txt lines"
+"""Name of the format in which each line of such a file is a document."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +144,24 @@ class Parquet:
                 if first < part.end and first + size > part.start
             ]
             chunks: Chunks = []
-            row = firsts[groups[0]] if groups else part.start
-            for batch in parquet.iter_batches(batch_size=1024, row_groups=groups, columns=[column]):
-                start, end = max(part.start - row, 0), min(part.end - row, len(batch))
-                if start < end:
-                    chunks.append((_as_binary(batch.column(0).slice(start, end - start)), None))
-                row += len(batch)
-                if row >= part.end:
-                    break
+            for index in groups:
+                row = firsts[index]
+                try:
+                    for batch in parquet.iter_batches(batch_size=1024, row_groups=[index], columns=[column]):
+                        start, end = max(part.start - row, 0), min(part.end - row, len(batch))
+                        if start < end:
+                            chunks.append((_as_binary(batch.column(0).slice(start, end - start)), None))
+                        row += len(batch)
+                        if row >= part.end:
+                            break
+                except (pa.ArrowException, OSError) as error:
+                    if isinstance(error, OSError) and (error.errno is not None or is_transient(error)):
+                        raise  # of the disk or the store, not of what the file holds
+                    raise DatasetError(
+                        f"{files.paths[part.file]}: row group {index} of {len(sizes)} (rows {firsts[index]} to "
+                        f"{firsts[index] + sizes[index]}) cannot be decoded: {error}. The file is damaged: fetch or write it "
+                        "again, or leave it out"
+                    ) from error
             return chunks
 
 
@@ -161,8 +181,12 @@ class JsonLines:
         with files.open(name) as stream:
             for number, line in enumerate(_lines(stream, path)):
                 has_lines = True
-                if number == 0 and line.lstrip().startswith(b"["):
-                    raise DatasetError(f"{path} is one JSON array; expected JSON lines, one object a line: convert it")
+                if number == 0:
+                    _refuse_utf_16(line, path)
+                    if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                        raise DatasetError(
+                            f"{path} is one JSON array; expected JSON lines, one object a line: convert it"
+                        )
                 try:
                     record = _loads(line)
                 except (ValueError, RecursionError):
@@ -181,39 +205,19 @@ class JsonLines:
     def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``: counts the lines in a stream, and stops at ``wanted.max_rows``."""
         del column  # a line without it is a bad record, and is counted
-        can_seek = not files.is_compressed(name)
-        byte_starts: RowStarts = {}
-        row, position = 0, 0
-        with files.open(name) as stream:
-            for line in _whole_lines(stream, files.paths[name]):
-                if not line.isspace():
-                    if row == wanted.max_rows:
-                        break
-                    if can_seek and (row == 0 or (wanted.first_row + row) % wanted.rows_per_shard == 0):
-                        byte_starts[row] = position
-                    row += 1
-                position += len(line)
-        return row, byte_starts
+        return _count_lines(files, name, wanted)
 
     def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
         """See ``Format``; a line that cannot be read is a row with an error."""
-        with files.open(part.file) as stream:
-            if part.byte_start:
-                stream.seek(part.byte_start - 1)
-                if stream.read(1) != b"\n":
-                    raise changed(part, f"no line begins at byte {part.byte_start}")
-            skipped = part.start if part.byte_start is None else 0
-            lines = _lines(stream, files.paths[part.file])
-            rows = itertools.islice(lines, skipped, skipped + part.end - part.start)
-            records = [_text_of_line(line, column) for line in rows]
+        records = [_text_of_line(line, column) for line in _read_lines(files, part)]
         texts = pa.array([text for text, _ in records], pa.large_binary())
         return [(texts, pa.array([error for _, error in records], pa.string()))]
 
 
 class TextFiles:
-    """Plain text: every file is one document."""
+    """Plain text: every file is one document, without the byte order mark that it may begin with."""
 
-    name = "txt"
+    name = TEXT
     suffixes: tuple[str, ...] = (".txt",)
     described = ".txt"
     has_columns = False
@@ -230,15 +234,54 @@ class TextFiles:
         return 1, {}
 
     def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
-        """See ``Format``."""
+        """See ``Format``; a file in UTF-16 is a row with an error."""
         del column
         with files.open(part.file) as stream:
-            return [(pa.array([stream.read()], pa.large_binary()), None)]
+            raw = stream.read()
+        if raw.startswith(_UTF_16_MARKS):
+            error = f"{part.file} {_NOT_UTF_8}"
+            return [(pa.nulls(1, pa.large_binary()), pa.array([error]))]
+        return [(pa.array([raw.removeprefix(codecs.BOM_UTF8)], pa.large_binary()), None)]
+
+
+class TextLines:
+    """Plain text of which every line is a document, without its line end; blank lines are none."""
+
+    name = LINES
+    suffixes: tuple[str, ...] = ()  # the setting `documents` chooses it, not a name
+    described = TextFiles.described
+    has_columns = False
+    is_compact = False
+
+    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+        """See ``Format``."""
+        del column, setting
+        with files.open(name) as stream:
+            line = next(_lines(stream, files.paths[name]), None)
+        if line is not None:
+            _refuse_utf_16(line, files.paths[name])
+        return line is not None
+
+    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+        """See ``Format``."""
+        del column
+        return _count_lines(files, name, wanted)
+
+    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+        """See ``Format``."""
+        del column
+        rows = [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") for line in _read_lines(files, part)]
+        return [(pa.array(rows, pa.large_binary()), None)]
 
 
 _ALL: Final[tuple[Format, ...]] = (Parquet(), JsonLines(), TextFiles())
 
-FORMATS: Final[dict[str, Format]] = {kind.name: kind for kind in _ALL}
+FORMATS: Final[dict[str, Format]] = {kind.name: kind for kind in (*_ALL, TextLines())}
+
+_NOT_UTF_8: Final = (
+    "is UTF-16 or UTF-32 by the byte order mark that it begins with; expected UTF-8: convert it, e.g. "
+    "`iconv -f UTF-16 -t UTF-8 FILE > NEW`"
+)
 
 EXPECTED: Final = f"expected {', '.join(kind.described for kind in _ALL[:-1])}, or {_ALL[-1].described}"
 """For messages about files of no known format."""
@@ -274,7 +317,7 @@ def _open_parquet(
     """
     path, setting = files.paths[name], f"{files.section}.{setting}"
     try:
-        parquet = pq.ParquetFile(stream)
+        parquet = pq.ParquetFile(stream, page_checksum_verification=True)
     except pa.ArrowInvalid as error:
         raise DatasetError(f"{path} is not a whole Parquet file: {error}") from error
     _require_column(column, parquet.schema_arrow.names, path, setting)
@@ -298,12 +341,65 @@ def _whole_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
     except OSError as error:  # also a truncated or damaged compressed stream
         if is_transient(error):
             raise
+        if "too much memory" in str(error):  # zstd's own words for a window that a decoder need not accept
+            raise DatasetError(
+                f"{path} was compressed with a longer window than is read here ({error}), as `zstd --long` or `--ultra` does: "
+                f"compress it again without, e.g. `zstd -d --long=31 -c FILE | zstd -o NEW`, or as .gz"
+            ) from error
         raise DatasetError(f"{path} cannot be read to its end: {error}. Is the file whole?") from error
 
 
 def _lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
     """Yield the lines that are not blank: the rows."""
-    return (line for line in _whole_lines(stream, path) if not line.isspace())
+    return (line for line in _whole_lines(stream, path) if not _is_blank(line))
+
+
+def _is_blank(line: bytes) -> bool:
+    """Return whether a line holds no row: white space alone, or the byte order mark that a file may begin with."""
+    return line.isspace() or (line.startswith(codecs.BOM_UTF8) and not line.removeprefix(codecs.BOM_UTF8).strip())
+
+
+def _count_lines(files: DatasetFiles, name: str, wanted: RowCount) -> tuple[int, RowStarts]:
+    """Count the rows of a file of lines; see ``Format.count``."""
+    can_seek = not files.is_compressed(name)
+    byte_starts: RowStarts = {}
+    row, position = 0, 0
+    with files.open(name) as stream:
+        for line in _whole_lines(stream, files.paths[name]):
+            if not _is_blank(line):
+                if row == wanted.max_rows:
+                    break
+                if can_seek and (row == 0 or (wanted.first_row + row) % wanted.rows_per_shard == 0):
+                    byte_starts[row] = position
+                row += 1
+            position += len(line)
+    return row, byte_starts
+
+
+def _read_lines(files: DatasetFiles, part: FileRange) -> list[bytes]:
+    """Read a range of the rows of a file of lines, their line ends with them.
+
+    Raises:
+        DatasetError: the file has changed since it was planned.
+    """
+    with files.open(part.file) as stream:
+        if part.byte_start:
+            stream.seek(part.byte_start - 1)
+            if stream.read(1) != b"\n":
+                raise changed(part, f"no line begins at byte {part.byte_start}")
+        skipped = part.start if part.byte_start is None else 0
+        lines = _lines(stream, files.paths[part.file])
+        return list(itertools.islice(lines, skipped, skipped + part.end - part.start))
+
+
+def _refuse_utf_16(line: bytes, path: str) -> None:
+    """Refuse a file by its first line.
+
+    Raises:
+        DatasetError: it begins with the byte order mark of UTF-16 or UTF-32.
+    """
+    if line.startswith(_UTF_16_MARKS):
+        raise DatasetError(f"{path} {_NOT_UTF_8}")
 
 
 def _text_of_line(line: bytes, column: str) -> tuple[bytes | None, str | None]:

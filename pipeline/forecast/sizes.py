@@ -65,7 +65,7 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
     num_documents, text_bytes = assumed.values.num_documents, assumed.values.text_bytes
     source = "assumptions.text_bytes"
     if text_bytes is None and dataset.hub is not None:
-        card = HUB_DATASETS.get((dataset.hub, dataset.split))
+        card = HUB_DATASETS.get((dataset.hub, dataset.split or "train"))
         if card is None:
             raise ValueError(
                 f"how much text {dataset.hub} holds is not known here, and planning fetches nothing: give it with --set "
@@ -98,7 +98,7 @@ def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
     if text.hub is None:
         num_documents, num_bytes = _files_size(text, _TEXT_RANGE, assumed)
     else:
-        card = HUB_DATASETS.get((text.hub, text.split))
+        card = HUB_DATASETS.get((text.hub, text.split or "train"))
         num_documents, num_bytes = (card[0], float(card[1])) if card else (None, math.inf)
     if num_documents is not None and text.max_documents is not None:
         num_bytes *= min(1.0, text.max_documents / num_documents)

@@ -88,10 +88,29 @@ def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
 def _from_record(value: dict[str, Any], where: str) -> ResolvedRun:
     try:
         steps = {key: Step(**step) for key, step in value["steps"].items()}
-        config = RunConfig.model_validate(value["config"])
+        config = RunConfig.model_validate(_upgraded(value["config"]))
     except (TypeError, ValidationError) as error:
         raise ValueError(
             f"{where} was recorded by another version of ptafuse: run a stage of its configuration again with this one, or go "
             f"on with that version ({str(error).splitlines()[0]})"
         ) from None
     return ResolvedRun(config, steps, Request(value["config_path"], tuple(value["overrides"])))
+
+
+def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a recorded configuration as this version would have recorded it.
+
+    Before `documents` was recorded, a split that was not given was recorded as "train", and beside a path it was not read.
+    """
+
+    def without_split(dataset: dict[str, Any]) -> dict[str, Any]:
+        is_old = "documents" not in dataset and dataset.get("hub") is None
+        return {**dataset, "split": None} if is_old else dataset
+
+    if not isinstance(config.get("dataset"), dict):
+        return config
+    upgraded = {**config, "dataset": without_split(config["dataset"])}
+    evaluation = config.get("eval")
+    if isinstance(evaluation, dict) and evaluation.get("texts"):
+        upgraded["eval"] = {**evaluation, "texts": [without_split(text) for text in evaluation["texts"]]}
+    return upgraded

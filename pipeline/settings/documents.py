@@ -9,6 +9,7 @@ PLACE: Final = ("dataset.hub", "dataset.revision", "dataset.subset", "dataset.sp
 """Where the documents come from."""
 DECIDES: Final = (
     *PLACE,
+    "dataset.documents",
     "dataset.text_column",
     "dataset.max_documents",
     "shard.max_length",  # of a segment without BOS nothing predicts the first token, so the cuts decide what is scored

@@ -1,7 +1,7 @@
 """Settings of the shard stage."""
 
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -30,11 +30,18 @@ class DatasetConfig(Settings):
     hub: str | None = Field(None, description="Hugging Face dataset id, e.g. 'JeanKaddour/minipile'.")
     revision: str | None = Field(None, description="Commit of the dataset on the hub; required with `hub`.")
     subset: str | None = Field(None, description="The hub dataset's configuration name, if it has several.")
-    split: str = Field("train", description="The hub dataset's split.")
+    split: str | None = Field(
+        None,
+        description="The split that is read. On the hub `train` by default; beside `path` the files whose names say it "
+        "(train-*.parquet, test/*.jsonl), by default all files.",
+    )
     path: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
         None, description="A file (.parquet, .jsonl, .jsonl.zst, .txt), a folder of them, a glob, or an fsspec URL."
     )
-    text_column: str = Field("text", description="The column that holds a document's text (.txt: one document a file).")
+    documents: Annotated[Literal["file", "lines"], ADDED] = Field(
+        "file", description="Of .txt files: each file is a document, or each line that is not blank (`lines`)."
+    )
+    text_column: str = Field("text", description="The column that holds a document's text; .txt files have none.")
     kind_column: Annotated[str | None, RUNTIME] = Field(
         None,
         description="A column of strings that says of what kind a document is (its source, subject, language): `ptafuse "
@@ -46,6 +53,18 @@ class DatasetConfig(Settings):
     def section(self) -> str:
         """The section of the configuration that these settings stand in, for messages."""
         return "dataset"
+
+    def result_settings(self) -> dict[str, Any]:
+        """Return the settings that change results. A split that is not given is "train", as it was by default."""
+        settings = super().result_settings()
+        return {**settings, "split": settings["split"] or "train"}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_split(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("hub") is not None and values.get("split") is None:
+            return {**values, "split": "train"}
+        return values
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

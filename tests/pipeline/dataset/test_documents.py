@@ -304,7 +304,7 @@ def test_only_the_row_groups_of_the_range_are_decoded(tmp_path: Path, monkeypatc
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
     table = read_documents(dataset, plan_documents(dataset, 5)[1])  # rows 5 to 10, groups of 4
     assert _texts(table) == TEXTS[5:10]
-    assert decoded == [([1, 2], ["text"])]
+    assert decoded == [([1], ["text"]), ([2], ["text"])]
 
 
 def test_identity_is_of_names_and_contents(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dataset.documents import check_dataset, plan_documents, read_documents
-from pipeline.dataset.formats import FORMATS, format_of
+from pipeline.dataset.formats import FORMATS, LINES, format_of
 from stages.shard.config import DatasetConfig
 
 TEXTS = ["one", "zwei", "trois ", "", "πέντε"]
@@ -23,6 +23,8 @@ def write(folder: Path, name: str) -> None:
     elif name == "txt":
         for number, text in enumerate(TEXTS):
             (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    elif name == LINES:
+        (folder / "rows.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     else:
         raise NotImplementedError(f"write the texts in the format {name} here")
 
@@ -30,11 +32,12 @@ def write(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_same_documents(name: str, tmp_path: Path) -> None:
     write(tmp_path, name)
-    dataset = DatasetConfig(path=str(tmp_path))
+    dataset = DatasetConfig(path=str(tmp_path), documents="lines" if name == LINES else "file")
     check_dataset(dataset)
     tables = [read_documents(dataset, part) for part in plan_documents(dataset, 2)]
-    assert [table.num_rows for table in tables] == [2, 2, 1]
-    assert [text.decode() for table in tables for text in table["text"].to_pylist()] == TEXTS
+    expected = [text for text in TEXTS if text or name != LINES]  # a blank line is no document
+    assert [table.num_rows for table in tables] == [2, 2, 1][: len(tables)]
+    assert [text.decode() for table in tables for text in table["text"].to_pylist()] == expected
 
 
 @pytest.mark.parametrize("name", FORMATS)
