@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
+from pipeline.settings.explain import describe_problems, describe_toml_error
 from pipeline.settings.run import RunConfig
-from stages.contract.fingerprint import Settings
 
 _SHIPPED: Final = Path(str(resources.files("pipeline"))) / "configs"
 
@@ -31,10 +31,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         ConfigError: a file, key or value is wrong.
     """
     source = find_toml(Path(path), shipped_configs(), "configuration")
-    try:
-        values = tomllib.loads(source.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not TOML: {error}") from None
+    values = read_toml(source)
     for override in overrides:
         _set(values, override)
     return parse_config(values, where=str(source))
@@ -49,14 +46,26 @@ def parse_config(values: dict[str, Any], *, where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        lines = [f"{where}: {error.error_count()} wrong setting(s)"]
-        for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"]) or "(the file)"
-            message = problem["msg"].removeprefix("Value error, ")
-            if problem["type"] == "extra_forbidden":
-                message = f"there is no such setting; known here: {', '.join(_known(problem['loc'][:-1]))}"
-            lines.append(f"  {key}: {message}")
-        raise ConfigError("\n".join(lines)) from None
+        raise ConfigError(describe_problems(error, RunConfig, where)) from None
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, with or without the byte order mark that some editors write.
+
+    Raises:
+        ConfigError: it is not UTF-8, or not TOML; says where, and what to write instead where that is known.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it with the encoding UTF-8 (Windows PowerShell "
+            "writes UTF-16 with `>`; use `Set-Content -Encoding utf8`)"
+        ) from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {describe_toml_error(str(error), text)}") from None
 
 
 def shipped_configs() -> list[Path]:
@@ -125,14 +134,3 @@ def _entry(tables: list[Any], key: str, override: str) -> tuple[dict[str, Any], 
         if key.startswith(f"{name}."):
             return table, key.removeprefix(f"{name}.")
     raise ConfigError(f"--set {override}: {key} begins with no name and a dot; the names are {', '.join(named)}")
-
-
-def _known(location: tuple[int | str, ...]) -> list[str]:
-    kind: Any = RunConfig
-    for part in location:
-        if isinstance(part, int):
-            continue
-        annotation = kind.model_fields[part].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        kind = next(option for option in options if isinstance(option, type) and issubclass(option, Settings))
-    return sorted(field.alias or name for name, field in kind.model_fields.items())

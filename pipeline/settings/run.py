@@ -12,6 +12,7 @@ from pipeline.settings.planning import AssumptionsConfig, PricesConfig
 from pipeline.settings.texts import EvaluationConfig
 from stages.align.config import AlignConfig
 from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.names import Name, refuse_same_folder
 from stages.fuse.config import FuseConfig
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
@@ -37,9 +38,7 @@ class EngineConfig(Settings):
 class RunConfig(Settings):
     """The whole configuration of a run."""
 
-    name: Annotated[str, RUNTIME] = Field(
-        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Names the recorded configuration: lower case, no spaces."
-    )
+    name: Annotated[Name, RUNTIME] = Field(description="Names the recorded configuration: letters, digits, . _ -")
     logits_from: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
         None,
         description="Another run directory (a path or an fsspec URL): shards and logits that are done there under the same "
@@ -74,15 +73,12 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:
-        names = [model.name for model in self.models]
-        if "fused" in names:
-            raise ValueError("a model cannot be named 'fused': that is the trained model's name")
-        for baseline in (ENSEMBLE, WEIGHT_AVERAGE):
-            if baseline in names:
-                raise ValueError(f"a model cannot be named {baseline!r}: that is a baseline's name")
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise ValueError(f"model names must differ (they name folders), but {double[0]!r} is given twice")
+        taken = {"fused": "the trained model's", ENSEMBLE: "a baseline's", WEIGHT_AVERAGE: "a baseline's"}
+        for model in self.models:
+            owner = taken.get(model.name.casefold())
+            if owner is not None:
+                raise ValueError(f"a model cannot be named {model.name!r}: that is {owner} name")
+        refuse_same_folder("model names", (model.name for model in self.models))
         return self
 
     @model_validator(mode="after")

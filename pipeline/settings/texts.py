@@ -5,6 +5,7 @@ from typing import Annotated, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME
+from stages.contract.names import Name, refuse_same_folder
 from stages.shard.config import DatasetConfig
 from train.config import EvalConfig
 
@@ -18,9 +19,7 @@ TEXT_VERSION: Final = 1
 class TextConfig(DatasetConfig):
     """A corpus that models are evaluated on, besides the held-out split: where it is, and which part of it is read."""
 
-    name: Annotated[str, RUNTIME] = Field(
-        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Names its tables and result folders: lower case, no spaces."
-    )
+    name: Annotated[Name, RUNTIME] = Field(description="Names its tables and result folders: letters, digits, . _ -")
     kind_column: str | None = Field(
         None,
         description="A column of strings that says of what kind a document is: documents are spread over the kinds, and "
@@ -54,8 +53,8 @@ class TextConfig(DatasetConfig):
 
     @model_validator(mode="after")
     def _is_sane(self) -> Self:
-        if self.name == HELD_OUT:
-            raise ValueError(f"a text cannot be named {HELD_OUT!r}: that is the held-out split's name")
+        if self.name.casefold() == HELD_OUT:
+            raise ValueError(f"a text cannot be named {self.name!r}: that is the held-out split's name")
         if self.num_documents is not None and self.fraction is not None:
             raise ValueError("num_documents and fraction both say how many documents are chosen: give one of them")
         return self
@@ -71,10 +70,7 @@ class EvaluationConfig(EvalConfig):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [text.name for text in self.texts]
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise ValueError(f"names of texts must differ (they name folders), but {double[0]!r} is given twice")
+        refuse_same_folder("names of texts", (text.name for text in self.texts))
         return self
 
     def find_text(self, name: str) -> TextConfig:

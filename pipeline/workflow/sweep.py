@@ -6,7 +6,6 @@ sweep that was killed goes on where it was. What was swept is recorded under ``s
 
 import itertools
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -22,11 +21,13 @@ from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, ResolvedRun, record_key, result_key
 from pipeline.run.trained_model import discard_model, is_trained
 from pipeline.settings.documents import other_documents, scored_documents, scored_texts
-from pipeline.settings.load import ConfigError, find_toml, load_config, shipped_sweeps
+from pipeline.settings.explain import describe_problems
+from pipeline.settings.load import ConfigError, find_toml, load_config, read_toml, shipped_sweeps
 from pipeline.settings.run import RunConfig
 from pipeline.settings.texts import HELD_OUT
 from pipeline.workflow.stages import run_all_stages
 from stages.contract.fingerprint import Settings
+from stages.contract.names import Name, refuse_same_folder
 from stages.contract.store import Store
 
 Scalar = bool | int | float | str
@@ -35,14 +36,14 @@ Scalar = bool | int | float | str
 class Variant(Settings):
     """Settings that belong together; a list of values is tried one by one, several lists in every combination."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Of its rows; values of lists are appended.")
+    name: Name = Field(description="Of its rows; values of lists are appended.")
     set: dict[str, Scalar | list[Scalar]] = Field({}, description="Dotted key -> a value, or values to try.")
 
 
 class SweepConfig(Settings):
     """A sweep's TOML file."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Begins the name of every configuration.")
+    name: Name = Field(description="Begins the name of every configuration.")
     config: str = Field(description="The configuration that is varied: a TOML file, or the name of a shipped one.")
     seeds: tuple[int, ...] = Field((42,), min_length=1, description="train.seed of each repetition.")
     name_seeds: bool = Field(
@@ -62,9 +63,7 @@ class SweepConfig(Settings):
     @model_validator(mode="after")
     def _cells_differ(self) -> Self:
         names = [cell.name for cell in cells_of(self)]
-        double = sorted({name for name in names if names.count(name) > 1})
-        if double:
-            raise ValueError(f"the names of cells must differ, but {double[0]!r} is there twice")
+        refuse_same_folder("names of cells", names)
         if not self.name_seeds and len(self.seeds) > 1:
             raise ValueError(
                 f"name_seeds = false leaves {len(self.seeds)} seeds of a cell with the same name: give one seed"
@@ -102,14 +101,9 @@ def load_sweep(given: Path) -> SweepConfig:
     """
     path = find_toml(given, shipped_sweeps(), "sweep")
     try:
-        sweep = SweepConfig.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        sweep = SweepConfig.model_validate(read_toml(path))
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, problem['loc'])) or '(the file)'}: {problem['msg']}" for problem in error.errors()
-        ]
-        raise ConfigError("\n".join([f"{path}: {len(lines)} wrong setting(s)", *lines])) from None
+        raise ConfigError(describe_problems(error, SweepConfig, str(path))) from None
     try:
         check_cells(sweep)
     except ConfigError as error:
@@ -161,9 +155,9 @@ def cells_of(sweep: SweepConfig) -> list[Cell]:
         lists = {key: value for key, value in settings.items() if isinstance(value, list)}
         for values in itertools.product(*lists.values()):
             chosen = dict(zip(lists, values, strict=True))
-            labels = [f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in chosen.items()]
+            labels = [f"{key.rsplit('.', 1)[-1]}-{value}".lower() for key, value in chosen.items()]
             overrides = tuple(f"{key}={json.dumps(value)}" for key, value in {**settings, **chosen}.items())
-            cells.append(Cell("-".join([variant.name, *labels]).lower(), overrides))
+            cells.append(Cell("-".join([variant.name, *labels]), overrides))
     return cells
 
 
@@ -181,6 +175,13 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
     """
     check_cells(sweep)
     store = Store(run_url)
+    for name in store.names("sweeps"):
+        other = name.removesuffix(".json")
+        if other != sweep.name and other.casefold() == sweep.name.casefold():
+            raise ConfigError(
+                f"sweep {sweep.name!r}: {run_url} holds the sweep {other!r}, and the records of both are one file on some "
+                "disks: choose a name that differs in more than the case of letters"
+            )
     _record(sweep, store)
     for seed in sweep.seeds:
         for cell in cells_of(sweep):

@@ -121,8 +121,9 @@ class AlignConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("preset") in PRESETS:
-            preset = PRESETS[values["preset"]]
+        name = values.get("preset") if isinstance(values, dict) else None
+        if isinstance(name, str) and name in PRESETS:
+            preset = PRESETS[name]
             if values.get("method", "transport") != "transport":
                 preset = {name: value for name, value in preset.items() if name not in TRANSPORT_SETTINGS}
             return {**preset, **values}

@@ -8,9 +8,9 @@ annotated with ``RUNTIME`` where it is declared and stays out. One that came lat
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 FINGERPRINT_LENGTH: Final = 12
 
@@ -39,9 +39,20 @@ was done before there was the setting; so an upgrade computes nothing again."""
 
 
 class Settings(BaseModel):
-    """Base of every configuration class: frozen, and an unknown key is refused."""
+    """Base of every configuration class: frozen, and an unknown key, an infinite number or NaN is refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Python takes true for 1: ``max_documents = true`` would be one document."""
+        if isinstance(value, bool) and info.field_name is not None:
+            annotation = cls.model_fields[info.field_name].annotation
+            kinds = {annotation, *get_args(annotation)}
+            if kinds & {int, float} and bool not in kinds:
+                raise ValueError(f"expected a number; found {str(value).lower()}")
+        return value
 
     def result_settings(self) -> dict[str, Any]:
         """The settings that change results, as JSON values; nested settings included.

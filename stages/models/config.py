@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.digest import cached_file_sha256
 from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.names import Name
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +117,7 @@ class PretrainedFiles(Settings):
 class ModelConfig(PretrainedFiles):
     """One model of the run: the target, or a source."""
 
-    name: Annotated[str, RUNTIME] = Field(
-        pattern=r"^[a-z0-9][a-z0-9._-]*$", description="Its folder's name in the run directory: lower case, no spaces."
-    )
+    name: Annotated[Name, RUNTIME] = Field(description="Its folder's name in the run directory: letters, digits, . _ -")
     tokenizer: PretrainedFiles | None = Field(None, description="Where the tokenizer is, if not with the weights.")
     bos: bool | None = Field(
         None, description="Prepend BOS to each segment? By default what the tokenizer itself does with a plain text."

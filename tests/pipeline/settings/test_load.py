@@ -57,8 +57,8 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("addition", "message"),
     [
-        ("[align]\nepsilonn = 0.1", r"align\.epsilonn: there is no such setting; known here: .*epsilon, "),
-        ("[align]\nepsilon = -1", r"align\.epsilon: Input should be greater than 0"),
+        ("[align]\nepsilonn = 0.1", r"align\.epsilonn: there is no such setting; did you mean 'epsilon'\?"),
+        ("[align]\nepsilon = -1", r"align\.epsilon: expected a number above 0; found -1"),
         ("[align]\nprojection = 'plan'\nmarginals = 'balanced'", "gives back the target's own distribution"),
         ("[align]\npreset = 'papier'", r"align\.preset"),
         ("[align]\ntop_k = 20", "asks for more candidates than logits.top_k = 10 keeps"),
@@ -94,7 +94,8 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
             "needs train.tail_loss = 'bucket': 'gold' stands for what rows leave out",
         ),
         ("[eval]\nsplit = 'test'", 'eval.split = "test" has no documents: set shard.test_fraction'),
-        ("[tarin]\nseed = 1", "tarin: there is no such setting; known here: align, assumptions, baselines, dataset"),
+        ("[tarin]\nseed = 1", r"tarin: there is no such setting; did you mean 'train'\?"),
+        ("[zzz]\nseed = 1", "zzz: there is no such setting; known here: align, assumptions, baselines, dataset"),
     ],
 )
 def test_wrong_configuration_says_where_and_what(tmp_path: Path, addition: str, message: str) -> None:
@@ -125,6 +126,29 @@ def test_missing_file_in_a_folder_is_not_replaced_by_a_shipped_one(tmp_path: Pat
 def test_broken_toml_says_where(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is not TOML.*line 1"):
         load_config(write(tmp_path, "name = \nx = 1\n"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = demo", r"line 1, column 8\): name = demo\. Texts stand in quotes"),
+        ('path = "C:\\new\\x.jsonl"', r"put a Windows path in single quotes"),
+        ('name = "x"\nname = "y"\n', r'line 2.*: name = "y"\. A setting or a section is given twice'),
+        ('[sources]\nname = "a"\n[sources]\nname = "b"', r"each begins with two brackets: \[\[sources\]\]"),
+    ],
+)
+def test_broken_toml_is_shown_with_what_to_write(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(write(tmp_path, text))
+
+
+def test_a_byte_order_mark_is_passed_over_and_utf_16_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
+    assert load_config(path).name == "x"
+    path.write_bytes(MINIMAL.encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"x\.toml is not UTF-8 \(.*save it with the encoding UTF-8"):
+        load_config(path)
 
 
 def test_overrides_are_toml_values(tmp_path: Path) -> None:

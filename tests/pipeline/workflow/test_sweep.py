@@ -77,10 +77,10 @@ def test_lists_of_values_are_combined() -> None:
             'baseline = "silver"',
             "baseline = 'silver' is none of the cells: gold, fused-lambda-0.8",
         ),
-        ("[0.8, 0.2]", "[0.8, 0.8]", "'fused-lambda-0.8' is there twice"),
+        ("[0.8, 0.2]", "[0.8, 0.8]", "names of cells must differ .*'fused-lambda-0.8' is given twice"),
         ("[0.8, 0.2]", "[0.8, 7.5]", "cell fused-lambda-7.5"),
         ('"train.batch_size"', '"train.batchsize"', "there is no such setting"),
-        ("seeds", "sedes", "Extra inputs are not permitted"),
+        ("seeds", "sedes", "sedes: there is no such setting; did you mean 'seeds'"),
         ("seeds", "name_seeds = false\nseeds", "name_seeds = false leaves 2 seeds of a cell with the same name"),
     ],
 )
@@ -90,6 +90,24 @@ def test_a_wrong_sweep_is_refused_before_anything_runs(sweep_file: Path, before:
     sweep_file.write_text(text.replace(before, after))
     with pytest.raises(ConfigError, match=message):
         load_sweep(sweep_file)
+
+
+def test_names_of_a_sweep_may_have_upper_case_and_must_differ_without_it(sweep_file: Path) -> None:
+    text = sweep_file.read_text().replace('"lambda"', '"Lambda-A"').replace('"gold"', '"Gold"')
+    sweep_file.write_text(text)
+    sweep = load_sweep(sweep_file)
+    assert next(run_name(sweep, cell, 1) for cell in cells_of(sweep)) == "Lambda-A-Gold-seed1"
+    sweep_file.write_text(text.replace('"fused"', '"gold"').replace("[0.8, 0.2]", "0.8"))
+    with pytest.raises(ConfigError, match="names of cells must differ in more than the case of letters"):
+        load_sweep(sweep_file)
+
+
+def test_a_sweep_whose_record_is_one_file_with_anothers_is_refused(sweep_file: Path, tmp_path: Path) -> None:
+    Store(str(tmp_path / "run")).replace("sweeps/Lambda.json", b"{}")
+    with pytest.raises(
+        ConfigError, match=r"sweep 'lambda': .* holds the sweep 'Lambda'.*more than the case of letters"
+    ):
+        run_sweep(load_sweep(sweep_file), str(tmp_path / "run"), Console(quiet=True), local=True)
 
 
 @pytest.mark.parametrize(
