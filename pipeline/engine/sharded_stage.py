@@ -11,12 +11,13 @@ from pipeline.engine import local_runner
 from pipeline.engine.progress import StepProgress
 from pipeline.engine.versions import check_library_versions
 from pipeline.engine.worker import ShardJob, ShardStatus
-from pipeline.run.rollup import SHARDS_A_ROLLUP, roll_up
+from pipeline.run.rollup import SHARDS_A_ROLLUP, FiguresReader, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
 from pipeline.run.sharing import take_up_plan, take_up_shards
 from pipeline.run.stage_table import Resources, job_stage, sharded_stage
 from pipeline.run.steps import Step, result_key
+from pipeline.run.warnings import expected_warnings, shard_warnings
 from pipeline.settings.adapt import fold_of
 from pipeline.settings.run import EngineConfig
 from stages.contract.store import Store
@@ -41,8 +42,22 @@ def run_stage(run: Run, stage: str) -> None:
             for documents in (dataset, *run.config.eval.texts):
                 reading(documents, check_dataset, documents)
             reading(dataset, freeze_plan, run.resolved, run.store)
+    if spec.reads_documents:
+        _warn_of_few_documents(run)
     for step in run.resolved.of_stage(stage):
         _run_step(run, step)
+        if spec.reads_documents:
+            for warning in shard_warnings(run.config, FiguresReader(run.store).read(step.folder).health):
+                log.warning("%s", warning)
+
+
+def _warn_of_few_documents(run: Run) -> None:
+    """Say at once what the frozen plan shows; what the finished shards show is more exact, and is said in its place."""
+    step = run.resolved.steps["shard"]
+    plan = read_plan(run.store, step.folder)
+    if plan is not None and pending_shards(run.store, step, plan.num_shards):
+        for warning in expected_warnings(run.config, sum(part.num_documents for part in plan.ranges)):
+            log.warning("%s", warning)
 
 
 def _run_step(run: Run, step: Step) -> None:

@@ -71,6 +71,7 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
         path=folder,
         tokenizer=target.tokenizer_files,
         bos=target.bos,
+        control_tokens=target.control_tokens,
         trust_remote_code=target.trust_remote_code,
     )
 

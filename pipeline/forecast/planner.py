@@ -20,6 +20,7 @@ from pipeline.run.rollup import DoneShard, FiguresReader
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import adapted_source, job_stage, sharded_stage
 from pipeline.run.steps import ResolvedRun, Step, result_key
+from pipeline.run.warnings import expected_warnings, shard_warnings
 from pipeline.settings.run import RunConfig
 from pipeline.state.status import StatusReader, StepStatus
 from stages.contract.store import Store
@@ -83,6 +84,7 @@ class Forecast:
         parameters: of the models that were asked for, and how they are known.
         steps: in their order.
         assumptions: names of the assumptions that were used.
+        warnings: what its documents let expect: none to evaluate on, say.
     """
 
     config: RunConfig
@@ -91,6 +93,7 @@ class Forecast:
     parameters: Mapping[str, Parameters]
     steps: tuple[StepPlan, ...]
     assumptions: tuple[str, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def left(self) -> Cost:
@@ -113,7 +116,9 @@ def forecast(resolved: ResolvedRun, store: Store) -> Forecast:
     steps = tuple(planner.plan(step) for step in resolved.steps.values())  # in their order: resolve() makes them in it
     outlook = planner.outlook
     used = tuple(sorted(outlook.assumed.used))
-    return Forecast(resolved.config, store.url, outlook.sizes, outlook.parameters, steps, used)
+    return Forecast(
+        resolved.config, store.url, outlook.sizes, outlook.parameters, steps, used, tuple(planner.document_warnings())
+    )
 
 
 class _Planner:
@@ -154,6 +159,13 @@ class _Planner:
             num_done=len(status.shards),
             work=work,
         )
+
+    def document_warnings(self) -> list[str]:
+        """Return what is to be said of the documents: what the shards show where they are done, else what is to be expected."""
+        shard = self._status["shard"]
+        if shard.is_done:
+            return shard_warnings(self._config, shard.health)
+        return expected_warnings(self._config, self.outlook.sizes.num_documents)
 
     # --- why ---------------------------------------------------------------------------------------------------------
 

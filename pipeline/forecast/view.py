@@ -52,6 +52,8 @@ def print_forecast(found: Forecast, console: Console) -> None:
             console.print(f"{step.key} is {step.state}: {'; '.join(step.why)}", soft_wrap=True)
     for name in found.assumptions:
         console.print(f"assumed: {_assumption(found, name)}", soft_wrap=True)
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if all(step.state == "done" for step in found.steps):
         console.print("everything is done")
 
@@ -75,6 +77,7 @@ def forecast_json(found: Forecast) -> dict[str, Any]:
         "num_bytes": found.num_bytes,
         "storage_money_per_month": None if prices.gb_month is None else found.num_bytes / 1e9 * prices.gb_month,
         "prices": prices.model_dump(),
+        "warnings": list(found.warnings),
         "assumptions": {
             name: {"value": getattr(found.config.assumptions, name), "source": fields[name].description}
             for name in found.assumptions

@@ -130,7 +130,12 @@ def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
 def evaluated_model(run: Run, step: Step) -> ModelConfig:
     """The model that an eval step speaks of; the trained one as the folder it was exported to."""
     if step.model == FUSED:
-        return ModelConfig(name=FUSED, path=trained_model(run, target_step(run)), bos=run.config.target.bos)
+        return ModelConfig(
+            name=FUSED,
+            path=trained_model(run, target_step(run)),
+            bos=run.config.target.bos,
+            control_tokens=run.config.target.control_tokens,
+        )
     return run.config.find_model(step.model)
 
 

@@ -10,6 +10,7 @@ PLACE: Final = ("dataset.hub", "dataset.revision", "dataset.subset", "dataset.sp
 DECIDES: Final = (
     *PLACE,
     "dataset.documents",
+    "dataset.control_tokens",  # they decide where a text is cut, as max_length does
     "dataset.text_column",
     "dataset.max_documents",
     "shard.max_length",  # of a segment without BOS nothing predicts the first token, so the cuts decide what is scored

@@ -71,6 +71,23 @@ class RunConfig(Settings):
                 return {**values, "fuse": {"packing": "cut", **fuse}}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_control_tokens(cls, values: Any) -> Any:
+        """Every model reads control tokens in documents as the dataset says, where its own section says nothing."""
+        dataset = values.get("dataset") if isinstance(values, dict) else None
+        if not isinstance(dataset, dict) or "control_tokens" not in dataset:
+            return values
+
+        def filled(model: Any) -> Any:
+            return {"control_tokens": dataset["control_tokens"], **model} if isinstance(model, dict) else model
+
+        sources = values.get("sources")
+        models = {"target": filled(values["target"])} if "target" in values else {}
+        if isinstance(sources, list | tuple):
+            models["sources"] = [filled(source) for source in sources]
+        return {**values, **models}
+
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:
         taken = {"fused": "the trained model's", ENSEMBLE: "a baseline's", WEIGHT_AVERAGE: "a baseline's"}

@@ -55,6 +55,10 @@ class TextConfig(DatasetConfig):
     def _is_sane(self) -> Self:
         if self.name.casefold() == HELD_OUT:
             raise ValueError(f"a text cannot be named {self.name!r}: that is the held-out split's name")
+        if self.control_tokens != "split":
+            raise ValueError(
+                "control_tokens stands in [dataset]: the run's tokenizers read all texts alike, so leave it out here"
+            )
         if self.num_documents is not None and self.fraction is not None:
             raise ValueError("num_documents and fraction both say how many documents are chosen: give one of them")
         return self

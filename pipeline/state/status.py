@@ -10,6 +10,7 @@ from pipeline.run.rollup import DoneShard, FiguresReader
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import job_stage
 from pipeline.run.steps import ResolvedRun, Step, result_key
+from pipeline.run.warnings import shard_warnings
 from stages.contract.manifest import Figure
 from stages.contract.store import Store
 
@@ -116,7 +117,12 @@ class StatusReader:
             following = resolved.command(unfinished.stage, url)
             if unfinished.failed:
                 following = f"`ptafuse retry {url}`, then {following}"
-        return RunStatus(url, resolved.config.name, steps, following, tuple(_warnings(steps)))
+        warnings = [warning for step in steps for warning in self._shard_warnings(step)]
+        return RunStatus(url, resolved.config.name, steps, following, (*warnings, *_warnings(steps)))
+
+    def _shard_warnings(self, step: StepStatus) -> list[str]:
+        is_complete = step.stage == "shard" and step.is_done
+        return shard_warnings(self._resolved.config, step.health) if is_complete else []
 
     def _read_step(self, step: Step, num_shards: int) -> StepStatus:
         if not step.is_sharded:

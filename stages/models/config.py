@@ -4,12 +4,12 @@ import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from stages.contract.digest import cached_file_sha256
-from stages.contract.fingerprint import RUNTIME, Settings
+from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.contract.names import Name
 
 log = logging.getLogger(__name__)
@@ -122,6 +122,10 @@ class ModelConfig(PretrainedFiles):
     bos: bool | None = Field(
         None, description="Prepend BOS to each segment? By default what the tokenizer itself does with a plain text."
     )
+    control_tokens: Annotated[Literal["split", "parse"], ADDED] = Field(
+        "split",
+        description="What becomes of the text of its control tokens in documents; as `[dataset]` says by default.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with this model. Off unless you trust it."
     )
@@ -136,8 +140,9 @@ class ModelConfig(PretrainedFiles):
         return self.identity(WEIGHT_FILES)
 
     def tokenizer_identity(self) -> str:
-        """What identifies the tokenizer and how the run uses it: its files, and whether BOS is prepended."""
-        return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}"
+        """What identifies the tokenizer and how the run uses it: its files, BOS, and whether control tokens are parsed."""
+        parsed = ";control_tokens=parse" if self.control_tokens == "parse" else ""
+        return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}{parsed}"
 
     def check(self) -> None:
         """Refuse a missing local path, of the weights or of the tokenizer, and a folder without them."""

@@ -97,23 +97,37 @@ class SegmentTokenizer:
     uses it, else EOS, which separates documents in the training text of models without BOS (``prefix_id``). A model that
     has neither is not asked for the first token.
 
-    A special token's name inside a text (a page that explains ``</s>``) is text and is tokenized as text. One family
-    cannot: a Unigram vocabulary holds the name as a piece and finds it; ``byte_end`` is exact there as well.
+    A special token's name inside a text (a page that explains ``</s>``) is text and is tokenized as text, unless it is asked
+    for as the token (``parses_control_tokens``). One family cannot: a Unigram vocabulary holds the name as a piece and finds
+    it; ``byte_end`` is exact there as well.
+
+    Attributes:
+        control_tokens: the texts of its special tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, bos: bool | None) -> None:
+    def __init__(self, tokenizer: Any, *, bos: bool | None, parses_control_tokens: bool = False) -> None:
         """Wrap a transformers tokenizer.
 
         Args:
             tokenizer: with a fast (Rust) backend; it is copied, not changed.
             bos: prepend BOS? None: if the tokenizer does so itself for a plain text.
+            parses_control_tokens: a special token's name inside a text is that token.
 
         Raises:
             ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none.
         """
         description = _describe(tokenizer)
         self._backend = _copy_backend(tokenizer.backend_tokenizer, description)
+        self._backend.encode_special_tokens = not parses_control_tokens
         self.vocabulary = _read_vocabulary(tokenizer, json.loads(description))
+        special = {
+            token["id"]: token["content"] for token in json.loads(description)["added_tokens"] if token["special"]
+        }
+        self.control_tokens = frozenset(special.values())
+        # Of BOS and EOS the vocabulary has the role; inside a text they are their name.
+        self._spelling = list(self.vocabulary.token_bytes)
+        for token_id, content in special.items():
+            self._spelling[token_id] = content.encode()
         if bos and self.vocabulary.bos_id is None:
             raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: leave `bos` out")
         uses_bos = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
@@ -132,7 +146,8 @@ class SegmentTokenizer:
         key = (cls, model.model_dump_json(), model.tokenizer_identity())
         if key not in _LOADED:
             try:
-                _LOADED[key] = cls(load_tokenizer(model), bos=model.bos)
+                parses = model.control_tokens == "parse"
+                _LOADED[key] = cls(load_tokenizer(model), bos=model.bos, parses_control_tokens=parses)
             except ValueError as error:
                 raise ValueError(f"model {model.name}: {error}") from error
             while len(_LOADED) > MAX_LOADED:
@@ -200,7 +215,7 @@ class SegmentTokenizer:
         return bool(ids) and self.vocabulary.token_bytes[ids[0]].startswith(b" ")
 
     def _pieces(self, ids: Sequence[int]) -> list[bytes]:
-        return list(map(self.vocabulary.token_bytes.__getitem__, ids))
+        return list(map(self._spelling.__getitem__, ids))
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         """Ids and byte ends of each text's own tokens. Offsets cost as much again: asked for only where needed."""

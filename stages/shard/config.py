@@ -12,6 +12,11 @@ from stages.models.config import check_place
 VERSION: Final = 2
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
+CONTROL_TOKEN_DOCUMENTS: Final = "control_token_documents"
+"""Health figure: documents that hold the text of a control token."""
+CONTROL_TOKEN: Final = "control_token/"
+"""Begins the health figures of single control tokens."""
+
 
 def absolute_or_url(path: str | None) -> str | None:
     """A relative path means this process's folder; a worker may run in another one. URLs stay as they are.
@@ -40,6 +45,11 @@ class DatasetConfig(Settings):
     )
     documents: Annotated[Literal["file", "lines"], ADDED] = Field(
         "file", description="Of .txt files: each file is a document, or each line that is not blank (`lines`)."
+    )
+    control_tokens: Annotated[Literal["split", "parse"], ADDED] = Field(
+        "split",
+        description="What becomes of the text of control tokens (`<|im_start|>`) in documents: it is text like any other, or "
+        "each model reads those of its own as tokens (`parse`), for conversations that were rendered with its template.",
     )
     text_column: str = Field("text", description="The column that holds a document's text; .txt files have none.")
     kind_column: Annotated[str | None, RUNTIME] = Field(

@@ -1,6 +1,7 @@
 """The shard stage: a range of documents becomes segments that fit every tokenizer of the run."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ import pyarrow as pa
 from stages.contract.schemas import SHARD
 from stages.contract.stage import BadRecord, StageOutput
 from stages.models.config import ModelConfig
+from stages.models.control_tokens import ControlTokens
 from stages.models.tokenizer import SegmentTokenizer
-from stages.shard.config import ShardConfig
+from stages.shard.config import CONTROL_TOKEN, CONTROL_TOKEN_DOCUMENTS, ShardConfig
 from stages.shard.cut import CutError, cut_document
 
 _SHORT_CHARACTERS_PER_TOKEN = 8
@@ -38,6 +40,7 @@ class ShardStage:
         self._config = config
         self._models = models
         self._tokenizers: tuple[SegmentTokenizer, ...] = ()
+        self._control_tokens = ControlTokens(())
 
     def setup(self) -> None:
         """Load every tokenizer.
@@ -46,6 +49,13 @@ class ShardStage:
             ValueError: one cannot give byte offsets.
         """
         self._tokenizers = tuple(SegmentTokenizer.load(model) for model in self._models)
+        split = [model.control_tokens == "split" for model in self._models]
+        self._control_tokens = ControlTokens(
+            content
+            for tokenizer, is_split in zip(self._tokenizers, split, strict=True)
+            if is_split
+            for content in tokenizer.control_tokens
+        )
 
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Cut one shard's documents.
@@ -56,7 +66,9 @@ class ShardStage:
 
         Returns:
             The segments in the schema ``SHARD``; ``num_tokens`` counts the first model's, ``health`` every model's. A
-            document that is empty, or white space alone, gives no row and is counted as ``empty_documents``.
+            document that is empty, or white space alone, gives no row and is counted as ``empty_documents``. Documents that
+            hold the text of a control token, which is split like any other text, are counted as ``control_token_documents``,
+            and for each such token as ``control_token/<token>``.
         """
         bad: list[BadRecord] = []
         documents = []
@@ -76,9 +88,19 @@ class ShardStage:
                 **health,
                 "empty_documents": num_empty,
                 **{f"tokens/{name}": count for name, count in tokens.items()},
+                **self._count_control_tokens(documents),
             },
             quarantine=tuple(sorted(bad, key=lambda record: record.doc_id)),
         )
+
+    def _count_control_tokens(self, documents: Sequence[_Document]) -> dict[str, int]:
+        """Count documents that hold the text of control tokens; no figures where there is none."""
+        found = [self._control_tokens.find(document.text) for document in documents]
+        counts = Counter(token for tokens in found for token in tokens)
+        if not counts:
+            return {}
+        of_tokens = {f"{CONTROL_TOKEN}{token}": count for token, count in counts.items()}
+        return {CONTROL_TOKEN_DOCUMENTS: sum(map(bool, found)), **of_tokens}
 
     def _cut(self, documents: Sequence[_Document], bad: list[BadRecord]) -> tuple[dict[int, list[str]], list[int]]:
         """Segments by doc_id, and their tokens under each tokenizer together; adds to ``bad``.
