@@ -19,6 +19,21 @@ def parse_duration(text: str) -> float:
     return float(match[1]) * _SECONDS[match[2]]
 
 
+def format_estimate(seconds: float) -> str:
+    """``"0.4 s"``, ``"21 min"``, ``"3.2 h"``, ``"1,480 h"``: one unit and two digits, for an estimate has no more; hours are
+    the largest, for machines are paid by the hour. Nothing for 0.
+    """
+    if not seconds:
+        return ""
+    if seconds < 0.05:
+        return "< 0.1 s"
+    for unit, size in (("h", 3_600.0), ("min", 60.0), ("s", 1.0)):
+        value = seconds / size
+        if value >= 1 or unit == "s":
+            return f"{value:,.0f} {unit}" if value >= 9.95 else f"{value:.2g} {unit}"
+    raise AssertionError("the last unit takes what is left")
+
+
 def format_duration(seconds: float) -> str:
     """``"42 s"``, ``"5 min 20 s"``, ``"2 h 10 min"``, ``"3 d 4 h"``: two units at most."""
     whole = round(seconds)

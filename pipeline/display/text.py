@@ -1,6 +1,17 @@
 """Texts as a terminal and a page can show them."""
 
 
+def format_bytes(num_bytes: float) -> str:
+    """``"120 kB"``, ``"5.9 GB"``: powers of 1,000, two or three digits; nothing for 0."""
+    if not num_bytes:
+        return ""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)):
+        value = num_bytes / size
+        if value >= 1 or unit == "B":
+            return f"{value:,.0f} {unit}" if value >= 9.95 or unit == "B" else f"{value:.2g} {unit}"
+    raise AssertionError("the last unit takes what is left")
+
+
 def visible(text: str) -> str:
     """A token's text with its white space visible, and all else that cannot be seen in hexadecimal; see ``printable``."""
     marks = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"}

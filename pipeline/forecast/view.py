@@ -5,6 +5,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.display.durations import format_estimate
+from pipeline.display.text import format_bytes
 from pipeline.forecast.estimate import Cost
 from pipeline.forecast.planner import NEVER, Forecast, StepPlan
 from pipeline.settings.planning import AssumptionsConfig
@@ -14,7 +16,7 @@ def print_forecast(found: Forecast, console: Console) -> None:
     """Show a plan: what each step takes, why it is not done, and what was assumed."""
     prices = found.config.prices
     has_prices = any(price is not None for price in prices.model_dump().values())
-    columns = ["step", "state", "shards", "tokens left", "GPU-hours", "core-hours", "GB", "rates"]
+    columns = ["step", "state", "shards", "tokens left", "GPU time", "core time", "size", "rates"]
     table = Table(title=f"{found.config.name} in {found.url}", title_justify="left")
     for column in (*columns, *(["money"] if has_prices else [])):
         table.add_column(column, justify="left" if column in ("step", "state", "rates") else "right")
@@ -25,19 +27,20 @@ def print_forecast(found: Forecast, console: Console) -> None:
             step.state,
             _shards(step),
             _amount(work.num_tokens_left),
-            _amount(work.left.gpu_hours),
-            _amount(work.left.core_hours),
-            _amount(work.num_bytes / 1e9),
+            format_estimate(3600 * work.left.gpu_hours),
+            format_estimate(3600 * work.left.core_hours),
+            format_bytes(work.num_bytes),
             work.basis,
             *([_money(work.left.price(prices))] if has_prices else []),
         )
     total = found.left
     table.add_section()
-    sums = (_amount(total.gpu_hours), _amount(total.core_hours), _amount(found.num_bytes / 1e9))
+    times = (format_estimate(3600 * total.gpu_hours), format_estimate(3600 * total.core_hours))
+    sums = (*times, format_bytes(found.num_bytes))
     table.add_row("left", "", "", "", *sums, "", *([_money(total.price(prices))] if has_prices else []))
     console.print(table)
     console.print(
-        f"text: {_amount(found.sizes.text_bytes / 1e9)} GB in {_documents(found)} documents, by {found.sizes.source}",
+        f"text: {format_bytes(found.sizes.text_bytes)} in {_documents(found)} documents, by {found.sizes.source}",
         soft_wrap=True,
     )
     known = ", ".join(f"{name} {_amount(one.count)} by {one.source}" for name, one in found.parameters.items())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.display.durations import DAY_SECONDS, format_duration, parse_duration
+from pipeline.display.durations import DAY_SECONDS, format_duration, format_estimate, parse_duration
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1.5h", 5400), ("1d", DAY_SECONDS)])
@@ -30,3 +30,22 @@ def test_no_duration_is_refused(text: str) -> None:
 )
 def test_lengths_are_shown_in_two_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, ""),
+        (0.001, "< 0.1 s"),
+        (0.3564, "0.36 s"),
+        (4.2, "4.2 s"),
+        (42, "42 s"),
+        (59.9, "60 s"),
+        (1260, "21 min"),
+        (3 * 3600, "3 h"),
+        (3.24 * 3600, "3.2 h"),
+        (1480 * 3600, "1,480 h"),
+    ],
+)
+def test_estimates_have_one_unit_and_two_digits(seconds: float, text: str) -> None:
+    assert format_estimate(seconds) == text
