@@ -57,6 +57,7 @@ def status(
     as_json: JsonOption = False,
     watched: Annotated[bool, typer.Option("--watch", help="Show it anew until all is done, or Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of --watch.")] = 5.0,
+    all_figures: Annotated[bool, typer.Option("--all", help="Show every health figure of every step.")] = False,
     config: ConfigNameOption = None,
 ) -> None:
     """What is done, pending and failed, and what to run next. Reads storage only."""
@@ -77,7 +78,7 @@ def status(
     if as_json:
         sys.stdout.write(json.dumps(status_json(found), indent=1) + "\n")
     else:
-        print_status(found, console())
+        print_status(found, console(), all_figures=all_figures)
 
 
 @app.command()

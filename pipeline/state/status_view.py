@@ -1,13 +1,61 @@
 """How ``ptafuse status`` is shown: a table for people, JSON for programs."""
 
 from collections.abc import Container
-from typing import Any
+from typing import Any, Final
 
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.state.status import RunStatus, StepStatus
 from stages.contract.manifest import Figure, Mean
+from stages.shard.config import CONTROL_TOKEN_DOCUMENTS
+
+HEADLINES: Final[dict[str, dict[str, str]]] = {
+    "shard": {
+        "documents": "documents that became segments",
+        "empty_documents": "empty, or white space alone",
+        CONTROL_TOKEN_DOCUMENTS: "hold control tokens as text",
+        "train_segments": "segments to learn from",
+        "validation_segments": "segments held out",
+        "test_segments": "segments held out a second time",
+    },
+    "logits": {
+        "bits_per_byte": "of the model, on training text",
+        "topk_mass": "probability of the kept entries",
+        "windowed_segments": "longer than the model sees at once",
+        "tokens_per_second_per_worker": "speed",
+    },
+    "align": {
+        "covered": "positions that got a distribution",
+        "completed_nll": "surprise of the gold token, nats",
+        "target_exact_nll": "the same of the target itself",
+        "mass_moved": "probability moved to other texts",
+        "missing_source_segments": "segments without its logits",
+        "unconverged": "transport without convergence",
+    },
+    "fit": {
+        "weight/": "its share of the mixture",
+        "nll/mixture": "surprise of the gold token, nats",
+    },
+    "fuse": {
+        "fused": "positions that got a distribution",
+        "completed_nll": "surprise of the gold token, nats",
+        "target_exact_nll": "the same of the target itself",
+        "block_fill": "share of the blocks that is filled",
+        "missing_source_segments": "segments without a source",
+    },
+}
+"""Stage -> the health figures that say how a run goes, and what each is; a name that ends in a slash begins several. All others
+are shown by ``status --all``."""
+ONLY_IF_ANY: Final = frozenset(
+    {
+        *("empty_documents", CONTROL_TOKEN_DOCUMENTS, "windowed_segments"),
+        *("missing_source_segments", "unconverged"),
+    }
+)
+"""Counts of what is out of the ordinary: not shown while they are 0."""
+WHOLES: Final = {"covered": "positions", "fused": "positions", CONTROL_TOKEN_DOCUMENTS: "documents"}
+"""Count -> the count that it is a share of."""
 
 
 def status_json(status: RunStatus) -> dict[str, Any]:
@@ -21,8 +69,14 @@ def status_json(status: RunStatus) -> dict[str, Any]:
     }
 
 
-def print_status(status: RunStatus, console: Console) -> None:
-    """Show where a run stands."""
+def print_status(status: RunStatus, console: Console, *, all_figures: bool = False) -> None:
+    """Show where a run stands.
+
+    Args:
+        status: of the run.
+        console: where it is shown.
+        all_figures: show every health figure, not only those that say how a run goes.
+    """
     table = Table(title=f"{status.url}  ({status.name})", title_justify="left")
     for column in ("step", "fingerprint", "done", "failed", "tokens", "attempts", "tokens/s"):
         table.add_column(column, justify="left" if column in ("step", "fingerprint") else "right")
@@ -38,10 +92,8 @@ def print_status(status: RunStatus, console: Console) -> None:
             f"{step.num_tokens / step.seconds:,.0f}" if step.seconds and step.num_tokens else "",
         )
     console.print(table)
+    _print_health(status, console, all_figures=all_figures)
     for step in status.steps:
-        figures = ", ".join(f"{name} {shown_figure(figure)}" for name, figure in sorted(step.figures.items()))
-        if figures:
-            console.print(f"{step.key}: {figures}")
         for shard, error in sorted(step.failed.items()):
             console.print(f"{step.key} shard {shard} failed: {error}", style="red")
     for warning in status.warnings:
@@ -49,6 +101,45 @@ def print_status(status: RunStatus, console: Console) -> None:
     console.print(
         "everything is done" if status.next_command is None else f"next: {status.next_command}", soft_wrap=True
     )
+
+
+def _print_health(status: RunStatus, console: Console, *, all_figures: bool) -> None:
+    table = Table(title="health", title_justify="left")
+    for column in ("step", "figure", "value", "what it is"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    num_left_out = 0
+    for step in status.steps:
+        meanings = _meanings(step)
+        first = True
+        for name in (*meanings, *sorted(set(step.figures) - set(meanings))):
+            figure = step.figures[name]
+            if not all_figures and (name not in meanings or (name in ONLY_IF_ANY and not figure)):
+                num_left_out += 1
+                continue
+            table.add_row(step.key if first else "", name, _with_share(name, figure, step), meanings.get(name, ""))
+            first = False
+    if table.row_count:
+        console.print(table)
+    if num_left_out:
+        console.print(f"{num_left_out} more figures: ptafuse status {status.url} --all", soft_wrap=True)
+
+
+def _meanings(step: StepStatus) -> dict[str, str]:
+    """Return the step's figures that say how a run goes, in the order in which they are shown, and what each is."""
+    found: dict[str, str] = {}
+    for name, meaning in HEADLINES.get(step.stage, {}).items():
+        names = [name] if name in step.figures else []
+        if name.endswith("/"):
+            names = sorted(figure for figure in step.figures if figure.startswith(name))
+        found |= dict.fromkeys(names, meaning)
+    return found
+
+
+def _with_share(name: str, figure: Figure, step: StepStatus) -> str:
+    whole = step.figures.get(WHOLES.get(name, ""))
+    if isinstance(figure, int) and isinstance(whole, int) and whole:
+        return f"{shown_figure(figure)} ({figure / whole:.0%})"
+    return shown_figure(figure)
 
 
 def _step_json(step: StepStatus) -> dict[str, Any]:
@@ -103,7 +194,7 @@ def shown_figure(figure: Figure) -> str:
     if isinstance(figure, Mean):
         return f"{figure.value:.4g}" if figure.count else "-"
     if isinstance(figure, float):
-        return f"{figure:,.4g}"
+        return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
     return f"{figure:,}"
 
 

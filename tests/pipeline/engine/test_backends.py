@@ -130,8 +130,8 @@ def test_status_shows_the_models_share_of_the_time(undisturbed_run: Path) -> Non
     assert health["forward_share"] == pytest.approx(health["forward_seconds"] / health["stage_seconds"])
     assert 0 < health["forward_share"] <= 1
     assert health["tokens_per_second_per_worker"] == pytest.approx(health["tokens"] / health["stage_seconds"])
-    shown = " ".join(ptafuse("status", str(undisturbed_run)).stdout.split())
-    assert f"forward_share {health['forward_share']:.4g}" in shown
+    shown = " ".join(ptafuse("status", str(undisturbed_run), "--all").stdout.split())
+    assert f"forward_share │ {health['forward_share']:.4g} │" in shown
 
 
 @pytest.mark.slow

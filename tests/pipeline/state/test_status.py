@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,12 @@ from rich.console import Console
 from pipeline.engine.progress import StepProgress
 from pipeline.engine.worker import ShardStatus
 from pipeline.run.records import recorded_run, recorded_runs
+from pipeline.run.stage_table import STAGES
 from pipeline.state.status import read_status
+from pipeline.state.status_view import HEADLINES, ONLY_IF_ANY, WHOLES
 from stages.contract.manifest import Mean
 from stages.contract.store import Store
+from tests.tiny_run import ptafuse
 
 
 @pytest.mark.slow
@@ -29,6 +33,37 @@ def test_low_coverage_and_quarantine_are_warned_of(undisturbed_run: Path, tmp_pa
     low, quarantined = read_status(recorded_run(store), store).warnings
     assert "align/neox: only 33% of the positions" in low
     assert "align/neox: 6 records are in quarantine" in quarantined
+
+
+@pytest.mark.slow
+def test_the_figures_that_matter_are_a_table_and_the_rest_is_asked_for(undisturbed_run: Path) -> None:
+    shown = ptafuse("status", str(undisturbed_run)).stdout
+    assert re.search(r"│ shard +│ documents +│ +23 │ documents that became segments", shown)
+    assert re.search(r"│ align/neox +│ covered +│ +[\d,]+ \(\d+%\) │ positions that got a distribution", shown)
+    assert "one_to_one" not in shown
+    assert "unconverged" not in shown, "nothing is out of the ordinary"
+    number = int(re.search(rf"(\d+) more figures: ptafuse status {undisturbed_run} --all", shown)[1])  # type: ignore[index]
+    everything = ptafuse("status", str(undisturbed_run), "--all").stdout
+    assert "one_to_one" in everything
+    assert "more figures" not in everything
+    assert _num_figures(everything) - _num_figures(shown) == number
+
+
+def _num_figures(shown: str) -> int:
+    rows = [line.split("│") for line in shown.partition("health")[2].splitlines() if line.startswith("│ ")]
+    return sum(bool(row[2].strip()) for row in rows)  # without lines on which a cell goes on
+
+
+@pytest.mark.slow
+def test_every_figure_that_is_shown_is_one_that_its_stage_gives(undisturbed_run: Path) -> None:
+    store = Store(str(undisturbed_run))
+    given = {step.stage: set(step.figures) for step in read_status(recorded_run(store), store).steps}
+    wanted = {stage: set(names) for stage, names in HEADLINES.items()}
+    assert wanted["shard"] - given["shard"] == {"control_token_documents", "test_segments"}, "where there are any"
+    for stage in ("logits", "align", "fuse"):
+        assert wanted[stage] <= given[stage]
+    assert set(wanted) == {spec.name for spec in STAGES} - {"adapt", "train", "eval"}
+    assert {name for names in wanted.values() for name in names} >= {*ONLY_IF_ANY, *WHOLES}
 
 
 @pytest.mark.slow
