@@ -6,6 +6,7 @@ The driver passes shard numbers, never data: the worker reads, computes and comm
 import dataclasses
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -79,8 +80,16 @@ def _counter(name: str, description: str, tags: dict[str, str]) -> Counter:
     return counter
 
 
-def start_ray(num_cpus: int | None) -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, or start a Ray on this machine; nothing if one is connected."""
+def start_ray(engine: EngineConfig) -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names, or start a Ray on this machine; nothing if one is connected.
+
+    Args:
+        engine: CPUs of a Ray started here, and how long a cluster is waited for.
+
+    Raises:
+        ConnectionError: no cluster answers at that address.
+        ValueError: it is no address.
+    """
     if ray.is_initialized():
         return
     address = os.environ.get("RAY_ADDRESS") or "local"
@@ -90,14 +99,66 @@ def start_ray(num_cpus: int | None) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             address="local",
-            num_cpus=num_cpus,
+            num_cpus=engine.num_cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
     else:
+        require_cluster(address, engine.connect_timeout_seconds)
         ray.init(address=address)
         log.info("joined the Ray cluster at %s", address)
+
+
+def require_cluster(address: str, seconds: float) -> None:
+    """Wait until a Ray cluster answers, for a limited time: Ray itself would go on asking without a word.
+
+    Args:
+        address: ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``. Of others (``auto``, a provider's) Ray says soon whether
+            they lead anywhere.
+        seconds: how long an answer is waited for.
+
+    Raises:
+        ConnectionError: none came; says why, as far as that is known.
+        ValueError: the address has no port.
+    """
+    place = address.removeprefix("ray://")
+    if place == "auto" or "://" in place:
+        return
+    host, _, port = place.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(
+            f"RAY_ADDRESS={address}: expected HOST:PORT, as `ray start --head` prints it, e.g. 10.0.0.1:6379; unset it to "
+            "compute on this machine"
+        )
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+        return  # a probe would need the cluster's certificates
+    import grpc  # both ports of a cluster speak it; Ray depends on it
+
+    # As Ray itself: a proxy for the web does not lead to a cluster.
+    with grpc.insecure_channel(place, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        is_ready = grpc.channel_ready_future(channel)
+        for part in (min(2.0, seconds), max(0.0, seconds - 2.0)):
+            try:
+                is_ready.result(timeout=part)
+            except grpc.FutureTimeoutError:
+                if part < seconds:
+                    log.info("waiting for the Ray cluster at %s, up to %g s", address, seconds)
+            else:
+                return
+        is_ready.cancel()
+    raise ConnectionError(
+        f"RAY_ADDRESS={address}: no Ray cluster answers there within {seconds:g} s ({_why_unreachable(host, int(port))}): "
+        "start it, correct RAY_ADDRESS, or unset it to compute on this machine (engine.connect_timeout_seconds waits longer)"
+    )
+
+
+def _why_unreachable(host: str, port: int) -> str:
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=2).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "something listens there, and it does not speak Ray's protocol"
 
 
 def run_shards(
@@ -111,7 +172,7 @@ def run_shards(
         resources: what each actor needs.
         engine: how a Ray is started here, and when Ray Data gives up.
     """
-    start_ray(engine.num_cpus)
+    start_ray(engine)
     if resources.gpus is None:
         resources = dataclasses.replace(resources, gpus=1.0 if ray.cluster_resources().get("GPU") else 0.0)
     job = dataclasses.replace(job, gpus=resources.gpus)

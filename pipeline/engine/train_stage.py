@@ -99,7 +99,7 @@ def _train(job: TrainJob, run: Run) -> None:
     from pipeline.engine.ray_runner import require_resources, start_ray
     from train import launch
 
-    start_ray(run.config.engine.num_cpus)
+    start_ray(run.config.engine)
     require_resources(
         "train", job.config.cpus_per_worker, launch.gpus_per_worker(job), count=job.config.num_workers
     )  # Ray Train's controller asks for no CPU

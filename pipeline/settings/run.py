@@ -25,6 +25,9 @@ class EngineConfig(Settings):
 
     max_attempts: int = Field(3, ge=1, description="Attempts at a shard before it counts as failed.")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; all of the machine by default.")
+    connect_timeout_seconds: float = Field(
+        60, gt=0, description="How long the cluster that RAY_ADDRESS names is waited for."
+    )
     scratch: Path | None = Field(
         None,
         description="Where training works when the run directory is in an object store, which gets copies of its "

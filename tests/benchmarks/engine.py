@@ -14,6 +14,7 @@ from pipeline.run.session import Run, open_run
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.stage_table import Resources
 from pipeline.run.steps import Request
+from pipeline.settings.run import EngineConfig
 from tests.benchmarks.figure import Figure
 from tests.tiny_run import save_inputs
 
@@ -27,7 +28,7 @@ def overhead_per_shard() -> list[Figure]:
         config = save_inputs(Path(folder))
         corpus = Path(folder) / "corpus.jsonl"
         corpus.write_text('{"text": "one line"}\n' * (NUM_SHARDS * (ROUNDS + 1)))
-        ray_runner.start_ray(2)
+        ray_runner.start_ray(EngineConfig(num_cpus=2))
         differences = []
         for number in range(ROUNDS + 1):
             seconds = {}

@@ -4,11 +4,13 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.run.warnings import expected_warnings, shard_warnings
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_run import ptafuse
 
 CONFIG = """
@@ -109,6 +111,12 @@ def test_control_tokens_can_be_read_as_tokens(corpus: Path, tmp_path: Path, capl
     ptafuse("shard", str(corpus), "--run", run, "--local")
     assert "12 of 12 documents hold control tokens" in caplog.text
     caplog.clear()
-    ptafuse("shard", str(corpus), "--run", run, "--local", parse)
+    ptafuse("fuse", str(corpus), "--run", run, "--local", "--upstream", parse)
     assert "control tokens" not in caplog.text
     assert len(list((tmp_path / "run" / "shard").iterdir())) == 2, "another tokenizer gives other shards"
+    tokenizer = SegmentTokenizer.load(load_config(corpus, ("dataset.control_tokens=parse",)).find_model("neox"))
+    eos = tokenizer.vocabulary.eos_id
+    rows = [row for path in (tmp_path / "run").glob("logits/neox/*/data/*") for row in pq.read_table(path).to_pylist()]
+    assert rows
+    assert all(row["token_ids"].count(eos) == 4 for row in rows), "before the text, two in it, and at its end"
+    assert list((tmp_path / "run").glob("fuse/*/data/*"))
