@@ -20,7 +20,7 @@ DEMO_DATA := $(if $(filter demo %demo.toml,$(notdir $(CONFIG))),demo-data/.compl
 STAGES := shard adapt logits align fit fuse train eval
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data stages $(STAGES) sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean
+.PHONY: help demo demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +55,12 @@ stages:  ## `make shard logits align fuse train eval`: a stage, and the stages b
 
 $(STAGES): $(VENV)/.installed $(DEMO_DATA)
 	$(PTAFUSE) $@ $(CONFIG) --run $(RUN) --upstream $(ARGS)
+
+init: $(VENV)/.installed  ## write a commented configuration to fill in: CONFIG=my.toml
+	$(PTAFUSE) init $(CONFIG)
+
+run: $(VENV)/.installed $(DEMO_DATA)  ## all stages and the evaluation; what is done is passed over
+	$(PTAFUSE) run $(CONFIG) --run $(RUN) $(ARGS)
 
 # SUITES='lambada mmlu': benchmarks besides bits per byte, with lm-evaluation-harness, which is installed for them.
 SUITES ?=

@@ -116,6 +116,39 @@ def evaluate(
     stage_command("eval")(config, run, list(overrides), local, upstream, strict)
 
 
+@app.command(name="run")
+def run_all(
+    config: ConfigArgument = DEFAULT_CONFIG,
+    run: RunOption = DEFAULT_RUN,
+    sets: SetOption = None,
+    local: LocalOption = False,
+    strict: StrictOption = False,
+) -> None:
+    """All stages and the evaluation, in order; what is done is passed over, so a run that was stopped goes on."""
+    from pipeline.evaluation.suites.run import check_suites
+    from pipeline.run.session import open_run
+    from pipeline.settings.load import load_config
+    from pipeline.workflow.stages import run_all_stages
+
+    request = Request(config, tuple(sets or ()))
+    check_suites(load_config(request.config_path, request.overrides), console())
+    run_all_stages(open_run(request, run, console(), local=local, strict=strict))
+    console().print(f"everything is done; the tables: ptafuse report {run}", soft_wrap=True)
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="The TOML file to write.")]) -> None:
+    """Write a commented configuration to fill in; overwrites nothing."""
+    from pipeline.workflow.init import write_template
+
+    places = write_template(path)
+    console().print(
+        f"wrote {path}. Fill in {', '.join(places)}. Then `ptafuse plan {path}` shows what it takes, and `ptafuse run {path} "
+        f"--run runs/{path.stem}` runs it",
+        soft_wrap=True,
+    )
+
+
 @app.command()
 def sweep(
     path: Annotated[

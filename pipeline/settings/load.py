@@ -2,6 +2,7 @@
 
 import hashlib
 import tomllib
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,10 @@ from pipeline.settings.explain import describe_problems, describe_toml_error
 from pipeline.settings.run import RunConfig
 
 _SHIPPED: Final = Path(str(resources.files("pipeline"))) / "configs"
+
+
+FILL_IN: Final = "FILL IN"
+"""What stands in a configuration of ``ptafuse init`` where a value is needed."""
 
 
 class ConfigError(ValueError):
@@ -34,6 +39,9 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
     values = read_toml(source)
     for override in overrides:
         _set(values, override)
+    unfilled = list(_unfilled(values))
+    if unfilled:
+        raise ConfigError(f"{source}: fill in {', '.join(unfilled)}, which `ptafuse init` left open")
     return parse_config(values, where=str(source))
 
 
@@ -101,6 +109,18 @@ def find_toml(path: Path, shipped: list[Path], what: str) -> Path:
 def config_id(config: RunConfig) -> str:
     """12 hexadecimal digits that identify a resolved configuration, runtime settings included."""
     return hashlib.sha256(config.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
+
+
+def _unfilled(values: Any, key: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the values that are still to be filled in."""
+    if values == FILL_IN:
+        yield key
+    elif isinstance(values, dict):
+        for name, value in values.items():
+            yield from _unfilled(value, f"{key}.{name}".lstrip("."))
+    elif isinstance(values, list):
+        for index, value in enumerate(values):
+            yield from _unfilled(value, f"{key}.{index}")
 
 
 def _set(values: dict[str, Any], override: str) -> None:

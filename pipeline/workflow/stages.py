@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from pipeline.run.rollup import FiguresReader
 from pipeline.run.stage_table import STAGES, ShardedStage, stage_spec
 
 if TYPE_CHECKING:
@@ -20,19 +21,45 @@ def run_named_stage(run: "Run", stage: str) -> None:
 
 
 def run_all_stages(run: "Run") -> None:
-    """Run every stage that a configuration has, in order."""
-    for spec in STAGES:
-        if spec.applies(run.config):
-            run_named_stage(run, spec.name)
+    """Run every stage that a configuration has, in order; what is done is passed over.
+
+    Raises:
+        StageError: a stage did not finish, or no document is held out: said before any model runs.
+    """
+    run_stages_before(run, "eval")
+    run_named_stage(run, "eval")
 
 
 def run_stages_before(run: "Run", stage: str) -> None:
-    """Run the stages of a configuration that come before a stage, in order."""
+    """Run the stages of a configuration that come before a stage, in order; what is done is passed over.
+
+    Raises:
+        StageError: a stage did not finish, or the stage is eval, and no document is held out.
+    """
     for spec in STAGES:
         if spec.name == stage:
             break
         if spec.applies(run.config):
             run_named_stage(run, spec.name)
+            if spec.name == "shard" and stage == "eval":
+                _require_held_out(run)
+
+
+def _require_held_out(run: "Run") -> None:
+    """Refuse to train what could not be evaluated after it.
+
+    Raises:
+        StageError: no document is held out; says what to set.
+    """
+    from pipeline.run.session import StageError
+
+    split = run.config.eval.split
+    health = FiguresReader(run.store).read(run.resolved.steps["shard"].folder).health
+    if health.get(f"{split}_segments") == 0:
+        raise StageError(
+            f"no document is held out, so nothing could be evaluated after training: raise shard.{split}_fraction, which is "
+            f"{run.config.shard.fraction_of(split):g}, or give more documents (`ptafuse train --upstream` trains all the same)"
+        )
 
 
 def _train(run: "Run") -> None:
