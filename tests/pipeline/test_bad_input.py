@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -388,6 +389,130 @@ def test_a_text_of_which_nothing_is_left_is_refused_before_any_model_runs(corpus
     assert re.search(said("a text of which nothing is left"), refused)
     assert "left out: 2 that are empty or no text" in refused
     assert not list(corpus.run.glob("eval/*"))
+
+
+# --- data sets and configurations that users bring -----------------------------------------------------------------------
+
+
+def test_links_are_followed_and_one_that_leads_nowhere_is_refused(
+    corpus: Corpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus.write(*GOOD)
+    data = corpus.folder / "data"
+    data.mkdir()
+    (data / "a.jsonl").symlink_to(corpus.file)
+    (data / "again.jsonl").symlink_to(corpus.file)
+    (data / "cycle").symlink_to(data, target_is_directory=True)
+    corpus.file = data
+    corpus.ptafuse("shard")
+    assert re.search(said("links to files and folders; a file with two names"), caplog.text)
+    assert status(corpus.run)["shard"]["health"]["documents"] == len(GOOD)
+    (data / "b.jsonl").symlink_to("gone.jsonl")
+    assert re.search(said("a link that leads nowhere"), corpus.refused("shard"))
+
+
+def test_files_of_several_splits_are_said(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train-0.jsonl", "train-1.jsonl"):
+        (corpus.folder / "data").mkdir(exist_ok=True)
+        corpus.file = corpus.folder / "data" / name
+        corpus.write(*GOOD)
+    corpus.file = corpus.file.parent
+    refused = corpus.refused("shard", "dataset.split=test")
+    assert re.search(said("a `split` that no file's name says"), refused)
+    (corpus.file / "train-1.jsonl").rename(corpus.file / "test-0.jsonl")
+    corpus.ptafuse("shard")
+    assert re.search(said("files of several splits, and no `split`"), caplog.text)
+
+
+def test_files_that_other_tools_wrote_are_recognised(corpus: Corpus) -> None:
+    import datasets
+
+    corpus.file = corpus.folder / "saved"
+    datasets.Dataset.from_dict({"text": GOOD}).save_to_disk(corpus.file)
+    assert re.search(said("a folder that `Dataset.save_to_disk` wrote"), corpus.refused("shard"))
+    corpus.file = corpus.folder / "long.jsonl.zst"
+    frame = b'{"text": "x"}\n'
+    # A frame of zstd whose header asks for a window of 2 GiB, with one block that is not compressed.
+    corpus.file.write_bytes(b"\x28\xb5\x2f\xfd\x00\xa8" + (len(frame) << 3 | 1).to_bytes(3, "little") + frame)
+    assert re.search(said("a .zst file with a long window (`zstd --long`)"), corpus.refused("shard"))
+    corpus.file = corpus.folder / "wide.jsonl"
+    corpus.file.write_text('{"text": "x"}\n', encoding="utf-16")
+    assert re.search(said("a file in UTF-16"), corpus.refused("shard"))
+
+
+def test_damaged_row_group_is_named(corpus: Corpus) -> None:
+    corpus.file = corpus.folder / "corpus.parquet"
+    table = pa.table({"text": [f"{text} {number}" for number in range(50) for text in GOOD]})
+    pq.write_table(table, corpus.file, row_group_size=100, write_page_checksum=True, use_dictionary=False)
+    column = pq.ParquetFile(corpus.file).metadata.row_group(1).column(0)
+    raw = bytearray(corpus.file.read_bytes())
+    raw[column.data_page_offset + column.total_compressed_size - 200] ^= 0xFF
+    corpus.file.write_bytes(raw)
+    refused = corpus.refused("shard", "shard.documents_per_shard=100")
+    assert re.search(said("a damaged row group of a Parquet file"), refused)
+    assert f"{corpus.file}: row group 1 of 3 (rows 100 to 200)" in refused
+
+
+def test_texts_that_leave_nothing_to_evaluate_are_said_before_training(
+    corpus: Corpus, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus.write(*GOOD).ptafuse("shard", "shard.validation_fraction=0.01")
+    assert re.search(said("few documents under a small share to hold out"), caplog.text)
+    refused = corpus.refused("eval", "shard.validation_fraction=0.01")
+    assert re.search(said("no document held out at all"), refused)
+    assert not list(corpus.run.glob("logits/*"))
+    corpus.file = corpus.folder / "book.txt"
+    corpus.file.write_text("\n".join(GOOD))
+    corpus.ptafuse("shard")
+    assert re.search(said("one .txt file, which is one document"), caplog.text)
+    corpus.ptafuse("shard", "dataset.documents=lines", "shard.validation_fraction=0.5")
+    assert status(corpus.run)["shard"]["health"]["documents"] == len(GOOD)
+
+
+def test_rendered_conversations_are_counted(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    corpus.write(*GOOD, *(f"<|endoftext|>{text}" for text in GOOD)).ptafuse("shard")
+    row = "control tokens as text, in one of a hundred documents or more"
+    assert re.search(said(row), caplog.text)
+    assert "6 of 12 documents" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "old", "new"),
+    [
+        ("`[sources]` for `[[sources]]`", "[[sources]]", "[sources]"),
+        ("a setting that there is not", "[train]", "[train]\nlearning-rate = 1"),
+        ("a setting of the wrong kind, or out of bounds", "[train]", '[train]\nseed = "x"'),
+        ("an infinite number, or NaN", "learning_rate = 1e-3", "learning_rate = inf"),
+        ("a name that no folder can have", 'name = "tiny"', 'name = "my run"'),
+        ("two names that differ in case only", 'name = "neox"', 'name = "LLAMA"'),
+    ],
+)
+def test_wrong_settings_are_said_in_the_words_of_the_file(corpus: Corpus, row: str, old: str, new: str) -> None:
+    toml = corpus.config()
+    assert old in toml.read_text()
+    toml.write_text(toml.read_text().replace(old, new))
+    refused = ptafuse("run", str(toml), "--run", str(corpus.run), check=False)
+    assert refused.returncode == 1
+    assert re.search(said(row), refused.stderr)
+    assert not corpus.run.exists()
+
+
+def test_configuration_that_is_not_filled_in_is_refused(corpus: Corpus) -> None:
+    toml = corpus.folder / "new.toml"
+    ptafuse("init", str(toml))
+    refused = ptafuse("run", str(toml), "--run", str(corpus.run), check=False)
+    assert re.search(said("a configuration of `ptafuse init` that is not filled in"), refused.stderr)
+
+
+def test_ray_address_that_refuses_is_named(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free.getsockname()[1]}")
+    toml = corpus.write(*GOOD).config()
+    waits = ("--set", "engine.connect_timeout_seconds=0.5")
+    refused = ptafuse("shard", str(toml), "--run", str(corpus.run), *waits, check=False)
+    assert refused.returncode == 1
+    assert re.search(said("a `RAY_ADDRESS` at which nobody answers"), refused.stderr)
 
 
 def test_every_documented_message_is_compared_with_a_real_one() -> None:
