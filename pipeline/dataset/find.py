@@ -34,6 +34,7 @@ _REMEDIES: Final = {
     "and give that file",
     ".csv": "convert it, e.g. with `pandas.read_csv(FILE).to_parquet('corpus.parquet')`",
     ".tsv": "convert it, e.g. with `pandas.read_csv(FILE, sep='\\t').to_parquet('corpus.parquet')`",
+    ".feather": "convert it, e.g. with `pandas.read_feather(FILE).to_parquet('corpus.parquet')`",
     ".mds": "MosaicML's streaming shards are not read: write their samples as Parquet or JSON lines",
     ".bin": "token ids of one tokenizer are not read, for every model has its own: give the text that they were made from",
     **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".bz2", ".xz", ".txt.gz", ".txt.zst"), "unpack it"),

@@ -155,8 +155,8 @@ class Parquet:
                         if row >= part.end:
                             break
                 except (pa.ArrowException, OSError) as error:
-                    if isinstance(error, OSError) and (error.errno is not None or is_transient(error)):
-                        raise  # of the disk or the store, not of what the file holds
+                    if _is_of_storage(error):
+                        raise
                     raise DatasetError(
                         f"{files.paths[part.file]}: row group {index} of {len(sizes)} (rows {firsts[index]} to "
                         f"{firsts[index] + sizes[index]}) cannot be decoded: {error}. The file is damaged: fetch or write it "
@@ -318,14 +318,25 @@ def _open_parquet(
     path, setting = files.paths[name], f"{files.section}.{setting}"
     try:
         parquet = pq.ParquetFile(stream, page_checksum_verification=True)
-    except pa.ArrowInvalid as error:
-        raise DatasetError(f"{path} is not a whole Parquet file: {error}") from error
-    _require_column(column, parquet.schema_arrow.names, path, setting)
-    kind = parquet.schema_arrow.field(column).type
+        schema = parquet.schema_arrow
+        names = schema.names
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if _is_of_storage(error):
+            raise
+        raise DatasetError(
+            f"{path} is not a whole Parquet file: {str(error).strip()}. Fetch or write it again, or leave it out"
+        ) from error
+    _require_column(column, names, path, setting)
+    kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not any(test(kind) for test in _TEXT_TYPES):
         raise DatasetError(f"{path}: column {column!r} is {kind}, not text: set {setting} to a column of strings")
     return parquet
+
+
+def _is_of_storage(error: Exception) -> bool:
+    """Return whether the disk or the store failed; else Arrow speaks of what the file holds, with an OSError too."""
+    return isinstance(error, OSError) and (error.errno is not None or is_transient(error))
 
 
 def _as_binary(values: pa.Array) -> pa.Array:

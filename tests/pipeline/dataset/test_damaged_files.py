@@ -94,6 +94,28 @@ def test_a_damaged_footer_of_one_file_of_many_is_named(tmp_path: Path) -> None:
         plan_documents(dataset(tmp_path), 20)
 
 
+@pytest.mark.parametrize("compression", ["snappy", "none"])
+def test_any_damaged_byte_is_a_message_that_names_the_file(tmp_path: Path, compression: str) -> None:
+    """Or changes nothing that is read, or a text, which only the checksums that a file may have would show."""
+    path = tmp_path / "x.parquet"
+    texts = [f"document {number}" for number in range(12)]
+    pq.write_table(
+        pa.table({"text": texts}), path, row_group_size=6, compression=compression, use_dictionary=False
+    )  # fmt: skip
+    raw = path.read_bytes()
+    messages = set()
+    for position in range(0, len(raw), 3):
+        damaged = bytearray(raw)
+        damaged[position] ^= 0xFF
+        path.write_bytes(damaged)
+        try:
+            rows(dataset(path), 6)
+        except DatasetError as error:
+            messages.add(str(error))
+    assert len(messages) > 10
+    assert [message for message in messages if "x.parquet" not in message] == []
+
+
 # --- URLs ----------------------------------------------------------------------------------------------------------------
 
 
