@@ -7,6 +7,7 @@ what it is given.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -113,27 +114,35 @@ def split_head(model: Any) -> tuple[Body, ModelHead]:
     return body, ModelHead(_with_pass_through(model, path))
 
 
+def takes_position_ids(model: Any) -> bool:
+    """Return whether a model's body is told where each token stands; recurrent ones are not."""
+    return "position_ids" in inspect.signature(getattr(model, model.base_model_prefix).forward).parameters
+
+
 _CHECKED_TOKENS: Final = 8
 """Tokens on which ``check_head`` compares."""
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare head(body(ids)) with the model's own logits on a few tokens.
+    """Compare head(body(ids)) with the model's own logits on a few tokens, and see that no token changes those before it.
 
     Args:
         model: what ``AutoModelForCausalLM.from_pretrained`` returns.
 
     Raises:
-        ValueError: they differ; says by how much, and for which architecture. Or they are not finite.
+        ValueError: they differ; says by how much, and for which architecture. Or they are not finite, or not causal.
     """
     body, head = split_head(model)
     device = model.get_input_embeddings().weight.device
-    ids = torch.arange(_CHECKED_TOKENS, device=device).remainder(model.get_input_embeddings().num_embeddings)[None]
+    num_rows = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(_CHECKED_TOKENS, device=device).remainder(num_rows)[None]
+    other_end = torch.cat([ids[:, :-1], (ids[:, -1:] + 1).remainder(num_rows)], dim=1)
     was_training = model.training
     model.eval()
     try:
         expected = model(input_ids=ids, use_cache=False).logits
+        before_end = model(input_ids=other_end, use_cache=False).logits[:, :-1]
         found = head(body(ids))
     finally:
         model.train(was_training)
@@ -147,8 +156,15 @@ def check_head(model: Any) -> None:
             f"{type(model).__name__}: the model's own logits are not finite on its first tokens: its weights hold NaN or "
             "infinity, or overflow in this precision; check the files, or load it in float32"
         )
-    difference = float((found.double() - expected.double()).abs().max())
     allowed = _RELATIVE_TOLERANCE.get(expected.dtype, _HALF_TOLERANCE) * max(1.0, float(expected.abs().max()))
+    difference = float((before_end.double() - expected[:, :-1].double()).abs().max())
+    if not difference <= allowed:
+        raise ValueError(
+            f"{type(model).__name__}: another last token changes the logits before it by up to {difference:.3g} (allowed "
+            f"{allowed:.3g}): it is not a causal language model, and what it predicts is what it has seen; choose a "
+            "decoder-only model"
+        )
+    difference = float((found.double() - expected.double()).abs().max())
     if not difference <= allowed:
         raise ValueError(
             f"{type(model).__name__}: head(body(ids)) differs from the model's logits by up to {difference:.3g} "

@@ -5,12 +5,11 @@ block-diagonal causal mask, within sliding windows too, and FlashAttention the d
 for one row of documents end to end). Not every architecture does so; each is tested on a few tokens when it is loaded.
 """
 
-import inspect
 from typing import Any
 
 import torch
 
-from stages.models.heads import split_head
+from stages.models.heads import split_head, takes_position_ids
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 _HALF_TOLERANCE = 5e-2
@@ -33,8 +32,7 @@ def check_isolation(model: Any) -> None:
     """
     name = type(model).__name__
     advice = "set train.isolate_documents = false, or train another architecture"
-    prefix = model.base_model_prefix
-    if "position_ids" not in inspect.signature(getattr(model, prefix).forward).parameters:
+    if not takes_position_ids(model):
         raise ValueError(f"{name} takes no position ids, so packed documents cannot be isolated: {advice}")
     body, _ = split_head(model)
     device = model.get_input_embeddings().weight.device

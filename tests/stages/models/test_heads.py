@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stages.models.heads import check_head, split_head
+from stages.models.heads import check_head, split_head, takes_position_ids
 
 SHAPE = {
     "vocab_size": 50,
@@ -43,6 +43,7 @@ SETTINGS = {
         "attn_pdrop": 0,
     },
     "mixtral": {**SHAPE, "num_local_experts": 2},
+    "mamba": {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
 }
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 
@@ -112,6 +113,27 @@ class Unusual(nn.Module):
 def test_an_unknown_layout_is_refused():
     with pytest.raises(ValueError, match="laid out in a way"):
         check_head(Unusual())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_sees_the_text_behind_a_token_is_refused(dtype):
+    config = AutoConfig.for_model("llama", **SHAPE, is_causal=False, initializer_range=0.2)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="another last token changes the logits before it by up to"):
+        check_head(AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+def test_an_encoder_with_a_head_is_refused():
+    settings = {name: SHAPE[name] for name in SHAPE if name != "num_key_value_heads"}
+    config = AutoConfig.for_model("bert", **settings, is_decoder=False, initializer_range=0.2)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="not a causal language model"):
+        check_head(AutoModelForCausalLM.from_config(config))
+
+
+def test_recurrent_models_take_no_positions():
+    assert takes_position_ids(tiny("llama"))
+    assert not takes_position_ids(tiny("mamba"))
 
 
 def test_a_module_without_a_body_is_refused():
