@@ -68,7 +68,8 @@ class StepRecord:
         blocks: indices of the step's blocks in the dataset, in the order of the schedule, all workers together.
         lambda_: weight of loss_clm in this step.
         peak_memory_gb: most memory that a worker has held so far, 10^9 bytes: its GPU's, or the process's on a CPU.
-        mfu: share of the devices' peak that the model's own operations took; None where the peak is not known.
+        mfu: share of the devices' peak that the model's own operations took; None where the peak, or what the
+            model computes, is not known.
     """
 
     step: int

@@ -90,8 +90,8 @@ class Stepper:
         )
 
     def _mfu(self, num_tokens: int, num_blocks: int, seconds: float) -> float | None:
-        """The model's operations over what all devices could have done."""
-        if self._peak is None:
+        """The model's operations over what all devices could have done; None where one of the two is not known."""
+        if self._peak is None or self._flops is None:
             return None
         return self._flops.of_tokens(num_tokens, num_blocks) / (seconds * self._peak * self._workers.size)
 

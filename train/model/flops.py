@@ -37,18 +37,23 @@ class ModelFlops:
     per_token_and_length: float
 
     @classmethod
-    def of(cls, model: Any) -> "ModelFlops":
+    def of(cls, model: Any) -> "ModelFlops | None":
         """Count a transformers causal language model, sharded or not.
 
         Weights of embeddings are looked up, not multiplied with; the LM head's are, tied or not.
+
+        Returns:
+            None for a model whose configuration counts no attention heads: what it computes besides is not known here.
         """
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        if not isinstance(heads, int):
+            return None
         embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         embeddings.discard(id(model.get_output_embeddings().weight))
         multiplied = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings]
         trained = sum(p.numel() for p in multiplied if p.requires_grad)
         frozen = sum(p.numel() for p in multiplied) - trained
-        config = model.config.get_text_config()
-        heads = config.num_attention_heads
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return cls(6.0 * trained + 4.0 * frozen, 12.0 * config.num_hidden_layers * width)
 

@@ -24,6 +24,13 @@ def test_frozen_weights_need_no_gradient_of_their_own():
     assert 4 / 6 * plain.per_token < adapted.per_token < 0.8 * plain.per_token
 
 
+def test_operations_of_a_model_without_attention_are_not_known():
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("mamba", vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    assert ModelFlops.of(real_model(config)) is None
+
+
 def test_a_peak_is_never_invented():
     assert peak_flops(TrainConfig(), torch.device("cpu")) is None
     assert peak_flops(TrainConfig(peak_tflops=100), torch.device("cpu")) == 1e14
