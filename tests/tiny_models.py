@@ -4,11 +4,13 @@ The weights are random, but large enough that the next-token distributions are f
 context: a wrong position, mask or head shows in the numbers.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny_tokenizers import save_tokenizer
@@ -100,6 +102,19 @@ def save_model(
             f"{architecture} makes another tokenizer of the family {tokenizer_family}: choose another pair"
         )
     return folder
+
+
+def split_weights(folder: Path) -> tuple[str, str]:
+    """Divide a saved model's weights among two files with an index; returns the files' names."""
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {name: names[number % 2] for number, name in enumerate(sorted(tensors))}
+    for file in names:
+        held = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        save_file(held, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors").unlink()
+    return names
 
 
 def _randomise(model: Any, seed: int, *, num_padding_rows: int) -> None:

@@ -1,11 +1,8 @@
 """How much text and how many parameters a run has, from what lies at hand: nothing is fetched, no model is loaded."""
 
-import json
 import math
 import re
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipeline.dataset.documents import plan_documents
 from pipeline.dataset.find import find_files
@@ -17,6 +14,7 @@ from pipeline.settings.run import RunConfig
 from pipeline.settings.texts import TextConfig
 from pipeline.state.status import StepStatus
 from stages.models.config import ModelConfig
+from stages.models.weights import stored_tensors
 from stages.shard.config import DatasetConfig
 
 _TEXT_RANGE = 4000
@@ -137,8 +135,10 @@ def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
     given = assumed.values.parameters.get(model.name)
     if given is not None:
         return Parameters(given, f"assumptions.parameters.{model.name}")
-    if model.path is not None and model.path.is_dir() and any(model.path.glob("*.safetensors")):
-        return Parameters(float(sum(map(_tensor_elements, model.path.glob("*.safetensors")))), "its weights")
+    if model.path is not None and model.path.is_dir():
+        tensors = stored_tensors(model.path)
+        if tensors:
+            return Parameters(float(sum(tensor.num_elements for tensor in tensors.values())), "its weights")
     name = model.hub or str(model.path)
     found = _PARAMETERS.findall(name.rsplit("/", 1)[-1])
     if not found:
@@ -165,11 +165,3 @@ def _files_size(dataset: DatasetConfig, documents_per_shard: int, assumed: Assum
         return None, text_bytes
     everything = dataset.model_copy(update={"max_documents": None})
     return sum(part.num_documents for part in plan_documents(everything, documents_per_shard)), text_bytes
-
-
-def _tensor_elements(file: Path) -> int:
-    """Elements of all tensors of a safetensors file, from its header: 8 bytes of length, then JSON."""
-    with file.open("rb") as opened:
-        (length,) = struct.unpack("<Q", opened.read(8))
-        header = json.loads(opened.read(length))
-    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")

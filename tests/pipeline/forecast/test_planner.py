@@ -19,6 +19,7 @@ from pipeline.settings.planning import AssumptionsConfig
 from stages.contract.store import Store
 from stages.models.config import ModelConfig
 from tests.synthetic_run import SHARDED, TOKENS, fill, synthetic_run
+from tests.tiny_models import split_weights
 from tests.tiny_run import ptafuse
 
 NUM_SHARDS = 10
@@ -221,6 +222,18 @@ def test_parameters_of_local_weights_are_counted(tiny_config: Path) -> None:
     folder = tiny_config.parent / "neox"
     model = ModelConfig(name="x", path=folder)
     expected = AutoModelForCausalLM.from_pretrained(folder).num_parameters()
+    assert count_parameters(model, Assumed(AssumptionsConfig())).count == expected
+
+
+@pytest.mark.parametrize("other", ["consolidated.safetensors", "model.fp16.safetensors", "adapter_model.safetensors"])
+def test_weights_that_lie_there_twice_are_counted_once(tiny_config: Path, tmp_path: Path, other: str) -> None:
+    folder = Path(shutil.copytree(tiny_config.parent / "neox", tmp_path / "neox"))
+    model = ModelConfig(name="x", path=folder)
+    expected = count_parameters(model, Assumed(AssumptionsConfig())).count
+    shutil.copy(folder / "model.safetensors", folder / other)
+    assert count_parameters(model, Assumed(AssumptionsConfig())).count == expected
+    first, second = split_weights(folder)
+    assert {first, second} <= {file.name for file in folder.iterdir()}
     assert count_parameters(model, Assumed(AssumptionsConfig())).count == expected
 
 
