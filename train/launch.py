@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from stages.contract.tracebacks import shows_tracebacks
 from train.job import MANIFEST, TrainJob, TrainResult
 from train.loop import check_job, finished, train
 from train.preemption import Notice, StoppedError, on_termination
@@ -52,13 +53,24 @@ def run(job: TrainJob) -> TrainResult:
         with on_termination((output / STOP_REQUEST).touch):
             _trainer(job, output).fit()
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(str(error)) from error
+        raise RuntimeError(_reason(error)) from error
     result = finished(job)
     if result is not None:
         return replace(result, was_done=False)
     if (output / STOP_REQUEST).exists():
         raise StoppedError("stopped on SIGTERM; the checkpoint of the last step is written")
     raise RuntimeError(f"Ray Train ended without an error, but {output}/{MANIFEST} is not there")
+
+
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """Return what the workers said, each thing once; Ray's own message holds their tracebacks."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    if shows_tracebacks() or not failures:
+        return str(error)
+    said: dict[str, list[int]] = {}
+    for rank, failure in sorted(failures.items()):
+        said.setdefault(str(failure).strip() or type(failure).__name__, []).append(rank)
+    return "; ".join(f"worker {', '.join(map(str, ranks))}: {message}" for message, ranks in said.items())
 
 
 def _trainer(job: TrainJob, output: Path) -> TorchTrainer:

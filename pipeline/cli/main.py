@@ -8,6 +8,7 @@ from typing import Final
 import typer
 
 from pipeline.cli import read, repair, run
+from stages.contract.tracebacks import VARIABLE, shows_tracebacks
 
 # Training steps are shown from their log, not as log messages.
 NOISY_LOGGERS: Final = ("httpx", "filelock", "ray", "datasets", "accelerate", "lm_eval", "train")
@@ -31,8 +32,15 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         app()
-    except (OSError, ValueError, RuntimeError, ImportError) as error:  # ConfigError and StageError among them
-        if os.environ.get("PTAFUSE_TRACEBACK"):
+    except Exception as error:
+        if shows_tracebacks():
             raise
-        sys.stderr.write(f"ptafuse: {error}\n")
+        sys.stderr.write(f"ptafuse: {_message(error)}\n")
         sys.exit(1)
+
+
+def _message(error: Exception) -> str:
+    """Return what is said of an error: its own words where they were written for people (ConfigError, StageError)."""
+    if isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        return str(error)
+    return f"{type(error).__name__}: {error}. This error was not foreseen: {VARIABLE}=1 shows where it comes from"

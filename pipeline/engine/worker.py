@@ -32,6 +32,7 @@ from stages.contract.filesystem import StoreError
 from stages.contract.manifest import DataFile, InputRef, Manifest, choices_key, data_key, manifest_key, quarantine_key
 from stages.contract.stage import Stage, StageOutput
 from stages.contract.store import Store
+from stages.contract.tracebacks import shows_tracebacks
 from stages.models.config import ModelConfig
 from train.job import MANIFEST
 
@@ -100,6 +101,7 @@ class ShardWorker:
         self._stage: Stage | None = None
         self._fold = ""
         self._setup_error = ""
+        self._reported: tuple[int, str] | None = None
 
     def run(self, shard: int) -> ShardStatus:
         """Compute and commit a shard, or find that it is done."""
@@ -119,8 +121,18 @@ class ShardWorker:
             except StoreError:  # no fault of this shard's: the command ends, and may simply be run again
                 raise
             except Exception as error:  # the one boundary: whatever fails a shard is recorded and counted
-                log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
+                if shows_tracebacks():
+                    log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
+                else:
+                    self._report_once(shard, error)
                 attempt.fail(self._store, error)
+
+    def _report_once(self, shard: int, error: Exception) -> None:
+        """Tell why an attempt at a shard failed, unless the attempt before failed likewise."""
+        failure = (shard, f"{type(error).__name__}: {error}")
+        if failure != self._reported:
+            log.warning("%s shard %d failed, and is tried again: %s", self._job.step.key, shard, error)
+        self._reported = failure
 
     def _is_set_up(self, shard: int) -> bool:
         """Whether the stage is loaded, with the model of the shard's fold where each fold has its own."""
@@ -142,7 +154,8 @@ class ShardWorker:
             stage = self._spec.build(config, self._job.step.model)
             stage.setup()
         except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
-            log.exception("%s: set-up failed", self._job.step.key)
+            if shows_tracebacks():
+                log.exception("%s: set-up failed", self._job.step.key)
             self._setup_error = f"set-up failed: {type(error).__name__}: {error}"
             return False
         self._stage = stage

@@ -14,6 +14,21 @@ from train.preemption import StoppedError
 from train.run_log import read_log
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_workers_errors_are_told_once_and_without_their_tracebacks(monkeypatch, shown):
+    from ray.train import WorkerGroupError
+
+    from train import launch
+
+    monkeypatch.setenv("PTAFUSE_TRACEBACK", "1" if shown else "0")
+    failures = {0: ValueError("model m: no good"), 1: ValueError("model m: no good"), 2: KeyError("x")}
+    told = launch._reason(WorkerGroupError("Traceback (most recent call last):\n...", failures))
+    if shown:
+        assert "Traceback" in told
+    else:
+        assert told == "worker 0, 1: model m: no good; worker 2: 'x'"
+
+
 @pytest.mark.ray
 def test_ray_train_restarts_killed_workers_and_gives_what_the_plain_loop_gives(tiny_job, tmp_path):
     """Two workers; one is killed when the second step's checkpoint is committed."""

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from stages.contract.store import sync
+from stages.contract.tracebacks import shows_tracebacks
 from train.checkpoints.reader import CheckpointReader
 from train.distributed import Workers
 
@@ -222,10 +223,14 @@ class Checkpoints:
     ) -> None:
         try:
             self.wait()
-        except Exception:
+        except Exception as lost:
             if error is None:
                 raise
-            logger.exception("the checkpoint that was being written is lost; an older one is unharmed")
+            logger.warning(
+                "the checkpoint that was being written is lost (%s); an older one is unharmed",
+                lost,
+                exc_info=lost if shows_tracebacks() else None,
+            )
         finally:
             self._thread.shutdown()
 

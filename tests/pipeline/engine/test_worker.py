@@ -89,6 +89,44 @@ def test_errors_are_counted_for_ever(tmp_path: Path) -> None:
     assert Attempt.begin(store, "f", 0, "d", 3) == "ValueError: broken record 7"
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_failing_shard_is_told_of_once_and_without_traceback_unless_that_is_asked_for(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    shown: bool,
+) -> None:
+    job, _ = job_for(tiny_config, str(tmp_path))
+    monkeypatch.setenv("PTAFUSE_TRACEBACK", "1" if shown else "0")
+    monkeypatch.setattr(ShardWorker, "_read_inputs", lambda *_: {}["no such key"])
+    found = ShardWorker(job).run(0)
+    assert (found.outcome, found.message) == ("failed", "KeyError: 'no such key'")
+    assert caplog.text.count("Traceback") == (3 if shown else 0)
+    assert caplog.text.count("shard shard 0") == (3 if shown else 1)
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_failed_set_up_is_told_without_traceback_unless_that_is_asked_for(
+    tiny_config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    shown: bool,
+) -> None:
+    job, _ = job_for(tiny_config, str(tmp_path))
+    monkeypatch.setenv("PTAFUSE_TRACEBACK", "1" if shown else "")
+
+    def refuse(*_: object) -> None:
+        raise ValueError("model llama: no good")
+
+    monkeypatch.setattr("stages.shard.stage.ShardStage.setup", refuse)
+    worker = ShardWorker(job)
+    assert {worker.run(shard).message for shard in (0, 1)} == {"set-up failed: ValueError: model llama: no good"}
+    assert caplog.text.count("Traceback") == int(shown)
+    assert ("no good" in caplog.text) == shown
+
+
 def corpus_with_bad_line(config: Path, folder: Path) -> Path:
     corpus = folder / "corpus.jsonl"
     corpus.write_text('{"text": "good"}\n{"text": 7}\n{"text": "also good"}\n{"text": "fine"}\n')
