@@ -1,6 +1,7 @@
 """What a model is: where its weights and its tokenizer come from, and what identifies them."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import AfterValidator, Field, model_validator
 from stages.contract.digest import cached_file_sha256
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.contract.names import Name
+from stages.models.quantization import quantization_method, unpacking
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +89,7 @@ class PretrainedFiles(Settings):
         return f"sha256:{digest.hexdigest()}"
 
     def check(self) -> None:
-        """Refuse a local path that is missing.
+        """Refuse a local path that is missing, or a single file of a folder.
 
         Raises:
             FileNotFoundError: says which path, and what a path may be.
@@ -97,6 +99,11 @@ class PretrainedFiles(Settings):
                 f"no such model or tokenizer: {self.path} (expected a folder with config.json and *.safetensors, or a .gguf "
                 "file). The demo's models are fetched by `make demo-data`; for a model of the Hugging Face hub give "
                 "`hub` and `revision` instead of `path`."
+            )
+        if self.path is not None and self.path.is_file() and not self.is_gguf:
+            raise FileNotFoundError(
+                f"{self.path} is a file (expected a folder with config.json, tokenizer and *.safetensors, or a .gguf file): "
+                f"give its folder, {self.path.parent}"
             )
 
     def require(self, what: str, patterns: tuple[str, ...]) -> None:
@@ -160,22 +167,66 @@ class ModelConfig(PretrainedFiles):
 def load_tokenizer(model: ModelConfig) -> Any:
     """The model's transformers tokenizer, fast (Rust) backend.
 
+    A tokenizer that draws at random how it splits a word (BPE dropout, Unigram sampling) is made to always split it in the
+    most likely way: a text has to have the same tokens in every stage.
+
     Raises:
-        ValueError: the tokenizer has no fast backend, so that byte offsets of its tokens cannot be had.
+        ValueError: it cannot be loaded, or has no fast backend, so that byte offsets of its tokens cannot be had.
     """
     from transformers import AutoTokenizer
 
     arguments = model.tokenizer_files.pretrained_arguments()
     try:
         tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=model.trust_remote_code)
-    except OSError as error:  # what transformers raises for a missing file, and for a hub that it cannot reach
+    except (
+        Exception
+    ) as error:  # transformers lets any error of its readers through, and tokenizers raises Exception itself
         raise ValueError(f"model {model.name}: its tokenizer cannot be loaded: {error}") from error
+    _switch_off_sampling(model, tokenizer)
     if not tokenizer.is_fast:
         raise ValueError(
             f"model {model.name}: {type(tokenizer).__name__} has no fast backend, so the byte offsets of its tokens cannot "
             "be had; give `tokenizer` a folder or hub id that holds a tokenizer.json"
         )
     return tokenizer
+
+
+def embedding_rows(model: ModelConfig) -> int | None:
+    """Return how many tokens a model has embeddings of, as its config.json says; None where that is not at hand.
+
+    Nothing is fetched: of a model of the hub, the local cache is asked.
+    """
+    if model.path is not None:
+        file: str | Path | object = model.path / "config.json"
+    else:
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(str(model.hub), "config.json", revision=model.revision)
+    if not isinstance(file, str | Path):
+        return None
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        size = (settings.get("text_config") or settings).get("vocab_size")
+    except (OSError, ValueError, AttributeError):  # no such file, or another kind of file
+        return None
+    return size if isinstance(size, int) else None
+
+
+def _switch_off_sampling(model: ModelConfig, tokenizer: Any) -> None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    pieces = getattr(backend, "model", None)
+    for name in ("dropout", "alpha", "nbest_size"):
+        value = getattr(pieces, name, None)
+        if value is None:
+            continue
+        if value:
+            log.warning(
+                "model %s: its tokenizer draws at random how it splits words (%s = %s in tokenizer.json); that is switched off",
+                model.name,
+                name,
+                value,
+            )
+        setattr(pieces, name, None)
 
 
 def load_model(model: ModelConfig, *, dtype: str, attention: tuple[str, ...], device: str) -> Any:
@@ -205,6 +256,8 @@ def empty_model(model: ModelConfig, *, attention: tuple[str, ...]) -> Any:
 
     trust = model.trust_remote_code
     config = AutoConfig.from_pretrained(**model.pretrained_arguments(), trust_remote_code=trust)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # a model that is built has plain weights, and an export of it says so
 
     def build(choice: str) -> Any:
         with torch.device("meta"):
@@ -252,14 +305,32 @@ def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) 
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # ours shows shards; theirs flashes once a worker
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded, report = AutoModelForCausalLM.from_pretrained(
         **model.pretrained_arguments(),
         **(_unpacked_gguf() if model.is_gguf else {"use_safetensors": True}),  # a pickle could run anything
+        **_unpacked_weights(model, device),
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         trust_remote_code=model.trust_remote_code,
+        output_loading_info=True,
     )
+    if report["missing_keys"]:  # the preflight says so earlier, where it could see the files
+        names = sorted(report["missing_keys"])
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ValueError(
+            f"model {model.name}: the weights lack {', '.join(names[:3])}{more}, which transformers drew at random; expected "
+            f"every tensor of {type(loaded).__name__}. Fetch the weights again, or correct config.json; see `ptafuse check`"
+        )
     return loaded.to(device).eval()
+
+
+def _unpacked_weights(model: ModelConfig, device: str) -> dict[str, Any]:
+    """Arguments that make transformers unpack quantised weights, where the model runs on a CPU or is trained."""
+    if model.is_gguf or device != "cpu":
+        return {}
+    method = quantization_method(load_config(model).to_dict())
+    found = unpacking(method)
+    return {} if found is None else {"quantization_config": found}
 
 
 def _unpacked_gguf() -> dict[str, Any]:
