@@ -98,6 +98,7 @@ def bits_per_byte(
     attention = attention_choices(config.attention, device, half_precision=config.dtype == "bfloat16")
     loaded = load_model(model, dtype=config.dtype, attention=attention, device=str(device))
     check_head(loaded)
+    _refuse_tokens_without_rows(model, loaded, segments, encodings)
     logprobs = gold_logprobs(
         loaded,
         encodings,
@@ -114,6 +115,24 @@ def bits_per_byte(
         part = cross_entropy(gold, encoding.byte_end, is_special, first_byte=segment.first_byte)
         totals[segment.doc_id] = totals.get(segment.doc_id, CrossEntropy(0.0, 0, 0)) + part
     return Evaluation(sum(totals.values(), CrossEntropy(0.0, 0, 0)), tuple(totals.items()))
+
+
+def _refuse_tokens_without_rows(
+    model: ModelConfig, loaded: Any, segments: Sequence[Segment], encodings: Sequence[Encoding]
+) -> None:
+    """Refuse a text with a token that the embedding has no row for.
+
+    Raises:
+        ValueError: names the document.
+    """
+    num_rows = int(loaded.get_input_embeddings().weight.shape[0])
+    for segment, encoding in zip(segments, encodings, strict=True):
+        largest = int(encoding.ids.max(initial=-1))
+        if largest >= num_rows:
+            raise ValueError(
+                f"model {model.name}: document {segment.doc_id} holds token {largest}, and the model's embedding has "
+                f"{num_rows} rows: do tokenizer and weights belong together?"
+            )
 
 
 def first_documents(segments: Sequence[Segment], max_documents: int | None) -> list[Segment]:

@@ -204,7 +204,7 @@ def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int)
                 config.seed
             )  # a head that the files lack is drawn at random: at least always the same one
             loaded = load_model(job.model, dtype="float32", attention=("sdpa", "eager"), device="cpu")
-            _check_model(job, loaded, longest=blocks.max_tokens, num_ids=num_ids)
+            _check_model(job, loaded, blocks, num_ids=num_ids)
             if config.lora is not None:
                 loaded = add_adapters(loaded, config.lora)
     half = config.autocast == "bfloat16"
@@ -217,13 +217,16 @@ def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int)
     return root
 
 
-def _check_model(job: TrainJob, model: Any, *, longest: int, num_ids: int) -> None:
-    """Refuse a model that does not fit its tokenizer or the training blocks."""
+def _check_model(job: TrainJob, model: Any, blocks: FusedBlocks, *, num_ids: int) -> None:
+    """Refuse a model that does not fit the training blocks."""
     num_rows = model.get_input_embeddings().num_embeddings
-    if num_rows < num_ids:
+    # A tokenizer may have tokens that the model has no row for, as long as no text holds one.
+    if num_rows < num_ids and (largest := blocks.largest_id()) >= num_rows:
         raise ValueError(
-            f"model {job.model.name} has {num_rows} embeddings, its tokenizer {num_ids} ids: they do not belong together"
+            f"model {job.model.name}: the training blocks hold token {largest}, and the model's embedding has {num_rows} rows: "
+            "do tokenizer and weights belong together?"
         )
+    longest = blocks.max_tokens
     if num_positions(model, longest) < longest:
         raise ValueError(
             f"model {job.model.name} has {num_positions(model, longest)} positions, and the training blocks are up to "

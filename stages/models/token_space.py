@@ -29,12 +29,15 @@ class TokenSpace:
     """
 
     def __init__(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> None:
-        if len(embeddings) < vocabulary.size:
+        if any(vocabulary.token_bytes[len(embeddings) :]):
             raise ValueError(
                 f"{len(embeddings)} embedding rows for {vocabulary.size} tokens: is this tokenizer of this model? Give "
                 "`tokenizer` where the model's own one is"
             )
         self.rows = np.asarray(embeddings[: vocabulary.size], np.float16)
+        num_missing = vocabulary.size - len(self.rows)
+        if num_missing:  # tokens that stand for nothing
+            self.rows = np.concatenate([self.rows, np.zeros((num_missing, self.rows.shape[1]), np.float16)])
         self.mean = _ordinary_mean(self.rows, ~vocabulary.is_special)
 
     @property

@@ -13,7 +13,7 @@ from typing import Any, Final, Self
 import numpy as np
 
 from stages.models.byte_offsets import METASPACE, ends_by_bytes, ends_by_offsets
-from stages.models.config import ModelConfig, load_tokenizer
+from stages.models.config import ModelConfig, embedding_rows, load_tokenizer
 
 BOS_TEXT: Final = b"<bos>"
 EOS_TEXT: Final = b"<eos>"
@@ -32,7 +32,8 @@ class Vocabulary:
             byte token is its byte; tokens of a byte-level tokenizer may be part of a UTF-8 character. A special token
             is its content, except that BOS and EOS are ``b"<bos>"`` and ``b"<eos>"`` (one token in both roles is EOS).
         is_marked: (V,) bool; the token begins with a space that the pairing distance ignores.
-        is_special: (V,) bool; the tokenizer declares it special, or no token has this id.
+        is_special: (V,) bool; the tokenizer declares it special, or no token has this id, or the model's embedding has no
+            row for it.
         bos_id: the token in BOS's role (also ``[CLS]`` where there is no other), None if there is none.
         eos_id: the token in EOS's role (also ``[SEP]``), None if there is none.
     """
@@ -105,13 +106,16 @@ class SegmentTokenizer:
         control_tokens: the texts of its special tokens.
     """
 
-    def __init__(self, tokenizer: Any, *, bos: bool | None, parses_control_tokens: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, *, bos: bool | None, parses_control_tokens: bool = False, num_rows: int | None = None
+    ) -> None:
         """Wrap a transformers tokenizer.
 
         Args:
             tokenizer: with a fast (Rust) backend; it is copied, not changed.
             bos: prepend BOS? None: if the tokenizer does so itself for a plain text.
             parses_control_tokens: a special token's name inside a text is that token.
+            num_rows: of the model's embedding: a token without a row stands for nothing. None where that is not known.
 
         Raises:
             ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none.
@@ -119,7 +123,7 @@ class SegmentTokenizer:
         description = _describe(tokenizer)
         self._backend = _copy_backend(tokenizer.backend_tokenizer, description)
         self._backend.encode_special_tokens = not parses_control_tokens
-        self.vocabulary = _read_vocabulary(tokenizer, json.loads(description))
+        self.vocabulary = _read_vocabulary(tokenizer, json.loads(description), num_rows)
         special = {
             token["id"]: token["content"] for token in json.loads(description)["added_tokens"] if token["special"]
         }
@@ -145,9 +149,14 @@ class SegmentTokenizer:
         """
         key = (cls, model.model_dump_json(), model.tokenizer_identity())
         if key not in _LOADED:
+            loaded = load_tokenizer(model)
             try:
-                parses = model.control_tokens == "parse"
-                _LOADED[key] = cls(load_tokenizer(model), bos=model.bos, parses_control_tokens=parses)
+                _LOADED[key] = cls(
+                    loaded,
+                    bos=model.bos,
+                    parses_control_tokens=model.control_tokens == "parse",
+                    num_rows=embedding_rows(model),
+                )
             except ValueError as error:
                 raise ValueError(f"model {model.name}: {error}") from error
             while len(_LOADED) > MAX_LOADED:
@@ -173,6 +182,11 @@ class SegmentTokenizer:
                 for text, (ids, byte_end), last in zip(part, self._tokenize(part), is_last[batch], strict=True)
             ]
         return encodings
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text's own tokens, without prefix and EOS."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
 
     def count(self, text: str) -> int:
         """Number of tokens of a text, special ones included as if a document ended there."""
@@ -323,8 +337,8 @@ def _first_id(tokenizer: Any, *names: str) -> int | None:
     return next((token_id for token_id in ids if token_id is not None), None)
 
 
-def _read_vocabulary(tokenizer: Any, description: dict[str, Any]) -> Vocabulary:
-    """Read what each id stands for out of the tokenizer's description."""
+def _read_vocabulary(tokenizer: Any, description: dict[str, Any], num_rows: int | None) -> Vocabulary:
+    """Read what each id stands for out of the tokenizer's description; nothing, where the embedding has no row for it."""
     spelling = _Spelling(tokenizer.backend_tokenizer.decoder, description)
     vocab: dict[str, int] = tokenizer.get_vocab()
     added = {token["id"]: token for token in description["added_tokens"]}
@@ -332,6 +346,8 @@ def _read_vocabulary(tokenizer: Any, description: dict[str, Any]) -> Vocabulary:
     token_bytes: list[bytes] = [b""] * size
     is_special = np.ones(size, np.bool_)  # of an id that no token has, too: nobody may propose it
     for token, token_id in vocab.items():
+        if num_rows is not None and token_id >= num_rows:
+            continue
         is_special[token_id] = token_id in added and added[token_id]["special"]
         if is_special[token_id]:
             token_bytes[token_id] = token.encode()

@@ -9,8 +9,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from stages.models.config import load_model
+from stages.models.config import ModelConfig, load_model
+from tests.tiny_models import save_model
 from tests.train.conftest import job_in
+from tests.train.fused_files import fused_table, save
 from train import loop
 from train.checkpoints.checkpoint import committed_steps
 from train.data.blocks import FusedBlocks
@@ -258,3 +260,29 @@ def test_a_last_block_of_one_token_is_a_step_without_effect(tiny_job, tmp_path):
     original = load_model(tiny_job.model, dtype="float32", attention=("sdpa",), device="cpu")
     for name, value in weights(result.model_folder).items():
         torch.testing.assert_close(value, original.get_parameter(name), rtol=0, atol=0)
+
+
+def job_of_few_rows(tiny_job: TrainJob, folder: Path, *, blocks_rows: int, distributions_rows: int) -> TrainJob:
+    """A model with 390 rows for 400 tokens, and blocks whose ids are below these numbers."""
+    model = ModelConfig(name="few", path=save_model(folder / "few", vocab_padding=-10))
+    rng = np.random.default_rng(0)
+    blocks = [rng.integers(3, blocks_rows, 16) for _ in range(8)]
+    blocks[0][3] = blocks_rows - 1
+    file = save(fused_table(blocks, distributions_rows, seed=1), folder / "fused.parquet")
+    return replace(job_in(tiny_job, folder / "out", num_epochs=1), model=model, files=(file,))
+
+
+def test_tokens_without_a_row_are_accepted_where_no_block_holds_one(tiny_job, tmp_path):
+    result = train(job_of_few_rows(tiny_job, tmp_path, blocks_rows=390, distributions_rows=390))
+    assert weights(result.model_folder)["model.embed_tokens.weight"].shape[0] == 390
+
+
+@pytest.mark.parametrize(("blocks_rows", "distributions_rows"), [(400, 390), (390, 400)])
+def test_blocks_with_a_token_that_the_model_has_no_row_for_are_refused(
+    tiny_job, tmp_path, blocks_rows, distributions_rows
+):
+    job = job_of_few_rows(tiny_job, tmp_path, blocks_rows=blocks_rows, distributions_rows=distributions_rows)
+    with pytest.raises(
+        ValueError, match=r"model few: the training blocks hold token 39\d, and the model's embedding has 390"
+    ):
+        train(job)

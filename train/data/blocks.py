@@ -134,6 +134,15 @@ class FusedBlocks:
             max(pc.list_value_length(self._lengths(file)).to_pylist()) for file in self._files if file.metadata.num_rows
         )
 
+    def largest_id(self) -> int:
+        """Return the largest token id of all blocks, of their distributions too where these are read. Reads all files."""
+        names = ["token_ids", "topk_ids"] if self.with_distributions else ["token_ids"]
+        found = -1
+        for file, group, _ in self._groups:
+            table = self._files[file].read_row_group(group, columns=names)
+            found = max(found, *(_largest(table[name]) for name in names))
+        return found
+
     @staticmethod
     def _lengths(file: pq.ParquetFile) -> pa.ChunkedArray:
         return file.read(columns=["token_ids"], use_threads=False)["token_ids"]
@@ -218,6 +227,14 @@ class FusedBlocks:
         filesystem, key = open_filesystem(url)
         patiently(filesystem.get_file, key, str(path), url=url)
         return path
+
+
+def _largest(ids: pa.ChunkedArray) -> int:
+    """Return the largest id of a column of lists, or of lists of lists; -1 where there is none."""
+    while pa.types.is_list(ids.type):
+        ids = pc.list_flatten(ids)
+    largest = pc.max(ids).as_py()
+    return -1 if largest is None else int(largest)
 
 
 def _columns(file: pq.ParquetFile, *, with_distributions: bool) -> list[str]:

@@ -42,7 +42,6 @@ class TransformersBackend:
         """
         self._config = config
         self._name = model.name
-        self._num_valid = num_valid
         self._batch_tokens = config.batch_tokens
         self._chunk_positions = config.chunk_positions
         self._device = resolve_device(config.device)
@@ -52,6 +51,7 @@ class TransformersBackend:
         check_head(loaded)
         self._body, self._head = split_head(loaded)
         self.num_embeddings = int(loaded.get_input_embeddings().weight.shape[0])
+        self._num_valid = min(num_valid, self.num_embeddings)
         self.max_length = num_positions(loaded, config.max_length)
 
     def predict(

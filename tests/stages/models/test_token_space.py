@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,3 +36,11 @@ def test_padded_rows_are_left_out_and_missing_ones_refused():
     assert TokenSpace(rows, vocabulary(2)).mean.tolist() == [0, 0]
     with pytest.raises(ValueError, match="3 embedding rows for 4 tokens"):
         TokenSpace(rows, vocabulary(4))
+
+
+def test_tokens_that_stand_for_nothing_need_no_row():
+    without = vocabulary(2, num_special=2)
+    without = replace(without, token_bytes=(*without.token_bytes[:2], b"", b""))
+    space = TokenSpace(np.array([[1, 0], [-1, 0]], np.float16), without)
+    assert space.rows.tolist() == [[1, 0], [-1, 0], [0, 0], [0, 0]]
+    assert space.mean.tolist() == [0, 0]
