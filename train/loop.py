@@ -280,7 +280,8 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
                 weights, model = merge_adapters(model, weights), empty_model(job.model, attention=("sdpa", "eager"))
             tokenizer = load_tokenizer(job.model)
             rounding = rounding_survival(job.model, weights)
-            files = export_model(output / "model", model, weights, tokenizer, model_card(job, last, rounding))
+            card = model_card(job, last, rounding)
+            files = export_model(output / "model", model, weights, tokenizer, card, original=job.model)
             write_manifest(output, _manifest(job, result, files, rounding))
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from stages.contract.digest import file_sha256
 from stages.contract.store import sync
+from stages.models.config import ModelConfig
 from train.job import MANIFEST
 from train.model.card import CARD
+from train.model.carry_over import carry_over
 
 
-def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: Any, card: str) -> dict[str, str]:
+def export_model(
+    folder: Path, model: Any, weights: dict[str, Tensor], tokenizer: Any, card: str, *, original: ModelConfig
+) -> dict[str, str]:
     """Save the finished model for ``from_pretrained``; the folder appears whole, over an older one.
 
     Args:
@@ -27,6 +31,7 @@ def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer
         weights: all of its weights.
         tokenizer: its tokenizer.
         card: the model card, Markdown.
+        original: the model that was trained; what its folder holds besides weights is kept.
 
     Returns:
         File name -> sha256, without the card, which evaluation completes.
@@ -36,6 +41,7 @@ def export_model(folder: Path, model: Any, weights: dict[str, Tensor], tokenizer
         shutil.rmtree(temporary)
     model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
+    carry_over(original, temporary)
     (temporary / CARD).write_text(card)
     for path in temporary.rglob("*"):
         sync(path)
