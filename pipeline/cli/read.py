@@ -36,13 +36,13 @@ def plan(
     """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
     from pipeline.forecast.planner import forecast
     from pipeline.forecast.view import forecast_json, print_forecast
+    from pipeline.run.preflight import refuse_unusable_models
     from pipeline.run.resolve import resolve
     from pipeline.settings.load import load_config
 
     request = Request(config, tuple(sets or ()))
     loaded = load_config(request.config_path, request.overrides)
-    for model in loaded.models:
-        model.check()
+    refuse_unusable_models(loaded, may_ask_hub=False)
     store = Store(run)
     found = forecast(resolve(loaded, store, request), store)
     if as_json:

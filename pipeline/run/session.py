@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pipeline.dataset.documents import ShardRange, check_dataset, read_kinds
 from pipeline.dataset.files import reading
+from pipeline.run.preflight import refuse_unusable_models
 from pipeline.run.records import record
 from pipeline.run.resolve import resolve
 from pipeline.run.shard_plan import read_plan
@@ -58,11 +59,11 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
 
     Raises:
         ConfigError: a file, key or value of the configuration is wrong.
-        FileNotFoundError: a model, tokenizer or dataset is missing.
+        PreflightError: a model cannot be used; names every problem of all of them.
+        FileNotFoundError: a dataset is missing.
     """
     config = load_config(request.config_path, request.overrides)
-    for model in config.models:
-        model.check()
+    refuse_unusable_models(config)
     for text in config.eval.texts:
         if (
             text.path is not None

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_models import save_model
+from tests.stages.models.preflight.spoil import LFS_POINTER, change_weights, edit_json
+from tests.tiny_models import save_model, split_weights
 from tests.tiny_run import REPOSITORY, data_hashes, ptafuse, status
+from tests.tiny_tokenizers import save_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -515,8 +517,180 @@ def test_ray_address_that_refuses_is_named(corpus: Corpus, monkeypatch: pytest.M
     assert re.search(said("a `RAY_ADDRESS` at which nobody answers"), refused.stderr)
 
 
+def spoiled(corpus: Corpus, change: Callable[[Path], Any]) -> dict[str, str]:
+    """A copy of the tiny target with something wrong; the arguments that make the configuration use it."""
+    copy = Path(shutil.copytree(corpus._models / "llama", corpus.folder / "llama"))
+    path = change(copy)
+    return {"llama": str(path or copy)}
+
+
+def no_head(tensors: dict[str, Any]) -> None:
+    del tensors["lm_head.weight"]
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-40])
+
+
+def missing_shard(folder: Path) -> None:
+    (folder / split_weights(folder)[1]).unlink()
+
+
+def recurrent(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings)).save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+
+
+def bos_without_row(folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<extra>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", eos_token="<extra>")
+
+
+def read_as_another_tokenizer(folder: Path) -> None:
+    save_tokenizer("byte-bpe", folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", add_prefix_space=True)
+
+
+def config_with(**changes: Any) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+SPOILED: dict[str, Callable[[Path], Any]] = {
+    "weights without their LM head, with names that a wrapper changed (`torch.compile`), or of a classifier": (
+        lambda folder: change_weights(folder, no_head)
+    ),
+    "weights with more layers than config.json counts": config_with(num_hidden_layers=1),
+    "weights of other shapes than config.json says": config_with(vocab_size=390),
+    "a Git LFS pointer in the place of a file": (
+        lambda folder: (folder / "model.safetensors").write_text(LFS_POINTER) and None
+    ),
+    "a weight file cut short": cut_short,
+    "an index that names a file that is not there": missing_shard,
+    "the path of a weight file instead of its folder": lambda folder: folder / "model.safetensors",
+    "an adapter beside the weights": lambda folder: (folder / "adapter_config.json").write_text("{}") and None,
+    "an encoder-decoder (T5)": config_with(model_type="t5", is_encoder_decoder=True),
+    'a model that sees the text behind a token (BERT; `"is_causal": false`)': config_with(is_causal=False),
+    "a recurrent model (Mamba) as target, with `train.isolate_documents`": recurrent,
+    "quantised weights whose package is missing": config_with(quantization_config={"quant_method": "hqq"}),
+    "quantised weights of a model that is trained; in FP8 and MXFP4 they are unpacked": (
+        config_with(quantization_config={"quant_method": "bitnet"})
+    ),
+    "a padding token outside the vocabulary": config_with(pad_token_id=32000),
+    'a tokenizer.json that transformers reads as another tokenizer (Llama-3\'s beside `"model_type": "qwen2"`)': (
+        read_as_another_tokenizer
+    ),
+    "a BOS or EOS that the model has no row for": bos_without_row,
+}
+
+
+@pytest.mark.parametrize("row", SPOILED)
+def test_models_that_cannot_be_used_are_refused_before_anything_runs(corpus: Corpus, row: str) -> None:
+    files = spoiled(corpus, SPOILED[row])
+    for stage in ("shard", "plan"):
+        sets = ("train.isolate_documents=true",)
+        config = str(corpus.write(*GOOD).config(**files))
+        arguments = () if stage == "plan" else ("--local",)
+        done = ptafuse(
+            stage, config, "--run", str(corpus.run), *arguments, *(f"--set={one}" for one in sets), check=False
+        )
+        assert done.returncode == 1
+        assert re.search(said(row), done.stderr), done.stderr
+        assert "model llama: " in done.stderr
+        assert "model neox" not in done.stderr
+        assert all(line.count("model llama:") <= 1 for line in done.stderr.splitlines())
+        assert "Traceback" not in done.stderr
+    assert not list(corpus.run.glob("shard/*"))
+
+
+def test_a_model_that_is_not_causal_is_refused_where_it_is_loaded(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a model of the hub that was not in the cache before."""
+    monkeypatch.setattr("pipeline.run.session.refuse_unusable_models", lambda config: None)
+    refused = corpus.write(*GOOD).refused("logits", **spoiled(corpus, config_with(is_causal=False)))
+    assert re.search(said("the same in a model whose files do not tell"), refused)
+
+
+def test_a_tokenizer_that_draws_at_random_is_made_not_to(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    def dropout(folder: Path) -> None:
+        values = json.loads((folder / "tokenizer.json").read_text())
+        values["model"]["dropout"] = 0.5
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+
+    corpus.write(*GOOD).ptafuse("logits", "shard.validation_fraction=0.0")
+    plain = corpus.run
+    corpus.run = corpus.folder / "drawn"
+    corpus.ptafuse("logits", "shard.validation_fraction=0.0", **spoiled(corpus, dropout))
+    assert re.search(said("a tokenizer that draws how it splits words (BPE dropout)"), caplog.text)
+    one, two = (
+        [
+            row["token_ids"]
+            for file in sorted(run.glob("logits/llama/*/data/*"))
+            for row in pq.read_table(file).to_pylist()
+        ]
+        for run in (plain, corpus.run)
+    )
+    assert one == two
+
+
+def test_a_held_out_text_with_a_token_without_a_row_ends_eval(corpus: Corpus) -> None:
+    def add_token(folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["<extra>"])
+        tokenizer.save_pretrained(folder)
+
+    files = spoiled(corpus, add_token)
+    held_out = "shard.validation_fraction=0.5"
+    corpus.write(*(f"{text} <extra>" for text in GOOD)).ptafuse("shard", held_out, **files)
+    refused = ptafuse(
+        "eval", str(corpus.config(**files)), "--run", str(corpus.run), "--local", f"--set={held_out}", check=False
+    )
+    assert re.search(said("the same in a held-out text"), refused.stderr)
+
+
+def test_check_names_everything_at_once_and_computes_nothing(corpus: Corpus) -> None:
+    def spoil(folder: Path) -> None:
+        edit_json(folder / "config.json", pad_token_id=32000, is_causal=False)
+        cut_short(folder)
+        (folder / "adapter_config.json").write_text("{}")
+
+    config = str(corpus.write(*GOOD).config(**spoiled(corpus, spoil)))
+    done = ptafuse("check", config, check=False)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"llama ({corpus.folder}/llama): 4 problems"
+    assert [line.split(": ")[0] for line in lines[1:5]] == [
+        "  - config.json",
+        "  - config.json",
+        "  - adapter_config.json",
+        "  - model.safetensors",
+    ]
+    assert lines[5] == f"neox ({corpus._models}/neox): nothing wrong was found"
+    assert len(lines) == 6
+    stage = corpus.refused("shard", **spoiled_again(corpus))
+    assert "4 problems:" in stage
+    assert ptafuse("check", str(corpus.config())).stdout.count("nothing wrong was found") == 2
+    assert not corpus.run.exists()
+
+
+def spoiled_again(corpus: Corpus) -> dict[str, str]:
+    """The spoiled copy that is there."""
+    return {"llama": str(corpus.folder / "llama")}
+
+
 def test_every_documented_message_is_compared_with_a_real_one() -> None:
     rows = [line.split(" | ") for line in TABLE.splitlines() if line.startswith("| ") and line.endswith("` |")]
     compared = Path(__file__).read_text()
     assert len(rows) > 20
-    assert [row for row, *_ in rows if f'"{row.removeprefix("| ")}"' not in compared] == []
+    names = [row.removeprefix("| ") for row, *_ in rows]
+    assert [name for name in names if name not in SPOILED and f'"{name}"' not in compared] == []

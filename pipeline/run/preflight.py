@@ -1,0 +1,47 @@
+"""The models of a run, examined before its first stage computes anything."""
+
+from pipeline.settings.adapt import SourceConfig
+from pipeline.settings.run import RunConfig
+from stages.models.preflight.examine import examine
+from stages.models.preflight.problem import Problem
+
+
+class PreflightError(ValueError):
+    """Models of a run cannot be used; the message names every problem."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        lines = [str(problem) for problem in problems]
+        super().__init__(lines[0] if len(lines) == 1 else "\n".join([f"{len(lines)} problems:", *lines]))
+        self.problems = problems
+
+
+def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Problem]:
+    """Examine the target and the sources.
+
+    Args:
+        config: of the run.
+        may_ask_hub: load tokenizers of the hub, which may ask it for them.
+    """
+    problems = []
+    for model in config.models:
+        training = config.train if model is config.target else None
+        if isinstance(model, SourceConfig) and model.adapt is not None:
+            training = model.adapt.training(config.train)
+        problems += examine(
+            model,
+            trained=training is not None,
+            isolated=training is not None and training.isolate_documents,
+            tokenizers_of_hub=may_ask_hub,
+        )
+    return problems
+
+
+def refuse_unusable_models(config: RunConfig, *, may_ask_hub: bool = True) -> None:
+    """Examine the models of a run.
+
+    Raises:
+        PreflightError: one of them cannot be used; names every problem of all of them.
+    """
+    problems = model_problems(config, may_ask_hub=may_ask_hub)
+    if problems:
+        raise PreflightError(problems)

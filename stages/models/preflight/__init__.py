@@ -1,0 +1,1 @@
+"""What is wrong with a model's files, found without loading its weights."""

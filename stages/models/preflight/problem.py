@@ -1,0 +1,33 @@
+"""One thing that is wrong with a model's files."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What keeps a model from being used, in words.
+
+    Attributes:
+        model: the model's name in the configuration.
+        file: the file, or the folder, that is meant.
+        found: what is there.
+        expected: what should be there; empty where ``found`` says it.
+        remedy: what to do, a sentence; empty where ``found`` says it.
+    """
+
+    model: str
+    file: str
+    found: str
+    expected: str = ""
+    remedy: str = ""
+
+    @property
+    def text(self) -> str:
+        """The problem without its model and file."""
+        sentence = f"{self.found}; expected {self.expected}" if self.expected else self.found
+        return f"{sentence}. {self.remedy}" if self.remedy else sentence
+
+    def __str__(self) -> str:
+        """The problem as one message."""
+        where = f"{self.file}: " if self.file else ""
+        return f"model {self.model}: {where}{self.text}"

@@ -1,0 +1,187 @@
+"""Which tensors an architecture wants that a checkpoint lacks, told from names and shapes alone.
+
+transformers renames, stacks and splits tensors as it loads them, differently for every architecture. So its own loader is
+asked, with a model and tensors on the meta device: shapes without values, for which nothing is read and nothing computed.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from stages.models.preflight.problem import Problem
+from stages.models.weights import StoredTensor
+
+WRAPPERS: Final[dict[str, str]] = {
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel",
+    "_fsdp_wrapped_module": "FSDP",
+    "_forward_module": "Lightning",
+    "base_model.model": "PEFT",
+}
+"""What wrappers put before the names of a model's tensors -> whose it is."""
+
+_PACKED: Final = re.compile(r"^(I\d+|U\d+|F8_.*|F4|F6_.*|BOOL)$")
+"""Types of packed weights, which are no numbers by themselves."""
+
+_NAMED: Final = 3
+"""Tensors that a message names."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an architecture wants and a checkpoint holds.
+
+    Attributes:
+        missing: wanted, and neither held nor tied to what is held; transformers would draw them at random.
+        extra: held, and wanted by nothing.
+        reshaped: (name, shape that is held, shape that is wanted).
+    """
+
+    missing: tuple[str, ...]
+    extra: tuple[str, ...]
+    reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+
+
+def compare_tensors(skeleton: Any, stored: Mapping[str, StoredTensor]) -> Comparison:
+    """Compare a checkpoint's tensors with those of a model, as transformers would load them.
+
+    Args:
+        skeleton: the model on the meta device; its parameters are replaced by others like them.
+        stored: name -> tensor of the checkpoint.
+    """
+    import torch
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    meta = torch.device("meta")
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=torch.float32, device=meta) for name, tensor in sorted(stored.items())
+    }
+    settings = LoadStateDictConfig(
+        device_map={"": meta}, dtype=torch.float32, weight_mapping=get_model_conversion_mapping(skeleton)
+    )
+    found, _ = convert_and_load_state_dict_in_model(model=skeleton, state_dict=tensors, load_config=settings)
+    skeleton.mark_tied_weights_as_initialized(found)
+    skeleton.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    skeleton._adjust_missing_and_unexpected_keys(found)
+    reshaped = ((name, tuple(held), tuple(wanted)) for name, held, wanted in found.mismatched_keys)
+    missing = found.missing_keys | found.conversion_errors.keys()
+    return Comparison(_sorted(missing), _sorted(found.unexpected_keys), tuple(sorted(reshaped)))
+
+
+def tensor_problems(
+    comparison: Comparison,
+    stored: Mapping[str, StoredTensor],
+    skeleton: Any,
+    *,
+    model: str,
+    folder: str,
+    quantised: bool,
+) -> Iterator[Problem]:
+    """Say what of a comparison keeps the checkpoint from being used.
+
+    Args:
+        comparison: what ``compare_tensors`` gave.
+        stored: the checkpoint's tensors.
+        skeleton: the model that they were compared with.
+        model: its name.
+        folder: where the checkpoint is.
+        quantised: whether config.json says that weights are packed: their shapes then differ.
+    """
+
+    def problem(found: str, expected: str, remedy: str) -> Problem:
+        return Problem(model, folder, found, expected, remedy)
+
+    class_name = type(skeleton).__name__
+    if comparison.missing:
+        yield problem(
+            f"the weights lack {named(comparison.missing)}" + _beside(comparison.extra),
+            f"every tensor of {class_name}: one that is missing would be drawn at random",
+            _remedy(comparison, stored, skeleton),
+        )
+    layers = _layers_too_many(comparison.extra, skeleton.state_dict().keys())
+    if layers and not comparison.missing:
+        yield problem(
+            f"the weights have layers that config.json does not count: {named(layers)}",
+            f"the {skeleton.config.get_text_config().num_hidden_layers} layers of config.json",
+            "Set `num_hidden_layers` to what the weights have, or fetch config.json again",
+        )
+    if quantised:
+        return
+    if comparison.reshaped:
+        name, held, wanted = comparison.reshaped[0]
+        more = f", and {len(comparison.reshaped) - 1} more" if len(comparison.reshaped) > 1 else ""
+        yield problem(
+            f"{name} has shape {list(held)}{more}",
+            f"{list(wanted)}, as config.json says",
+            "Take config.json and weights of one model",
+        )
+    packed = _sorted(name for name, tensor in stored.items() if _PACKED.match(tensor.dtype) and len(tensor.shape) > 1)
+    if packed and not set(packed) <= set(comparison.extra):
+        yield problem(
+            f"{named(packed)} holds packed numbers ({stored[packed[0]].dtype})",
+            "floating-point weights where config.json has no quantization_config",
+            "Give the model's unquantised weights, or the config.json that belongs to these",
+        )
+
+
+def named(names: Collection[str]) -> str:
+    """Name the first few, and say how many there are."""
+    shown = list(names)[:_NAMED]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _remedy(comparison: Comparison, stored: Mapping[str, StoredTensor], skeleton: Any) -> str:
+    wrapper = _wrapper(stored)
+    if wrapper is not None:
+        return (
+            f"The names hold `{wrapper}.`, which {WRAPPERS[wrapper]} puts there: take it out of them, or save the model that "
+            "is wrapped with save_pretrained"
+        )
+    architectures = getattr(skeleton.config, "architectures", None) or []
+    others = [name for name in architectures if name != type(skeleton).__name__]
+    head = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} & set(comparison.missing)
+    output = skeleton.get_output_embeddings()
+    heads = {name for name, value in skeleton.named_parameters(remove_duplicate=False) if value is output.weight}
+    if head and head <= heads:
+        kind = f"They are those of {others[0]}: a" if others else "This is a body without LM head. A"
+        return (
+            f'{kind} language model has one; if it shares the embedding\'s weights, set "tie_word_embeddings": true in '
+            "config.json"
+        )
+    if others:
+        return f"They are those of {others[0]}: take the language model's own checkpoint"
+    return "Fetch the weights again, or give the folder that save_pretrained wrote"
+
+
+def _wrapper(stored: Mapping[str, StoredTensor]) -> str | None:
+    """Return the wrapper whose name stands in the names of tensors."""
+    return next(
+        (wrapper for wrapper in WRAPPERS if any(f".{wrapper}." in f".{name}" for name in stored)),
+        None,
+    )
+
+
+def _beside(extra: tuple[str, ...]) -> str:
+    return f", and hold {named(extra)} that it has no place for" if extra else ""
+
+
+def _layers_too_many(extra: Collection[str], wanted: Collection[str]) -> tuple[str, ...]:
+    """Return the extra tensors that are wanted in another layer: of a layer whose number is too high."""
+    patterns = {re.sub(r"\.\d+\.", ".#.", name) for name in wanted}
+    return tuple(name for name in extra if re.search(r"\.\d+\.", name) and re.sub(r"\.\d+\.", ".#.", name) in patterns)
+
+
+def _sorted(names: Any) -> tuple[str, ...]:
+    """Sort names, numbers in them by their value."""
+    return tuple(
+        sorted(
+            names,
+            key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)],
+        )
+    )
