@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from stages.models.config import ModelConfig, PretrainedFiles, embedding_rows
+from stages.models.gguf_header import check_gguf
 from stages.models.preflight.architecture import architecture_problems, build_skeleton, first_line, settings_problems
 from stages.models.preflight.problem import Problem
 from stages.models.preflight.remember import examine_once
@@ -49,31 +50,32 @@ def examine(
     except FileNotFoundError as error:
         return [Problem(model.name, "", str(error))]
     if model.is_gguf:
-        return list(_gguf_problems(model))
-    folder = local_folder(model)
-    found = [] if folder is None else list(_model_problems(model, folder, trained=trained, isolated=isolated))
-    tokenizer_folder = local_folder(model.tokenizer_files)
-    if tokenizer_folder is None or (model.tokenizer_files.path is None and not tokenizers_of_hub):
+        found = list(_gguf_problems(model))
+    else:
+        folder = local_folder(model)
+        found = [] if folder is None else list(_model_problems(model, folder, trained=trained, isolated=isolated))
+    files = model.tokenizer_files
+    if files.path is None and not tokenizers_of_hub:
         return found
-    if any(problem.file == str(tokenizer_folder / CONFIG_FILE) for problem in found):
-        return found  # it says of which kind the tokenizer is
+    folder = None if files.is_gguf else local_folder(files)
+    place = files.path if files.is_gguf else folder
+    if place is None:
+        return found  # of the hub, and not in the cache
+    needed = place if files.is_gguf else place / CONFIG_FILE  # it says of which kind the tokenizer is
+    if any(problem.file == str(needed) for problem in found):
+        return found
     num_rows = embedding_rows(model)
-    if model.tokenizer_files.is_gguf:
-        return found + list(tokenizer_problems(model, None, num_rows=num_rows))
     return found + examine_once(
         ["tokenizer", model.model_dump_json(), num_rows],
-        [tokenizer_folder, *([folder] if folder else [])],
-        lambda: tokenizer_problems(model, tokenizer_folder, num_rows=num_rows),
+        [place],
+        lambda: tokenizer_problems(model, folder, num_rows=num_rows),
     )
 
 
 def local_folder(files: PretrainedFiles) -> Path | None:
-    """Return the folder of local files, or of what the cache holds of the hub's; None where it holds nothing.
-
-    For a GGUF file it is the folder that it lies in.
-    """
+    """Return the folder of local files, or of what the cache holds of the hub's; None where it holds nothing."""
     if files.path is not None:
-        return files.path.parent if files.is_gguf else files.path
+        return files.path
     from huggingface_hub import try_to_load_from_cache
 
     for name in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):
@@ -213,14 +215,9 @@ def _gguf_problems(model: ModelConfig) -> Iterator[Problem]:
         )
         return
     try:
-        refuse_stand_in(model.path)
+        check_gguf(model.path)
     except WeightFileError as error:
         yield _file_problem(model, error)
-        return
-    with model.path.open("rb") as opened:
-        start = opened.read(4)
-    if start != b"GGUF":
-        yield Problem(model.name, str(model.path), f"it begins {start!r}", "a GGUF file", "Fetch the file again")
 
 
 def _file_problem(model: ModelConfig, error: WeightFileError) -> Problem:

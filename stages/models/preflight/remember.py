@@ -17,7 +17,7 @@ _MAX_REMEMBERED: Final = 500
 
 
 def examine_once(
-    key: Sequence[Any], folders: Sequence[Path], examination: Callable[[], Iterable[Problem]]
+    key: Sequence[Any], places: Sequence[Path], examination: Callable[[], Iterable[Problem]]
 ) -> list[Problem]:
     """Examine files unless they were found sound before.
 
@@ -26,10 +26,10 @@ def examine_once(
 
     Args:
         key: what the examination depends on besides the files, as JSON values.
-        folders: where the files are.
+        places: the files, or the folders that they are in.
         examination: yields what is wrong.
     """
-    digest = _digest(key, folders)
+    digest = _digest(key, places)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptafuse" / "preflight.json"
     try:
         sound: list[str] = json.loads(cache.read_text())
@@ -43,8 +43,11 @@ def examine_once(
     return problems
 
 
-def _digest(key: Sequence[Any], folders: Sequence[Path]) -> str:
-    files = sorted({file for folder in folders for name in _FILES for file in folder.glob(name) if file.exists()})
+def _digest(key: Sequence[Any], places: Sequence[Path]) -> str:
+    found = {
+        file for place in places if place.is_dir() for name in _FILES for file in place.glob(name) if file.exists()
+    }
+    files = sorted(found | {place for place in places if place.is_file()})
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     versions = [metadata.version(name) for name in ("transformers", "tokenizers", "torch")]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))

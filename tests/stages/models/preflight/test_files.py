@@ -226,13 +226,6 @@ def test_an_adapter_beside_the_weights_is_refused(llama: Path) -> None:
     assert "merge_and_unload" in found
 
 
-@pytest.mark.parametrize("start", [b"", LFS_POINTER.encode(), b"GGML" + b"\x00" * 80])
-def test_a_gguf_file_that_is_none_is_named(tmp_path: Path, start: bytes) -> None:
-    (tmp_path / "model.gguf").write_bytes(start)
-    (found,) = messages(tmp_path / "model.gguf")
-    assert str(tmp_path / "model.gguf") in found
-
-
 def test_what_was_found_sound_is_not_examined_again_until_a_file_changes(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
