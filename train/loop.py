@@ -200,9 +200,7 @@ def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int)
     loaded = None
     with workers.together():
         if workers.is_first:
-            torch.manual_seed(
-                config.seed
-            )  # a head that the files lack is drawn at random: at least always the same one
+            torch.manual_seed(config.seed)  # adapters are drawn at random: always the same ones
             loaded = load_model(job.model, dtype="float32", attention=("sdpa", "eager"), device="cpu")
             _check_model(job, loaded, blocks, num_ids=num_ids)
             if config.lora is not None:
