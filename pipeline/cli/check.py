@@ -1,4 +1,4 @@
-"""The command that examines a run's models and computes nothing."""
+"""The command that examines what a run would read, and computes nothing."""
 
 import typer
 
@@ -9,20 +9,30 @@ app = typer.Typer()
 
 @app.command()
 def check(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
-    """Examine the files of every model of a configuration, and name all that is wrong with them; loads no weights."""
-    from pipeline.run.preflight import model_problems
+    """Examine the models, the dataset and the texts of a configuration, and name all that is wrong; loads no weights."""
+    from pipeline.run.preflight import dataset_problems, model_problems
     from pipeline.settings.load import load_config
 
     loaded = load_config(config, tuple(sets or ()))
     problems = model_problems(loaded)
     for model in loaded.models:
         own = [problem for problem in problems if problem.model == model.name]
-        place = model.path or f"{model.hub}@{model.revision}"
-        verdict = f"{len(own)} problem{'s' * (len(own) > 1)}" if own else "nothing wrong was found"
-        console().print(f"{model.name} ({place}): {verdict}", soft_wrap=True)
+        found = []
         for problem in own:
             file = problem.file.removeprefix(f"{model.path}/") if model.path else problem.file
             where = "" if problem.file in ("", str(model.path)) else f"{file}: "
-            console().print(f"  - {where}{problem.text}", soft_wrap=True)
-    if problems:
+            found.append(f"{where}{problem.text}")
+        _show(model.name, str(model.path or f"{model.hub}@{model.revision}"), found)
+    of_datasets = dataset_problems(loaded)
+    for dataset in (loaded.dataset, *loaded.eval.texts):
+        found = of_datasets[dataset.section]
+        _show(dataset.section, str(dataset.path or f"{dataset.hub}@{dataset.revision}"), found)
+    if problems or any(of_datasets.values()):
         raise typer.Exit(1)
+
+
+def _show(name: str, place: str, problems: list[str]) -> None:
+    verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "nothing wrong was found"
+    console().print(f"{name} ({place}): {verdict}", soft_wrap=True)
+    for problem in problems:
+        console().print(f"  - {problem}", soft_wrap=True)

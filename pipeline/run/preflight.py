@@ -1,5 +1,7 @@
-"""The models of a run, examined before its first stage computes anything."""
+"""What a run reads, examined before its first stage computes anything."""
 
+from pipeline.dataset.documents import check_dataset
+from pipeline.dataset.files import DatasetError, reading
 from pipeline.settings.adapt import SourceConfig
 from pipeline.settings.run import RunConfig
 from stages.models.preflight.examine import examine
@@ -31,6 +33,7 @@ def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Probl
             model,
             trained=training is not None,
             isolated=training is not None and training.isolate_documents,
+            has_weights=not (isinstance(model, SourceConfig) and model.is_served),
             tokenizers_of_hub=may_ask_hub,
         )
     return problems
@@ -45,3 +48,19 @@ def refuse_unusable_models(config: RunConfig, *, may_ask_hub: bool = True) -> No
     problems = model_problems(config, may_ask_hub=may_ask_hub)
     if problems:
         raise PreflightError(problems)
+
+
+def dataset_problems(config: RunConfig) -> dict[str, list[str]]:
+    """Examine the dataset and the texts of the evaluation; one on the hub is asked for.
+
+    Returns:
+        Section of the configuration -> what is wrong there, at most one message.
+    """
+    found: dict[str, list[str]] = {}
+    for dataset in (config.dataset, *config.eval.texts):
+        found[dataset.section] = []
+        try:
+            reading(dataset, check_dataset, dataset)
+        except (DatasetError, OSError) as error:
+            found[dataset.section].append(str(error))
+    return found

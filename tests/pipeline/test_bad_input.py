@@ -676,11 +676,44 @@ def test_check_names_everything_at_once_and_computes_nothing(corpus: Corpus) -> 
         "  - model.safetensors",
     ]
     assert lines[5] == f"neox ({corpus._models}/neox): nothing wrong was found"
-    assert len(lines) == 6
+    assert lines[6] == f"dataset ({corpus.file}): nothing wrong was found"
+    assert len(lines) == 7
     stage = corpus.refused("shard", **spoiled_again(corpus))
     assert "4 problems:" in stage
-    assert ptafuse("check", str(corpus.config())).stdout.count("nothing wrong was found") == 2
+    assert ptafuse("check", str(corpus.config())).stdout.count("nothing wrong was found") == 3
     assert not corpus.run.exists()
+
+
+def test_ten_broken_models_and_data_sets_are_ten_messages_on_one_screen(corpus: Corpus) -> None:
+    import datasets
+
+    spoilers = [
+        *("a weight file cut short", "a Git LFS pointer in the place of a file", "an adapter beside the weights"),
+        *(
+            "an encoder-decoder (T5)",
+            "a padding token outside the vocabulary",
+            "weights of other shapes than config.json says",
+        ),
+        *("an index that names a file that is not there", "quantised weights whose package is missing"),
+    ]
+    toml = corpus.write(*GOOD).config()
+    models = []
+    for number, row in enumerate(spoilers):
+        folder = Path(shutil.copytree(corpus._models / "llama", corpus.folder / f"broken-{number}"))
+        SPOILED[row](folder)
+        models.append(f'[[sources]]\nname = "broken-{number}"\npath = "{folder}"\n')
+    saved = corpus.folder / "saved"
+    datasets.Dataset.from_dict({"text": GOOD}).save_to_disk(saved)
+    text = f'[[eval.texts]]\nname = "news"\npath = "{corpus.file}"\ntext_column = "body"\n'
+    values = toml.read_text().replace(f'path = "{corpus.file}"', f'path = "{saved}"')
+    toml.write_text("\n".join([values, *models, text]))
+    done = ptafuse("check", str(toml), check=False)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert sum(line.startswith("  - ") for line in lines) == 10
+    assert sum(": 1 problem" in line for line in lines) == 10
+    assert len(lines) <= 24
+    assert re.search(said("a folder that `Dataset.save_to_disk` wrote"), done.stdout)
 
 
 def spoiled_again(corpus: Corpus) -> dict[str, str]:

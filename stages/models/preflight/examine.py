@@ -30,7 +30,12 @@ _GGUF_PACKAGES: Final = ("gguf", "accelerate")
 
 
 def examine(
-    model: ModelConfig, *, trained: bool = False, isolated: bool = False, tokenizers_of_hub: bool = True
+    model: ModelConfig,
+    *,
+    trained: bool = False,
+    isolated: bool = False,
+    has_weights: bool = True,
+    tokenizers_of_hub: bool = True,
 ) -> list[Problem]:
     """Find what is wrong with a model's files.
 
@@ -40,6 +45,7 @@ def examine(
         model: which model.
         trained: whether the run trains it.
         isolated: whether it is trained on packed documents that do not see each other.
+        has_weights: whether its weights are wanted here; a server may have them.
         tokenizers_of_hub: load a tokenizer that is on the hub; that may ask the hub.
 
     Returns:
@@ -53,7 +59,11 @@ def examine(
         found = list(_gguf_problems(model))
     else:
         folder = local_folder(model)
-        found = [] if folder is None else list(_model_problems(model, folder, trained=trained, isolated=isolated))
+        found = (
+            []
+            if folder is None
+            else list(_model_problems(model, folder, trained=trained, isolated=isolated, has_weights=has_weights))
+        )
     files = model.tokenizer_files
     if files.path is None and not tokenizers_of_hub:
         return found
@@ -85,7 +95,9 @@ def local_folder(files: PretrainedFiles) -> Path | None:
     return None
 
 
-def _model_problems(model: ModelConfig, folder: Path, *, trained: bool, isolated: bool) -> Iterator[Problem]:
+def _model_problems(
+    model: ModelConfig, folder: Path, *, trained: bool, isolated: bool, has_weights: bool
+) -> Iterator[Problem]:
     config_file = folder / CONFIG_FILE
     if model.path is None and not config_file.exists():
         return
@@ -99,7 +111,7 @@ def _model_problems(model: ModelConfig, folder: Path, *, trained: bool, isolated
     yield from _other_files(model, folder)
     stored: dict[str, StoredTensor] = {}
     broken = False
-    for problem in _read_headers(model, folder, stored):
+    for problem in _read_headers(model, folder, stored) if has_weights else ():
         broken = True
         yield problem
     if found:
