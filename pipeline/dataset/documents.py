@@ -12,7 +12,7 @@ from typing import Any, Final, Self
 import pyarrow as pa
 
 from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity
-from pipeline.dataset.find import find_files
+from pipeline.dataset.find import describe_mixed_splits, find_files
 from pipeline.dataset.formats import FORMATS, Chunks, RowCount, changed
 from stages.shard.config import DatasetConfig
 
@@ -64,8 +64,9 @@ def check_dataset(dataset: DatasetConfig) -> None:
         DatasetError: nothing readable in it, or no such column of text or of kinds (lists those found).
     """
     files = find_files(dataset)
-    for note in files.notes:
-        log.warning("%s", note)
+    for note in (*files.notes, describe_mixed_splits(dataset, files)):
+        if note:
+            log.warning("%s", note)
     _check_kinds(dataset, files)
     kind = FORMATS[files.format]
     if any(kind.has_documents(files, name, dataset.text_column, "text_column") for name in files.paths):

@@ -87,9 +87,26 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
         )
     names = {path[len(base) :].lstrip("/"): f"{path}{question}{query}" for path in found.paths}
     notes = [f"{path} is {read_as} by a link: it is read once" for path, read_as in found.doubles.items()]
-    names = _of_split(dataset, names, notes)
+    if found.passed_over:
+        notes.append(
+            f"{url}: {len(found.passed_over)} files are not read, {found.passed_over[0]} the first: "
+            f"{_remedy(found.passed_over[0])}"
+        )
+    if dataset.split is not None:
+        names = _of_split(dataset, names, notes)
     kind_name = _one_format(dataset, names, url)
     return DatasetFiles(filesystem, names, kind_name, dataset.section, tuple(notes))
+
+
+def describe_mixed_splits(dataset: DatasetConfig, files: DatasetFiles) -> str | None:
+    """Return what a user should know where files of several splits are read as one, because none was asked for."""
+    splits = splits_of(list(files.paths)) if dataset.split is None else {}
+    if len(splits) < 2:
+        return None
+    return (
+        f"{dataset.path} holds files of several splits, and all are read: {describe_splits(splits)}. Set "
+        f"{dataset.section}.split to one of them"
+    )
 
 
 @functools.lru_cache(maxsize=16)
@@ -114,21 +131,14 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
 
 
 def _of_split(dataset: DatasetConfig, names: dict[str, str], notes: list[str]) -> dict[str, str]:
-    """Return the files of the split that is asked for, all where none is; says in ``notes`` what that leaves in doubt.
+    """Return the files of the split that is asked for; says in ``notes`` how many are of none.
 
     Raises:
         DatasetError: no file is of that split; says which splits there are.
     """
     splits = splits_of(list(names))
     setting = f"{dataset.section}.split"
-    if dataset.split is None:
-        if len(splits) > 1:
-            notes.append(
-                f"{dataset.path} holds files of several splits, and all are read: {describe_splits(splits)}. Set {setting} to "
-                "one of them"
-            )
-        return names
-    wanted = canonical_split(dataset.split)
+    wanted = canonical_split(str(dataset.split))
     if wanted not in splits:
         raise DatasetError(
             f"{dataset.path} has no files of the split {dataset.split!r}. By their names there are: "
@@ -207,7 +217,9 @@ def _in_folder(filesystem: Any, root: str, url: str) -> LocalFiles:
         )
     doubles = {path: read_as for path, read_as in found.doubles.items() if read_as in known}
     unreadable = {path: why for path, why in found.unreadable.items() if not _is_hidden(path[len(root) :])}
-    return LocalFiles(known, doubles, {path: why for path, why in unreadable.items() if format_of(path)})
+    unreadable = {path: why for path, why in unreadable.items() if format_of(path)}
+    passed_over = [path for path in shown if format_of(path) is None and _remedy(path) is not None]
+    return LocalFiles(known, doubles, unreadable, passed_over)
 
 
 def _listed(search: Any, path: str) -> LocalFiles:

@@ -10,8 +10,8 @@ from typing import Final
 from fsspec.utils import glob_translate
 
 _MAGIC: Final = "*?["
-_HIDDEN: Final = (".", "_", "lost+found")
-"""How names begin that are no part of data: ``.git``, Spark's ``_SUCCESS``, what a disk keeps for itself."""
+_LOST_AND_FOUND: Final = "lost+found"
+"""What a disk keeps for itself, and lets nobody list."""
 _MAX_NAMES: Final = 8
 """Names under which a glob looks into one folder: enough to match a name that a link gives it, and cycles of links end."""
 
@@ -25,11 +25,13 @@ class LocalFiles:
             under that.
         doubles: further name of such a file -> the name in ``paths``.
         unreadable: entry that is neither a file nor a folder -> what it is, in words.
+        passed_over: files that look like data of a format that is not read.
     """
 
     paths: list[str] = field(default_factory=list)
     doubles: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
+    passed_over: list[str] = field(default_factory=list)
 
 
 def walk_files(root: str) -> LocalFiles:
@@ -40,7 +42,7 @@ def walk_files(root: str) -> LocalFiles:
         FileNotFoundError: there is no such folder.
         PermissionError: a folder may not be listed.
     """
-    return _walk(root, None, max_names=1, hidden=_HIDDEN)
+    return _walk(root, None, max_names=1, skips_hidden=True)
 
 
 def match_files(pattern: str) -> LocalFiles:
@@ -71,7 +73,7 @@ def _walk(
     max_depth: int | None,
     *,
     max_names: int,
-    hidden: tuple[str, ...] = (),
+    skips_hidden: bool = False,
     is_wanted: Callable[[str], bool] | None = None,
 ) -> LocalFiles:
     """Find files breadth first.
@@ -80,7 +82,7 @@ def _walk(
         root: the folder to begin in.
         max_depth: levels that are searched, 1 for the folder's own files; None: all.
         max_names: how often a folder is read that links give several names.
-        hidden: beginnings of the names of entries that are passed over.
+        skips_hidden: pass over ``.git``, Spark's ``_SUCCESS`` and the like.
         is_wanted: whether a path is looked for; None: every one is.
     """
     unreadable: dict[str, str] = {}
@@ -96,7 +98,7 @@ def _walk(
         if num_names[real_folder] > max_names:
             continue
         for entry in os.scandir(folder):
-            if entry.name.startswith(hidden):
+            if skips_hidden and (entry.name.startswith((".", "_")) or entry.name == _LOST_AND_FOUND):
                 continue
             path = f"{folder.rstrip('/')}/{entry.name}"
             through_link = is_linked or entry.is_symlink()

@@ -131,6 +131,16 @@ def test_a_folder_that_may_not_be_listed_is_refused(tmp_path: Path, monkeypatch:
         check_dataset(dataset(tmp_path))
 
 
+def test_what_is_no_part_of_data_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.jsonl", "lost+found.jsonl", ".git/b.jsonl", "_temporary/c.jsonl", ".d.jsonl", "lost+found/e.jsonl"):
+        write(tmp_path / name, name)
+    scandir = find.os.scandir
+    monkeypatch.setattr(
+        "os.scandir", lambda folder: scandir(folder) if Path(folder) == tmp_path else pytest.fail(folder)
+    )
+    assert documents(dataset(tmp_path)) == ["a.jsonl", "lost+found.jsonl"]
+
+
 # --- splits --------------------------------------------------------------------------------------------------------------
 
 
@@ -263,3 +273,12 @@ def test_what_to_do_with_files_that_are_not_read_is_said(tmp_path: Path, name: s
     for path in (tmp_path / name, tmp_path):
         with pytest.raises(DatasetError, match=f"(?i){remedy}"):
             check_dataset(dataset(path))
+
+
+def test_data_of_other_formats_beside_what_is_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.jsonl", "text")
+    for name in ("b.csv", "c.csv", "README.md", ".d.csv"):
+        (tmp_path / name).write_text("x")
+    assert documents(dataset(tmp_path)) == ["text"]
+    assert "2 files are not read" in caplog.text
+    assert "b.csv the first: convert it, e.g. with `pandas.read_csv" in caplog.text

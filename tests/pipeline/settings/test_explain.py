@@ -35,7 +35,7 @@ TOP = MINIMAL.replace("[[sources]]", "[sources]")
         (MINIMAL + '[train]\nlearning_rate = "1e-4 "\nseed = "x"', r"train\.seed: expected a whole number; found the text 'x'"),
         (MINIMAL + "[train]\nbatch_size = 2.5", r"train\.batch_size: expected a whole number; found 2\.5"),
         (MINIMAL + "[train]\nbatch_size = true", r"train\.batch_size: expected a number; found true"),
-        (MINIMAL + "[dataset.x]\n", r"dataset\.x: there is no such setting; known here: documents, hub"),
+        (MINIMAL + "[dataset.x]\n", r"dataset\.x: there is no such setting; known here: control_tokens, documents"),
         (MINIMAL + '[train]\ncompile = "maybe"', r"train\.compile: expected true or false; found the text 'maybe'"),
         (MINIMAL + "[train]\nlambda = 1.5", r"train\.lambda: expected a number of at most 1; found 1\.5"),
         (MINIMAL + "[train]\nlambda_ = 1", r"train\.lambda_: there is no such setting; did you mean 'lambda'"),

@@ -245,7 +245,7 @@ def test_status_and_plan_count_texts(texts: Texts) -> None:
     [
         ("", "give exactly one of `hub` (with `revision`) and `path`"),
         ('path = "x.txt"\nnum_documents = 2\nfraction = 0.5', "give one of them"),
-        ('path = "x.txt"\nnum_document = 2', "there is no such setting; known here: "),
+        ('path = "x.txt"\nnum_document = 2', "there is no such setting; did you mean 'num_documents'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny_config: Path, tmp_path: Path, lines: str, message: str) -> None:
