@@ -245,3 +245,18 @@ def test_local_dataset_is_measured_by_its_files(tiny_config: Path) -> None:
     assert source.startswith("the files of ")
     part = load_config(tiny_config, ("dataset.max_documents=6",))
     assert dataset_size(part, Assumed(AssumptionsConfig()))[:2] == (6, num_bytes / 4)
+
+
+def test_draws_from_the_tail_take_room(tiny_config: Path, tmp_path: Path) -> None:
+    def entries(*overrides: str) -> dict[str, float]:
+        store, request = Store(str(tmp_path / "none")), Request(str(tiny_config), overrides)
+        found = forecast(resolve(load_config(tiny_config, overrides), store, request), store)
+        work = {step.key: step.work for step in found.steps}
+        rate = AssumptionsConfig().bytes_per_entry
+        return {
+            key: work[key].num_bytes / work[key].num_tokens / rate for key in ("logits/llama", "align/neox", "fuse")
+        }
+
+    assert entries() == pytest.approx({"logits/llama": 10, "align/neox": 10, "fuse": 10})
+    drawn = entries("logits.tail_samples=6")
+    assert drawn == pytest.approx({"logits/llama": 13, "align/neox": 16, "fuse": 22}), "fuse has those of two models"

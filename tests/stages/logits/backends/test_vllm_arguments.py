@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from stages.logits.backends.vllm import ValidIds, engine_arguments
+from stages.logits.backends.vllm import ValidIds, VllmBackend, engine_arguments
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
 
@@ -44,3 +45,10 @@ def test_full_window_and_a_generated_token_fit():
 def test_several_gpus_are_those_of_this_process():
     assert arguments(LOCAL)["distributed_executor_backend"] == "uni"
     assert arguments(LOCAL, tensor_parallel_size=2)["distributed_executor_backend"] == "mp"
+
+
+def test_draws_are_refused_by_a_backend_without_full_distributions():
+    backend = VllmBackend.__new__(VllmBackend)  # no engine is started
+    backend._model = LOCAL
+    with pytest.raises(ValueError, match=r"model m: 2 draws .* vLLM gives the largest entries alone"):
+        backend.predict([np.zeros(3, np.int32)], [[]], np.zeros((3, 2)))
