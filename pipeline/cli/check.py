@@ -10,8 +10,9 @@ app = typer.Typer()
 @app.command()
 def check(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
     """Examine the models, the dataset and the texts of a configuration, and name all that is wrong; loads no weights."""
-    from pipeline.run.preflight import dataset_problems, model_problems
+    from pipeline.run.preflight import dataset_problems, is_served, model_problems
     from pipeline.settings.load import load_config
+    from stages.models.preflight.examine import unexamined
 
     loaded = load_config(config, tuple(sets or ()))
     problems = model_problems(loaded)
@@ -22,7 +23,8 @@ def check(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> No
             file = problem.file.removeprefix(f"{model.path}/") if model.path else problem.file
             where = "" if problem.file in ("", str(model.path)) else f"{file}: "
             found.append(f"{where}{problem.text}")
-        _show(model.name, str(model.path or f"{model.hub}@{model.revision}"), found)
+        left_out = unexamined(model, has_weights=not is_served(model))
+        _show(model.name, str(model.path or f"{model.hub}@{model.revision}"), found, left_out)
     of_datasets = dataset_problems(loaded)
     for dataset in (loaded.dataset, *loaded.eval.texts):
         found = of_datasets[dataset.section]
@@ -31,8 +33,10 @@ def check(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> No
         raise typer.Exit(1)
 
 
-def _show(name: str, place: str, problems: list[str]) -> None:
+def _show(name: str, place: str, problems: list[str], left_out: str | None = None) -> None:
     verdict = f"{len(problems)} problem{'s' * (len(problems) > 1)}" if problems else "nothing wrong was found"
+    if left_out is not None:
+        verdict = f"{verdict}; {left_out}" if problems else left_out
     console().print(f"{name} ({place}): {verdict}", soft_wrap=True)
     for problem in problems:
         console().print(f"  - {problem}", soft_wrap=True)

@@ -4,6 +4,7 @@ from pipeline.dataset.documents import check_dataset
 from pipeline.dataset.files import DatasetError, reading
 from pipeline.settings.adapt import SourceConfig
 from pipeline.settings.run import RunConfig
+from stages.models.config import ModelConfig
 from stages.models.preflight.examine import examine
 from stages.models.preflight.problem import Problem
 
@@ -33,10 +34,15 @@ def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Probl
             model,
             trained=training is not None,
             isolated=training is not None and training.isolate_documents,
-            has_weights=not (isinstance(model, SourceConfig) and model.is_served),
+            has_weights=not is_served(model),
             tokenizers_of_hub=may_ask_hub,
         )
     return problems
+
+
+def is_served(model: ModelConfig) -> bool:
+    """Return whether a model is asked for what it predicts at a server, so that its weights are not looked for here."""
+    return isinstance(model, SourceConfig) and model.is_served
 
 
 def refuse_unusable_models(config: RunConfig, *, may_ask_hub: bool = True) -> None:

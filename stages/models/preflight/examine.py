@@ -82,6 +82,29 @@ def examine(
     )
 
 
+def unexamined(model: ModelConfig, *, has_weights: bool = True) -> str | None:
+    """Say what of a model was not at hand to examine; None where everything was, as for every local model.
+
+    Args:
+        model: which model.
+        has_weights: its weights are read here; False for one that is served elsewhere.
+    """
+    if model.path is not None:
+        return None
+    folder = local_folder(model)
+    if folder is None or not (folder / CONFIG_FILE).exists():
+        return "it is not in the local cache of the hub, so it is examined after its first download"
+    if not has_weights:
+        return None
+    try:
+        files = weight_files(folder)
+    except WeightFileError:
+        return None
+    if not files or not all(file.exists() for file in files):
+        return "its weights are not in the local cache of the hub, so they are examined after their first download"
+    return None
+
+
 def local_folder(files: PretrainedFiles) -> Path | None:
     """Return the folder of local files, or of what the cache holds of the hub's; None where it holds nothing."""
     if files.path is not None:

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from stages.models.config import ModelConfig, embedding_rows
-from stages.models.preflight.examine import examine
+from stages.models.preflight.examine import examine, unexamined
 from tests.stages.models.preflight.spoil import change_weights, edit_json
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -54,11 +54,16 @@ def test_what_is_wrong_with_it_is_named(snapshot: Path, revision: str) -> None:
     assert found.startswith(f"model m: {snapshot}: the weights lack lm_head.weight")
 
 
-def test_what_is_not_in_the_cache_is_not_missed(snapshot: Path) -> None:
+def test_what_is_not_in_the_cache_is_not_missed_and_is_said(snapshot: Path) -> None:
+    model = ModelConfig(name="m", hub="some/llama", revision=REVISION)
+    assert unexamined(model) is None
+    assert unexamined(ModelConfig(name="m", path=snapshot)) is None
     (snapshot / "model.safetensors").unlink()
     assert problems() == []
+    assert str(unexamined(model)).startswith("its weights are not in the local cache")
     (snapshot / "config.json").unlink()
     assert problems() == []
+    assert str(unexamined(model)).startswith("it is not in the local cache")
     assert examine(ModelConfig(name="m", hub="some/other", revision=REVISION)) == []
     assert embedding_rows(ModelConfig(name="m", hub="some/other", revision=REVISION)) is None
 
