@@ -10,6 +10,7 @@ from pipeline.state.status import RunStatus, StepStatus
 from stages.contract.manifest import Figure, Mean
 from stages.shard.config import CONTROL_TOKEN_DOCUMENTS
 
+GOLD_EXCLUDED: Final = "gold_excluded"
 HEADLINES: Final[dict[str, dict[str, str]]] = {
     "shard": {
         "documents": "documents that became segments",
@@ -28,6 +29,7 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
     "align": {
         "covered": "positions that got a distribution",
         "completed_nll": "surprise of the gold token, nats",
+        GOLD_EXCLUDED: "rows that rule the gold token out",
         "target_exact_nll": "the same of the target itself",
         "mass_moved": "probability moved to other texts",
         "missing_source_segments": "segments without its logits",
@@ -40,6 +42,7 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
     "fuse": {
         "fused": "positions that got a distribution",
         "completed_nll": "surprise of the gold token, nats",
+        GOLD_EXCLUDED: "rows that rule the gold token out",
         "target_exact_nll": "the same of the target itself",
         "block_fill": "share of the blocks that is filled",
         "missing_source_segments": "segments without a source",
@@ -50,11 +53,16 @@ are shown by ``status --all``."""
 ONLY_IF_ANY: Final = frozenset(
     {
         *("empty_documents", CONTROL_TOKEN_DOCUMENTS, "windowed_segments"),
-        *("missing_source_segments", "unconverged"),
+        *("missing_source_segments", "unconverged", GOLD_EXCLUDED),
     }
 )
 """Counts of what is out of the ordinary: not shown while they are 0."""
-WHOLES: Final = {"covered": "positions", "fused": "positions", CONTROL_TOKEN_DOCUMENTS: "documents"}
+WHOLES: Final = {
+    "covered": "positions",
+    "fused": "positions",
+    GOLD_EXCLUDED: "positions",
+    CONTROL_TOKEN_DOCUMENTS: "documents",
+}
 """Count -> the count that it is a share of."""
 
 
@@ -136,6 +144,8 @@ def _meanings(step: StepStatus) -> dict[str, str]:
 
 
 def _with_share(name: str, figure: Figure, step: StepStatus) -> str:
+    if name == "completed_nll" and step.figures.get(GOLD_EXCLUDED):
+        return f"inf ({shown_figure(figure)} elsewhere)"
     whole = step.figures.get(WHOLES.get(name, ""))
     if isinstance(figure, int) and isinstance(whole, int) and whole:
         return f"{shown_figure(figure)} ({figure / whole:.0%})"

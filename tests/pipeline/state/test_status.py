@@ -13,8 +13,8 @@ from pipeline.engine.progress import StepProgress
 from pipeline.engine.worker import ShardStatus
 from pipeline.run.records import recorded_run, recorded_runs
 from pipeline.run.stage_table import STAGES
-from pipeline.state.status import read_status
-from pipeline.state.status_view import HEADLINES, ONLY_IF_ANY, WHOLES
+from pipeline.state.status import RunStatus, StepStatus, read_status
+from pipeline.state.status_view import HEADLINES, ONLY_IF_ANY, WHOLES, print_status
 from stages.contract.manifest import Mean
 from stages.contract.store import Store
 from tests.tiny_run import ptafuse
@@ -47,6 +47,16 @@ def test_the_figures_that_matter_are_a_table_and_the_rest_is_asked_for(undisturb
     assert "one_to_one" in everything
     assert "more figures" not in everything
     assert _num_figures(everything) - _num_figures(shown) == number
+
+
+@pytest.mark.parametrize(("excluded", "value"), [(0, "1.5"), (3, "inf (1.5 elsewhere)")])
+def test_a_mean_that_leaves_out_infinite_surprise_is_not_shown_as_the_whole(excluded: int, value: str) -> None:
+    health = {"positions": 10, "covered": 10, "gold_excluded": excluded, "completed_nll": Mean(total=1.5 * 7, count=7)}
+    console = Console(file=io.StringIO(), width=120)
+    print_status(RunStatus("run", "x", (StepStatus("align/a", "0", health=health),), None), console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(rf"completed_nll +│ +{re.escape(value)} │", shown)
+    assert ("3 (30%)" in shown) == bool(excluded)
 
 
 def _num_figures(shown: str) -> int:
