@@ -30,6 +30,11 @@ class FuseConfig(Settings):
     fit_shards: Annotated[int, ADDED] = Field(
         64, ge=1, description="Of function = 'fitted': shards that weights are fitted on, evenly spread; all of fewer."
     )
+    uncovered: Annotated[Literal["target", "none"], ADDED] = Field(
+        "target",
+        description="What is taught where no source has a distribution: the target's own before training (the paper), or "
+        "nothing but the gold token.",
+    )
     granularity: Literal["document", "segment", "token", "block"] = Field(
         "document", description="Over which span a candidate is judged."
     )

@@ -355,6 +355,9 @@ class FuseStage:
         pieces = packing.pieces_of(row)
         short_context = self._short_context(packing, pieces, length) & (gold != PAD_ID)
         candidates = tuple(without(part, short_context) for part in self._candidates(shard, row))
+        if self.config.uncovered == "none":
+            is_covered = np.any([part.rows.present for part in candidates[1:]], axis=0)
+            candidates = (without(candidates[0], ~is_covered), *candidates[1:])
         if self.config.granularity == "token":
             judged = token_cross_entropy(candidates, gold)
         else:

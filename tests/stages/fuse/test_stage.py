@@ -358,6 +358,27 @@ def test_one_source_works_and_where_it_has_nothing_the_target_is_taken(inputs):
     assert output.health["missing_source_segments"] == 1
 
 
+@pytest.mark.parametrize("function", ["min-ce", "avg-ce"])
+def test_where_no_source_has_anything_the_gold_token_alone_can_be_learnt(inputs, function):
+    own, none = (
+        list(
+            inputs.stage(packing="whole", max_length=64, function=function, uncovered=uncovered).fused_segments(
+                inputs.tables, range(len(SEGMENTS))
+            )
+        )
+        for uncovered in ("target", "none")
+    )
+    num_uncovered = 0
+    for before, after in zip(own, none, strict=True):
+        covered = np.any([part.rows.present for part in before.candidates[1:]], axis=0)
+        num_uncovered += int((before.present & ~covered).sum())
+        assert np.array_equal(after.present, before.present & covered)
+        assert np.array_equal(after.chosen[covered], before.chosen[covered])
+        assert (after.chosen[~covered] == -1).all()
+        assert np.array_equal(after.mixture.rows.ids[covered], before.mixture.rows.ids[covered])
+    assert num_uncovered > 0
+
+
 def test_sources_with_different_tails_are_refused(tmp_path):
     made = make_inputs(tmp_path / "a", tail="bucket")
     other = make_inputs(tmp_path / "b", tail="renormalise")
