@@ -73,14 +73,31 @@ def train(job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None =
         workers = stack.enter_context(join_workers(device))
         blocks, num_ids = _open_blocks(job, workers)
         root = _load(job, workers, blocks, num_ids=num_ids)
-        last = _take_steps(job, root, blocks, workers, on_step, watch)
+        last = take_steps(job, root, blocks, workers, on_step, watch)
         return _finish(job, output, root, last, workers)
 
 
-def _take_steps(
+def take_steps(
     job: TrainJob, root: LossModel, blocks: FusedBlocks, workers: Workers, on_step: OnStep | None, watch: Watch
 ) -> StepRecord:
-    """All steps that are left; returns the record of the job's last one."""
+    """Take the steps that are left, from the newest committed checkpoint in the job's output folder on.
+
+    Args:
+        job: its model is not loaded here.
+        root: the sharded model, with the values that training begins with.
+        blocks: the training blocks.
+        workers: who share the model; all of them call this.
+        on_step: called after each optimizer step, its checkpoint (if one was due) begun.
+        watch: tells when the machine is about to go.
+
+    Returns:
+        The record of the job's last step.
+
+    Raises:
+        ValueError: what lies in the output folder belongs to another job.
+        FloatingPointError: a loss or a gradient is not finite; names the blocks.
+        StoppedError: the job was told to stop; its checkpoint is written.
+    """
     config, output = job.config, Path(job.output)
     optimizer = build_optimizer(root.model, config)
     schedule = Schedule(len(blocks), config.batch_size, config.num_epochs, config.seed)

@@ -56,14 +56,17 @@ class LogitsStage:
         self._config = config
         self._model = model
 
-    def setup(self) -> None:
+    def setup(self, backend: Backend | None = None) -> None:
         """Load tokenizer and model.
+
+        Args:
+            backend: what runs the model, if it is loaded already. None: load the one that the settings choose.
 
         Raises:
             ValueError: the tokenizer gives no byte offsets, or the backend cannot run the model.
         """
         self._tokenizer = SegmentTokenizer.load(self._model)
-        self._backend = self._load_backend()
+        self._backend = backend or self._load_backend()
         limit = self._backend.max_length
         if limit < self._config.max_length:
             logger.warning(

@@ -4,6 +4,7 @@ import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,15 @@ class TransformersBackend:
 
     versions: Mapping[str, str] = {"backend": "transformers"}  # transformers' own version is recorded for every stage
 
-    def __init__(self, config: LogitsConfig, model: ModelConfig, *, num_valid: int) -> None:
+    def __init__(self, config: LogitsConfig, model: ModelConfig, *, num_valid: int, loaded: Any | None = None) -> None:
         """Load the model, and check that its head is applied as the model itself does.
 
         Args:
             config: the stage's settings.
             model: which model.
             num_valid: the tokenizer's length; ids at or above it are no tokens.
+            loaded: the transformers model, if it is in memory already: in eval mode, on the device and in the precision of
+                ``config``. None: load it.
 
         Raises:
             ValueError: the architecture's head is laid out in an unknown way.
@@ -46,8 +49,9 @@ class TransformersBackend:
         self._chunk_positions = config.chunk_positions
         self._device = resolve_device(config.device)
         set_threads(self._device, config.cpus_per_worker)
-        choices = attention_choices(config.attention, self._device, half_precision=config.dtype != "float32")
-        loaded = load_model(model, dtype=config.dtype, attention=choices, device=str(self._device))
+        if loaded is None:
+            choices = attention_choices(config.attention, self._device, half_precision=config.dtype != "float32")
+            loaded = load_model(model, dtype=config.dtype, attention=choices, device=str(self._device))
         check_head(loaded)
         self._body, self._head = split_head(loaded)
         self.num_embeddings = int(loaded.get_input_embeddings().weight.shape[0])
