@@ -45,8 +45,8 @@ TEXTS: Final[tuple[str, ...]] = (
 """The training corpus: prose, code, several scripts, emoji."""
 
 
-def save_tokenizer(family: Family, folder: str | Path, *, vocab_size: int = 400) -> Path:
-    """Train one tokenizer on ``TEXTS`` and save it.
+def save_tokenizer(family: Family, folder: str | Path, *, vocab_size: int = 400, texts: Sequence[str] = TEXTS) -> Path:
+    """Train one tokenizer and save it.
 
     Args:
         family: ``"byte-bpe"`` (GPT-2: eos ``<|endoftext|>``, no BOS), ``"spm-bpe"`` (Llama-2: dummy prefix, byte
@@ -54,6 +54,7 @@ def save_tokenizer(family: Family, folder: str | Path, *, vocab_size: int = 400)
             ``</s>``, no BOS), ``"wordpiece"`` (BERT: lower-casing; ``[BOS]`` prepended, eos ``[EOS]``).
         folder: created if missing.
         vocab_size: wanted size; what the trainer finds may be a little less.
+        texts: what it is trained on.
 
     Returns:
         The folder.
@@ -61,13 +62,13 @@ def save_tokenizer(family: Family, folder: str | Path, *, vocab_size: int = 400)
     from transformers import PreTrainedTokenizerFast
 
     build = {"byte-bpe": _byte_bpe, "spm-bpe": _spm_bpe, "unigram": _unigram, "wordpiece": _wordpiece}[family]
-    tokenizer, special = build(vocab_size)
+    tokenizer, special = build(vocab_size, texts)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
     fast.save_pretrained(str(folder))
     return Path(folder)
 
 
-def _byte_bpe(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+def _byte_bpe(vocab_size: int, texts: Sequence[str]) -> tuple[Tokenizer, dict[str, Any]]:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -78,7 +79,7 @@ def _byte_bpe(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
         special_tokens=["<|endoftext|>"],
         show_progress=False,
     )
-    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer, {"eos_token": "<|endoftext|>"}
 
 
@@ -98,10 +99,10 @@ def _learn(texts: Sequence[str], pre_tokenizer: Any, *, size: int, max_alphabet:
     return json.loads(learner.to_str())["model"]
 
 
-def _spm_bpe(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+def _spm_bpe(vocab_size: int, texts: Sequence[str]) -> tuple[Tokenizer, dict[str, Any]]:
     reserved = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     size = vocab_size - len(reserved)
-    learned = _learn(TEXTS, pre_tokenizers.Metaspace(prepend_scheme="always"), size=size, max_alphabet=size // 2)
+    learned = _learn(texts, pre_tokenizers.Metaspace(prepend_scheme="always"), size=size, max_alphabet=size // 2)
     pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     tokenizer = Tokenizer(
         models.BPE(
@@ -121,9 +122,9 @@ def _spm_bpe(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
-def _unigram(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+def _unigram(vocab_size: int, texts: Sequence[str]) -> tuple[Tokenizer, dict[str, Any]]:
     specials = ["<pad>", "</s>", "<unk>"]
-    texts = [unicodedata.normalize("NFKC", text) for text in TEXTS]
+    texts = [unicodedata.normalize("NFKC", text) for text in texts]
     metaspace = pre_tokenizers.Metaspace(prepend_scheme="always")
     size = vocab_size - len(specials)
     learned = _learn(texts, metaspace, size=size, max_alphabet=size // 2)
@@ -140,10 +141,10 @@ def _unigram(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
     return tokenizer, {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 
 
-def _wordpiece(vocab_size: int) -> tuple[Tokenizer, dict[str, Any]]:
+def _wordpiece(vocab_size: int, texts: Sequence[str]) -> tuple[Tokenizer, dict[str, Any]]:
     specials = ["[PAD]", "[UNK]", "[BOS]", "[EOS]"]
     normalizer = normalizers.BertNormalizer(lowercase=True)
-    texts = [normalizer.normalize_str(text) for text in TEXTS]
+    texts = [normalizer.normalize_str(text) for text in texts]
     split = pre_tokenizers.BertPreTokenizer()
     learned = _learn(texts, split, size=vocab_size, max_alphabet=vocab_size // 4)["vocab"]
     words = {word for text in texts for word, _ in split.pre_tokenize_str(text)}

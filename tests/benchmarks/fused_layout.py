@@ -16,59 +16,69 @@ VOCABULARY = 49_152
 TAIL = 0.05
 
 
-def write_files(folder: Path, *, num_tokens: int, distinct: int, blocks_a_file: int) -> tuple[FusedFile, ...]:
+def write_files(
+    folder: Path,
+    *,
+    num_tokens: int,
+    distinct: int,
+    blocks_a_file: int,
+    length: int = LENGTH,
+    vocab_size: int = VOCABULARY,
+) -> tuple[FusedFile, ...]:
     """Write some files, and name them again and again until they stand for so many tokens.
 
     Args:
         folder: where they go.
         num_tokens: that the files hold together.
         distinct: files that are written.
-        blocks_a_file: blocks of ``LENGTH`` tokens in each.
+        blocks_a_file: blocks in each.
+        length: tokens of a block.
+        vocab_size: of the target's tokenizer.
     """
     store = Store(str(folder))
     row_group_bytes = sharded_stage("fuse").row_group_bytes
     written = []
     for number in range(distinct):
-        table = _table(blocks_a_file, np.random.default_rng(number))
+        table = _table(blocks_a_file, length, vocab_size, np.random.default_rng(number))
         data = store.write_table(f"{number}.parquet", table, row_group_bytes=row_group_bytes)
         written.append(FusedFile(store.full_url(data.key), data.sha256))
-    num_files = -(-num_tokens // (blocks_a_file * LENGTH))
+    num_files = -(-num_tokens // (blocks_a_file * length))
     return tuple(written[number % distinct] for number in range(num_files))
 
 
-def _table(num_blocks: int, rng: np.random.Generator) -> pa.Table:
+def _table(num_blocks: int, length: int, vocab_size: int, rng: np.random.Generator) -> pa.Table:
     """Tokens by Zipf's law; rows of 1 to ``TOP_K`` entries with a tail, one document a block."""
-    schema = fused_schema(VOCABULARY, "bucket", ("target", "source"))
-    tokens = [_zipf(rng, LENGTH) for _ in range(num_blocks)]
-    rows = [_rows(rng) for _ in range(num_blocks)]
-    ids, logprobs = sparse_columns(rows, id_type(VOCABULARY))
+    schema = fused_schema(vocab_size, "bucket", ("target", "source"))
+    tokens = [_zipf(rng, length, vocab_size) for _ in range(num_blocks)]
+    rows = [_rows(rng, length, vocab_size) for _ in range(num_blocks)]
+    ids, logprobs = sparse_columns(rows, id_type(vocab_size))
     zeros = [np.zeros(1, np.int64) for _ in tokens]
     columns = {
         "block": pa.array(np.arange(num_blocks), pa.int32()),
-        "token_ids": list_column(tokens, id_type(VOCABULARY)),
+        "token_ids": list_column(tokens, id_type(vocab_size)),
         "piece_start": list_column(zeros, pa.int32()),
         "piece_doc_id": list_column([np.array([index]) for index in range(num_blocks)], pa.int64()),
         "piece_segment": list_column(zeros, pa.int32()),
         "piece_offset": list_column(zeros, pa.int32()),
-        "chosen": list_column([rng.integers(0, 2, LENGTH) for _ in tokens], pa.int8()),
+        "chosen": list_column([rng.integers(0, 2, length) for _ in tokens], pa.int8()),
         "topk_ids": ids,
         "topk_logprobs": logprobs,
-        "tail_mass": list_column([round_to_half(TAIL * rng.random(LENGTH)) for _ in tokens], pa.float32()),
+        "tail_mass": list_column([round_to_half(TAIL * rng.random(length)) for _ in tokens], pa.float32()),
     }
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _zipf(rng: np.random.Generator, size: int | tuple[int, int]) -> np.ndarray:
-    return np.minimum(rng.zipf(1.2, size), VOCABULARY - 1)
+def _zipf(rng: np.random.Generator, size: int | tuple[int, int], vocab_size: int) -> np.ndarray:
+    return np.minimum(rng.zipf(1.2, size), vocab_size - 1)
 
 
-def _rows(rng: np.random.Generator) -> SparseRows:
-    widths = rng.integers(1, TOP_K + 1, LENGTH)
+def _rows(rng: np.random.Generator, length: int, vocab_size: int) -> SparseRows:
+    widths = rng.integers(1, TOP_K + 1, length)
     is_pad = np.arange(TOP_K) >= widths[:, None]
-    weights = np.where(is_pad, 0.0, np.sort(rng.exponential(size=(LENGTH, TOP_K)) ** 3, axis=1)[:, ::-1] + 1e-6)
+    weights = np.where(is_pad, 0.0, np.sort(rng.exponential(size=(length, TOP_K)) ** 3, axis=1)[:, ::-1] + 1e-6)
     probs = (1 - TAIL) * weights / weights.sum(axis=1, keepdims=True)
     logprobs = round_to_half(np.log(np.where(is_pad, 1.0, probs)))
     return SparseRows(
-        np.where(is_pad, PAD_ID, _zipf(rng, is_pad.shape)).astype(np.int32),
+        np.where(is_pad, PAD_ID, _zipf(rng, is_pad.shape, vocab_size)).astype(np.int32),
         np.where(is_pad, -np.inf, logprobs).astype(np.float32),
     )

@@ -16,6 +16,7 @@ from stages.contract.store import Store
 from stages.logits.backends.topk import topk_logprobs
 from stages.logits.config import LogitsConfig
 from stages.logits.stage import LogitsStage
+from stages.models.batches import NO_GOLD
 from stages.models.heads import split_head
 from tests.benchmarks import align_data
 from tests.benchmarks.figure import Figure
@@ -37,6 +38,7 @@ def _ways(vocab_size: int, shape: tuple[int, int]) -> dict[str, Work]:
     config = AutoConfig.for_model("llama", vocab_size=vocab_size, **settings)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     ids = torch.randint(vocab_size, shape)
+    gold_ids = torch.cat([ids[:, 1:], torch.full((len(ids), 1), NO_GOLD)], dim=1).flatten()
     body, head = split_head(model)
     chunk_positions = LogitsConfig().chunk_positions
 
@@ -45,7 +47,7 @@ def _ways(vocab_size: int, shape: tuple[int, int]) -> dict[str, Work]:
         return topk_logprobs(
             body(ids).flatten(0, 1),
             head,
-            ids.flatten(),
+            gold_ids,
             top_k=TOP_K,
             num_valid=vocab_size,
             chunk_positions=chunk_positions,

@@ -36,7 +36,7 @@ def main(way: str, vocab_size: int, dtype: torch.dtype, rounds: int) -> None:
     hidden = torch.randn(T, H, dtype=dtype, requires_grad=True)
     head = nn.Linear(H, vocab_size, bias=False, dtype=dtype)
     labels = torch.randint(0, vocab_size, (T,))
-    rows = [_rows(vocab_size) for _ in range(CANDIDATES)]
+    rows = [random_rows(T, vocab_size) for _ in range(CANDIDATES)]
     peak = extra_peak(lambda: run(way, hidden, head, labels, rows))
     seconds = []
     for _ in range(rounds):
@@ -47,12 +47,23 @@ def main(way: str, vocab_size: int, dtype: torch.dtype, rounds: int) -> None:
     sys.stdout.write(json.dumps({"peak_bytes": peak, "seconds": seconds}) + "\n")
 
 
-def run(way: str, hidden: Tensor, head: nn.Linear, labels: Tensor, rows: list[SparseTargets]) -> None:
+def run(
+    way: str,
+    hidden: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    rows: list[SparseTargets],
+    chunk_positions: int = TrainConfig().chunk_positions,
+) -> None:
     """Forward and backward; the fused distribution of ``sparse`` was chosen when the data was made."""
     if way == "sparse":
-        config = TrainConfig()
+        config, num_positions = TrainConfig(), len(labels)
         settings = LossSettings(
-            LAMBDA / T, (1 - LAMBDA) / T, config.fusion_loss, config.temperature, config.chunk_positions
+            LAMBDA / num_positions,
+            (1 - LAMBDA) / num_positions,
+            config.fusion_loss,
+            config.temperature,
+            chunk_positions,
         )
         fused_loss(hidden, head, labels, rows[0], settings).total.backward()
     else:
@@ -61,10 +72,14 @@ def run(way: str, hidden: Tensor, head: nn.Linear, labels: Tensor, rows: list[Sp
 
 def dense_loss(logits: Tensor, labels: Tensor, rows: list[SparseTargets], *, element_by_element: bool) -> Tensor:
     """With dense targets; the candidates' rewards are given, as they are when the data was made."""
-    targets = [torch.zeros(logits.shape).scatter_(1, row.ids, row.probs) for row in rows]
+    zeros = (torch.zeros(logits.shape, device=logits.device) for _ in rows)
+    targets = [dense.scatter_(1, row.ids, row.probs) for dense, row in zip(zeros, rows, strict=True)]
     chosen = targets[0]
     if element_by_element:
-        rewards = [torch.tensor(1.0 / (1 + number), dtype=torch.bfloat16) for number in range(len(targets))]
+        rewards = [
+            torch.tensor(1.0 / (1 + number), dtype=torch.bfloat16, device=logits.device)
+            for number in range(len(targets))
+        ]
         best = torch.stack([one.expand(logits.shape) for one in rewards], dim=-1).argmax(dim=-1, keepdim=True)
         chosen = torch.stack(targets, dim=-1).gather(-1, best).squeeze(-1)
     clm = nn.functional.cross_entropy(logits, labels)
@@ -72,10 +87,11 @@ def dense_loss(logits: Tensor, labels: Tensor, rows: list[SparseTargets], *, ele
     return LAMBDA * clm + (1 - LAMBDA) * fusion
 
 
-def _rows(vocab_size: int) -> SparseTargets:
+def random_rows(num_positions: int, vocab_size: int) -> SparseTargets:
+    """Draw fused distributions of ``K`` different ids each, without a tail, on the CPU."""
     part = vocab_size // K
-    ids = torch.randint(0, part, (T, K)) + part * torch.arange(K)  # K different ids a row
-    return SparseTargets(ids, torch.softmax(torch.randn(T, K), dim=1), None)
+    ids = torch.randint(0, part, (num_positions, K)) + part * torch.arange(K)
+    return SparseTargets(ids, torch.softmax(torch.randn(num_positions, K), dim=1), None)
 
 
 if __name__ == "__main__":

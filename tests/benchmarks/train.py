@@ -116,7 +116,7 @@ def reader_tokens_per_second() -> list[Figure]:
     """
     with tempfile.TemporaryDirectory(prefix="ptafuse-benchmark-") as folder:
         files = fused_layout.write_files(Path(folder), num_tokens=READER_TOKENS, distinct=4, blocks_a_file=512)
-        blocks = FusedBlocks(files, bos_id=None, with_distributions=True)
+        blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True)
         schedule = Schedule(len(blocks), READER_BATCH, 1, TrainConfig().seed)
         with join_workers(torch.device("cpu")) as workers, Feed(blocks, schedule, 0, workers, 1) as feed:
             for _ in range(READER_WARM_STEPS):

@@ -44,7 +44,8 @@ def row_loss(
 ) -> torch.Tensor:
     """One position: outcomes are the listed ids and the rest of the vocabulary."""
     q = logprobs.exp()
-    outside = [token for token in range(len(logprobs)) if token not in listed]
+    outside = torch.ones(len(logprobs), dtype=torch.bool)
+    outside[list(listed)] = False
     model = torch.cat([q[list(listed)], q[outside].sum()[None]])
     fused = torch.tensor([*listed.values(), 0.0 if tail is None else tail], dtype=torch.float64)
     if divergence == "reverse-kl" and tail is None:
