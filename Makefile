@@ -20,7 +20,7 @@ DEMO_DATA := $(if $(filter demo %demo.toml,$(notdir $(CONFIG))),demo-data/.compl
 STAGES := shard adapt logits align fit fuse train eval
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format bench chaos clean
+.PHONY: help demo demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format bench gpu-check chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -124,6 +124,9 @@ format: $(VENV)/.installed-dev  ## rewrite the code as `make check` wants it
 
 bench: $(VENV)/.installed-dev  ## one JSON object a line, for people on standard error
 	$(BIN)/python -m tests.benchmarks $(ARGS)
+
+gpu-check: $(VENV)/.installed-dev  ## on a GPU machine: is it right and fast? eight minutes (docs/benchmarks.md)
+	$(BIN)/python -m tests.gpu.smoke $(ARGS)
 
 chaos: $(VENV)/.installed-dev  ## kill a run's workers, driver and S3 server 50 times; it must end with the same rows
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -30,7 +30,7 @@ from train.objective.divergence import Divergence, SparseTargets
 from train.objective.loss import IGNORED
 
 TOP_K = 10
-NEAR_TIE = 1e-5
+NEAR_TIE = 3e-5
 """Ids whose logprobs are closer than this may change places: float32 sums differ by as much from device to device."""
 DIVERGENCES: tuple[Divergence, ...] = ("forward-kl", "reverse-kl")
 CLM_FACTOR, FUSION_FACTOR = 0.02, 0.01
