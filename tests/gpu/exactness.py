@@ -20,7 +20,7 @@ from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
 from stages.models.windows import windows
 from tests.benchmarks.loss_ways import random_rows
-from tests.gpu.models import UNUSED, model_config, random_model, relative_difference
+from tests.gpu.models import UNUSED, copied_model, model_config, random_model, relative_difference
 from tests.gpu.report import Report, Setup
 from tests.train.dense_loss import dense_sums
 from train.config import TrainConfig
@@ -112,7 +112,7 @@ def _compare_rows(report: Report, setup: Setup, name: str, model: Any) -> None:
     sequences = random_sequences(setup.size.exact_lengths, model.config.vocab_size)
     expected = plain_rows(model, sequences)
     for dtype in ("float32", "bfloat16"):
-        there = copy.deepcopy(model).to(device=setup.device, dtype=getattr(torch, dtype))
+        there = copied_model(model, device=setup.device, dtype=getattr(torch, dtype))
         backend = backend_of(
             there, device=setup.device, dtype=dtype, batch_tokens=max(setup.size.exact_lengths), chunk_positions=24
         )
@@ -129,7 +129,7 @@ def _compare_rows(report: Report, setup: Setup, name: str, model: Any) -> None:
 def _compare_gradients(report: Report, setup: Setup, name: str, model: Any) -> None:
     batch = _batch(setup.size.gradient_shape, model.config.vocab_size)
     assert batch.targets is not None
-    there = copy.deepcopy(model).to(setup.device).train()
+    there = copied_model(model, device=setup.device, dtype=torch.float32).train()
     plain = copy.deepcopy(model).double().train()
     num_positions = batch.labels.numel()
     for divergence, has_tail in product(DIVERGENCES, (False, True)):

@@ -45,6 +45,17 @@ def random_model(config: Any, *, device: str, dtype: torch.dtype, attention: str
     return model.eval()
 
 
+def copied_model(model: Any, *, device: str, dtype: torch.dtype) -> Any:
+    """Return a model of the same weights elsewhere, as if it had been loaded there in this precision.
+
+    ``model.to(dtype)`` would round its buffers too: rotary frequencies stay float32 in a model that is loaded in bfloat16.
+    """
+    attention = model.config._attn_implementation
+    copied = random_model(model.config, device=device, dtype=dtype, attention=attention)
+    copied.load_state_dict(model.state_dict())
+    return copied
+
+
 def synchronize(device: str) -> None:
     """Wait for what was begun on a device."""
     if device == "cuda":
