@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 
 from train.config import TrainConfig
 from train.model.architecture import Architecture
-from train.objective.loss import BLOCK
+from train.objective.loss import block_positions
 
 USABLE = 0.9
 """Part of a GPU's memory that an estimate may fill."""
@@ -63,7 +63,8 @@ def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_to
         block = saved.outside_layers + layers * saved.layer
     states = 3 * size * config.micro_batch_size * block_tokens * architecture.hidden_size
     chunk = min(config.chunk_positions, config.micro_batch_size * block_tokens)
-    logits = (2 * size * chunk + 8 * min(BLOCK, chunk)) * architecture.vocab_size
+    in_float32 = block_positions("cpu" if config.device == "cpu" else "cuda", chunk)
+    logits = (2 * size * chunk + 8 * in_float32) * architecture.vocab_size
     head_gradient = 0 if config.lora else 4 * architecture.vocab_size * architecture.hidden_size
     return Memory(
         weights=_share(4 * architecture.num_parameters, workers),

@@ -40,7 +40,7 @@ from stages.contract.columns import PAD_ID
 from train.objective.divergence import Divergence, SparseTargets, asks_for_rest, fusion_losses
 
 BLOCK = 32
-"""Positions whose logits are in float32 at once: few enough to stay in a processor's cache."""
+"""Positions whose logits are in float32 at once on a CPU: few enough to stay in a processor's cache."""
 _ROWS = 2048
 """Of a weight's gradient, computed at once where it is converted to another precision."""
 TailLoss = Literal["bucket", "gold"]
@@ -264,8 +264,9 @@ def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None, le
         are targets, those of the fused ids (C, k).
     """
     sums = []
-    for start in range(0, len(logits), BLOCK):
-        rows = slice(start, start + BLOCK)
+    size = block_positions(logits.device.type, len(logits))
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
         block = _others(logits[rows], None if left_out is None else left_out[rows])
         largest = block.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)  # so that -inf - largest is no NaN
         sums.append(block.sub_(largest[:, None]).exp_().sum(dim=1).double().log_().add_(largest))
@@ -273,6 +274,18 @@ def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None, le
     if targets is not None:
         needed.append(logits.gather(1, targets.ids.clamp(min=0)).double())
     return needed
+
+
+def block_positions(device: str, chunk: int) -> int:
+    """Return the positions of a chunk whose logits are in float32 at once.
+
+    On a GPU all of them: it has no use for small blocks, whose many small kernels take longer to start than to run.
+
+    Args:
+        device: its type, ``"cpu"`` or ``"cuda"``.
+        chunk: positions of the chunk, at least 1.
+    """
+    return min(BLOCK, chunk) if device == "cpu" else chunk
 
 
 def _others(logits: Tensor, left_out: Tensor | None) -> Tensor:
@@ -296,8 +309,9 @@ def _of_logits(
     of_others, of_gold, *of_listed = of_needed
     others = others.clamp(min=torch.finfo(torch.float32).min)
     result = torch.empty_like(logits)
-    for start in range(0, len(logits), BLOCK):
-        rows = slice(start, start + BLOCK)
+    size = block_positions(logits.device.type, len(logits))
+    for start in range(0, len(logits), size):
+        rows = slice(start, start + size)
         block = _others(logits[rows], None if left_out is None else left_out[rows])
         block.sub_(others[rows, None]).exp_().mul_(of_others[rows, None])
         block.scatter_add_(1, labels[rows].clamp(min=0)[:, None], of_gold[rows, None])

@@ -11,7 +11,7 @@ from tests.train.dense_loss import dense_sums, loss_settings
 from tests.train.fused_files import random_rows
 from train.objective import loss
 from train.objective.divergence import SparseTargets
-from train.objective.loss import IGNORED, LossSettings, fused_loss
+from train.objective.loss import BLOCK, IGNORED, LossSettings, block_positions, fused_loss
 
 P, H, V = 11, 6, 17
 
@@ -168,6 +168,23 @@ def test_blocks_of_positions_and_of_the_vocabulary_add_up(dtype, monkeypatch):
     wanted = (of_logits @ head.weight.double(), of_logits.T @ hidden.detach().double(), of_logits.sum(dim=0))
     for one, other in zip((hidden.grad, head.weight.grad, head.bias.grad), wanted, strict=True):
         torch.testing.assert_close(one.double(), other, **tolerance)
+
+
+def test_a_chunk_of_a_gpu_is_one_block(monkeypatch):
+    """As a GPU computes it, on the CPU: the same loss and gradients as in blocks."""
+    assert (block_positions("cpu", 9), block_positions("cpu", 900), block_positions("cuda", 900)) == (9, BLOCK, 900)
+    setting = Setting(with_tail=True)
+    head = nn.Linear(H, V)
+
+    def found(device):
+        monkeypatch.setattr("train.objective.loss.BLOCK", 4)
+        monkeypatch.setattr("train.objective.loss.block_positions", lambda _, chunk: block_positions(device, chunk))
+        hidden = setting.hidden.detach().requires_grad_()
+        loss = fused_loss(hidden, head, setting.labels, setting.targets, loss_settings(0.4, 0.6, chunk_positions=9))
+        return loss.total, *torch.autograd.grad(loss.total, (hidden, head.weight))
+
+    for in_blocks, whole in zip(found("cpu"), found("cuda"), strict=True):
+        torch.testing.assert_close(in_blocks, whole, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
