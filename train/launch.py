@@ -15,6 +15,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from stages.contract.tracebacks import shows_tracebacks
+from stages.models.devices import require_cuda
 from train.job import MANIFEST, TrainJob, TrainResult
 from train.loop import check_job, finished, train
 from train.preemption import Notice, StoppedError, on_termination
@@ -25,17 +26,12 @@ STOP_REQUEST = "stop-requested"
 """The driver makes this file in the output folder when it gets SIGTERM; the first worker sees it after its step."""
 
 
-def gpus_per_worker(job: TrainJob) -> int:
-    """GPUs that a worker of this job gets on the Ray that is initialised."""
-    if job.config.device == "cpu":
-        return 0
-    if job.config.gpus_per_worker is not None:
-        return job.config.gpus_per_worker
-    return int(job.config.device == "cuda" or ray.cluster_resources().get("GPU", 0) > 0)
-
-
-def run(job: TrainJob) -> TrainResult:
+def run(job: TrainJob, *, num_gpus: int = 0) -> TrainResult:
     """Train on a Ray cluster; the one that is initialised, else Ray's default.
+
+    Args:
+        job: what to do.
+        num_gpus: GPUs of each worker, 0 or 1. With one a worker computes on it or fails, whatever ``train.device`` says.
 
     Raises:
         ValueError: the job's settings or output folder do not fit.
@@ -51,7 +47,7 @@ def run(job: TrainJob) -> TrainResult:
     (output / STOP_REQUEST).unlink(missing_ok=True)
     try:
         with on_termination((output / STOP_REQUEST).touch):
-            _trainer(job, output).fit()
+            _trainer(job, output, num_gpus).fit()
     except ray.train.TrainingFailedError as error:
         raise RuntimeError(_reason(error)) from error
     result = finished(job)
@@ -73,10 +69,11 @@ def _reason(error: ray.train.TrainingFailedError) -> str:
     return "; ".join(f"worker {', '.join(map(str, ranks))}: {message}" for message, ranks in said.items())
 
 
-def _trainer(job: TrainJob, output: Path) -> TorchTrainer:
+def _trainer(job: TrainJob, output: Path, num_gpus: int) -> TorchTrainer:
     if not ray.is_initialized():
         ray.init()
-    num_gpus = gpus_per_worker(job)
+    device = "cuda" if num_gpus else "cpu"  # Ray hides the GPUs of a machine from a worker that reserves none
+    job = replace(job, config=job.config.model_copy(update={"device": device}))
     return TorchTrainer(
         _train_worker,
         train_loop_config={"job": job},
@@ -101,6 +98,8 @@ def _train_worker(settings: dict[str, Any]) -> None:
     there; they are in the run's own logs.
     """
     job: TrainJob = settings["job"]
+    if job.config.device == "cuda":
+        require_cuda("train")
     request = Path(job.output) / STOP_REQUEST
 
     def watch() -> Notice:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from stages.models.config import empty_model, load_model, load_tokenizer, num_positions
-from stages.models.devices import attention_choices, resolve_device, set_threads
+from stages.models.devices import attention_choices, attention_in_use, resolve_device, set_threads
 from stages.models.heads import check_head
 from stages.models.tokenizer import SegmentTokenizer
 from train.checkpoints.checkpoint import Checkpoints, TrainState
@@ -297,13 +297,13 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
             rounding = rounding_survival(job.model, weights)
             card = model_card(job, last, rounding)
             files = export_model(output / "model", model, weights, tokenizer, card, original=job.model)
-            write_manifest(output, _manifest(job, result, files, rounding))
+            write_manifest(output, _manifest(job, result, files, rounding, attention_in_use(root.model)))
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result
 
 
 def _manifest(
-    job: TrainJob, result: TrainResult, files: dict[str, str], rounding: RoundingSurvival | None
+    job: TrainJob, result: TrainResult, files: dict[str, str], rounding: RoundingSurvival | None, attention: str
 ) -> dict[str, Any]:
     return {
         "fingerprint": job.fingerprint,
@@ -314,4 +314,5 @@ def _manifest(
         "inputs": [asdict(file) for file in job.files],
         "model_files": files,
         "bfloat16": None if rounding is None else asdict(rounding),
+        "attention": attention,  # of the last run's workers: "auto" may have chosen another one before a restart
     }

@@ -5,22 +5,18 @@ The driver passes shard numbers, never data: the worker reads, computes and comm
 
 import dataclasses
 import logging
-import os
-import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ray
 import ray.data
 import ray.exceptions
 from ray.util.metrics import Counter
 
+from pipeline.engine.cluster import gpus_per_worker, pool_size, require_resources, start_ray, warn_of_idle_gpus
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
 from stages.contract.filesystem import StoreError
-
-log = logging.getLogger(__name__)
 
 SCALE_UP_UTILISATION = 1.0  # with one task in flight an actor's utilisation never exceeds 1; Ray's default is 1.75
 STORE_FAILED = "store failed"
@@ -80,87 +76,6 @@ def _counter(name: str, description: str, tags: dict[str, str]) -> Counter:
     return counter
 
 
-def start_ray(engine: EngineConfig) -> None:
-    """Join the cluster that ``RAY_ADDRESS`` names, or start a Ray on this machine; nothing if one is connected.
-
-    Args:
-        engine: CPUs of a Ray started here, and how long a cluster is waited for.
-
-    Raises:
-        ConnectionError: no cluster answers at that address.
-        ValueError: it is no address.
-    """
-    if ray.is_initialized():
-        return
-    address = os.environ.get("RAY_ADDRESS") or "local"
-    if address == "local":
-        # Ray's own hints would drown the progress; its log files are in /tmp/ray as always. Its core prints a warning for
-        # every actor that may be restarted, which ours may: what is lost with an actor is on disk.
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(
-            address="local",
-            num_cpus=engine.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
-    else:
-        require_cluster(address, engine.connect_timeout_seconds)
-        ray.init(address=address)
-        log.info("joined the Ray cluster at %s", address)
-
-
-def require_cluster(address: str, seconds: float) -> None:
-    """Wait until a Ray cluster answers, for a limited time: Ray itself would go on asking without a word.
-
-    Args:
-        address: ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``. Of others (``auto``, a provider's) Ray says soon whether
-            they lead anywhere.
-        seconds: how long an answer is waited for.
-
-    Raises:
-        ConnectionError: none came; says why, as far as that is known.
-        ValueError: the address has no port.
-    """
-    place = address.removeprefix("ray://")
-    if place == "auto" or "://" in place:
-        return
-    host, _, port = place.rpartition(":")
-    if not host or not port.isdigit():
-        raise ValueError(
-            f"RAY_ADDRESS={address}: expected HOST:PORT, as `ray start --head` prints it, e.g. 10.0.0.1:6379; unset it to "
-            "compute on this machine"
-        )
-    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
-        return  # a probe would need the cluster's certificates
-    import grpc  # both ports of a cluster speak it; Ray depends on it
-
-    # As Ray itself: a proxy for the web does not lead to a cluster.
-    with grpc.insecure_channel(place, options=(("grpc.enable_http_proxy", 0),)) as channel:
-        is_ready = grpc.channel_ready_future(channel)
-        for part in (min(2.0, seconds), max(0.0, seconds - 2.0)):
-            try:
-                is_ready.result(timeout=part)
-            except grpc.FutureTimeoutError:
-                if part < seconds:
-                    log.info("waiting for the Ray cluster at %s, up to %g s", address, seconds)
-            else:
-                return
-        is_ready.cancel()
-    raise ConnectionError(
-        f"RAY_ADDRESS={address}: no Ray cluster answers there within {seconds:g} s ({_why_unreachable(host, int(port))}): "
-        "start it, correct RAY_ADDRESS, or unset it to compute on this machine (engine.connect_timeout_seconds waits longer)"
-    )
-
-
-def _why_unreachable(host: str, port: int) -> str:
-    try:
-        socket.create_connection((host.strip("[]"), port), timeout=2).close()
-    except OSError as error:
-        return error.strerror or str(error)
-    return "something listens there, and it does not speak Ray's protocol"
-
-
 def run_shards(
     job: ShardJob, pending: Sequence[int], resources: Resources, engine: EngineConfig
 ) -> Iterator[ShardStatus]:
@@ -173,10 +88,11 @@ def run_shards(
         engine: how a Ray is started here, and when Ray Data gives up.
     """
     start_ray(engine)
-    if resources.gpus is None:
-        resources = dataclasses.replace(resources, gpus=1.0 if ray.cluster_resources().get("GPU") else 0.0)
-    job = dataclasses.replace(job, gpus=resources.gpus)
-    require_resources(job.step.key, resources.cpus, resources.gpus or 0.0)
+    gpus = gpus_per_worker(resources.gpus, "auto", engine, section=job.step.stage)
+    resources = dataclasses.replace(resources, gpus=gpus)
+    job = dataclasses.replace(job, gpus=gpus)
+    require_resources(job.step.key, resources.cpus, gpus, engine)
+    warn_of_idle_gpus(job.step.key, resources.cpus, gpus)
     context = ray.data.DataContext.get_current()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False  # Ray's bars count blocks; ours count shards, tokens and time
@@ -192,10 +108,10 @@ def run_shards(
         batch_size=1,
         fn_constructor_args=(job,),
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=_pool_size(resources, len(pending)), max_tasks_in_flight_per_actor=1
+            min_size=1, max_size=pool_size(resources, len(pending), engine), max_tasks_in_flight_per_actor=1
         ),
         num_cpus=resources.cpus,
-        num_gpus=resources.gpus or None,
+        num_gpus=gpus or None,
     )  # Ray Data's default restarts a killed actor without end: the attempts on disk are what bounds it
     metrics = ShardMetrics(job.step.stage, job.step.model)
     try:
@@ -209,50 +125,3 @@ def run_shards(
         raise RuntimeError(
             f"{job.step.key}: Ray ended the job: {error}\nFinished shards are kept; run the same command again."
         ) from error
-
-
-def require_resources(what: str, cpus: float, gpus: float, *, count: int = 1) -> None:
-    """Refuse workers that do not fit, which Ray would wait for in silence; a cluster may still grow, and warns.
-
-    Args:
-        what: who asks.
-        cpus: of each worker.
-        gpus: of each worker.
-        count: workers that run at the same time.
-
-    Raises:
-        ValueError: says what is asked for and what there is.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    places = sum(_places(node, cpus, gpus) for node in nodes)
-    if places >= count:
-        return
-    largest = max((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
-    message = (
-        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs a worker, {count} worker(s) at once, and there is room for {places}: "
-        f"the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. Lower num_workers, "
-        "cpus_per_worker or gpus_per_worker, or use more or larger machines"
-    )
-    if os.environ.get("RAY_ADDRESS"):
-        log.warning("%s; waiting for the cluster to grow", message)
-        return
-    raise ValueError(message)
-
-
-def _places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
-    """Workers that fit on a node."""
-    needed = {"CPU": cpus, "GPU": gpus}
-    return min((int(node.get(name, 0) / amount) for name, amount in needed.items() if amount), default=1)
-
-
-def _pool_size(resources: Resources, num_pending: int) -> int:
-    """Actors at most: as configured, or as many as the cluster holds (without GPUs one, if it loads models)."""
-    if resources.num_workers:
-        return min(resources.num_workers, num_pending)
-    if resources.models and not resources.gpus:
-        return 1
-    cluster = ray.cluster_resources()
-    fits = int(cluster.get("CPU", 1) / resources.cpus)
-    if resources.gpus:
-        fits = min(fits, int(cluster.get("GPU", 0) / resources.gpus))
-    return max(1, min(fits, num_pending))

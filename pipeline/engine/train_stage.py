@@ -96,11 +96,17 @@ def _train(job: TrainJob, run: Run) -> None:
 
         loop.train(job)
         return
-    from pipeline.engine.ray_runner import require_resources, start_ray
+    from pipeline.engine.cluster import gpus_per_worker, require_resources, start_ray, warn_of_idle_gpus
     from train import launch
 
-    start_ray(run.config.engine)
-    require_resources(
-        "train", job.config.cpus_per_worker, launch.gpus_per_worker(job), count=job.config.num_workers
-    )  # Ray Train's controller asks for no CPU
-    launch.run(job)
+    config, engine = job.config, run.config.engine
+    start_ray(engine)
+    gpus = (
+        0.0
+        if config.device == "cpu"
+        else gpus_per_worker(config.gpus_per_worker, config.device, engine, section="train")
+    )
+    # Ray Train's controller asks for no CPU.
+    require_resources("train", config.cpus_per_worker, gpus, engine, count=config.num_workers)
+    warn_of_idle_gpus("train", config.cpus_per_worker, gpus)
+    launch.run(job, num_gpus=int(gpus))

@@ -146,6 +146,8 @@ class ShardWorker:
         if self._setup_error:
             return False
         try:
+            if self._job.gpus:  # before "auto" is settled, for all workers of the folder, by what torch sees here
+                _require_cuda(self._job.step.key)
             config = settle_choices(self._job, self._store, self._config)
             if self._fold:
                 config = self._with_adapted_source(config)
@@ -313,6 +315,12 @@ class ShardWorker:
             host=socket.gethostname(),
             versions={**library_versions(), **output.versions},
         )
+
+
+def _require_cuda(step: str) -> None:
+    from stages.models.devices import require_cuda  # torch takes seconds to import
+
+    require_cuda(step)
 
 
 def settle_choices(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:

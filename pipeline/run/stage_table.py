@@ -46,7 +46,7 @@ class Resources:
     Attributes:
         num_workers: None: one per GPU where GPUs are used, else one per CPU slot (``models``: one).
         cpus: of each worker.
-        gpus: of each worker; None: 1 if the cluster has a GPU, otherwise 0.
+        gpus: of each worker; None: 1 if the cluster has a GPU, otherwise 0; a cluster that can grow refuses to guess.
         models: the workers load models: without GPUs one worker takes all the memory there is to give.
     """
 
@@ -124,7 +124,7 @@ class ShardedStage(StageSpec):
         if config.logits_of(name).backend == "server":
             return Resources(section.num_workers or 1, section.cpus_per_worker, 0)
         gpus = 0 if section.device == "cpu" else section.gpus_per_worker
-        if gpus is None and section.tensor_parallel_size > 1:
+        if gpus is None and (section.device == "cuda" or section.tensor_parallel_size > 1):
             gpus = section.tensor_parallel_size
         return Resources(section.num_workers, section.cpus_per_worker, gpus, models=True)
 

@@ -28,6 +28,18 @@ class EngineConfig(Settings):
     connect_timeout_seconds: float = Field(
         60, gt=0, description="How long the cluster that RAY_ADDRESS names is waited for."
     )
+    autoscaling: bool | None = Field(
+        None,
+        description="Whether the cluster that RAY_ADDRESS names adds machines by itself. By default it may: a step has as many "
+        "actors as shards at most, and waits for machines; `false`: it has those that fit, and what does not fit is refused.",
+    )
+    cluster_timeout_seconds: int = Field(
+        3600, ge=1, description="How long a step waits for a cluster that can grow to have room for its workers."
+    )
+    node_cpus: int | None = Field(
+        None, ge=1, description="CPUs of a machine with GPUs, for `plan` and `--dry-run` to say which GPUs stay idle."
+    )
+    node_gpus: int | None = Field(None, ge=1, description="GPUs of such a machine; given together with `node_cpus`.")
     scratch: Path | None = Field(
         None,
         description="Where training works when the run directory is in an object store, which gets copies of its "

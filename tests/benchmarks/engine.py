@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.engine import local_runner, ray_runner
+from pipeline.engine.cluster import start_ray
 from pipeline.engine.worker import ShardJob
 from pipeline.run.session import Run, open_run
 from pipeline.run.shard_plan import freeze_plan
@@ -28,7 +29,7 @@ def overhead_per_shard() -> list[Figure]:
         config = save_inputs(Path(folder))
         corpus = Path(folder) / "corpus.jsonl"
         corpus.write_text('{"text": "one line"}\n' * (NUM_SHARDS * (ROUNDS + 1)))
-        ray_runner.start_ray(EngineConfig(num_cpus=2))
+        start_ray(EngineConfig(num_cpus=2))
         differences = []
         for number in range(ROUNDS + 1):
             seconds = {}

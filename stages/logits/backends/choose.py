@@ -2,18 +2,18 @@
 
 from typing import Literal
 
-import torch
-
 from stages.logits.backends.vllm import is_installed, knows_architecture
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
+from stages.models.devices import resolve_device
 
 
 def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transformers", "vllm", "server"]:
     """The backend that a worker on this machine takes: what is configured; ``auto``: vLLM where it can run the model.
 
     Raises:
-        ValueError: ``auto`` comes to transformers, and ``tensor_parallel_size`` asks for more than one GPU.
+        ValueError: ``device = 'cuda'`` and torch sees no GPU here; or ``auto`` comes to transformers, and
+            ``tensor_parallel_size`` asks for more than one GPU.
     """
     if config.backend != "auto":
         return config.backend
@@ -32,7 +32,7 @@ def _obstacle(config: LogitsConfig, model: ModelConfig) -> str | None:
     """Why vLLM cannot be taken, the cheapest question first; None if it can."""
     if config.tail_samples:
         return "logits.tail_samples draws from the full distribution, of which vLLM gives the largest entries alone"
-    if config.device == "cpu" or not torch.cuda.is_available():
+    if resolve_device(config.device).type != "cuda":
         return "no GPU is used"
     if not is_installed():
         return "it is not installed"

@@ -14,7 +14,7 @@ from stages.logits.backends.topk import topk_logprobs
 from stages.logits.config import LogitsConfig
 from stages.models.batches import padded_batch
 from stages.models.config import ModelConfig, load_model, num_positions
-from stages.models.devices import attention_choices, resolve_device, set_threads
+from stages.models.devices import attention_choices, attention_in_use, resolve_device, set_threads
 from stages.models.heads import check_head, split_head
 from stages.models.windows import Window
 
@@ -27,8 +27,6 @@ class TransformersBackend:
     Only [chunk, vocabulary] logits exist at once. Where memory runs out, the token budget of a batch and the chunk are
     halved; what was learnt stays for the shards that follow.
     """
-
-    versions: Mapping[str, str] = {"backend": "transformers"}  # transformers' own version is recorded for every stage
 
     def __init__(self, config: LogitsConfig, model: ModelConfig, *, num_valid: int, loaded: Any | None = None) -> None:
         """Load the model, and check that its head is applied as the model itself does.
@@ -53,6 +51,10 @@ class TransformersBackend:
             choices = attention_choices(config.attention, self._device, half_precision=config.dtype != "float32")
             loaded = load_model(model, dtype=config.dtype, attention=choices, device=str(self._device))
         check_head(loaded)
+        self.versions: Mapping[str, str] = {  # transformers' own version is recorded for every stage
+            "backend": "transformers",
+            "attention": attention_in_use(loaded),
+        }
         self._body, self._head = split_head(loaded)
         self.num_embeddings = int(loaded.get_input_embeddings().weight.shape[0])
         self._num_valid = min(num_valid, self.num_embeddings)

@@ -1,5 +1,6 @@
 """One shard: attempts, races, quarantine."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeline.run.attempts import Attempt, forget_failures, read_attempts
 from pipeline.run.session import StageError, open_run
 from pipeline.run.shard_plan import freeze_plan
 from pipeline.run.steps import Request, Step
-from stages.contract.manifest import manifest_key
+from stages.contract.manifest import choices_key, manifest_key
 from stages.contract.stage import StageOutput
 from stages.contract.store import Store
 from tests.train.fused_files import fused_table
@@ -220,3 +221,16 @@ def test_a_row_group_holds_a_row_that_is_larger_than_it_should_be(tmp_path: Path
     store = Store(str(tmp_path))
     store.write_table("a.parquet", fused_table([np.arange(64) % 50] * 3, 50), row_group_bytes=1)
     assert pq.read_metadata(store.path("a.parquet")).num_row_groups == 3
+
+
+def test_a_worker_with_a_reserved_gpu_that_torch_does_not_see_computes_nothing(
+    tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would compute on CPUs, and settle backend = "auto" as transformers for the whole folder."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job, store = job_for(tiny_config, str(tmp_path), key="logits/llama", overrides=('logits.backend="auto"',))
+    status = ShardWorker(dataclasses.replace(job, gpus=1.0)).run(0)
+    assert status.outcome == "failed"
+    assert "logits/llama has a GPU reserved on" in status.message
+    assert not store.exists(choices_key(job.step.folder))
+    assert not read_attempts(store, job.step.folder, 0), "no fault of the shard's"

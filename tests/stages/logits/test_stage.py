@@ -296,7 +296,10 @@ def test_seconds_of_the_model_are_part_of_the_stages(llama):
 
 
 def test_the_backend_is_recorded(llama):
-    assert make_stage(llama).run({"shard": shard_table(TEXTS[:1])}).versions == {"backend": "transformers"}
+    assert make_stage(llama).run({"shard": shard_table(TEXTS[:1])}).versions == {
+        "backend": "transformers",
+        "attention": "sdpa",
+    }
 
 
 # --- draws from the tail -------------------------------------------------------------------------------------------------
