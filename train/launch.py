@@ -14,6 +14,7 @@ import ray
 import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from stages.contract.environment import DriverEnvironment
 from stages.contract.tracebacks import shows_tracebacks
 from stages.models.devices import require_cuda
 from train.job import MANIFEST, TrainJob, TrainResult
@@ -76,7 +77,7 @@ def _trainer(job: TrainJob, output: Path, num_gpus: int) -> TorchTrainer:
     job = replace(job, config=job.config.model_copy(update={"device": device}))
     return TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "environment": DriverEnvironment.here()},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if num_gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.config.num_workers,
@@ -97,6 +98,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     Steps are not reported to Ray: a report waits until the controller polls, up to a second each, and nobody reads them
     there; they are in the run's own logs.
     """
+    settings["environment"].apply()
     job: TrainJob = settings["job"]
     if job.config.device == "cuda":
         require_cuda("train")

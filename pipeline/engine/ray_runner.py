@@ -16,6 +16,7 @@ from pipeline.engine.cluster import gpus_per_worker, pool_size, require_resource
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
+from stages.contract.environment import DriverEnvironment
 from stages.contract.filesystem import StoreError
 
 SCALE_UP_UTILISATION = 1.0  # with one task in flight an actor's utilisation never exceeds 1; Ray's default is 1.75
@@ -27,8 +28,9 @@ ACTOR_INIT_DEATHS = 3  # one out-of-memory while an actor starts must not end th
 class RayShardWorker:
     """A ``ShardWorker`` as Ray Data calls it: a batch of one shard number in, a batch of one status out."""
 
-    def __init__(self, job: ShardJob) -> None:
-        """Called once an actor."""
+    def __init__(self, job: ShardJob, environment: DriverEnvironment) -> None:
+        """Called once per actor."""
+        environment.apply()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._worker = ShardWorker(job)
 
@@ -106,7 +108,7 @@ def run_shards(
     statuses = shards.map_batches(
         RayShardWorker,
         batch_size=1,
-        fn_constructor_args=(job,),
+        fn_constructor_args=(job, DriverEnvironment.here()),
         compute=ray.data.ActorPoolStrategy(
             min_size=1, max_size=pool_size(resources, len(pending), engine), max_tasks_in_flight_per_actor=1
         ),
