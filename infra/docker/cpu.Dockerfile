@@ -4,13 +4,15 @@
 ARG PYTHON_VERSION=3.11.13
 FROM python:${PYTHON_VERSION}-slim-bookworm
 
-# KubeRay's probes call wget inside of the container; Debian removes old versions, so none is pinned.
+# KubeRay's probes call wget inside of the container. Ray's cluster launcher works in the head's container: ssh and rsync to
+# the workers, tmux for `ray exec --tmux`, sudo for files that it copied in. Debian removes old versions: none is pinned.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends wget \
+    && apt-get install --yes --no-install-recommends openssh-client rsync sudo tmux wget \
     && rm -rf /var/lib/apt/lists/*
 
-RUN useradd --create-home --uid 1000 ray
+RUN useradd --create-home --uid 1000 ray \
+    && echo "ray ALL=(root) NOPASSWD: /bin/chown, /usr/bin/chown" > /etc/sudoers.d/ray
 WORKDIR /home/ray/ptafuse
 
 # Apart from the code, so that a changed line of it does not download everything again.
@@ -18,6 +20,9 @@ COPY requirements.txt ./
 # The index of CPU builds is PyTorch's; PyPI's torch would bring several GB of CUDA that no node here has.
 RUN pip install --no-cache-dir "$(grep '^torch==' requirements.txt)" --index-url https://download.pytorch.org/whl/cpu \
     && pip install --no-cache-dir --requirement requirements.txt
+# With it Ray's autoscaler starts machines on AWS. Of one version with the botocore that requirements.txt pins.
+ARG BOTO3_VERSION=1.43.117
+RUN pip install --no-cache-dir "boto3==${BOTO3_VERSION}" --constraint requirements.txt
 
 COPY --chown=ray pyproject.toml README.md LICENSE ./
 COPY --chown=ray pipeline pipeline

@@ -9,10 +9,10 @@ ARG PYTHON_VERSION=3.11.13
 ARG UV_VERSION=0.9.7
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 
-# Ubuntu removes old versions from its archive, so none is pinned; wget is for KubeRay's probes.
+# Ubuntu removes old versions from its archive, so none is pinned; wget is for KubeRay's probes, rsync for Ray's launcher.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends ca-certificates python3-pip wget \
+    && apt-get install --yes --no-install-recommends ca-certificates python3-pip rsync wget \
     && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir "uv==${UV_VERSION}" \
     && useradd --create-home --uid 1000 ray
@@ -31,12 +31,17 @@ COPY train train
 RUN uv pip install --constraint constraints.txt ".[vllm,peft]" \
     && python -c "import torch; cuda = torch.version.cuda; assert '${CUDA_VERSION}'.startswith(cuda), cuda"
 
-# From source, against the torch above: half an hour on 8 cores. Ampere and Hopper; Ada and Blackwell: add 8.9 and 10.0.
+# From source, against the torch above. Ampere and Hopper; Ada runs Ampere's kernels, Blackwell needs 100. Its setup.py reads
+# FLASH_ATTN_CUDA_ARCHS, not TORCH_CUDA_ARCH_LIST: without it, it builds for all it knows, in 10 hours of CPU time. Each of
+# MAX_JOBS compilers runs NVCC_THREADS architectures at once and takes about 5 GB each. SDPA computes where it is missing.
 ARG FLASH_ATTN_VERSION=2.8.3
-ARG MAX_JOBS=8
-ENV TORCH_CUDA_ARCH_LIST="8.0;9.0"
+ARG FLASH_ATTN_CUDA_ARCHS="80;90"
+ARG MAX_JOBS=4
+ARG NVCC_THREADS=2
 RUN uv pip install setuptools wheel ninja packaging psutil \
-    && MAX_JOBS=${MAX_JOBS} uv pip install --no-build-isolation "flash-attn==${FLASH_ATTN_VERSION}"
+    && FLASH_ATTENTION_FORCE_BUILD=TRUE FLASH_ATTN_CUDA_ARCHS="${FLASH_ATTN_CUDA_ARCHS}" \
+        MAX_JOBS=${MAX_JOBS} NVCC_THREADS=${NVCC_THREADS} \
+        uv pip install --no-build-isolation "flash-attn==${FLASH_ATTN_VERSION}"
 
 USER 1000
 CMD ["ptafuse", "--help"]

@@ -1,6 +1,7 @@
 """The cluster launcher's file, as Ray itself parses it."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,18 @@ def test_workers_are_spot_instances_that_scale_apart_from_zero(config: dict[str,
         assert kind["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert config["provider"]["cache_stopped_nodes"] is False
     assert sum(kind["max_workers"] for kind in types.values()) == config["max_workers"]
+
+
+def test_every_machine_has_an_image_and_an_instance_profile_of_our_own(config: dict[str, Any]) -> None:
+    """Ray's default image is Ubuntu 18.04, and its instance profile goes to the head alone."""
+    for kind in prepared(config)["available_node_types"].values():
+        assert kind["node_config"]["ImageId"] == "AMI"
+        assert kind["node_config"]["IamInstanceProfile"] == {"Arn": "INSTANCE_PROFILE"}
+
+
+def test_every_placeholder_is_filled_in_by_the_commands_of_the_readme(infra: Path) -> None:
+    text = (infra / "aws" / "cluster.yaml").read_text()
+    readme = (infra / "README.md").read_text()
+    for name in ("REGISTRY", "TAG", "FILE_SYSTEM", "AMI", "INSTANCE_PROFILE"):
+        assert re.search(rf"\b{name}\b", text)
+        assert re.search(rf"s#:?{name}#", readme), f"no sed for {name}"

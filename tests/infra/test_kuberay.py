@@ -1,5 +1,7 @@
 """KubeRay manifests: pods against Kubernetes' schemas, the rest against the rules that KubeRay's operator checks."""
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +97,60 @@ def test_job_runs_a_shipped_configuration_to_its_end(infra: Path) -> None:
     assert words[3] == "--run"
     assert words[4].startswith("/shared/"), "what every node mounts"
     assert words[5:] == ["--upstream"]
+
+
+def test_every_pod_may_write_the_shared_volume(infra: Path, spec: dict[str, Any]) -> None:
+    """A fresh claim belongs to root."""
+    for name in ("cpu", "gpu"):
+        text = (infra / "docker" / f"{name}.Dockerfile").read_text()
+        assert "useradd --create-home --uid 1000 ray" in text
+        assert "USER 1000" in text
+    for group in groups(spec).values():
+        assert group["template"]["spec"]["securityContext"]["fsGroup"] == 1000
+
+
+def test_a_gpu_pod_is_a_whole_machine_with_the_cpus_that_the_shipped_run_needs(spec: dict[str, Any]) -> None:
+    from pipeline.settings.load import load_config
+
+    pod = groups(spec)["gpu-spot"]["template"]["spec"]
+    limits = pod["containers"][0]["resources"]["limits"]
+    config = load_config("llama2_7b")
+    assert int(limits["nvidia.com/gpu"]) == config.train.num_workers == 8
+    assert int(limits["cpu"]) >= 8 * max(config.train.cpus_per_worker, config.logits.cpus_per_worker)
+    memory = {volume["name"]: volume.get("emptyDir", {}) for volume in pod["volumes"]}["shared-memory"]
+    assert memory == {"medium": "Memory", "sizeLimit": "64Gi"}
+
+
+def test_a_gpu_pod_that_is_deleted_has_the_time_of_a_checkpoint(spec: dict[str, Any]) -> None:
+    pod = groups(spec)["gpu-spot"]["template"]["spec"]
+    [shell, _, script] = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert shell == "/bin/bash"
+    deadline = int(re.search(r"--deadline-remaining-seconds (\d+)", script)[1])
+    assert deadline < pod["terminationGracePeriodSeconds"] == 300
+
+
+@pytest.mark.parametrize("is_busy", [True, False])
+def test_the_hook_drains_the_node_and_waits_for_its_raylet(
+    spec: dict[str, Any], tmp_path: Path, *, is_busy: bool
+) -> None:
+    from ray.scripts.scripts import drain_node
+
+    [shell, flag, script] = groups(spec)["gpu-spot"]["template"]["spec"]["containers"][0]["lifecycle"]["preStop"][
+        "exec"
+    ]["command"]
+    (tmp_path / "ray").write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {tmp_path}/arguments\n')
+    (tmp_path / "sleep").write_text(  # the raylet is gone after the third second
+        f"#!/bin/bash\ncd {tmp_path}; echo x >> slept\n(($(wc -l < slept) < 3)) || echo other > proc/7/comm\n"
+    )
+    for name in ("ray", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "proc" / "7").mkdir(parents=True)
+    (tmp_path / "proc" / "7" / "comm").write_text("raylet\n" if is_busy else "bash\n")
+    script = script.replace("/proc/", f"{tmp_path}/proc/")
+    subprocess.run([shell, flag, script], check=True, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, timeout=60)
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert arguments[0] == "drain-node"
+    context = drain_node.make_context("drain-node", arguments[1:])
+    assert context.params["reason"] == "DRAIN_NODE_REASON_PREEMPTION", "click refuses a name that Ray does not know"
+    slept = (tmp_path / "slept").read_text().count("x") if (tmp_path / "slept").exists() else 0
+    assert slept == (3 if is_busy else 0)

@@ -47,6 +47,30 @@ def test_both_images_take_python_and_ray_from_one_place(infra: Path) -> None:
     assert all(pinned(name) for name in shared), "a constraint that matches no line would be lost"
 
 
+def test_the_head_s_image_has_what_ray_s_launcher_runs_in_it(infra: Path) -> None:
+    text = (infra / "docker" / "cpu.Dockerfile").read_text()
+    [installed] = re.findall(r"apt-get install --yes --no-install-recommends (.*?) \\\n", text)
+    assert {"openssh-client", "rsync", "sudo", "tmux", "wget"} == set(installed.split())
+    version = re.search(r"^ARG BOTO3_VERSION=(\S+)$", text, re.MULTILINE)
+    assert version
+    assert version[1] == pinned("botocore"), "requirements.txt pins the botocore that boto3 needs"
+    assert "rsync" in (infra / "docker" / "gpu.Dockerfile").read_text()
+
+
+def test_flash_attention_is_built_for_named_architectures_with_bounded_jobs(infra: Path) -> None:
+    """Its setup.py reads FLASH_ATTN_CUDA_ARCHS alone, and starts MAX_JOBS compilers of NVCC_THREADS threads."""
+    text = (infra / "docker" / "gpu.Dockerfile").read_text()
+    assert "TORCH_CUDA_ARCH_LIST=" not in text
+    settings = dict(
+        re.findall(r'^ARG (FLASH_ATTN_CUDA_ARCHS|MAX_JOBS|NVCC_THREADS)="?([^"\n]+)"?$', text, re.MULTILINE)
+    )
+    assert settings["FLASH_ATTN_CUDA_ARCHS"] == "80;90"
+    assert int(settings["MAX_JOBS"]) * int(settings["NVCC_THREADS"]) <= 8
+    [build] = re.findall(r"^    && FLASH_ATTENTION_FORCE_BUILD=TRUE (.*?)flash-attn==", text, re.MULTILINE | re.DOTALL)
+    for name in settings:
+        assert f"{name}=" in build
+
+
 def test_every_copied_path_is_let_through_by_the_ignore_file(infra: Path) -> None:
     for name in ("cpu", "gpu"):
         text = (infra / "docker" / f"{name}.Dockerfile").read_text()
