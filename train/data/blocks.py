@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,11 +68,22 @@ class MicroBatch:
     position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
+        """The same on another device; copies from pinned memory are not waited for."""
         targets = None if self.targets is None else self.targets.to(device)
-        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return self._with(targets, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in pinned memory, from which a GPU copies while the CPU goes on."""
+        targets = None if self.targets is None else self.targets.pin_memory()
+        return self._with(targets, torch.Tensor.pin_memory)
+
+    def _with(self, targets: SparseTargets | None, function: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         return replace(
-            self, ids=self.ids.to(device), labels=self.labels.to(device), targets=targets, position_ids=positions
+            self,
+            ids=function(self.ids),
+            labels=function(self.labels),
+            targets=targets,
+            position_ids=None if self.position_ids is None else function(self.position_ids),
         )
 
 

@@ -76,6 +76,7 @@ class Feed:
         self._schedule = schedule
         self._rank = workers.rank
         self._size = workers.size
+        self._pins = workers.device.type == "cuda"
         self._micro_batch_size = micro_batch_size
         self._flatten = flatten
         self._queue: queue.Queue[StepBatch | Exception] = queue.Queue(maxsize=AHEAD)
@@ -125,13 +126,16 @@ class Feed:
             step=step,
             blocks=tuple(int(index) for index in indices),
             names=tuple(tuple(block.name for block in part) for part in parts),
-            micro_batches=tuple(
-                collate(part, flatten=self._flatten) if part else empty_micro_batch() for part in parts
-            ),
+            micro_batches=tuple(self._micro_batch(part) for part in parts),
             num_labels=num_labels(blocks),
             num_fused=sum(int(block.fused.present.sum()) for block in blocks if block.fused is not None),
             num_tokens=sum(len(block.ids) for block in blocks),
         )
+
+    def _micro_batch(self, part: Sequence[Block]) -> MicroBatch:
+        """Collate some blocks; for a GPU in pinned memory, which this thread pays for."""
+        micro_batch = collate(part, flatten=self._flatten) if part else empty_micro_batch()
+        return micro_batch.pin_memory() if self._pins else micro_batch
 
     def __enter__(self) -> Self:
         return self

@@ -36,6 +36,7 @@ it would not be, since a row's tail says nothing about a softened tail. t = 1 ch
 Source: PTA-LLM, equation of the training objective; the tail, the reverse divergence and the temperature are ours.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,9 +72,16 @@ class SparseTargets:
         )
 
     def to(self, device: torch.device) -> "SparseTargets":
-        """The same on another device."""
-        tail_mass = None if self.tail_mass is None else self.tail_mass.to(device)
-        return SparseTargets(self.ids.to(device), self.probs.to(device), tail_mass)
+        """The same on another device; copies from pinned memory are not waited for."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "SparseTargets":
+        """The same in pinned memory, from which a GPU copies while the CPU goes on."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
+        tail_mass = None if self.tail_mass is None else function(self.tail_mass)
+        return SparseTargets(function(self.ids), function(self.probs), tail_mass)
 
     @property
     def present(self) -> Tensor:

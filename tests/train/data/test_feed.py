@@ -96,3 +96,25 @@ def test_the_thread_ends_with_the_feed(files):
     with Feed(blocks, Schedule(37, 1, 9, 3), 0, worker(0, 1), 1) as feed:
         feed.next()
     assert threading.active_count() == before
+
+
+def test_for_a_gpu_every_tensor_is_pinned_and_copied_without_waiting(files, monkeypatch):
+    pinned, copies = set(), []
+
+    def pin(tensor):
+        pinned.add(tensor.data_ptr())
+        return tensor
+
+    blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True, isolate_documents=True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    workers = Workers(0, 1, torch.device("cuda"), mesh=None, control=None, storage=None)
+    with Feed(blocks, Schedule(37, 4, 1, 3), 0, workers, 2) as feed:
+        [part, *_] = feed.next()[0].micro_batches
+    targets = part.targets
+    tensors = [part.ids, part.labels, part.position_ids, targets.ids, targets.probs, targets.tail_mass]
+    tensors = [tensor for tensor in tensors if tensor is not None]
+    assert len(tensors) >= 5
+    assert {tensor.data_ptr() for tensor in tensors} <= pinned
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: copies.append(how) or tensor)
+    part.to(torch.device("cuda"))
+    assert copies == [{"non_blocking": True}] * len(tensors)
