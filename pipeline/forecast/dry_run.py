@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.forecast.machines import idle_gpu_warnings
 from pipeline.run.records import recorded_configurations
 from pipeline.run.session import StageError
 from pipeline.settings.run import RunConfig
@@ -63,6 +64,8 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
         soft_wrap=True,
     )
     console.print(_memory_table(memory))
+    for warning in idle_gpu_warnings(config):
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if config.train.gpu_memory_gb is None:
         console.print("Set train.gpu_memory_gb to have it compared with a GPU's memory.")
         return

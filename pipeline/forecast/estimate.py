@@ -86,9 +86,19 @@ def shard_cost(tokens: Iterable[float], assumed: Assumed) -> Cost:
     return cost_of(sum(tokens) / assumed.take("shard_rate"), cpus=1.0, gpus=0.0)
 
 
-def forward_cost(tokens: float, parameters: float, *, gpu: bool, assumed: Assumed) -> Cost:
-    """A model's forward pass over a text: logits, and evaluation."""
+def forward_cost(tokens: float, parameters: float, *, gpu: bool, eager: bool = False, assumed: Assumed) -> Cost:
+    """A model's forward pass over a text: logits, and evaluation.
+
+    Args:
+        tokens: of the text.
+        parameters: of the model.
+        gpu: it runs on GPUs.
+        eager: its architecture has neither SDPA nor FlashAttention.
+        assumed: the rates.
+    """
     rate = assumed.take("gpu_forward_rate" if gpu else "cpu_forward_rate")
+    if gpu and eager:
+        rate /= assumed.take("eager_slowdown")
     return cost_of(tokens * parameters / rate, cpus=1.0, gpus=float(gpu))
 
 
@@ -103,7 +113,9 @@ def fuse_cost(tokens: float, assumed: Assumed) -> Cost:
     return cost_of(tokens / assumed.take("fuse_rate"), cpus=1.0, gpus=0.0)
 
 
-def train_cost(tokens: float, parameters: float, *, gpu: bool, checkpointing: bool, assumed: Assumed) -> Cost:
+def train_cost(
+    tokens: float, parameters: float, *, gpu: bool, checkpointing: bool, eager: bool = False, assumed: Assumed
+) -> Cost:
     """Training on so many tokens.
 
     Args:
@@ -111,9 +123,12 @@ def train_cost(tokens: float, parameters: float, *, gpu: bool, checkpointing: bo
         parameters: of the target model.
         gpu: train on GPUs.
         checkpointing: activations are computed twice, which makes of 6 operations a token and parameter 8.
+        eager: the architecture has neither SDPA nor FlashAttention.
         assumed: the rates.
     """
     rate = assumed.take("gpu_train_rate" if gpu else "cpu_train_rate") * (6 / 8 if checkpointing else 1.0)
+    if gpu and eager:
+        rate /= assumed.take("eager_slowdown")
     return cost_of(tokens * parameters / rate, cpus=1.0, gpus=float(gpu))
 
 

@@ -12,6 +12,7 @@ from pipeline.forecast.estimate import (
     Sizes,
     cost_of,
 )
+from pipeline.forecast.machines import attention_warnings, idle_gpu_warnings
 from pipeline.forecast.sizes import Parameters, measure_sizes
 from pipeline.forecast.stage_costs import STAGE_COSTS, Outlook
 from pipeline.run.outcomes import read_training_log, training_seconds
@@ -84,7 +85,8 @@ class Forecast:
         parameters: of the models that were asked for, and how they are known.
         steps: in their order.
         assumptions: names of the assumptions that were used.
-        warnings: what its documents let expect: none to evaluate on, say.
+        warnings: what its documents let expect (none to evaluate on, say), models without fast attention, and GPUs of the
+            machines that stay idle.
     """
 
     config: RunConfig
@@ -116,9 +118,9 @@ def forecast(resolved: ResolvedRun, store: Store) -> Forecast:
     steps = tuple(planner.plan(step) for step in resolved.steps.values())  # in their order: resolve() makes them in it
     outlook = planner.outlook
     used = tuple(sorted(outlook.assumed.used))
-    return Forecast(
-        resolved.config, store.url, outlook.sizes, outlook.parameters, steps, used, tuple(planner.document_warnings())
-    )
+    config = resolved.config
+    warnings = (*planner.document_warnings(), *attention_warnings(config), *idle_gpu_warnings(config))
+    return Forecast(config, store.url, outlook.sizes, outlook.parameters, steps, used, warnings)
 
 
 class _Planner:

@@ -17,6 +17,7 @@ from pipeline.forecast.estimate import (
     train_bytes,
     train_cost,
 )
+from pipeline.forecast.machines import is_eager_only
 from pipeline.forecast.sizes import Parameters, count_parameters, evaluated_text_bytes
 from pipeline.run.stage_table import FUSED, adapted_source
 from pipeline.run.steps import Step
@@ -53,7 +54,8 @@ class Outlook:
     def forward(self, model: ModelConfig, tokens: float, device: str) -> Cost:
         """Return what a model's forward pass over so many tokens takes."""
         gpu = self.on_gpu(model, device)
-        return forward_cost(tokens, self.num_parameters(model), gpu=gpu, assumed=self.assumed)
+        eager = is_eager_only(model)
+        return forward_cost(tokens, self.num_parameters(model), gpu=gpu, eager=eager, assumed=self.assumed)
 
     def on_gpu(self, model: ModelConfig, device: str) -> bool:
         """Return where a model will run; what "auto" will find cannot be known here."""
@@ -129,6 +131,7 @@ def _training_cost(outlook: Outlook, model: ModelConfig, tokens: float) -> Cost:
         outlook.num_parameters(model),
         gpu=outlook.on_gpu(model, train.device),
         checkpointing=train.gradient_checkpointing,
+        eager=is_eager_only(model),
         assumed=outlook.assumed,
     )
 

@@ -60,6 +60,13 @@ class AssumptionsConfig(Settings):
     cpu_train_rate: float = Field(
         1.6e10, gt=0, description="The same of a CPU core: measured with SmolLM2-135M, 243 tokens/s on 2 virtual cores."
     )
+    eager_slowdown: float = Field(
+        1.5,
+        ge=1,
+        description="How much longer a GPU takes with eager attention: at 2,048 tokens the scores of 32 layers of 32 heads, "
+        "read and written in 28 bytes each, take 17 microseconds a token of an H100, beside 35 for the rest of 7 billion "
+        "parameters. Not measured.",
+    )
     gpu_from_parameters: float = Field(
         1e9, ge=0, description="With device = 'auto' a model of this many parameters or more is taken to run on a GPU."
     )

@@ -49,6 +49,12 @@ class EngineConfig(Settings):
         7200, ge=60, description="Ray Data gives up when no shard ends for this long; must exceed a shard's time."
     )
 
+    @model_validator(mode="after")
+    def _node_is_described_whole(self) -> Self:
+        if (self.node_cpus is None) != (self.node_gpus is None):
+            raise ValueError("`node_cpus` and `node_gpus` describe one machine: give both or neither")
+        return self
+
 
 class RunConfig(Settings):
     """The whole configuration of a run."""

@@ -53,7 +53,10 @@ def test_papers_run_is_planned_without_network(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists(), "planning records nothing"
     plan = plan_json(LLAMA, tmp_path / "none", "prices.gpu_hour=2", "prices.core_hour=0.1", "prices.gb_month=0.02")
     steps = by_step(plan)
-    assert steps["logits/mpt"]["left"]["gpu_hours"] == pytest.approx(15, rel=0.01)
+    assert steps["logits/openllama"]["left"]["gpu_hours"] == pytest.approx(15, rel=0.01)
+    assert steps["logits/mpt"]["left"]["gpu_hours"] == pytest.approx(1.5 * 15, rel=0.01), "it has eager attention alone"
+    [warning] = plan["warnings"]
+    assert warning.startswith("mpt runs with eager attention: transformers has neither SDPA nor FlashAttention for it")
     assert steps["logits/mpt"]["num_shards"] == 500
     assert steps["logits/mpt"]["num_tokens"] == pytest.approx(1.5e9, rel=0.01)
     assert all(
