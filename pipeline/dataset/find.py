@@ -115,7 +115,16 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
     import datasets
     import fsspec
 
-    builder = datasets.load_dataset_builder(dataset.hub, name=dataset.subset, revision=dataset.revision)
+    try:
+        builder = datasets.load_dataset_builder(dataset.hub, name=dataset.subset, revision=dataset.revision)
+    except ConnectionError as error:
+        if not datasets.config.HF_HUB_OFFLINE:
+            raise
+        raise DatasetError(
+            f"{dataset.section}.hub = {dataset.hub!r} is read on the hub, and HF_HUB_OFFLINE is set: fetch its files where "
+            f"there is a network, with `hf download --repo-type dataset {dataset.hub} --local-dir FOLDER`, and give "
+            f"{dataset.section}.path = 'FOLDER/.../*.parquet' in the place of hub and revision; or unset HF_HUB_OFFLINE"
+        ) from error
     splits = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
     if dataset.split not in splits:
         raise DatasetError(

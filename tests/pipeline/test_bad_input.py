@@ -16,6 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pipeline.engine import cluster
+from pipeline.settings.run import EngineConfig
+from stages.models.devices import require_cuda
 from tests.stages.models.preflight.spoil import LFS_POINTER, change_weights, edit_json
 from tests.tiny_models import save_model, split_weights
 from tests.tiny_run import REPOSITORY, data_hashes, ptafuse, status
@@ -515,6 +518,28 @@ def test_ray_address_that_refuses_is_named(corpus: Corpus, monkeypatch: pytest.M
     refused = ptafuse("shard", str(toml), "--run", str(corpus.run), *waits, check=False)
     assert refused.returncode == 1
     assert re.search(said("a `RAY_ADDRESS` at which nobody answers"), refused.stderr)
+
+
+def test_a_stage_that_a_cluster_of_fixed_size_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    row = said("a stage that asks for more than a cluster of fixed size has")
+    with pytest.raises(ValueError, match=row):
+        cluster.require_resources("train", 8, 1, EngineConfig(autoscaling=False), count=8)
+
+
+def test_gpus_that_may_come_later_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(
+        ValueError, match=said('`device = "auto"` on a cluster that may grow, whose GPUs may come later')
+    ):
+        cluster.gpus_per_worker(None, "auto", EngineConfig(), section="train")
+
+
+def test_a_reserved_gpu_that_torch_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=said("a worker with a reserved GPU that torch does not see")):
+        require_cuda("logits/mpt")
 
 
 def spoiled(corpus: Corpus, change: Callable[[Path], Any]) -> dict[str, str]:

@@ -85,6 +85,34 @@ def test_sigterm_to_the_driver_saves_and_stops_the_workers(tiny_job, tmp_path):
     assert not (tmp_path / "manifest.json").exists()
 
 
+def trainer_of(tiny_job, tmp_path, monkeypatch, *, num_gpus):
+    from train import launch
+
+    monkeypatch.setattr(launch.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(launch, "TorchTrainer", lambda function, **arguments: {"function": function, **arguments})
+    return launch._trainer(job_in(tiny_job, tmp_path, num_workers=2), tmp_path, num_gpus)
+
+
+def test_workers_with_gpus_use_nccl_and_compute_on_cuda_whatever_the_cluster_has_now(tiny_job, tmp_path, monkeypatch):
+    trainer = trainer_of(tiny_job, tmp_path, monkeypatch, num_gpus=1)
+    assert trainer["torch_config"].backend == "cpu:gloo,cuda:nccl"
+    assert trainer["scaling_config"].resources_per_worker == {"CPU": 1, "GPU": 1}
+    assert trainer["train_loop_config"]["job"].config.device == "cuda"
+    without = trainer_of(tiny_job, tmp_path, monkeypatch, num_gpus=0)
+    assert (without["torch_config"].backend, without["scaling_config"].use_gpu) == ("gloo", False)
+    assert without["train_loop_config"]["job"].config.device == "cpu"
+
+
+def test_a_training_worker_without_its_reserved_gpu_trains_nothing(tiny_job, tmp_path, monkeypatch):
+    from train import launch
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(launch, "train", lambda *_, **__: pytest.fail("it trains on CPUs"))
+    settings = trainer_of(tiny_job, tmp_path, monkeypatch, num_gpus=1)["train_loop_config"]
+    with pytest.raises(ValueError, match=r"train has a GPU reserved on .*, and torch sees none there"):
+        launch._train_worker(settings)
+
+
 def test_a_url_is_refused_before_ray_starts(tiny_job):
     from dataclasses import replace
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -429,3 +430,35 @@ def test_a_kind_column_that_cannot_be_read_is_refused_before_anything_runs(tmp_p
 def test_the_kind_column_is_no_setting_of_a_result(tmp_path: Path) -> None:
     dataset = _with_kinds(tmp_path, "jsonl")
     assert dataset.result_settings() == dataset.model_copy(update={"kind_column": None}).result_settings()
+
+
+def test_a_snapshot_of_a_hub_dataset_is_read_where_there_is_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `hf download --repo-type dataset` leaves it in the cache: links to files that are named by their hashes."""
+    blobs = tmp_path / "datasets--me--texts" / "blobs"
+    data = tmp_path / "datasets--me--texts" / "snapshots" / "0123abcd" / "data"
+    blobs.mkdir(parents=True)
+    data.mkdir(parents=True)
+    splits = {
+        "train-00000-of-00002": ["a", "b"],
+        "train-00001-of-00002": ["c"],
+        "validation-00000-of-00001": ["held out"],
+    }
+    for number, (name, column) in enumerate(splits.items()):
+        pq.write_table(pa.table({"text": column}), blobs / f"{number:064x}")
+        (data / f"{name}.parquet").symlink_to(f"../../../blobs/{number:064x}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("it asks the network"))
+    dataset = DatasetConfig(path=str(data / "train-*.parquet"))
+    [plan] = plan_documents(dataset, 100)
+    assert read_documents(dataset, plan)["text"].to_pylist() == [b"a", b"b", b"c"]
+
+
+def test_a_hub_dataset_that_may_not_be_asked_for_says_what_to_give_instead() -> None:
+    assert datasets.config.HF_HUB_OFFLINE, "the tests' own setting"
+    with pytest.raises(
+        DatasetError, match=r"HF_HUB_OFFLINE is set: .*`hf download --repo-type dataset me/texts"
+    ) as refused:
+        plan_documents(DatasetConfig(hub="me/texts", revision="main"), 100)
+    assert isinstance(refused.value.__cause__, ConnectionError)
