@@ -72,7 +72,7 @@ def draw(by_kind: Mapping[str, tuple[float, float]], title: str, out: Path) -> N
     )
     axes.axvline(0, color="#444", linewidth=0.8)
     axes.set_xlabel("bits per byte, fused minus gold tokens only (left: fused is better)")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, metadata={"Date": None})
     say(f"{out}: {len(order)} kinds")
