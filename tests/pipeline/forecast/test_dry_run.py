@@ -23,7 +23,7 @@ def test_what_cannot_fit_is_refused_with_what_to_change(tmp_path):
     done = ptafuse(*arguments, check=False)
     assert done.returncode == 1
     assert "do not fit into 90% of train.gpu_memory_gb = 80" in done.stderr
-    assert "--set train.num_workers=2" in done.stderr
+    assert "--set train.num_workers=4" in done.stderr
     assert "--set train.lora.r=16" in done.stderr
     adapters = ptafuse(*arguments, "--set", "train.lora.r=16")
     assert "39,976,960 of them trained" in adapters.stdout
