@@ -23,6 +23,8 @@ FORBIDDEN_CALLS = {"eval", "exec", "os.system", "os.popen", "torch.load", "yaml.
 
 RESTRICTED = REPOSITORY / "train" / "checkpoints" / "reader.py"
 """Unpickles what names a few classes of torch and nothing else."""
+CONVERTER = REPOSITORY / "stages" / "models" / "convert.py"
+"""Loads pickled weights with ``weights_only``, and nowhere else."""
 
 
 @pytest.mark.parametrize(
@@ -36,11 +38,19 @@ def test_no_pickle_is_read_and_no_text_is_executed(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom):
             assert (node.module or "").split(".")[0] not in FORBIDDEN_MODULES, where
         elif isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in FORBIDDEN_CALLS, where
+            assert ast.unparse(node.func) not in FORBIDDEN_CALLS or (path == CONVERTER and only_weights(node)), where
             assert not any(
                 word.arg == "shell" and not (isinstance(word.value, ast.Constant) and word.value.value is False)
                 for word in node.keywords
             ), f"{where}: no command goes through a shell"
+
+
+def only_weights(call: ast.Call) -> bool:
+    """Return whether a call is ``torch.load(..., weights_only=True)``, in so many words."""
+    return ast.unparse(call.func) == "torch.load" and any(
+        word.arg == "weights_only" and isinstance(word.value, ast.Constant) and word.value.value is True
+        for word in call.keywords
+    )
 
 
 class Trap:
@@ -88,7 +98,9 @@ def test_pickled_weights_are_not_read(model_folder: Path, tmp_path: Path) -> Non
     model = ModelConfig(name="m", path=model_folder)
     load_model(model, dtype="float32", attention=("eager",), device="cpu")
     (model_folder / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"weights: pickled ones \(\*.bin\) are not read"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pickled weights alone \(pytorch_model.bin\), which could run anything"
+    ):
         model.check()
     with pytest.raises(OSError, match="safetensors"):
         load_model(model, dtype="float32", attention=("eager",), device="cpu")

@@ -7,7 +7,7 @@ from typing import Final
 
 import typer
 
-from pipeline.cli import check, read, repair, run
+from pipeline.cli import check, convert, read, repair, run
 from stages.contract.tracebacks import VARIABLE, shows_tracebacks
 
 # Training steps are shown from their log, not as log messages.
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for commands in (run.app, read.app, check.app, repair.app):
+for commands in (run.app, read.app, check.app, convert.app, repair.app):
     app.add_typer(commands)
 
 

@@ -160,8 +160,21 @@ class ModelConfig(PretrainedFiles):
         self.tokenizer_files.require("tokenizer", TOKENIZER_FILES)
 
     def check_weights(self) -> None:
-        """Refuse a folder without weights."""
-        self.require("weights: pickled ones (*.bin) are not read", ("*.safetensors",))
+        """Refuse a folder without weights.
+
+        Raises:
+            FileNotFoundError: says what is there; of pickled weights alone, what makes safetensors of them.
+        """
+        if self.path is not None and self.path.is_dir() and not any(self.path.glob("*.safetensors")):
+            pickled = sorted(file.name for file in self.path.glob("*.bin"))
+            if pickled:
+                more = f" and {len(pickled) - 1} more" if len(pickled) > 1 else ""
+                raise FileNotFoundError(
+                    f"{self.path} holds pickled weights alone ({pickled[0]}{more}), which could run anything and are not read "
+                    f"(expected *.safetensors): `ptafuse convert {self.path}` writes them as safetensors, and runs none of "
+                    "their code"
+                )
+        self.require("weights", ("*.safetensors",))
 
 
 def load_tokenizer(model: ModelConfig) -> Any:

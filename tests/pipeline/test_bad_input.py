@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from pipeline.engine import cluster
@@ -600,6 +601,9 @@ SPOILED: dict[str, Callable[[Path], Any]] = {
     "a weight file cut short": cut_short,
     "an index that names a file that is not there": missing_shard,
     "the path of a weight file instead of its folder": lambda folder: folder / "model.safetensors",
+    "pickled weights (`pytorch_model.bin`) without safetensors": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None
+    ),
     "an adapter beside the weights": lambda folder: (folder / "adapter_config.json").write_text("{}") and None,
     "an encoder-decoder (T5)": config_with(model_type="t5", is_encoder_decoder=True),
     'a model that sees the text behind a token (BERT; `"is_causal": false`)': config_with(is_causal=False),
@@ -744,6 +748,31 @@ def test_ten_broken_models_and_data_sets_are_ten_messages_on_one_screen(corpus: 
 def spoiled_again(corpus: Corpus) -> dict[str, str]:
     """The spoiled copy that is there."""
     return {"llama": str(corpus.folder / "llama")}
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_is_converted_without_running_code_and_without_overwriting(corpus: Corpus) -> None:
+    folder = Path(shutil.copytree(corpus._models / "llama", corpus.folder / "pickled"))
+    torch.save({"weight": Trap(corpus.folder / "sprung")}, folder / "pytorch_model.bin")
+    there = ptafuse("convert", str(folder), check=False)
+    assert there.returncode == 1
+    assert re.search(said("safetensors where `ptafuse convert` would write"), there.stderr)
+    (folder / "model.safetensors").unlink()
+    trap = ptafuse("convert", str(folder), check=False)
+    assert trap.returncode == 1
+    documented = said("a pickle that asks for more than tensors, given to `ptafuse convert`")
+    assert re.search(documented, trap.stderr), trap.stderr
+    assert not (corpus.folder / "sprung").exists()
+    assert not list(folder.glob("*.safetensors"))
 
 
 def test_every_documented_message_is_compared_with_a_real_one() -> None:

@@ -98,7 +98,12 @@ def test_a_missing_folder_and_a_folder_without_weights_are_named(tmp_path: Path,
     assert "no such model or tokenizer" in found
     (llama / SINGLE_FILE).unlink()
     (found,) = messages(llama)
-    assert "holds no weights: pickled ones (*.bin) are not read" in found
+    assert "holds no weights (expected *.safetensors)" in found
+    (llama / "pytorch_model-00001-of-00002.bin").touch()
+    (llama / "pytorch_model-00002-of-00002.bin").touch()
+    (found,) = messages(llama)
+    assert "holds pickled weights alone (pytorch_model-00001-of-00002.bin and 1 more)" in found
+    assert f"`ptafuse convert {llama}` writes them as safetensors" in found
 
 
 def test_every_problem_of_a_folder_is_named_at_once(llama: Path) -> None:

@@ -1,0 +1,42 @@
+"""The command that writes pickled weights as safetensors."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.options import console
+
+app = typer.Typer()
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or the id of a model of the hub.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="A new folder, with configuration and tokenizer; by default MODEL itself."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of a model of the hub: a commit, best.")] = None,
+) -> None:
+    """Write pickled weights (pytorch_model.bin) as safetensors, and compare every tensor; runs no code in them."""
+    # Before torch is imported: what is wrong with the arguments is said at once.
+    if revision is not None and output is None:
+        raise ValueError("--revision names a model of the hub: give --output too, the folder that it is written to")
+    if revision is None and not Path(model).is_dir():
+        raise FileNotFoundError(
+            f"{model} is not a folder: give one with config.json and pytorch_model.bin, or the id of a model of the hub with "
+            "--revision and --output"
+        )
+    from stages.models import convert as conversion
+
+    folder = Path(model) if revision is None else conversion.download(model, revision)
+    shown = console()
+    done = conversion.convert(
+        folder, output or folder, on_file=lambda name: shown.print(f"{name}: written and compared", soft_wrap=True)
+    )
+    shown.print(
+        f"{done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, are in {done.folder} as safetensors, equal to the pickled "
+        f"ones: give the model as `path = {str(done.folder.absolute())!r}`",
+        soft_wrap=True,
+    )
