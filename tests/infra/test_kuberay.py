@@ -32,6 +32,7 @@ def test_job_and_cluster_describe_the_same_cluster(infra: Path, spec: dict[str, 
 
 
 def test_every_pod_fits_kubernetes_schema(spec: dict[str, Any]) -> None:
+    assert len(groups(spec)) >= 2, "a head, and workers"
     for name, group in groups(spec).items():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": group["template"]["spec"]}
         kubernetes_validate.validate(pod, KUBERNETES, strict=True)

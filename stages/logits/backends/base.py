@@ -141,6 +141,24 @@ class Backend(Protocol):
         """
 
 
+def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
+    """Refuse to draw from the tail where no full distribution is to be had.
+
+    Args:
+        uniforms: (P, m), as given to ``Backend.predict``; None: nothing is to be drawn.
+        model: the model's name.
+        who: what gives the largest entries alone.
+
+    Raises:
+        ValueError: there is something to draw; says what to set.
+    """
+    if uniforms is not None:
+        raise ValueError(
+            f"model {model}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each position, and "
+            f"{who} gives the largest entries alone: set logits.backend = 'transformers', or logits.tail_samples = 0"
+        )
+
+
 def descending(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Rows in descending order of logprob, equal ones in ascending order of id: no server or engine promises that.
 

@@ -24,7 +24,7 @@ from typing import Any, Final
 import numpy as np
 import requests
 
-from stages.logits.backends.base import Predictions, descending
+from stages.logits.backends.base import Predictions, descending, refuse_draws
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig, load_config, num_positions
 from stages.models.windows import Window
@@ -49,6 +49,8 @@ _PASSING: Final = frozenset(
 """What a server answers that may answer otherwise in a moment."""
 _NUM_EXTRA: Final = 2
 """Tokens of the server's context that a window leaves free: the one behind it, and the one that must be generated."""
+_SHORTEST_WINDOW: Final = 8
+"""Tokens, the least that ``logits.max_length`` may be."""
 
 
 class ServerError(ValueError):
@@ -71,8 +73,8 @@ class ServerBackend:
             num_valid: the tokenizer's length; ids at or above it are no tokens.
 
         Raises:
-            ServerError: there is no address, nothing answers, the key is refused, the model is not served there, or the
-                server gives no prompt logprobs of this width.
+            ServerError: there is no address, nothing answers, the key is refused, the model is not served there, its context
+                is too short, or the server gives no prompt logprobs of this width.
         """
         self._config = config
         self._name = model.name
@@ -86,6 +88,11 @@ class ServerBackend:
         self.max_length = num_positions(settings, config.max_length)
         if limit is not None:
             self.max_length = min(self.max_length, limit - _NUM_EXTRA)
+        if self.max_length < _SHORTEST_WINDOW:
+            raise ServerError(
+                f"model {model.name}: {self._connection.url} takes {limit} tokens per request, which leaves windows of "
+                f"{self.max_length}: expected {_SHORTEST_WINDOW} or more. Start it with a larger --max-model-len"
+            )
         self._predict_window(np.zeros(1, np.int32), next_id=0)
         self.versions: Mapping[str, str] = {"backend": "server", **self._connection.version(), "served_model": served}
 
@@ -99,12 +106,9 @@ class ServerBackend:
 
         Raises:
             ServerError: a window failed for good; those under way are waited for, no others are sent.
+            ValueError: draws from the tail are asked for.
         """
-        if uniforms is not None:
-            raise ValueError(
-                f"model {self._name}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each "
-                "position, and a server gives the largest entries alone: set logits.backend = 'transformers'"
-            )
+        refuse_draws(uniforms, model=self._name, who="a server")
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=self._width)
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         started = time.perf_counter()

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from stages.logits.backends.base import Predictions, descending, run_batches
+from stages.logits.backends.base import Predictions, descending, refuse_draws, run_batches
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig, load_config, num_positions
 from stages.models.devices import resolve_device
@@ -155,11 +155,7 @@ class VllmBackend:
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
         """Run all windows, some of them at a time; see ``base.Backend.predict``."""
-        if uniforms is not None:
-            raise ValueError(
-                f"model {self._model.name}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each "
-                "position, and vLLM gives the largest entries alone: set logits.backend = 'transformers'"
-            )
+        refuse_draws(uniforms, model=self._model.name, who="vLLM")
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=self._width)
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         lengths = np.array([len(window) for _, window in inputs], np.int64)

@@ -64,7 +64,7 @@ def joined(monkeypatch) -> None:
 )
 def test_workers_that_fit_are_let_through(monkeypatch, cpus, gpus, count):
     monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}))
-    cluster.require_resources("train", cpus, gpus, EngineConfig(), count=count)
+    assert cluster.require_resources("train", cpus, gpus, EngineConfig(), count=count) is None
 
 
 @pytest.mark.parametrize(("cpus", "gpus", "count"), [(9, 0, 1), (8, 0, 3), (2, 1, 7), (1, 5, 1)])

@@ -93,7 +93,7 @@ def test_other_causes_of_a_missing_gpu_are_told_apart(cuda_build: Path, monkeypa
 
 def test_a_gpu_that_torch_sees_is_enough(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    require_cuda("train")
+    assert require_cuda("train") is None
 
 
 @pytest.fixture

@@ -88,6 +88,22 @@ def test_the_context_of_the_server_bounds_the_windows(server, folder):
     assert max(len(exchange.request["prompt"]) for exchange in server.exchanges) == 39
 
 
+def test_a_context_that_leaves_no_window_is_refused(server, folder):
+    server.max_model_len = 9
+    with pytest.raises(ServerError, match=r"takes 9 tokens per request, which leaves windows of 7.*--max-model-len"):
+        make_backend(folder)
+
+
+def test_nothing_is_drawn_from_a_tail_that_the_server_does_not_give(server, folder):
+    backend = make_backend(folder)
+    before = len(server.exchanges)
+    with pytest.raises(
+        ValueError, match=r"tiny-1\.b: 4 draws .*a server gives the largest entries alone: set logits\.backend"
+    ):
+        backend.predict([np.arange(3)], [windows(3, max_length=8)], np.zeros((3, 4)))
+    assert len(server.exchanges) == before
+
+
 def test_requests_go_side_by_side_but_not_more_than_allowed(server, folder, expected):
     backend = make_backend(folder, server_concurrency=3)
     three = threading.Event()
