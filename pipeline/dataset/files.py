@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Final, TypeVar
 import pyarrow as pa
 
 from stages.contract.digest import cached_file_sha256
-from stages.contract.filesystem import patiently
+from stages.contract.filesystem import retry_transient
 from stages.shard.config import DatasetConfig
 
 Result = TypeVar("Result")
@@ -94,14 +94,14 @@ def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any
     """Call what reads a dataset, again while its store fails in a way that may pass; the hub's client repeats by itself."""
     if dataset.path is None:
         return read(*arguments)
-    return patiently(read, *arguments, url=dataset.path)
+    return retry_transient(read, *arguments, url=dataset.path)
 
 
 def file_identity(files: DatasetFiles, path: str) -> str:
     """What identifies a file's contents: its sha256; in an object store its size and ETag, without reading it."""
     if files.is_local:
         return cached_file_sha256(Path(path))
-    info = patiently(files.filesystem.info, path, url=path)
+    info = retry_transient(files.filesystem.info, path, url=path)
     etag = next((info[key] for key in ("ETag", "etag", "md5Hash") if info.get(key)), None)
     return f"{info['size']}:{etag or files.filesystem.ukey(path)}"
 

@@ -10,7 +10,7 @@ from pipeline.dataset.files import DatasetError, DatasetFiles, is_on_disk
 from pipeline.dataset.formats import EXPECTED, LINES, TEXT, format_of
 from pipeline.dataset.local import LocalFiles, describe_link, match_files, walk_files
 from pipeline.dataset.splits import canonical_split, describe_splits, splits_of
-from stages.contract.filesystem import check_reachable, open_filesystem, patiently
+from stages.contract.filesystem import check_reachable, open_filesystem, retry_transient
 from stages.shard.config import DatasetConfig
 
 _METADATA: Final = frozenset(
@@ -192,7 +192,7 @@ def _one_format(dataset: DatasetConfig, names: dict[str, str], url: str) -> str:
 def _kind(filesystem: Any, path: str, url: str) -> str | None:
     """``"file"``, ``"directory"``, or None: fsspec's own ``isfile`` takes a failure of the store for "there is none"."""
     try:
-        return patiently(filesystem.info, path, url=url)["type"]
+        return retry_transient(filesystem.info, path, url=url)["type"]
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -205,7 +205,7 @@ def _matches(filesystem: Any, pattern: str, url: str) -> LocalFiles:
     """The files that match a glob, sorted."""
     if is_on_disk(filesystem):
         return _listed(match_files, pattern)
-    matches = patiently(filesystem.glob, pattern, detail=True, url=url)
+    matches = retry_transient(filesystem.glob, pattern, detail=True, url=url)
     return LocalFiles(sorted(path for path, info in matches.items() if info["type"] == "file"))
 
 
@@ -214,7 +214,7 @@ def _in_folder(filesystem: Any, root: str, url: str) -> LocalFiles:
     if is_on_disk(filesystem):
         found = _listed(walk_files, root)
     else:
-        found = LocalFiles(sorted(patiently(filesystem.find, root, url=url)))
+        found = LocalFiles(sorted(retry_transient(filesystem.find, root, url=url)))
     shown = [path for path in found.paths if not _is_hidden(path[len(root) :])]
     known = _without_metadata([path for path in shown if format_of(path)])
     if not known:

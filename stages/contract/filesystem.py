@@ -114,11 +114,11 @@ def check_reachable(filesystem: Any, root: str, url: str) -> None:
     """
     protocol = url.split("://", 1)[0]
     if protocol not in S3_PROTOCOLS:
-        patiently(filesystem.exists, root, url=url, seconds=PROBE_RETRY_SECONDS)
+        retry_transient(filesystem.exists, root, url=url, seconds=PROBE_RETRY_SECONDS)
         return
     bucket = root.split("/", 1)[0]
     try:
-        patiently(filesystem.info, bucket, url=url, seconds=PROBE_RETRY_SECONDS)
+        retry_transient(filesystem.info, bucket, url=url, seconds=PROBE_RETRY_SECONDS)
     except FileNotFoundError:
         where = _s3_endpoint()
         raise StoreError(
@@ -127,7 +127,7 @@ def check_reachable(filesystem: Any, root: str, url: str) -> None:
         ) from None
 
 
-def patiently(
+def retry_transient(
     call: Callable[..., Result], *arguments: Any, url: str, seconds: float | None = None, **keywords: Any
 ) -> Result:
     """Call a function of a filesystem, again while it fails in a way that may pass.
@@ -189,7 +189,7 @@ def _s3_endpoint() -> str | None:
 
 
 def _s3_options() -> dict[str, Any]:
-    """One attempt a request (``patiently`` repeats them); no checksum trailers for stores that are not AWS."""
+    """One attempt a request (``retry_transient`` repeats them); no checksum trailers for stores that are not AWS."""
     config: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "read_timeout": 60}
     endpoint = _s3_endpoint()
     if endpoint is None:

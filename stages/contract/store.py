@@ -34,7 +34,7 @@ from stages.contract.filesystem import (
     check_reachable,
     local_error,
     open_filesystem,
-    patiently,
+    retry_transient,
 )
 from stages.contract.manifest import DataFile, Manifest, manifest_key
 
@@ -350,7 +350,7 @@ class Store:
         return [name for name in names if name.startswith("shard-") and name.endswith(".json")]
 
     def _ask(self, call: Callable[..., Result], *arguments: Any, **keywords: Any) -> Result:
-        return patiently(call, *arguments, url=self.url, **keywords)
+        return retry_transient(call, *arguments, url=self.url, **keywords)
 
     def _upload(self, file: Path, path: str) -> None:
         """Put a file, and see that all of it arrived."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.run.records import recorded_run
-from stages.contract.filesystem import patiently
+from stages.contract.filesystem import retry_transient
 from stages.contract.store import Store
 from tests.s3.conftest import use
 from tests.s3.proxy import Fault, FaultyProxy
@@ -90,9 +90,9 @@ def test_commands_read_the_remote_run(remote_run: RemoteRun) -> None:
 
 def test_no_secret_is_written(remote_run: RemoteRun) -> None:
     filesystem = Store(RUN)._fs
-    files = patiently(filesystem.find, RUN, url=RUN)
+    files = retry_transient(filesystem.find, RUN, url=RUN)
     assert len(files) > 50
-    assert all(SECRET.encode() not in patiently(filesystem.cat_file, path, url=RUN) for path in files)
+    assert all(SECRET.encode() not in retry_transient(filesystem.cat_file, path, url=RUN) for path in files)
     assert SECRET not in remote_run.output
 
 

@@ -14,7 +14,7 @@ import torch
 
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
 from stages.contract.digest import file_sha256
-from stages.contract.filesystem import open_filesystem, patiently
+from stages.contract.filesystem import open_filesystem, retry_transient
 from stages.contract.schemas import tail_of
 from train.job import FusedFile
 from train.objective.divergence import SparseTargets
@@ -236,7 +236,7 @@ class FusedBlocks:
             self._scratch = tempfile.TemporaryDirectory(prefix="ptafuse-blocks-")
         path = Path(self._scratch.name) / f"{len(list(Path(self._scratch.name).iterdir())):05d}.parquet"
         filesystem, key = open_filesystem(url)
-        patiently(filesystem.get_file, key, str(path), url=url)
+        retry_transient(filesystem.get_file, key, str(path), url=url)
         return path
 
 
