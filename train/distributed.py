@@ -1,7 +1,7 @@
-"""The processes that train one model together: who they are, and what they agree on.
+"""The process group of a training job, and the collectives that its workers use.
 
-Training runs under a process group that is already there (Ray Train's), under one described by the environment
-(``torchrun``: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or alone, as a group of one: the same code for all three.
+Training runs under a process group that exists already (Ray Train's), under one that the environment describes
+(``torchrun``: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or as a group of one. The same code serves all three.
 """
 
 import os
@@ -18,15 +18,15 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 @dataclass(frozen=True)
 class Workers:
-    """One process's view of all of them.
+    """The group of training processes, as one of them sees it.
 
     Attributes:
-        rank: its number, from 0.
-        size: how many there are.
-        device: where it computes.
-        mesh: the devices of all, one dimension: the model is sharded over it.
-        control: a CPU group for counts, flags and messages; used by the main thread alone.
-        storage: a CPU group for checkpoints, which are written by another thread while training goes on.
+        rank: number of this process, from 0.
+        size: number of processes.
+        device: device that this process computes on.
+        mesh: one-dimensional mesh of all devices; the model is sharded over it.
+        control: CPU group for counts, flags and messages; only the main thread uses it.
+        storage: CPU group for checkpoints, which another thread writes while training continues.
     """
 
     rank: int
@@ -38,64 +38,66 @@ class Workers:
 
     @property
     def is_first(self) -> bool:
-        """This process writes what is written once: logs, commit marks, the model."""
+        """Whether this process writes what is written once per job: logs, commit marks, the model."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over the workers, in float64."""
+        """Sum each value over the workers, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.control)
         return total.tolist()
 
-    def most(self, value: int) -> int:
-        """The largest value of all workers."""
+    def max_int(self, value: int) -> int:
+        """Return the largest value of all workers."""
         return max(self.gather(int(value)))
 
-    def most_of(self, value: float) -> float:
-        """The largest measurement of all workers."""
+    def max_float(self, value: float) -> float:
+        """Return the largest value of all workers, in float64."""
         largest = torch.tensor(value, dtype=torch.float64)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control)
         return float(largest)
 
     def gather(self, value: Any) -> list[Any]:
-        """The value of every worker, in the order of ranks."""
+        """Return the value of every worker, in the order of ranks."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def from_first(self, value: Any) -> Any:
-        """The first worker's value."""
+    def broadcast(self, value: Any) -> Any:
+        """Return the value that the first worker passed; what the others pass is ignored."""
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.control)
         return values[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What one worker does alone or on its own files: if it fails, all fail, and none waits for it.
+    def fail_together(self) -> Iterator[None]:
+        """Propagate an exception to all workers, so that none of them waits forever in the next collective.
+
+        Every worker must enter and leave the block, since leaving it is a collective.
 
         Raises:
-            RuntimeError: another worker failed; says which and why. The one that failed raises its own error.
+            RuntimeError: another worker failed; says which one and why. The worker that failed raises its own error.
         """
-        own: Exception | None = None
+        caught: Exception | None = None
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - raised below, when the others know of it
-            own = error
-        failures = self.gather(None if own is None else f"{type(own).__name__}: {own}")
-        if own is not None:
-            raise own
+        except Exception as error:  # noqa: BLE001 - raised below, once the other workers know of it
+            caught = error
+        failures = self.gather(None if caught is None else f"{type(caught).__name__}: {caught}")
+        if caught is not None:
+            raise caught
         for rank, failure in enumerate(failures):
             if failure is not None:
                 raise RuntimeError(f"worker {rank} failed: {failure}")
 
     def wait_for_all(self) -> None:
-        """Return when every worker has come here."""
+        """Block until every worker has called this."""
         dist.barrier(group=self.control)
 
 
 @contextmanager
 def join_workers(device: torch.device) -> Iterator[Workers]:
-    """Join the workers of this job; leaves what it found as it was.
+    """Join the workers of this job, and leave the process group on exit if this call started it.
 
     Args:
         device: where this process computes.
@@ -130,7 +132,7 @@ def _start_group(device: torch.device) -> None:
 
 
 def environment_size() -> int:
-    """How many workers there are or will be: of the group that is there, or as the environment says, else 1."""
+    """Return the number of workers: of the running process group, else as WORLD_SIZE announces it, else 1."""
     if dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1

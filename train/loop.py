@@ -117,7 +117,7 @@ def take_steps(
             Feed(blocks, schedule, state.step, workers, config.micro_batch_size, flatten=flatten)
         )
         stepper = Stepper(config, root, optimizer, schedule, workers)
-        last = workers.from_first(log.last if log else None)
+        last = workers.broadcast(log.last if log else None)
         was_told = False
         while state.step < schedule.num_steps:
             last = stepper.step(feed, tokens_before=state.num_tokens)
@@ -127,7 +127,7 @@ def take_steps(
                 logger.info(
                     "step %d/%d: loss %.4f, %.0f tokens/s", last.step, last.num_steps, last.loss, last.tokens_per_second
                 )
-            notice = workers.most(watch())
+            notice = workers.max_int(watch())
             is_new = notice > Notice.NONE and not was_told
             was_told = was_told or is_new
             is_last = state.step == schedule.num_steps
@@ -199,7 +199,7 @@ def finished(job: TrainJob) -> TrainResult | None:
 def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
     """The training blocks, and how many ids the target's tokenizer has."""
     tokenizer = SegmentTokenizer.load(job.model)
-    with workers.together():
+    with workers.fail_together():
         blocks = FusedBlocks(
             job.files,
             prefix_id=tokenizer.prefix_id,
@@ -215,7 +215,7 @@ def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int)
     """The model with float32 weights, shared among the workers: the first one reads it, on its CPU."""
     config = job.config
     loaded = None
-    with workers.together():
+    with workers.fail_together():
         if workers.is_first:
             torch.manual_seed(config.seed)  # adapters are drawn at random: always the same ones
             loaded = load_model(job.model, dtype="float32", attention=("sdpa", "eager"), device="cpu")
@@ -288,7 +288,7 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
         loss_fusion=last.loss_fusion,
     )
     weights = full_state(root.model)
-    with workers.together():
+    with workers.fail_together():
         if workers.is_first:
             model = root.model
             if job.config.lora is not None:

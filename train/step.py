@@ -85,7 +85,7 @@ class Stepper:
             data_wait_share=waited / seconds,
             blocks=list(batch.blocks),
             lambda_=lambda_,
-            peak_memory_gb=self._workers.most_of(peak_memory_bytes(self._workers.device) / 1e9),
+            peak_memory_gb=self._workers.max_float(peak_memory_bytes(self._workers.device) / 1e9),
             mfu=self._mfu(num_tokens, len(batch.blocks), seconds),
         )
 

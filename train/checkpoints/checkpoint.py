@@ -146,7 +146,7 @@ class Checkpoints:
         """
         if self._workers.is_first:
             remove_torn_checkpoints(self._output)
-        step = self._workers.from_first(max(committed_steps(self._output), default=None))
+        step = self._workers.broadcast(max(committed_steps(self._output), default=None))
         if step is None:
             return expected
         folder = checkpoint_folder(self._output, step)
