@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-from stages.align.mass_mover import Problems
+from stages.align.transporter import TransportBatch
 from stages.align.vocabulary_maps import NO_ID
 from stages.models.tokenizer import Vocabulary
 
@@ -49,7 +49,7 @@ class PairSums:
         self._num_pending = 0
         self._num_positions = 0
 
-    def add(self, problems: Problems, landed: np.ndarray) -> None:
+    def add(self, problems: TransportBatch, landed: np.ndarray) -> None:
         """Take in the transport problems of a segment.
 
         Args:

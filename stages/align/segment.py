@@ -7,7 +7,6 @@ import numpy as np
 
 from stages.align.conditioning import ConditionedCandidates, Inner, condition, inner_positions, seen_bytes
 from stages.align.config import AlignConfig
-from stages.align.mass_mover import MassMover, Problems
 from stages.align.pairing.token_pairing import (
     NO_POSITION,
     Pairing,
@@ -18,6 +17,7 @@ from stages.align.pairing.token_pairing import (
 )
 from stages.align.rows import ModelRows, Side, narrow
 from stages.align.transport.projection import column_mass, keep_largest, landed_mass
+from stages.align.transporter import TransportBatch, Transporter
 from stages.align.vocabulary_maps import NO_ID, ModelPair
 from stages.models.tokenizer import Vocabulary
 
@@ -68,7 +68,7 @@ class AlignedSegment:
     mass_moved: np.ndarray
     mass_unmapped: np.ndarray
     mass_special: np.ndarray
-    problems: Problems | None
+    problems: TransportBatch | None
 
 
 class SegmentAligner:
@@ -88,10 +88,12 @@ class SegmentAligner:
         self.is_identity = same_vocabulary(target.vocabulary, source.vocabulary)
         if self.is_identity:
             return
-        self._mover = MassMover(config, pair)
+        self._transporter = Transporter(config, pair)
         start = pair.at_text_start(source_dummy=source.has_dummy_prefix, target_dummy=target.has_dummy_prefix)
         # One position per segment: a small table of distances serves it.
-        self._start_mover = self._mover if start is pair else MassMover(config, start, cache_slots=START_SLOTS)
+        self._start_transporter = (
+            self._transporter if start is pair else Transporter(config, start, cache_slots=START_SLOTS)
+        )
         self._counterpart = pair.special_counterpart
 
     def align(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
@@ -125,8 +127,8 @@ class SegmentAligner:
             moved = keep_largest(source_ids, source_mass, top_k=width, tail=config.tail)
         else:
             at_start = (target.byte_end[taken] == 0) & (source.byte_end[partner[taken]] == 0)
-            problems = self._move(target, np.flatnonzero(taken), at_start, source_ids, source_mass, conditioned)
-            mass = column_mass(problems.plan, self._mover.projection)
+            problems = self._transport(target, np.flatnonzero(taken), at_start, source_ids, source_mass, conditioned)
+            mass = column_mass(problems.plan, self._transporter.projection)
             moved = keep_largest(problems.support_ids, mass, top_k=width, tail=config.tail)
         taken[conditioned.positions] = True
         partner[conditioned.positions] = conditioned.source_position
@@ -179,7 +181,7 @@ class SegmentAligner:
         candidates, inner[positions] = condition(seen, ids, probs, self._source, tail=config.tail)
         return candidates, inner
 
-    def _move(
+    def _transport(
         self,
         target: ModelRows,
         positions: np.ndarray,
@@ -187,27 +189,27 @@ class SegmentAligner:
         source_ids: np.ndarray,
         source_mass: np.ndarray,
         conditioned: ConditionedCandidates,
-    ) -> Problems:
+    ) -> TransportBatch:
         """Move the mass at P positions, and at those inside source tokens.
 
         At the start of the text the source's texts count as they are written there.
         """
-        if self._start_mover is self._mover:
+        if self._start_transporter is self._transporter:
             at_start = np.zeros_like(at_start)
         parts = [
-            mover.move(target, positions[here], source_ids[here], source_mass[here])
-            for mover, here in ((self._start_mover, at_start), (self._mover, ~at_start))
+            transporter.transport(target, positions[here], source_ids[here], source_mass[here])
+            for transporter, here in ((self._start_transporter, at_start), (self._transporter, ~at_start))
             if here.any()
         ]
         if len(conditioned.positions):
-            parts.append(self._mover.move_rests(target, conditioned, self._source.vocabulary))
+            parts.append(self._transporter.transport_rests(target, conditioned, self._source.vocabulary))
         if not parts:  # no position at all: empty arrays of the right widths
-            parts = [self._mover.move(target, positions, source_ids, source_mass)]
-        return parts[0] if len(parts) == 1 else Problems.joined(parts)
+            parts = [self._transporter.transport(target, positions, source_ids, source_mass)]
+        return parts[0] if len(parts) == 1 else TransportBatch.joined(parts)
 
-    def landed(self, problems: Problems) -> np.ndarray:
+    def landed(self, problems: TransportBatch) -> np.ndarray:
         """(P, n, m) which candidate's mass lands on which, see ``landed_mass``."""
-        return landed_mass(problems.plan, self._mover.projection)
+        return landed_mass(problems.plan, self._transporter.projection)
 
     def unpaired(self, target: ModelRows) -> AlignedSegment:
         """The result for a segment of which the source has no row: no distribution anywhere."""
@@ -303,7 +305,7 @@ def _check_same_text(target: ModelRows, target_roles: np.ndarray, source: ModelR
 
 
 def _without_distributions(
-    pairing: Pairing, exact: np.ndarray, width: int, problems: Problems | None
+    pairing: Pairing, exact: np.ndarray, width: int, problems: TransportBatch | None
 ) -> AlignedSegment:
     size = len(exact)
     return AlignedSegment(

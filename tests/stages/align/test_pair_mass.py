@@ -8,11 +8,11 @@ from hypothesis.extra import numpy as hnp
 
 from stages.align import pair_mass
 from stages.align.config import AlignConfig
-from stages.align.mass_mover import Problems
 from stages.align.pair_mass import PairSums
 from stages.align.stage import AlignStage
 from stages.align.transport.moved_mass import text_numbers
 from stages.align.transport.projection import column_mass, landed_mass
+from stages.align.transporter import TransportBatch
 from stages.contract.columns import sparse_row
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
@@ -56,11 +56,11 @@ SOURCE = vocabulary("<eos>", "a", " the", " inter", special=1)
 TARGET = vocabulary("<eos>", " international", " the", "a", "b", special=1)
 
 
-def problems_of(source_ids, support_ids, plan) -> Problems:
+def problems_of(source_ids, support_ids, plan) -> TransportBatch:
     plan = np.array(plan, np.float64)
     count, (n, m) = len(plan), plan.shape[1:]
     numbers = text_numbers(SOURCE, TARGET)
-    return Problems(
+    return TransportBatch(
         positions=np.arange(count),
         source_ids=np.array(source_ids, np.int32),
         source_mass=plan.sum(axis=2),
@@ -75,7 +75,7 @@ def problems_of(source_ids, support_ids, plan) -> Problems:
     )
 
 
-def sums_of(*parts: tuple[Problems, np.ndarray]) -> dict[tuple[int, int], tuple[float, bool]]:
+def sums_of(*parts: tuple[TransportBatch, np.ndarray]) -> dict[tuple[int, int], tuple[float, bool]]:
     sums = PairSums(TARGET)
     for problems, landed in parts:
         sums.add(problems, landed)

@@ -1,4 +1,4 @@
-"""How the source's mass moves to target tokens: the transport problems of a segment, or a hard mapping."""
+"""Move the source's probability mass to target tokens, by solving transport problems or by a hard mapping."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,21 +20,24 @@ from stages.models.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)
-class Problems:
-    """How the source's mass moves at P positions of a segment, whatever the method.
+class TransportBatch:
+    """Transport plans for P target positions of a segment, together with the inputs they were computed from.
+
+    n counts source candidates and m target candidates, the *support*; both are padded to the widest position.
 
     Attributes:
         positions: (P,) target positions.
-        source_ids: (P, n) source candidates; -1 at pads. At a position inside a source token what moves is the rest of each.
+        source_ids: (P, n) source candidates; -1 at pads. At a position inside a source token, the rest of each candidate's
+            text is transported instead of the whole token.
         source_mass: (P, n) a, the source marginal.
         support_ids: (P, m) target candidates; -1 at pads.
-        prior: (P, m) b, the target marginal or prior; sums to 1; zeros for a method without one.
-        cost: (P, n, m) edits.
+        prior: (P, m) b, the target marginal or prior; rows sum to 1. Zeros for a method without a prior.
+        cost: (P, n, m) in edits.
         plan: (P, n, m); rows sum to the source's mass, or to 0 for a candidate that a hard mapping has no token for.
-        marginal_error: (P,) largest violation of a marginal that binds, relative to the source's mass.
+        marginal_error: (P,) largest violation of a binding marginal, relative to the source's mass.
         converged: (P,) bool.
-        mass_moved: (P,) share of the plan's mass that lands, as it is projected, on a token of another text.
-        same_text: (P, n, m) bool; both tokens (a rest and a token) stand for the same there; False at pads.
+        mass_moved: (P,) share of the projected mass that lands on a token of a different text.
+        same_text: (P, n, m) bool; source candidate (or its rest) and target candidate have the same text; False at pads.
     """
 
     positions: np.ndarray
@@ -50,10 +53,10 @@ class Problems:
     same_text: np.ndarray
 
     @classmethod
-    def joined(cls, parts: Sequence["Problems"]) -> Self:
-        """Return the problems of several parts as one, in the order of their positions.
+    def joined(cls, parts: Sequence["TransportBatch"]) -> Self:
+        """Join several batches into one, sorted by position.
 
-        The parts have the same number of candidates; columns of the support that only some have are pads in the others.
+        All batches have the same n. Narrower supports are padded to the widest m.
         """
         width = max(part.support_ids.shape[1] for part in parts)
 
@@ -77,20 +80,20 @@ class Problems:
         return cls(**columns)
 
     def unmapped_share(self) -> np.ndarray:
-        """(P,) the share of the source's mass that the plan has nothing for."""
+        """Return the share of the source's mass that the plan leaves out, (P,)."""
         total = self.source_mass.sum(axis=1)
         return np.maximum(
             0.0, 1.0 - np.divide(self.plan.sum(axis=(1, 2)), total, out=np.zeros_like(total), where=total > 0)
         )
 
 
-class MassMover:
-    """Moves the source's mass at the positions of a segment, by the configured method.
+class Transporter:
+    """Transport of the source's mass at the positions of a segment, by the configured method.
 
     Args:
-        config: the settings.
-        pair: the two models; of it only what the settings need is computed.
-        cache_slots: distances that are remembered; the cost's own default where None.
+        config: settings of the align stage.
+        pair: the two models; only the maps that the settings need are computed.
+        cache_slots: number of distances that are remembered. None: the cost's own default.
     """
 
     def __init__(self, config: AlignConfig, pair: ModelPair, *, cache_slots: int | None = None) -> None:
@@ -100,7 +103,7 @@ class MassMover:
         if config.method == "transport":
             self._costs = build_costs(config.cost, pair, num_slots=cache_slots)
             self._first_token = pair.first_token if config.support == "union" else None
-            # What is left of a source token never stands at the start of a text.
+            # The rest of a source token never stands at the start of a text, so the pair for starts needs no rest costs.
             self._rests = RestCosts(pair) if config.inexact == "condition" and pair.start_mark is None else None
             self._target_ids = np.arange(pair.target.size, dtype=np.int32)
             return
@@ -115,25 +118,25 @@ class MassMover:
             preferred=pair.preferred,
         )
 
-    def move(
+    def transport(
         self, target: ModelRows, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray
-    ) -> Problems:
-        """Move the mass at P positions.
+    ) -> TransportBatch:
+        """Transport the source's mass at P positions.
 
         Args:
             target: the target's rows.
-            positions: (P,) of the target.
-            source_ids: (P, n) the source's candidates; -1 at pads.
-            source_mass: (P, n) their mass.
+            positions: (P,) target positions.
+            source_ids: (P, n) source candidates; -1 at pads.
+            source_mass: (P, n) mass of each candidate.
         """
-        target_ids, target_probs = self._target_window(target, positions)
+        target_ids, target_probs = self._target_window(target, positions)  # (P, top_k) each
         if self._config.method != "transport":
             return self._map(positions, source_ids, source_mass, target_ids)
         if self._first_token is not None:
             support_ids, prior = union_support(target_ids, target_probs, source_ids, self._first_token)
         else:
             support_ids, prior = target_support(target_ids, target_probs)
-        return self._transport(
+        return self._solve(
             positions=positions,
             source_ids=source_ids,
             source_mass=source_mass,
@@ -143,18 +146,23 @@ class MassMover:
             cost=self._costs.costs(source_ids, support_ids),
         )
 
-    def move_rests(self, target: ModelRows, candidates: ConditionedCandidates, source: Vocabulary) -> Problems:
-        """Move the mass at Q positions inside source tokens: of each candidate, what is left of its text.
+    def transport_rests(
+        self, target: ModelRows, candidates: ConditionedCandidates, source: Vocabulary
+    ) -> TransportBatch:
+        """Transport the source's mass at Q positions inside source tokens.
+
+        Bytes at the start of each candidate were read already: only the rest of its text is transported.
 
         Args:
             target: the target's rows.
-            candidates: the source's candidates that agree with what was read.
+            candidates: source candidates that agree with the bytes read so far.
             source: the source's vocabulary.
         """
         assert self._rests is not None
         positions = candidates.positions
         target_ids, target_probs = self._target_window(target, positions)
-        source_ids = candidates.source_ids
+        source_ids = candidates.source_ids  # (Q, n)
+        # Only real candidates have a rest: (C,) row and column of each, scattered back to (Q, n) below.
         rows, columns = np.nonzero(source_ids != NO_ID)
         numbers = self._rests.numbers(
             [candidates.seen[row] for row in rows.tolist()],
@@ -165,11 +173,11 @@ class MassMover:
         exact[rows, columns] = self._rests.exact(numbers)
         if self._config.support == "union":
             first[rows, columns] = self._rests.first_token(numbers)
-            # The target tokens that begin the rests: each begins itself.
+            # `first` holds target tokens, not source tokens, so the map from a token to its first target token is the identity.
             support_ids, prior = union_support(target_ids, target_probs, first, self._target_ids)
         else:
             support_ids, prior = target_support(target_ids, target_probs)
-        return self._transport(
+        return self._solve(
             positions=positions,
             source_ids=source_ids,
             source_mass=candidates.mass,
@@ -181,15 +189,15 @@ class MassMover:
 
     def _map(
         self, positions: np.ndarray, source_ids: np.ndarray, source_mass: np.ndarray, target_ids: np.ndarray
-    ) -> Problems:
-        """A hard mapping, each candidate whole to one token."""
+    ) -> TransportBatch:
+        """Map each candidate, with all its mass, to one target token (a hard mapping)."""
         if self._config.method == "exact":
             mapped = np.where(source_ids != NO_ID, self._exact[source_ids], NO_ID)
         else:
             mapped = self._nearest.map(source_ids, target_ids, self._costs.costs(source_ids, target_ids))
         support_ids, plan = hard_plan(mapped, source_mass)
         source_numbers = np.where(source_ids != NO_ID, self._numbers[0][source_ids], UNKNOWN_TEXT)
-        return Problems(
+        return TransportBatch(
             positions=positions,
             source_ids=source_ids,
             source_mass=source_mass,
@@ -208,7 +216,7 @@ class MassMover:
         config = self._config
         return narrow(target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p)
 
-    def _transport(
+    def _solve(
         self,
         *,
         positions: np.ndarray,
@@ -218,11 +226,12 @@ class MassMover:
         support_ids: np.ndarray,
         prior: np.ndarray,
         cost: np.ndarray,
-    ) -> Problems:
-        """Solve the transport problems; ``source_numbers`` (P, n) says what text each candidate stands for."""
+    ) -> TransportBatch:
+        """Solve the transport problems. ``source_numbers`` (P, n) numbers the text of each candidate."""
         config = self._config
-        total = source_mass.sum(axis=1)
-        share = source_mass / total[:, None]
+        # The solvers take distributions; the mass in the window, which may be less than 1, is multiplied back below.
+        total = source_mass.sum(axis=1)  # (P,)
+        share = source_mass / total[:, None]  # (P, n)
         if config.marginals == "balanced":
             plan, error, converged, _ = sinkhorn(
                 cost,
@@ -234,10 +243,11 @@ class MassMover:
             )
         else:
             plan = semi_relaxed(cost, share, prior, epsilon=config.epsilon)
+            # Only the source's marginal binds, and the closed form meets it up to rounding.
             error = np.abs(plan.sum(axis=2) - share).max(axis=1, initial=0.0)
             converged = np.ones(len(positions), np.bool_)
         plan = plan * total[:, None, None]
-        return Problems(
+        return TransportBatch(
             positions=positions,
             source_ids=source_ids,
             source_mass=source_mass,
