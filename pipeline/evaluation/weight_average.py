@@ -72,6 +72,8 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
         tokenizer=target.tokenizer_files,
         bos=target.bos,
         control_tokens=target.control_tokens,
+        reads_conversations=target.reads_conversations,
+        chat_template=target.chat_template,
         trust_remote_code=target.trust_remote_code,
     )
 

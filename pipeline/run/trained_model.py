@@ -135,6 +135,8 @@ def evaluated_model(run: Run, step: Step) -> ModelConfig:
             path=trained_model(run, target_step(run)),
             bos=run.config.target.bos,
             control_tokens=run.config.target.control_tokens,
+            reads_conversations=run.config.target.reads_conversations,
+            chat_template=run.config.target.chat_template,
         )
     return run.config.find_model(step.model)
 

@@ -12,6 +12,8 @@ DECIDES: Final = (
     "dataset.documents",
     "dataset.control_tokens",  # they decide where a text is cut, as max_length does
     "dataset.text_column",
+    "dataset.messages_column",
+    "dataset.train_on",
     "dataset.max_documents",
     "shard.max_length",  # of a segment without BOS nothing predicts the first token, so the cuts decide what is scored
     "shard.validation_fraction",

@@ -56,6 +56,12 @@ class EngineConfig(Settings):
         return self
 
 
+def _messages_column(values: dict[str, Any]) -> Any:
+    """Return what a configuration that is not checked yet says of `dataset.messages_column`; None: documents are texts."""
+    dataset = values.get("dataset")
+    return dataset.get("messages_column") if isinstance(dataset, dict) else getattr(dataset, "messages_column", None)
+
+
 class RunConfig(Settings):
     """The whole configuration of a run."""
 
@@ -85,8 +91,8 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_packing(cls, values: Any) -> Any:
-        """The paper cuts blocks: so does its preset, where the configuration does not say otherwise."""
-        if isinstance(values, dict):
+        """The paper cuts blocks: so does its preset, where the configuration does not say otherwise; never conversations."""
+        if isinstance(values, dict) and _messages_column(values) is None:
             align, fuse = values.get("align"), values.get("fuse", {})
             if isinstance(align, dict) and align.get("preset") == "paper" and isinstance(fuse, dict):
                 return {**values, "fuse": {"packing": "cut", **fuse}}
@@ -107,6 +113,30 @@ class RunConfig(Settings):
         models = {"target": filled(values["target"])} if "target" in values else {}
         if isinstance(sources, list | tuple):
             models["sources"] = [filled(source) for source in sources]
+        return {**values, **models}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_conversations(cls, values: Any) -> Any:
+        """Every model reads conversations where the dataset holds them: the dataset says so, never a model's section."""
+        if not isinstance(values, dict):
+            return values
+        reads = _messages_column(values) is not None
+
+        def filled(model: Any) -> Any:
+            if isinstance(model, ModelConfig):
+                return model.model_copy(update={"reads_conversations": reads})
+            if isinstance(model, dict) and (reads or "reads_conversations" in model):
+                return {**model, "reads_conversations": reads}
+            return model
+
+        sources = values.get("sources")
+        models = {"target": filled(values["target"])} if "target" in values else {}
+        if isinstance(sources, list | tuple):
+            models["sources"] = [filled(source) for source in sources]
+        train = values.get("train", {})
+        if reads and isinstance(train, dict):
+            models["train"] = {"isolate_documents": True, **train}
         return {**values, **models}
 
     @model_validator(mode="after")
@@ -147,6 +177,7 @@ class RunConfig(Settings):
                 f"fuse.max_length = {self.fuse.max_length} is below shard.max_length = {self.shard.max_length}, and with "
                 "fuse.packing = 'whole' every segment must fit a block: raise the one, lower the other, or set packing = 'cut'"
             )
+        self._conversations_are_whole()
         if self.fuse.function == "fitted" and self.align.tail != "bucket":
             raise ValueError(
                 "fuse.function = 'fitted' needs align.tail = 'bucket': a row rescaled to 1 gives a gold token that it does not "
@@ -161,6 +192,32 @@ class RunConfig(Settings):
         if self.eval.split == "test" and self.shard.test_fraction == 0:
             raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')
         return self
+
+    def _conversations_are_whole(self) -> None:
+        """Refuse settings that cut conversations, or that render what is none.
+
+        Raises:
+            ValueError: says which setting, and what to do.
+        """
+        if self.dataset.has_conversations:
+            if self.fuse.packing != "whole":
+                raise ValueError(
+                    f"fuse.packing = {self.fuse.packing!r} cuts segments at the borders of blocks, and dataset.messages_column "
+                    "says that they are conversations, which are learnt whole: set fuse.packing = 'whole'"
+                )
+            if not self.train.isolate_documents:
+                raise ValueError(
+                    "train.isolate_documents = false lets packed conversations see each other, and no model that is learned "
+                    "from saw another conversation before its own: leave isolate_documents out, with dataset.messages_column "
+                    "it is true"
+                )
+        else:
+            templates = [model.name for model in self.models if model.chat_template is not None]
+            if templates:
+                raise ValueError(
+                    f"model {templates[0]}: chat_template says how conversations are rendered, and the dataset holds texts: "
+                    "set dataset.messages_column, or leave chat_template out"
+                )
 
     def _draws_are_kept(self) -> None:
         """Refuse what would narrow or rescale rows with draws, whose expectation is the full distribution.

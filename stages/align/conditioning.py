@@ -12,9 +12,10 @@ from typing import Final, Literal, Self
 
 import numpy as np
 
-from stages.align.pairing.token_pairing import NO_POSITION, Role
+from stages.align.pairing.token_pairing import NO_POSITION
 from stages.align.rows import ModelRows, Side
 from stages.align.vocabulary_maps import NO_ID
+from stages.contract.roles import Role
 
 MIN_AGREEING_MASS: Final = 0.05
 """Probability that the agreeing candidates must hold together: below, they say little about what comes."""

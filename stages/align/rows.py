@@ -4,9 +4,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stages.align.pairing.token_pairing import token_roles
 from stages.align.vocabulary_maps import NO_ID
 from stages.contract.draws import add_draws
+from stages.contract.roles import token_roles
 from stages.measures.nucleus import outside_nucleus
 from stages.models.tokenizer import Vocabulary
 

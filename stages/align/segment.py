@@ -10,7 +10,6 @@ from stages.align.config import AlignConfig
 from stages.align.pairing.token_pairing import (
     NO_POSITION,
     Pairing,
-    Role,
     boundary_pairing,
     choose_source,
     edit_distance_pairing,
@@ -19,6 +18,7 @@ from stages.align.rows import ModelRows, Side, narrow
 from stages.align.transport.projection import column_mass, keep_largest, landed_mass
 from stages.align.transporter import TransportBatch, Transporter
 from stages.align.vocabulary_maps import NO_ID, ModelPair
+from stages.contract.roles import Role
 from stages.models.tokenizer import Vocabulary
 
 NONE: Final = 0

@@ -23,6 +23,38 @@ SHARD: Final = pa.schema(
 )
 """Written by shard; read by logits (train rows) and by eval (held-out rows)."""
 
+
+def shard_schema(*, conversations: bool = False) -> pa.Schema:
+    """Return the schema that ``shard`` writes: ``SHARD``, and for conversations what their messages are.
+
+    A document is a conversation then, and a segment is one or several of its messages, whole. ``text`` holds each message's
+    content and after it one character, ``roles.TURN_END``, the virtual byte that says "end of turn". For M messages:
+
+    - ``message_role`` (M): "system", "user" or "assistant".
+    - ``message_end`` (M): where each message ends in ``text``, bytes, its virtual byte included; the last is the length.
+    - ``message_trained`` (M): the message is learnt.
+
+    A piece that continues a conversation begins with the conversation's system message again, if it has one, which is not
+    learnt a second time. ``byte_start`` is that of the first message that is not repeated, and bytes of a document are
+    counted without repetition.
+    """
+    if not conversations:
+        return SHARD
+    return pa.schema(
+        [
+            *SHARD,
+            pa.field("message_role", pa.list_(pa.string()), nullable=False),
+            pa.field("message_end", pa.list_(pa.int32()), nullable=False),
+            pa.field("message_trained", pa.list_(pa.bool_()), nullable=False),
+        ]
+    )
+
+
+def has_conversations(schema: pa.Schema) -> bool:
+    """Return whether a table of ``shard`` holds conversations."""
+    return "message_role" in schema.names
+
+
 QUARANTINE: Final = pa.schema(
     [
         pa.field("doc_id", pa.int64(), nullable=False),
@@ -47,10 +79,11 @@ def _sparse(vocab_size: int) -> list[pa.Field]:
     ]
 
 
+_IS_TRAINED: Final = pa.field("is_trained", pa.list_(pa.bool_()), nullable=False)
 _KEYS: Final = [SHARD.field("doc_id"), SHARD.field("segment")]
 
 
-def logits_schema(vocab_size: int, *, has_draws: bool = False) -> pa.Schema:
+def logits_schema(vocab_size: int, *, has_draws: bool = False, conversations: bool = False) -> pa.Schema:
     """What ``logits/<model>`` writes and ``align`` and ``fuse`` read: one row a train segment, N tokens each.
 
     - ``token_ids`` (N): the segment's tokens, special tokens included.
@@ -62,6 +95,10 @@ def logits_schema(vocab_size: int, *, has_draws: bool = False) -> pa.Schema:
     - ``sample_ids`` (N, m or 0), only with ``has_draws`` (``logits.tail_samples`` = m > 0): tokens drawn from the ids that the
       top-k leave out, in proportion to their probability; ascending, a token that was drawn twice stands there twice. Each
       stands for tail mass / m (``stages.contract.draws``). Empty where the other ids have no probability.
+    - ``role`` (N), only with ``conversations``: values of ``stages.contract.roles.Role``. ``byte_end`` counts the bytes of
+      ``text`` in ``shard_schema``: those of all contents, and the virtual byte after each, which the token that ends the turn
+      owns. Tokens of the chat template have no bytes. Plain corpora have no such column: read it with ``roles.roles_of``.
+    - ``is_trained`` (N), only with ``conversations``: the token itself is learnt.
 
     Logprobs are rounded to float16's precision, to the nearest: a token's gold logprob moves by at most 1 part in 2,048,
     the mean over a thousand tokens by about 1e-5 nats.
@@ -74,6 +111,7 @@ def logits_schema(vocab_size: int, *, has_draws: bool = False) -> pa.Schema:
             pa.field("gold_logprob", pa.list_(pa.float32()), nullable=False),
             *_sparse(vocab_size),
             *([pa.field("sample_ids", pa.list_(pa.list_(id_type(vocab_size))), nullable=False)] if has_draws else []),
+            *([pa.field("role", pa.list_(pa.uint8()), nullable=False), _IS_TRAINED] if conversations else []),
         ]
     )
 
@@ -120,7 +158,7 @@ def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> p
     )
 
 
-def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...]) -> pa.Schema:
+def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...], *, conversations: bool = False) -> pa.Schema:
     """What ``fuse`` writes and ``train`` reads: one row a training block of N <= max_length target tokens.
 
     - ``block``: index of the block in its shard.
@@ -131,6 +169,8 @@ def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...]) -> pa
     - ``chosen`` (N): index of the candidate with the largest weight, -1 where there is no fused distribution; the
       candidates' names, the target model's first, are in the schema's metadata.
     - ``topk_ids``, ``topk_logprobs`` (N, 0..k), ``tail_mass`` (N): the fused distribution, as in ``aligned_schema``.
+    - ``is_trained`` (N), only with ``conversations``: as in ``logits_schema``. Position t has a label if and only if the token
+      after it in its piece is learnt.
     """
     return pa.schema(
         [
@@ -143,6 +183,7 @@ def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...]) -> pa
             pa.field("chosen", pa.list_(pa.int8()), nullable=False),
             *_sparse(vocab_size),
             *_tail_field(tail),
+            *([_IS_TRAINED] if conversations else []),
         ],
         metadata={"tail": tail, "candidates": ",".join(candidates)},
     )

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -25,6 +25,12 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
 )
+TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*", "tokenizer_config.json")
+"""Where a tokenizer's own chat template may stand."""
+PLAIN: Final = "plain"
+"""The value of ``chat_template`` that stands for the generic template."""
+PLAIN_TEMPLATE_VERSION: Final = 1
+"""Raised when the generic template changes."""
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 
 
@@ -43,6 +49,11 @@ def check_place(*, hub: str | None, revision: str | None, path: object) -> None:
 def absolute_path(path: Path | None) -> Path | None:
     """A relative path means this process's folder; a worker may run in another one."""
     return None if path is None else path.expanduser().absolute()
+
+
+def absolute_template(template: str | None) -> str | None:
+    """Return the absolute path of a template's file, as ``absolute_path`` does; ``"plain"`` stays."""
+    return template if template in (None, PLAIN) else str(absolute_path(Path(template)))
 
 
 class PretrainedFiles(Settings):
@@ -133,6 +144,14 @@ class ModelConfig(PretrainedFiles):
         "split",
         description="What becomes of the text of its control tokens in documents; as `[dataset]` says by default.",
     )
+    reads_conversations: Annotated[bool, ADDED] = Field(
+        False, description="Documents are conversations; set by `[dataset] messages_column`, not by hand."
+    )
+    chat_template: Annotated[str | None, AfterValidator(absolute_template), RUNTIME] = Field(
+        None,
+        description="How it renders conversations: a Jinja file, or 'plain', a generic template for models that have none. By "
+        "default the tokenizer's own template.",
+    )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with this model. Off unless you trust it."
     )
@@ -147,9 +166,18 @@ class ModelConfig(PretrainedFiles):
         return self.identity(WEIGHT_FILES)
 
     def tokenizer_identity(self) -> str:
-        """What identifies the tokenizer and how the run uses it: its files, BOS, and whether control tokens are parsed."""
+        """What identifies the tokenizer and how the run uses it: its files, BOS, control tokens, and the chat template."""
         parsed = ";control_tokens=parse" if self.control_tokens == "parse" else ""
-        return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}{parsed}"
+        template = f";chat_template={self._template_identity()}" if self.reads_conversations else ""
+        return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}{parsed}{template}"
+
+    def _template_identity(self) -> str:
+        """What identifies the chat template: that of the generic one, of a file, or of the tokenizer's files."""
+        if self.chat_template is None:
+            return self.tokenizer_files.identity(TEMPLATE_FILES)
+        if self.chat_template == PLAIN:
+            return f"{PLAIN}:{PLAIN_TEMPLATE_VERSION}"
+        return f"sha256:{cached_file_sha256(Path(self.chat_template))}"
 
     def check(self) -> None:
         """Refuse a missing local path, of the weights or of the tokenizer, and a folder without them."""

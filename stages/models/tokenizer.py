@@ -14,6 +14,7 @@ import numpy as np
 
 from stages.models.byte_offsets import METASPACE, ends_by_bytes, ends_by_offsets
 from stages.models.config import ModelConfig, embedding_rows, load_tokenizer
+from stages.models.segment_text import SegmentText
 
 BOS_TEXT: Final = b"<bos>"
 EOS_TEXT: Final = b"<eos>"
@@ -63,10 +64,14 @@ class Encoding:
         byte_end: (N,) int32; where each token ends in the text, UTF-8 bytes; nondecreasing. The prefix ends at 0; the last
             token of the text, and EOS after it, end at the text's length. A text of which a tokenizer keeps nothing
             (white space under WordPiece) has no tokens but these two.
+        role: (N,) uint8, values of ``stages.contract.roles.Role``; None for plain text.
+        is_trained: (N,) bool, the token is learnt; None for plain text, of which all are.
     """
 
     ids: np.ndarray
     byte_end: np.ndarray
+    role: np.ndarray | None = None
+    is_trained: np.ndarray | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,6 +187,18 @@ class SegmentTokenizer:
                 for text, (ids, byte_end), last in zip(part, self._tokenize(part), is_last[batch], strict=True)
             ]
         return encodings
+
+    def encode_segments(self, segments: Sequence[SegmentText]) -> list[Encoding]:
+        """Tokenize segments as ``segment_texts`` reads them; texts as ``encode_batch`` does.
+
+        Raises:
+            ValueError: a segment is a conversation, and this tokenizer reads texts.
+        """
+        if any(segment.messages for segment in segments):
+            raise ValueError("conversations need a tokenizer that renders them (`reads_conversations` of its model)")
+        return self.encode_batch(
+            [segment.text for segment in segments], is_last=[segment.is_last for segment in segments]
+        )
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text's own tokens, without prefix and EOS."""

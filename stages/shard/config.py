@@ -52,12 +52,36 @@ class DatasetConfig(Settings):
         "each model reads those of its own as tokens (`parse`), for conversations that were rendered with its template.",
     )
     text_column: str = Field("text", description="The column that holds a document's text; .txt files have none.")
+    messages_column: Annotated[str | None, ADDED] = Field(
+        None,
+        description="The column that holds a conversation, in the place of `text_column`: a list of `role` and `content` (or "
+        "of ShareGPT's `from` and `value`), or a JSON string of such a list. See docs/conversations.md.",
+    )
+    train_on: Annotated[Literal["assistant", "all"], ADDED] = Field(
+        "assistant",
+        description="What is learnt of conversations: what the assistant says and where it stops, or every message.",
+    )
     kind_column: Annotated[str | None, RUNTIME] = Field(
         None,
         description="A column of strings that says of what kind a document is (its source, subject, language): `ptafuse "
         "interpret` tells by kind which model wins. It can be given after a run: no stage reads it but for fuse.per = 'kind'.",
     )
     max_documents: int | None = Field(None, ge=1, description="Take the first this many documents; all when not given.")
+
+    @property
+    def has_conversations(self) -> bool:
+        """Documents are conversations, not texts."""
+        return self.messages_column is not None
+
+    @property
+    def document_column(self) -> str:
+        """The column that holds a document."""
+        return self.text_column if self.messages_column is None else self.messages_column
+
+    @property
+    def document_setting(self) -> str:
+        """The setting that names that column, for messages."""
+        return "text_column" if self.messages_column is None else "messages_column"
 
     @property
     def section(self) -> str:
@@ -79,6 +103,28 @@ class DatasetConfig(Settings):
     @model_validator(mode="after")
     def _one_place(self) -> Self:
         check_place(hub=self.hub, revision=self.revision, path=self.path)
+        return self
+
+    @model_validator(mode="after")
+    def _text_or_conversations(self) -> Self:
+        if self.messages_column is None:
+            if self.train_on != "assistant":
+                raise ValueError(
+                    f"train_on = {self.train_on!r} says what is learnt of conversations, and messages_column names no column "
+                    "that holds any: set messages_column, or leave train_on out"
+                )
+            return self
+        if self.text_column != type(self).model_fields["text_column"].default:
+            raise ValueError(
+                f"text_column = {self.text_column!r} and messages_column = {self.messages_column!r} both say where documents "
+                "are: leave out text_column for conversations, or messages_column for texts"
+            )
+        if self.control_tokens == "parse":
+            raise ValueError(
+                'control_tokens = "parse" reads conversations that were rendered to text, and messages_column = '
+                f"{self.messages_column!r} names a column of messages, which every model renders with its own template: leave "
+                "out one of them"
+            )
         return self
 
 

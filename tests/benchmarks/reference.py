@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
-from stages.align.pairing.token_pairing import Role, token_roles
+from stages.contract.roles import Role, token_roles
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 

@@ -5,23 +5,15 @@ Rows, ``k`` and ``B_k`` belong to the source; columns, ``j`` and ``A_j`` to the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 from numba import njit
 
 from stages.align.pairing.cheapest_path import cheapest_path
 from stages.align.pairing.levenshtein import levenshtein_matrix
+from stages.contract.roles import Role
 
 NO_POSITION = -1
-
-
-class Role(IntEnum):
-    """What a token is to the pairing: special tokens have no bytes and pair by role."""
-
-    TEXT = 0
-    BOS = 1
-    EOS = 2
 
 
 @dataclass(frozen=True)
@@ -52,28 +44,6 @@ class Pairing:
         shared[paired[:-1]] |= overlap
         shared[paired[1:]] |= overlap
         return shared
-
-
-def token_roles(token_ids: np.ndarray, *, prefix_id: int | None, eos_id: int | None) -> np.ndarray:
-    """Return the role of each token of a segment.
-
-    By place as well as by id, since some models use one id for both roles: what stands before the text has the role of
-    BOS, whichever token it is, and EOS is only ever the last.
-
-    Args:
-        token_ids: (N,).
-        prefix_id: the token before every text (BOS, or EOS of a model without BOS); None without.
-        eos_id: the tokenizer's EOS, None without.
-
-    Returns:
-        (N,) uint8, values of ``Role``.
-    """
-    roles = np.full(len(token_ids), Role.TEXT, np.uint8)
-    if len(token_ids) and eos_id is not None and token_ids[-1] == eos_id:
-        roles[-1] = Role.EOS
-    if len(token_ids) and prefix_id is not None and token_ids[0] == prefix_id:
-        roles[0] = Role.BOS
-    return roles
 
 
 def edit_distance_pairing(

@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.align.config import AlignConfig
-from stages.align.pairing.token_pairing import Role, boundary_pairing, choose_source, edit_distance_pairing
+from stages.align.pairing.token_pairing import boundary_pairing, choose_source, edit_distance_pairing
 from stages.align.rows import Side
 from stages.align.stage import AlignStage, _side
 from stages.contract.columns import list_row, sparse_row
+from stages.contract.roles import Role
 from stages.contract.stage import StageOutput
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer

@@ -41,6 +41,9 @@ def values_of(field: pa.Field, rng: np.random.Generator, vocab_size: int) -> pa.
         made: dict[str, list[Any]] = {"string": ["train", "", "é\n"], "bool": [True, False, True]}
         return pa.array(made.get(str(kind), [2**31 - 1, 0, 7]), kind)
     element = kind.value_type
+    if pa.types.is_string(element):
+        names = np.array(["system", "user", "assistant"])
+        return pa.array([names[rng.integers(0, 3, length)].tolist() for length in LENGTHS], kind)
     if field.name == "byte_end":
         return list_column([np.cumsum(rng.integers(0, 9, length)) for length in LENGTHS], element)
     if pa.types.is_floating(element):
@@ -68,13 +71,16 @@ def table_of(schema: pa.Schema, vocab_size: int) -> pa.Table:
 
 SCHEMAS = {
     "shard": (schemas.SHARD, 400),
+    "shard of conversations": (schemas.shard_schema(conversations=True), 400),
     "quarantine": (schemas.QUARANTINE, 400),
     "logits of 32,000": (schemas.logits_schema(32_000), 32_000),
     "logits of 262,144": (schemas.logits_schema(262_144), 262_144),
     "logits with draws": (schemas.logits_schema(32_000, has_draws=True), 32_000),
+    "logits of conversations": (schemas.logits_schema(32_000, conversations=True), 32_000),
     "aligned": (schemas.aligned_schema(2**16, "bucket"), 2**16),
     "aligned with draws": (schemas.aligned_schema(2**16, "bucket", has_draws=True), 2**16),
     "fused": (schemas.fused_schema(151_936, "bucket", CANDIDATES), 151_936),
+    "fused of conversations": (schemas.fused_schema(32_000, "bucket", CANDIDATES, conversations=True), 32_000),
 }
 
 
@@ -130,9 +136,9 @@ def expected_encoding(path: str) -> set[str]:
     name = path.split(".", maxsplit=1)[0]
     if name == "byte_end":
         return {"DELTA_BINARY_PACKED"}
-    if name in ("split", "text", "stage", "error", "message", "outcome", "chosen"):
+    if name in ("split", "text", "stage", "error", "message", "outcome", "chosen", "message_role", "role"):
         return {"RLE_DICTIONARY"}
-    return set() if name in ("is_last", "exact_context") else {"BYTE_STREAM_SPLIT"}
+    return set() if name in ("is_last", "exact_context", "message_trained", "is_trained") else {"BYTE_STREAM_SPLIT"}
 
 
 def test_real_shaped_rows_take_few_bytes(tmp_path: Path) -> None:

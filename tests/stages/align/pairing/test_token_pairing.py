@@ -5,12 +5,11 @@ from hypothesis import strategies as st
 
 from stages.align.pairing.token_pairing import (
     Pairing,
-    Role,
     boundary_pairing,
     choose_source,
     edit_distance_pairing,
-    token_roles,
 )
+from stages.contract.roles import Role, token_roles
 from tests.stages.align.pairing.test_levenshtein import levenshtein
 
 WORDS = st.lists(st.sampled_from(["", "a", "b", "ab", "the", "them", "日本", "日", "<bos>"]), min_size=1, max_size=5)
