@@ -23,13 +23,13 @@ _SCALING: Final = 0.25
 _STAGE_TOLERANCE: Final = 1e-3
 """Marginal violation at which a larger epsilon has done its work, relative to the mass."""
 _ARMIJO: Final = 1e-4
-_CLOSER: Final = 0.8
+_MIN_ERROR_REDUCTION: Final = 0.8
 """Share of the error that a step may leave to be taken without asking what the dual gained: its digits run out."""
 _OVERSHOOT: Final = 1.0
 """A step at whose end the dual falls as steeply as it rose at the beginning went too far."""
 _MAX_STEP: Final = 40.0
 """Longest Newton step of a potential, in epsilons: beyond it the quadratic model says nothing."""
-_SHORTER: Final = 0.25
+_BACKTRACKING_FACTOR: Final = 0.25
 _LARGEST_FACTOR: Final = 1e100
 """A column's factor since the last exponential: beyond it the plan is computed anew, before what underflowed matters."""
 _SMALLEST_EXPONENT: Final = -700.0
@@ -73,8 +73,8 @@ def _solve(
         is_working = False
         for lane in range(num_lanes):
             while lanes.problem[lane] >= 0:
-                is_solved = lanes.error[lane] <= 0.5 * lanes.goal[lane]
-                if not is_solved and lanes.used[lane] < max_iterations:
+                is_solved = lanes.error[lane] <= 0.5 * lanes.target_error[lane]
+                if not is_solved and lanes.num_iterations[lane] < max_iterations:
                     is_working = True
                     break
                 if lanes.epsilon[lane] > epsilon:
@@ -83,7 +83,7 @@ def _solve(
                 problem = lanes.problem[lane]
                 error[problem] = _put(lanes, lane, plan[problem])
                 converged[problem] = error[problem] <= tolerance
-                iterations[problem] = lanes.used[lane]
+                iterations[problem] = lanes.num_iterations[lane]
                 following = _take(lanes, lane, cost, a, b, following, epsilon, tolerance)
         if not is_working:
             return plan, error, converged, iterations
@@ -123,7 +123,7 @@ def _take(
         lanes.potential[y, lane] = 0.0
         lanes.factor[y, lane] = 1.0
     lanes.problem[lane] = following
-    lanes.used[lane] = 0
+    lanes.num_iterations[lane] = 0
     _set_epsilon(lanes, lane, cost[following], largest, epsilon, tolerance)
     return following + 1
 
@@ -134,8 +134,8 @@ def _set_epsilon(lanes: Lanes, lane: int, cost: np.ndarray, current: float, last
     for x in range(len(lanes.a)):
         mass += lanes.a[x, lane]
     lanes.epsilon[lane] = current
-    lanes.goal[lane] = tolerance if current <= last else max(tolerance, _STAGE_TOLERANCE * mass)
-    lanes.size[lane] = 1.0
+    lanes.target_error[lane] = tolerance if current <= last else max(tolerance, _STAGE_TOLERANCE * mass)
+    lanes.step_fraction[lane] = 1.0
     _evaluate(lanes, lane, cost)
 
 
@@ -259,7 +259,7 @@ def _scale_columns(lanes: Lanes) -> None:
     _accept_trial(lanes)
     for i in range(num_lanes):
         lanes.error[i] = lanes.trial_error[i]
-        lanes.used[i] += 1
+        lanes.num_iterations[i] += 1
 
 
 @njit(cache=True)
@@ -377,7 +377,7 @@ def _try_step(lanes: Lanes) -> None:
             longest[i] = max(longest[i], abs(lanes.direction[y, i]))
     step = np.empty(num_lanes)
     for i in range(num_lanes):
-        step[i] = min(lanes.size[i], _MAX_STEP / max(longest[i], _TINY))
+        step[i] = min(lanes.step_fraction[i], _MAX_STEP / max(longest[i], _TINY))
     for y in range(m):
         for i in range(num_lanes):
             lanes.trial[y, i] = step[i] * lanes.direction[y, i]
@@ -391,14 +391,14 @@ def _try_step(lanes: Lanes) -> None:
             end_slope[i] += lanes.direction[y, i] * (lanes.b[y, i] - lanes.trial_columns[y, i])
     for i in range(num_lanes):
         # The dual is concave: where it still rises at the end, it rose all the way.
-        is_better = lanes.trial_error[i] < _CLOSER * lanes.error[i] or end_slope[i] >= 0.0
+        is_better = lanes.trial_error[i] < _MIN_ERROR_REDUCTION * lanes.error[i] or end_slope[i] >= 0.0
         if not is_better and end_slope[i] > -_OVERSHOOT * slope[i]:  # only then a logarithm a row
             is_better = _gain(lanes, i, step[i]) >= _ARMIJO * step[i] * slope[i]
-        if lanes.error[i] > 0.5 * lanes.goal[i] and is_better:
+        if lanes.error[i] > 0.5 * lanes.target_error[i] and is_better:
             lanes.error[i] = lanes.trial_error[i]
-            lanes.size[i] = min(1.0, lanes.size[i] / _SHORTER)
+            lanes.step_fraction[i] = min(1.0, lanes.step_fraction[i] / _BACKTRACKING_FACTOR)
             continue
-        lanes.size[i] *= _SHORTER
+        lanes.step_fraction[i] *= _BACKTRACKING_FACTOR
         for y in range(m):
             lanes.trial[y, i] = 1.0
             lanes.trial_columns[y, i] = lanes.columns[y, i]

@@ -26,10 +26,10 @@ class Lanes(NamedTuple):
     error: np.ndarray  # (L,) largest violation of a column's marginal
     trial_error: np.ndarray  # (L,)
     epsilon: np.ndarray  # (L,) on its way down
-    goal: np.ndarray  # (L,) error at which this epsilon has done its work
-    size: np.ndarray  # (L,) share of Newton's step that is tried
+    target_error: np.ndarray  # (L,) at which the current epsilon is solved well enough
+    step_fraction: np.ndarray  # (L,) of the Newton step that is tried next
     problem: np.ndarray  # (L,) int64, which one; -1: the lane has no more
-    used: np.ndarray  # (L,) int64 iterations
+    num_iterations: np.ndarray  # (L,) int64, spent on the current problem
 
 
 def new_lanes(n: int, m: int, num_lanes: int) -> Lanes:
