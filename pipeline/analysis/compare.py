@@ -42,7 +42,7 @@ CONDITIONED: Final = "conditioned"
 
 
 @dataclass(frozen=True)
-class Way:
+class AlignmentVariant:
     """One way of aligning: a row of the table.
 
     Attributes:
@@ -78,7 +78,7 @@ class Comparison:
         shards: those that were read.
         num_shards: of the run.
         num_positions: with a next token, in those shards.
-        ways: what was compared, but the two models themselves.
+        variants: what was compared, but the two models themselves.
         completed: the completed NLL by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves, over their full
             vocabularies.
         floored: the floored NLL of the same positions; the models themselves are their own windows.
@@ -88,12 +88,12 @@ class Comparison:
     shards: tuple[int, ...]
     num_shards: int
     num_positions: int
-    ways: tuple[Way, ...]
+    variants: tuple[AlignmentVariant, ...]
     completed: SharedNll
     floored: SharedNll
 
 
-def ways_of(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[Way, ...]:
+def alignment_variants(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[AlignmentVariant, ...]:
     """The rows: each method with both pairings, and the configuration's own settings where no row has them.
 
     All take inexact pairs as they are (what is judged is what each pairing gives, on positions that all have), keep their
@@ -119,16 +119,18 @@ def ways_of(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[Way
         ]
     conditions = {**alike, "inexact": "condition"}
     configured = config.model_copy(update=conditions if config.inexact == "condition" else alike)
-    ways = []
+    variants = []
     for name, chosen in kinds:
         for pairing in PAIRINGS:
             settings = AlignConfig.model_validate({**chosen, **alike, **window, "pairing": pairing})
-            ways.append(Way(name, settings, settings.result_settings() == configured.result_settings()))
+            variants.append(
+                AlignmentVariant(name, settings, settings.result_settings() == configured.result_settings())
+            )
     settings = AlignConfig.model_validate({"preset": "semi-relaxed", **conditions, **window})
-    ways.append(Way(CONDITIONED, settings, settings.result_settings() == configured.result_settings()))
-    if not any(way.is_configured for way in ways):
-        ways.append(Way("as configured", configured, is_configured=True))
-    return tuple(ways)
+    variants.append(AlignmentVariant(CONDITIONED, settings, settings.result_settings() == configured.result_settings()))
+    if not any(variant.is_configured for variant in variants):
+        variants.append(AlignmentVariant("as configured", configured, is_configured=True))
+    return tuple(variants)
 
 
 def compare(
@@ -159,7 +161,7 @@ def compare(
     names = [model.name for model in config.sources]
     if source is not None and source not in names:
         raise ValueError(f"--source {source}: this configuration's sources are {', '.join(names)}")
-    ways = ways_of(config.align, epsilons=epsilons)
+    variants = alignment_variants(config.align, epsilons=epsilons)
     store = Store(run_url)
     run = Run(resolve(config, store, request), store, Console(stderr=True), local=True)
     chosen = [model for model in config.sources if source in (None, model.name)]
@@ -168,8 +170,8 @@ def compare(
     for model in chosen:
         total = require_complete(run, [target_key, f"logits/{model.name}"], "compare")
         shards = _sample(run, target_key, total, num_shards)
-        log.info("%s: %d ways of aligning on %d of %d shards", model.name, len(ways), len(shards), total)
-        found.append(_compare_source(run, model, ways, shards, total))
+        log.info("%s: %d ways of aligning on %d of %d shards", model.name, len(variants), len(shards), total)
+        found.append(_compare_source(run, model, variants, shards, total))
     return config, found
 
 
@@ -183,17 +185,21 @@ def _sample(run: Run, key: str, total: int, wanted: int | None) -> tuple[int, ..
 
 
 def _compare_source(
-    run: Run, source: ModelConfig, ways: tuple[Way, ...], shards: tuple[int, ...], total: int
+    run: Run, source: ModelConfig, variants: tuple[AlignmentVariant, ...], shards: tuple[int, ...], total: int
 ) -> Comparison:
-    stages = _set_up(run.config.target, source, ways)
+    stages = _set_up(run.config.target, source, variants)
     labels = (TARGET_ROW, SOURCE_ROW, *stages)
     completed: dict[str, list[np.ndarray]] = {label: [] for label in labels}
     floored: dict[str, list[np.ndarray]] = {label: [] for label in labels}
     documents: list[np.ndarray] = []
-    partner_label = next(way.label for way in ways if way.name == "semi-relaxed" and way.settings.pairing == "boundary")
+    partner_label = next(
+        variant.label
+        for variant in variants
+        if variant.name == "semi-relaxed" and variant.settings.pairing == "boundary"
+    )
     step = run.resolved.steps[f"align/{source.name}"]
     for shard in shards:
-        # Draws are noise in a figure of single tokens: ways are compared by what they make of the exact entries.
+        # Draws are noise in a figure of single tokens: variants are compared by what they make of the exact entries.
         inputs = {
             name: without_draws(table) for name, table in read_inputs(run.resolved, run.store, step, shard).items()
         }
@@ -214,16 +220,16 @@ def _compare_source(
         joined = {label: np.concatenate(parts) for label, parts in nll.items()}
         return compare_shared(joined, documents=place, baseline=TARGET_ROW)
 
-    return Comparison(source.name, shards, total, len(place), ways, compared(completed), compared(floored))
+    return Comparison(source.name, shards, total, len(place), variants, compared(completed), compared(floored))
 
 
-def _set_up(target: ModelConfig, source: ModelConfig, ways: tuple[Way, ...]) -> dict[str, AlignStage]:
-    """A stage for each way."""
+def _set_up(target: ModelConfig, source: ModelConfig, variants: tuple[AlignmentVariant, ...]) -> dict[str, AlignStage]:
+    """A stage for each variant."""
     stages: dict[str, AlignStage] = {}
-    for way in ways:
-        stage = AlignStage(way.settings, target, source)
+    for variant in variants:
+        stage = AlignStage(variant.settings, target, source)
         stage.setup()
-        stages[way.label] = stage
+        stages[variant.label] = stage
     return stages
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.analysis.compare import SOURCE_ROW, TARGET_ROW, Comparison, Way
+from pipeline.analysis.compare import SOURCE_ROW, TARGET_ROW, AlignmentVariant, Comparison
 from pipeline.run.session import StageError
 from pipeline.settings.run import RunConfig
 from stages.measures.standard_error import Estimate
@@ -30,11 +30,11 @@ def comparison_json(config: RunConfig, comparisons: Sequence[Comparison]) -> dic
                 "num_documents": found.completed.num_documents,
                 "rows": [
                     {
-                        **_way_json(way),
+                        **_variant_json(variant),
                         "completed": _finite(asdict(found.completed.entries[label])),
                         "floored": _finite(asdict(found.floored.entries[label])),
                     }
-                    for label, way in _rows(found)
+                    for label, variant in _rows(found)
                 ],
             }
             for found in comparisons
@@ -65,12 +65,12 @@ def print_comparison(config: RunConfig, found: Comparison, console: Console) -> 
     columns = ("NLL", "against target", "mixed with it", "covers", "against it on\nall it covers", "floored\nNLL")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for label, way in _rows(found):
+    for label, variant in _rows(found):
         entry = shared.entries[label]
         is_target = label == TARGET_ROW
         table.add_row(
-            _named(way) if way else label,
-            way.settings.pairing if way else "",
+            _named(variant) if variant else label,
+            variant.settings.pairing if variant else "",
             f"{entry.nll.mean:.3f}",
             "" if is_target else _signed(entry.difference),
             "" if is_target else _signed(entry.mixed_difference),
@@ -90,27 +90,27 @@ def print_comparison(config: RunConfig, found: Comparison, console: Console) -> 
     )
 
 
-def _named(way: Way) -> str:
-    epsilon = "" if way.epsilon is None else f" {way.epsilon:.3g}"
-    return f"{way.name}{epsilon}{' *' if way.is_configured else ''}"
+def _named(variant: AlignmentVariant) -> str:
+    epsilon = "" if variant.epsilon is None else f" {variant.epsilon:.3g}"
+    return f"{variant.name}{epsilon}{' *' if variant.is_configured else ''}"
 
 
-def _rows(found: Comparison) -> list[tuple[str, Way | None]]:
-    return [(TARGET_ROW, None), (SOURCE_ROW, None), *((way.label, way) for way in found.ways)]
+def _rows(found: Comparison) -> list[tuple[str, AlignmentVariant | None]]:
+    return [(TARGET_ROW, None), (SOURCE_ROW, None), *((variant.label, variant) for variant in found.variants)]
 
 
 def _signed(estimate: Estimate) -> str:
     return f"{estimate.mean:+.3f} ± {estimate.error:.3f}"
 
 
-def _way_json(way: Way | None) -> dict[str, Any]:
-    if way is None:
+def _variant_json(variant: AlignmentVariant | None) -> dict[str, Any]:
+    if variant is None:
         return {}
     return {
-        "name": way.name,
-        "is_configured": way.is_configured,
-        "epsilon": way.epsilon,
-        "settings": way.settings.result_settings(),
+        "name": variant.name,
+        "is_configured": variant.is_configured,
+        "epsilon": variant.epsilon,
+        "settings": variant.settings.result_settings(),
     }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.analysis.compare import CONDITIONED, SOURCE_ROW, TARGET_ROW, ways_of
+from pipeline.analysis.compare import CONDITIONED, SOURCE_ROW, TARGET_ROW, alignment_variants
 from stages.align.config import AlignConfig
 from stages.measures.teacher import TEACHER_FLOOR
 from tests.tiny_run import ptafuse
@@ -18,21 +18,21 @@ from tests.tiny_run import ptafuse
 
 
 def test_every_method_has_a_row_with_both_pairings() -> None:
-    ways = ways_of(AlignConfig(preset="semi-relaxed"))
-    assert [(way.name, way.settings.pairing) for way in ways] == [
+    variants = alignment_variants(AlignConfig(preset="semi-relaxed"))
+    assert [(variant.name, variant.settings.pairing) for variant in variants] == [
         (name, pairing)
         for name in ("exact", "min-edit", "paper", "semi-relaxed")
         for pairing in ("edit-distance", "boundary")
     ] + [(CONDITIONED, "boundary")]
-    assert [way.label for way in ways if way.is_configured] == ["semi-relaxed, boundary, epsilon 0.2"]
-    assert len({way.label for way in ways}) == len(ways)
-    assert [way.epsilon for way in ways] == [None] * 4 + [1 / 30] * 2 + [0.2] * 3
+    assert [variant.label for variant in variants if variant.is_configured] == ["semi-relaxed, boundary, epsilon 0.2"]
+    assert len({variant.label for variant in variants}) == len(variants)
+    assert [variant.epsilon for variant in variants] == [None] * 4 + [1 / 30] * 2 + [0.2] * 3
 
 
 def test_a_configuration_that_conditions_is_the_row_that_conditions() -> None:
-    ways = ways_of(AlignConfig(preset="semi-relaxed", inexact="condition"))
-    assert [way.name for way in ways if way.is_configured] == [CONDITIONED]
-    other = ways_of(AlignConfig(preset="semi-relaxed", inexact="condition", epsilon=0.3))[-1]
+    variants = alignment_variants(AlignConfig(preset="semi-relaxed", inexact="condition"))
+    assert [variant.name for variant in variants if variant.is_configured] == [CONDITIONED]
+    other = alignment_variants(AlignConfig(preset="semi-relaxed", inexact="condition", epsilon=0.3))[-1]
     assert (other.name, other.settings.inexact, other.settings.epsilon) == ("as configured", "condition", 0.3)
 
 
@@ -40,24 +40,27 @@ def test_all_rows_share_window_tail_and_what_inexact_pairs_get() -> None:
     config = AlignConfig(
         cost="prefix", marginals="source", projection="plan", inexact="gold", top_k=7, top_p=0.9, tail="renormalise"
     )
-    ways = ways_of(config)
-    alike = {(way.settings.tail, way.settings.top_k, way.settings.top_p) for way in ways}
+    variants = alignment_variants(config)
+    alike = {(variant.settings.tail, variant.settings.top_k, variant.settings.top_p) for variant in variants}
     assert alike == {("bucket", 7, 0.9)}
-    assert {way.settings.inexact for way in ways if way.name != CONDITIONED} == {"transport"}
-    assert [way.settings.inexact for way in ways if way.name == CONDITIONED] == ["condition"]
-    last = ways[-1]
+    assert {variant.settings.inexact for variant in variants if variant.name != CONDITIONED} == {"transport"}
+    assert [variant.settings.inexact for variant in variants if variant.name == CONDITIONED] == ["condition"]
+    last = variants[-1]
     assert (last.name, last.is_configured, last.settings.cost) == ("as configured", True, "prefix")
-    assert not any(way.is_configured for way in ways[:-1])
+    assert not any(variant.is_configured for variant in variants[:-1])
 
 
 def test_further_epsilons_are_rows_of_both_presets() -> None:
-    ways = ways_of(AlignConfig(preset="paper"), epsilons=(2.0, 0.2, 0.1))
-    found = {name: [way.epsilon for way in ways if way.name == name] for name in ("paper", "semi-relaxed", "exact")}
+    variants = alignment_variants(AlignConfig(preset="paper"), epsilons=(2.0, 0.2, 0.1))
+    found = {
+        name: [variant.epsilon for variant in variants if variant.name == name]
+        for name in ("paper", "semi-relaxed", "exact")
+    }
     assert found["paper"] == [epsilon for epsilon in (1 / 30, 0.1, 0.2, 2.0) for _ in range(2)]
     assert found["semi-relaxed"] == [epsilon for epsilon in (0.1, 0.2, 2.0) for _ in range(2)]
     assert found["exact"] == [None, None]
     with pytest.raises(ValueError, match=r"--epsilon 0\.0: expected a number above 0"):
-        ways_of(AlignConfig(), epsilons=(0.0,))
+        alignment_variants(AlignConfig(), epsilons=(0.0,))
 
 
 # --- the command ---------------------------------------------------------------------------------------------------------
