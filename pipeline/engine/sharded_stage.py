@@ -11,10 +11,10 @@ from pipeline.engine import local_runner
 from pipeline.engine.progress import StepProgress
 from pipeline.engine.versions import check_library_versions
 from pipeline.engine.worker import ShardJob, ShardStatus
-from pipeline.run.rollup import SHARDS_A_ROLLUP, FiguresReader, roll_up
+from pipeline.run.rollup import SHARDS_PER_ROLLUP, FiguresReader, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
-from pipeline.run.sharing import take_up_plan, take_up_shards
+from pipeline.run.sharing import import_plan, import_shards
 from pipeline.run.stage_table import Resources, job_stage, sharded_stage
 from pipeline.run.steps import Step, result_key
 from pipeline.run.warnings import expected_warnings, shard_warnings
@@ -37,7 +37,7 @@ def run_stage(run: Run, stage: str) -> None:
     spec = sharded_stage(stage)
     if spec.reads_documents and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
         other = _shared_store(run)
-        if other is None or not take_up_plan(run.resolved.steps["shard"], run.store, other):
+        if other is None or not import_plan(run.resolved.steps["shard"], run.store, other):
             dataset = run.config.dataset
             for documents in (dataset, *run.config.eval.texts):
                 reading(documents, check_dataset, documents)
@@ -94,7 +94,7 @@ def _run_step(run: Run, step: Step) -> None:
             progress.add(status)
             if status.outcome == "failed":
                 failed.append(status)
-            if number % SHARDS_A_ROLLUP == 0:
+            if number % SHARDS_PER_ROLLUP == 0:
                 roll_up(run.store, step.folder)
     roll_up(run.store, step.folder)
     run.console.print(progress.summary())
@@ -121,7 +121,7 @@ def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -
     other = _shared_store(run)
     if other is None or not sharded_stage(step.stage).can_be_shared or not pending:
         return pending
-    found = take_up_shards(step, run.store, other, pending, num_shards)
+    found = import_shards(step, run.store, other, pending, num_shards)
     left = [shard for shard in pending if shard not in found.shards]
     run.console.print(
         f"{step.key}: {len(found.shards)} of {len(pending)} shards are read in {other.url}", soft_wrap=True

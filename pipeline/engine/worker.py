@@ -148,7 +148,7 @@ class ShardWorker:
         try:
             if self._job.gpus:  # before "auto" is settled, for all workers of the folder, by what torch sees here
                 _require_cuda(self._job.step.key)
-            config = settle_choices(self._job, self._store, self._config)
+            config = resolve_auto_settings(self._job, self._store, self._config)
             if self._fold:
                 config = self._with_adapted_source(config)
             elif self._spec.runs_model:
@@ -323,7 +323,7 @@ def _require_cuda(step: str) -> None:
     require_cuda(step)
 
 
-def settle_choices(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
+def resolve_auto_settings(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
     """The configuration with a step's "auto" settings as the first worker of its folder found them.
 
     Workers on other machines, and later commands, would perhaps choose otherwise, and one folder would hold the results

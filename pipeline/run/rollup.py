@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 ROLLUP_VERSION = 1
 """Rollups of another version are not read."""
-SHARDS_A_ROLLUP = 1000
+SHARDS_PER_ROLLUP = 1000
 """The driver writes a rollup about each time that this many shards are done."""
-LEAST_SHARDS = 100
+MIN_SHARDS_TO_ROLL_UP = 100
 """Fewer manifests than this are read as fast as a rollup of them would be."""
-MOST_ROLLUPS = 64
+MAX_ROLLUPS_PER_STEP = 64
 """A step with more of them (a run that was restarted often) gets one in their place."""
 
 
@@ -196,15 +196,15 @@ def roll_up(store: Store, folder: str) -> None:
     """
     try:
         entries = manifest_entries(store, folder)
-        if len(entries) < LEAST_SHARDS:
+        if len(entries) < MIN_SHARDS_TO_ROLL_UP:
             return
         lines = {key: line for key, line in read_rollups(store, folder).items() if key in entries}
         new = [entry for key, entry in entries.items() if key not in lines or lines[key].version != entry.version]
-        if len(new) < LEAST_SHARDS:
+        if len(new) < MIN_SHARDS_TO_ROLL_UP:
             return
         old = [entry.key for entry in store.files(f"{folder}/rollups")]
         read = read_lines(store, new)
-        if len(old) < MOST_ROLLUPS:
+        if len(old) < MAX_ROLLUPS_PER_STEP:
             write_rollup(store, folder, read)
             return
         write_rollup(store, folder, lines | read)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class TakenUp:
+class ImportedShards:
     """What became of a step's pending shards.
 
     Attributes:
@@ -42,7 +42,7 @@ def check_shared(url: str) -> None:
         )
 
 
-def take_up_plan(step: Step, store: Store, other: Store) -> bool:
+def import_plan(step: Step, store: Store, other: Store) -> bool:
     """Freeze here the plan that is frozen there for the same shard fingerprint, if there is one."""
     try:
         raw = other.read(plan_key(step.folder))
@@ -51,7 +51,7 @@ def take_up_plan(step: Step, store: Store, other: Store) -> bool:
     return store.create(plan_key(step.folder), raw)
 
 
-def take_up_shards(step: Step, store: Store, other: Store, pending: list[int], num_shards: int) -> TakenUp:
+def import_shards(step: Step, store: Store, other: Store, pending: list[int], num_shards: int) -> ImportedShards:
     """Publish manifests here for the shards of a step that are done there.
 
     Args:
@@ -84,7 +84,7 @@ def take_up_shards(step: Step, store: Store, other: Store, pending: list[int], n
         )
         store.create(manifest_key(step.folder, shard), moved.to_bytes())
         taken.append(shard)
-    return TakenUp(tuple(taken), tuple(other_rows))
+    return ImportedShards(tuple(taken), tuple(other_rows))
 
 
 def _folder_there(step: Step, other: Store) -> str | None:

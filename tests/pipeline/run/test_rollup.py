@@ -21,7 +21,7 @@ KEY = "align/neox"
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rollups of a handful of shards."""
-    monkeypatch.setattr(rollup, "LEAST_SHARDS", 2)
+    monkeypatch.setattr(rollup, "MIN_SHARDS_TO_ROLL_UP", 2)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_many_rollups_become_one(run: tuple[ResolvedRun, Store], monkeypatch: py
     roll_up(store, folder)
     for shard in (10, 11):
         store.create(manifest_key(folder, shard), manifest_of(resolved, KEY, shard, NUM_SHARDS).to_bytes())
-    monkeypatch.setattr(rollup, "MOST_ROLLUPS", 1)
+    monkeypatch.setattr(rollup, "MAX_ROLLUPS_PER_STEP", 1)
     roll_up(store, folder)
     assert [name[:5] for name in store.names(f"{folder}/rollups")] == ["00012"]
     assert found(FiguresReader(store).read(folder)) == expected(store, folder)
@@ -164,7 +164,7 @@ def test_refusing_store_costs_the_rollup_alone(
 
 
 def test_rollups_work_in_an_object_store(run: tuple[ResolvedRun, Store], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollup, "LEAST_SHARDS", 2)
+    monkeypatch.setattr(rollup, "MIN_SHARDS_TO_ROLL_UP", 2)
     resolved, local = run
     folder = resolved.steps[KEY].folder
     store = Store("memory://rollup-run")
