@@ -1,4 +1,4 @@
-"""How well a model knows a text, comparable between tokenizers."""
+"""Cross-entropy of a text under a model, comparable between tokenizers."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Negative log-probability of gold tokens, summed.
+    """Negative log-probability of gold tokens, summed over tokens.
 
     Attributes:
         nats: sum of -ln p(gold).
@@ -28,12 +28,12 @@ class CrossEntropy:
 
     @property
     def nats_per_token(self) -> float:
-        """Mean loss a token; NaN without tokens."""
+        """Mean loss per token; NaN without tokens."""
         return self.nats / self.num_tokens if self.num_tokens else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Mean loss a byte of text, in bits; NaN without bytes."""
+        """Mean loss per byte of text, in bits; NaN without bytes."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
 

@@ -1,4 +1,4 @@
-"""Averages over kinds of documents, each kind weighing the same however much text it has."""
+"""Averages over kinds of documents, each kind weighted equally however much text it has."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from stages.measures.standard_error import Estimate, weighted_mean
 
 @dataclass(frozen=True)
 class KindFigures:
-    """Means of K kinds of documents, and their average.
+    """Means of K kinds of documents, and the average of these means.
 
     Attributes:
         means: kind -> the mean over all bytes of its documents, in the order of the kinds' names.
@@ -23,17 +23,17 @@ class KindFigures:
 
     @property
     def num_won(self) -> int:
-        """The number of kinds with a mean below 0: of a difference in bits per byte, the kinds on which it is better."""
+        """Number of kinds with a mean below 0: for a difference in bits per byte, the kinds that improved."""
         return sum(mean < 0 for mean in self.means.values())
 
     @property
     def won(self) -> str:
-        """The kinds won, for people: "15 of 18"."""
+        """Share of kinds won, as shown to people: "15 of 18"."""
         return f"{self.num_won} of {len(self.means)}"
 
 
 def kind_figures(figures: np.ndarray, weights: np.ndarray, kinds: Sequence[str]) -> KindFigures:
-    """Average documents' figures by kind, then over the kinds.
+    """Average documents' figures by kind, then over kinds.
 
     The documents are a sample stratified by kind, so the variance of the average is the sum of the kinds' variances over K^2.
     A kind's variance is that of the ratio estimator (``weighted_mean``). One document says nothing about its kind's spread:
@@ -52,6 +52,7 @@ def kind_figures(figures: np.ndarray, weights: np.ndarray, kinds: Sequence[str])
         return KindFigures({}, Estimate(math.nan, math.nan))
     members = [np.flatnonzero(place == index) for index in range(len(names))]
     estimates = [weighted_mean(figures[chosen], weights[chosen]) for chosen in members]
+    # A kind with one document has no spread of its own, so it borrows the other kinds' mean spread.
     spreads = [figures[chosen].var(ddof=1) for chosen in members if len(chosen) > 1]
     typical = float(np.mean(spreads)) if spreads else math.nan
     variances = [

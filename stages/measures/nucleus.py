@@ -4,7 +4,7 @@ import numpy as np
 
 
 def outside_nucleus(probs: np.ndarray, top_p: float) -> np.ndarray:
-    """The entries behind the smallest prefix of each row that holds ``top_p``.
+    """Mark the entries after the smallest prefix of each row that holds ``top_p``.
 
     A row keeps its first entry at least, and all of them where together they hold less than ``top_p``.
 

@@ -1,4 +1,4 @@
-"""Means of many documents' figures with the uncertainty that comes from having read these documents and no others."""
+"""Means over documents, with the uncertainty of having read these documents and no others."""
 
 import math
 from typing import NamedTuple
@@ -7,14 +7,14 @@ import numpy as np
 
 
 class Estimate(NamedTuple):
-    """A mean, and its standard error over documents (NaN for fewer than two)."""
+    """Mean, and its standard error over documents (NaN for fewer than two)."""
 
     mean: float
     error: float
 
 
 def weighted_mean(figures: np.ndarray, weights: np.ndarray) -> Estimate:
-    """The mean of documents' figures, and its standard error by the ratio estimator.
+    """Average documents' figures, with the standard error of the ratio estimator.
 
     Args:
         figures: (D,) each document's own mean.
@@ -33,7 +33,9 @@ def weighted_mean(figures: np.ndarray, weights: np.ndarray) -> Estimate:
 
 
 def clustered_mean(values: np.ndarray, documents: np.ndarray) -> Estimate:
-    """The mean of single positions' values. Those of one document are not independent, so the error is over documents.
+    """Average the values of single positions, with the standard error over documents.
+
+    Positions of one document are not independent, so each document counts as one observation.
 
     Args:
         values: (P,) finite.

@@ -1,12 +1,11 @@
-"""Teacher NLL: how well a sparse distribution knows the gold next token.
+"""Teacher NLL: how well a sparse distribution predicts the gold next token.
 
-Two figures, and each is computed alike for every row that stands beside another:
+There are two measures. Rows are comparable only within the same measure:
 
-- *completed*: a row says how much probability it leaves to the tokens that it does not list, and the target's own
-  distribution says how that is divided among them. No floor and no free constant; the target's own rows get the
-  target's NLL.
-- *floored*: the row rescaled to 1, and a gold token that it does not list costs ``MAX_NLL``. It compares a truncated row
-  with a truncated row: a row can be better than the target's own window there and worse than the target.
+- *completed*: the row's tail mass is divided among the tokens that the row does not list, in proportion to the target's
+  own distribution. This needs neither a floor nor a free constant, and the target's own rows get the target's NLL.
+- *floored*: the row is rescaled to 1, and a gold token that it does not list costs ``MAX_NLL``. This compares truncated
+  rows with truncated rows: a row can beat the target's own window and still be worse than the target.
 """
 
 import math
@@ -18,15 +17,15 @@ TEACHER_FLOOR: Final = 1e-4
 """Smallest probability that the floored NLL counts."""
 
 MAX_NLL: Final = -math.log(TEACHER_FLOOR)
-"""What a position costs at most in the floored NLL: 9.2 nats for a row that does not list the gold token."""
+"""Largest floored NLL of a position, 9.2 nats: the cost of a row that does not list the gold token."""
 
 SMALLEST_TAIL: Final = 2.0**-25
-"""What a tail mass of 0 counts as: half of the smallest one that float16's precision, in which they are stored, tells
-from 0. A row with a tail never says that nothing else can come."""
+"""Value of a stored tail mass of 0: half of the smallest mass that float16, in which tails are stored, distinguishes
+from 0. A row with a tail never claims that no other token is possible."""
 
 
 def floored_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """-ln p(gold next token) under sparse distributions rescaled to 1, at most ``MAX_NLL``.
+    """Compute -ln p(gold next token) under sparse distributions rescaled to 1, at most ``MAX_NLL``.
 
     Args:
         ids: (P, k), -1 at pads. A row of pads is no distribution.
@@ -51,7 +50,7 @@ def completed_nll(
     own_probs: np.ndarray,
     own_gold_logprob: np.ndarray,
 ) -> np.ndarray:
-    """-ln p(gold next token) under sparse distributions whose tails are divided as the target divides its own.
+    """Compute -ln p(gold next token) under sparse distributions whose tails are divided as the target divides its own.
 
     p(g) = row(g) where the row lists g, else tail * q(g) / (1 - sum of q over the row's ids), q being the target's own
     distribution before training. Of q the window and q(g) are known; an id that the row lists and the target's window does
@@ -74,7 +73,7 @@ def completed_nll(
     if tail_mass is not None:
         rest = np.flatnonzero((found <= 0) & _has_both(ids, gold))
         own_gold = np.exp(own_gold_logprob[rest].astype(np.float64))
-        is_listed = (own_ids[rest][:, :, None] == ids[rest][:, None, :]).any(axis=2)
+        is_listed = (own_ids[rest][:, :, None] == ids[rest][:, None, :]).any(axis=2)  # (rest, m)
         outside = 1.0 - np.where(is_listed, own_probs[rest], 0.0).sum(axis=1)
         # Rounded logprobs can sum to more than 1; outside the row there is at least the gold token itself.
         share = own_gold / np.maximum(outside, own_gold)
@@ -84,7 +83,7 @@ def completed_nll(
 
 
 def exact_nll(gold_logprob: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """-ln p(gold next token) of a model over its full vocabulary, at given positions of its own.
+    """Look up -ln p(gold next token) of a model over its full vocabulary, at given positions of its segment.
 
     Args:
         gold_logprob: (N,) of the model's segment; NaN at the last position.
@@ -99,10 +98,10 @@ def exact_nll(gold_logprob: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def _listed(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """(P,) the probability that each row itself gives the gold token."""
+    """Return the probability that each row itself gives the gold token, (P,)."""
     return np.where(ids == gold[:, None], probs, 0.0).sum(axis=1)
 
 
 def _has_both(ids: np.ndarray, gold: np.ndarray) -> np.ndarray:
-    """(P,) bool: there is a distribution, and a gold token."""
+    """Return whether there is both a distribution and a gold token, (P,) bool."""
     return (ids >= 0).any(axis=1) & (gold >= 0)

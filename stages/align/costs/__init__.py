@@ -1,1 +1,1 @@
-"""What it costs to move mass from a source token to a target token."""
+"""Costs of moving mass from a source token to a target token."""

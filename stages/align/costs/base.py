@@ -1,4 +1,4 @@
-"""What every cost offers."""
+"""Interface of all costs."""
 
 from typing import Protocol, Self
 
@@ -8,7 +8,7 @@ from stages.align.vocabulary_maps import ModelPair
 
 
 class Costs(Protocol):
-    """What moving mass from a source token to a target token costs, in edits."""
+    """Cost of moving mass from a source token to a target token, in edits."""
 
     @classmethod
     def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:

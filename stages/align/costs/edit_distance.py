@@ -1,4 +1,4 @@
-"""The cost of the paper: edit distances between the texts of candidates."""
+"""Edit distances between the texts of candidates: the paper's cost."""
 
 from collections.abc import Sequence
 from typing import Final, Self
@@ -15,7 +15,8 @@ CACHE_SLOTS: Final = 2**22
 
 
 class EditDistanceCosts:
-    """Levenshtein distances between candidates of two vocabularies, remembered: the same candidates come back all the time.
+    """Levenshtein distances between candidates of two vocabularies, cached, since the same candidates keep coming
+    back.
 
     Memory is bounded, and results do not depend on what was asked before (``PairCache``).
 
@@ -39,11 +40,11 @@ class EditDistanceCosts:
 
     @property
     def num_cached(self) -> int:
-        """Distinct pairs that the table holds now."""
+        """Number of distinct pairs in the cache."""
         return self._cache.num_cached
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """Cost matrices of a batch of transport problems.
+        """Return the cost matrices of a batch of transport problems.
 
         Args:
             source_ids: (P, n), -1 at pads.
@@ -57,7 +58,7 @@ class EditDistanceCosts:
         return self._cache.lookup(keys.reshape(-1), self._distances).reshape(keys.shape)
 
     def _distances(self, keys: np.ndarray) -> np.ndarray:
-        """Of pairs given as source * (number of target texts) + target."""
+        """Compute the distances of pairs, each encoded as source * (number of target texts) + target."""
         source, target = np.divmod(keys, len(self._target_texts))
         return cpdist(
             self._source_texts[source].tolist(),

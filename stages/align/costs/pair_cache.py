@@ -1,4 +1,4 @@
-"""A bounded table of what was computed for pairs of ids."""
+"""Bounded cache of values that belong to pairs of ids."""
 
 from collections.abc import Callable
 from typing import Final
@@ -15,30 +15,30 @@ _MULTIPLIER: Final = np.uint64(0x9E3779B97F4A7C15)  # Fibonacci hashing: spreads
 class PairCache:
     """Values of integer keys >= 0, in a table of fixed size with open addressing.
 
-    When it is half full it is emptied, so memory is bounded and values do not depend on what was asked before.
+    A table that is half full is emptied, so memory is bounded. Values never depend on earlier look-ups.
 
     Args:
         num_slots: a power of two; 16 bytes each.
 
     Raises:
-        ValueError: it is no power of two.
+        ValueError: the number of slots is not a power of two.
     """
 
     def __init__(self, num_slots: int) -> None:
         if num_slots < 2 or num_slots & (num_slots - 1):
             raise ValueError(f"num_slots = {num_slots}: expected a power of two, at least 2")
-        # A key beside its value: to find both, memory is waited for once.
+        # Each key lies next to its value, so that one look-up misses the processor's cache once, not twice.
         self._table = np.full((num_slots, 2), NO_PAIR, np.int64)
         self._values = self._table.view(np.float64)[:, 1]
         self._num_used = 0
 
     @property
     def num_cached(self) -> int:
-        """Distinct keys that the table holds now."""
+        """Number of distinct keys in the table."""
         return self._num_used
 
     def lookup(self, keys: np.ndarray, compute: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        """The value of each key.
+        """Return the value of each key, computing those that are missing.
 
         Args:
             keys: (N,) int64; ``NO_PAIR`` at pads.
@@ -51,7 +51,7 @@ class PairCache:
         limit = len(self._table) // 2
         for start in range(0, len(keys), limit):
             part = keys[start : start + limit]
-            # Counted exactly only when the table could get too full.
+            # Distinct keys are counted only if the table could get too full: np.unique sorts.
             if self._num_used + len(part) > limit and self._num_used + len(np.unique(part)) > limit:
                 self._clear()
             values = found[start : start + limit]
@@ -62,7 +62,8 @@ class PairCache:
                     self._values[slots[missing]] = compute(part[missing]).astype(np.float32)
                     is_computed = True
                 finally:
-                    if not is_computed:  # the keys are claimed already: they must not keep what their slots held before
+                    # The keys are claimed already, so a failure would leave them with the values of their slots' former keys.
+                    if not is_computed:
                         self._clear()
                 self._num_used += len(missing)
                 values[:] = np.where(slots < 0, 0.0, self._values[slots])
@@ -77,7 +78,12 @@ class PairCache:
 def _find(
     table: np.ndarray, table_values: np.ndarray, keys: np.ndarray, values: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Slot of each key, claimed if it was not there; and the first place of each key that was not there.
+    """Find the slot of each key, and claim one for each missing key.
+
+    Also writes the keys' values, which are meaningful only if no key was missing.
+
+    Returns:
+        slots (N,), -1 at pads; and the index of the first occurrence of each missing key.
 
     Writes the keys' values, which mean something only where no key was missing.
     """

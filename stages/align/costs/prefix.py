@@ -1,4 +1,4 @@
-"""The prefix cost: a byte of difference costs little where one text begins with the other and is really cut so."""
+"""Prefix cost: differences are cheap where one text begins with the other and the tokenizer really cuts it there."""
 
 from typing import Final, Self
 
@@ -11,11 +11,12 @@ from stages.align.vocabulary_maps import NO_ID, ModelPair
 from stages.models.tokenizer import Vocabulary
 
 EDITS_PER_BYTE: Final = 0.1
-"""What a byte of difference costs where one text begins with the other."""
+"""Cost per byte of difference where one text begins with the other."""
 
 
 class PrefixCosts:
-    """0.1 per byte of difference where one text begins with the other and the tokenizers cut it so, else the edit distance.
+    """Prefix cost: 0.1 per byte of difference where one text begins with the other and is really cut there, else the
+    edit distance.
 
     A source that says `` inter`` does not contradict `` international``: it has the same text to come, cut elsewhere. But
     that holds only if it really would be cut so. A target token that is shorter must be the one with which the target's
@@ -49,7 +50,7 @@ class PrefixCosts:
 
     @classmethod
     def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
-        """See ``base.Costs``; tokenizes each vocabulary once with the other model's tokenizer."""
+        """Return the costs of a pair of models; tokenizes each vocabulary once with the other model's tokenizer."""
         return cls(
             pair.source,
             pair.target,
@@ -59,14 +60,14 @@ class PrefixCosts:
         )
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """See ``Costs``."""
+        """Return the cost matrices of a batch of transport problems; see ``Costs``."""
         costs = np.array(self._distances.costs(source_ids, target_ids), np.float64)
         _lower_prefixes(costs, source_ids, target_ids, *self._source, *self._target)
         return costs
 
 
 def _flat_texts(vocabulary: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """All ordinary tokens' bytes end to end, and where each begins (V + 1); special tokens have none."""
+    """Concatenate the bytes of all ordinary tokens, with the start of each (V + 1,); special tokens have no bytes."""
     texts = [
         b"" if is_special else token
         for token, is_special in zip(vocabulary.token_bytes, vocabulary.is_special.tolist(), strict=True)

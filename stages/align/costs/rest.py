@@ -1,4 +1,4 @@
-"""Costs between what is left of a source token and target tokens.
+"""Costs between the rests of source tokens and target tokens.
 
 The rest of a token (``national`` of `` international`` after `` inter``) is a text that need not be a token of any vocabulary,
 so rests get numbers of their own.
@@ -23,7 +23,7 @@ MAX_RESTS: Final = 2**16
 
 
 class RestCosts:
-    """The prefix cost between rests of source tokens and target tokens, in the middle of a text.
+    """Prefix cost between the rests of source tokens and target tokens, in the middle of a text.
 
     A rest is known by its source token's bytes and how many of them were seen. A shorter target token counts as the
     beginning of a rest if the target's tokenizer begins the rest with it; a longer one continues the rest if the source's
@@ -73,11 +73,13 @@ class RestCosts:
         return np.array([self._numbers[key] for key in keys], np.int32)
 
     def first_token(self, numbers: np.ndarray) -> np.ndarray:
-        """(R,) int32: for each rest the target token that begins it: itself, else its longest prefix; -1 without."""
+        """Return the target token that begins each rest, (R,) int32: the rest itself, else its longest prefix; -1 if
+        none.
+        """
         return np.array([self._first[number] for number in numbers.tolist()], np.int32)
 
     def exact(self, numbers: np.ndarray) -> np.ndarray:
-        """(R,) int32: for each rest the target token of the same bytes; -1 without."""
+        """Return the target token with the same bytes as each rest, (R,) int32; -1 if there is none."""
         return np.array([self._exact[number] for number in numbers.tolist()], np.int32)
 
     def costs(self, rests: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
@@ -95,7 +97,7 @@ class RestCosts:
         return self._cache.lookup(keys.reshape(-1), self._pair_costs).reshape(keys.shape)
 
     def _start(self) -> None:
-        """Forget all rests, and with them what their numbers stood for in the cache."""
+        """Forget all rests and the cached costs, whose keys contain the rests' numbers."""
         self._numbers: dict[tuple[bytes, int], int] = {}
         self._keys: list[tuple[bytes, int]] = []
         self._cuts: list[int] = []
@@ -111,7 +113,7 @@ class RestCosts:
         return NO_ID
 
     def _pair_costs(self, keys: np.ndarray) -> np.ndarray:
-        """Costs of new pairs, (Q,) each once."""
+        """Compute the costs of new pairs, (Q,), each once."""
         numbers, target_ids = (part.tolist() for part in np.divmod(keys, self._target.size))
         rests = [self._keys[number][0][self._keys[number][1] :] for number in numbers]
         costs = cpdist(
@@ -120,6 +122,7 @@ class RestCosts:
             scorer=Levenshtein.distance,
             dtype=np.float32,
         )
+        # Lower the cost of target tokens that begin the rest, and collect those that continue it.
         continued: list[int] = []
         for index, (number, token_id, rest) in enumerate(zip(numbers, target_ids, rests, strict=True)):
             if self._target.is_special[token_id]:
@@ -129,7 +132,7 @@ class RestCosts:
                 costs[index] = EDITS_PER_BYTE * (len(rest) - len(token))
             elif len(token) > len(rest) and token.startswith(rest):
                 continued.append(index)
-        # Whether the source would go on with the same token is asked of its tokenizer, for the few pairs where it matters.
+        # Ask the source's tokenizer, for these few pairs, whether it would cut the longer text after the same token.
         sources = [self._keys[numbers[index]] for index in continued]
         tokens = [self._target.token_bytes[target_ids[index]] for index in continued]
         cuts = self._by_source.lengths(

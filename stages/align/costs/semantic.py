@@ -1,4 +1,4 @@
-"""The semantic cost: how far apart two candidates are in the target model's input embeddings."""
+"""Semantic cost: distance between two candidates in the target model's input embeddings."""
 
 import zlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from stages.models.token_space import BLOCK_VALUES, TokenSpace
 from stages.models.tokenizer import Encoding, Vocabulary
 
 CACHE_SLOTS: Final = 2**22
-"""Slots of ``SemanticCosts``: 16 bytes each, 67 MB a worker."""
+"""Slots of ``SemanticCosts``: 16 bytes each, 67 MB per worker."""
 SCALE_PAIRS: Final = 20_000
 """Random pairs of target tokens from which the scale is taken."""
 CONTEXTS: Final = ("", "\n", "a", ".")
@@ -25,7 +25,7 @@ _SEED: Final = zlib.crc32(b"ptafuse: scale of the semantic cost")
 
 
 class Pieces:
-    """The target tokens that spell each source token: ragged rows of ids.
+    """Target tokens that spell each source token: ragged rows of ids.
 
     Attributes:
         ids: all rows end to end, int32.
@@ -38,7 +38,7 @@ class Pieces:
         self.ids = np.array([token_id for row in rows for token_id in row], np.int32)
 
     def row(self, source_id: int) -> np.ndarray:
-        """The target tokens of one source token."""
+        """Return the target tokens of one source token."""
         return self.ids[self.starts[source_id] : self.starts[source_id + 1]]
 
 
@@ -66,6 +66,7 @@ def spell(source: Vocabulary, target: Vocabulary, *, exact: np.ndarray, encode: 
         for token_id, token in enumerate(source.token_bytes)
         if exact[token_id] == NO_ID and token and not source.is_special[token_id]
     ]
+    # 1. Let the target's tokenizer cut every token that is text.
     texts = {token_id: _decoded(source.token_bytes[token_id]) for token_id in unknown}
     open_ids = [token_id for token_id in unknown if texts[token_id] is not None]
     settled: set[int] = set()
@@ -79,6 +80,7 @@ def spell(source: Vocabulary, target: Vocabulary, *, exact: np.ndarray, encode: 
                 rows[token_id] = found
                 settled.add(token_id)
         open_ids = [token_id for token_id in open_ids if token_id not in settled]
+    # 2. Cut the others, byte by byte, into the longest tokens of the vocabulary.
     known = text_ids(target, {})
     longest = max(map(len, known), default=0)
     for token_id in unknown:
@@ -88,7 +90,7 @@ def spell(source: Vocabulary, target: Vocabulary, *, exact: np.ndarray, encode: 
 
 
 class SemanticCosts:
-    """Cosine distance of input embeddings, in edits.
+    """Cosine distances of input embeddings, scaled to edits.
 
     Tokens are directions from their common centre (``TokenSpace``), a source candidate is the mean of its pieces.
     ``cost = scale (1 - cos)``, with the scale at which two random tokens of the target are as far apart as by edit
@@ -125,20 +127,21 @@ class SemanticCosts:
 
     @classmethod
     def of(cls, pair: ModelPair, *, num_slots: int | None = None) -> Self:
-        """See ``base.Costs``; loads the target's input embeddings."""
+        """Return the costs of a pair of models; loads the target's input embeddings."""
         pieces = spell(pair.source, pair.target, exact=pair.exact, encode=pair.encode)
         return cls(pair.load_embeddings(), pieces, pair.target, pair.target_texts, num_slots=num_slots or CACHE_SLOTS)
 
     def costs(self, source_ids: np.ndarray, target_ids: np.ndarray) -> np.ndarray:
-        """See ``base.Costs``."""
+        """Return the cost matrices of a batch of transport problems; see ``base.Costs``."""
         keys = source_ids[:, :, None].astype(np.int64) * self._size + target_ids[:, None, :]
         keys[(source_ids == NO_ID)[:, :, None] | (target_ids == NO_ID)[:, None, :]] = NO_PAIR
         found = self._cache.lookup(keys.reshape(-1), lambda new: self._pair_costs(*np.divmod(new, self._size)))
         return found.reshape(keys.shape)
 
     def _pair_costs(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
-        """Costs of pairs, (Q,) each; every distinct token's vector is built once."""
+        """Compute the costs of pairs, (Q,) each; the vector of every distinct token is built once."""
         costs = np.empty(len(source), np.float32)
+        # In blocks, since both sides' vectors are (block, H) float32.
         step = max(1, BLOCK_VALUES // self._space.num_dimensions)
         for start in range(0, len(source), step):
             part = slice(start, start + step)
@@ -151,17 +154,19 @@ class SemanticCosts:
         starts = self._pieces.starts
         single = np.flatnonzero(starts[source + 1] - starts[source] == 1)
         is_same = self._pieces.ids[starts[source[single]]] == target[single]
-        costs[single[is_same]] = 0.0  # the same token, whatever rounding says
+        costs[single[is_same]] = 0.0  # the same token costs exactly 0, without rounding errors
         return costs
 
     def _vector(self, pieces: np.ndarray) -> np.ndarray:
-        """(H,) of unit length; zeros without pieces: unrelated to everything."""
+        """Return the unit vector of a candidate, (H,); zeros without pieces, which is unrelated to everything."""
         if not len(pieces):
             return np.zeros(self._space.num_dimensions, np.float32)
         return self._space.directions_of(self._space.rows[pieces].astype(np.float32).mean(axis=0, keepdims=True))[0]
 
     def _edits_per_unit(self, ordinary: np.ndarray, texts: Sequence[str]) -> float:
-        """Mean edit distance over mean cosine distance of random pairs of different tokens; 1 if there are none."""
+        """Divide the mean edit distance of random pairs of different tokens by their mean cosine distance; 1 if there
+        are none.
+        """
         if len(ordinary) < 2:
             return 1.0
         rng = np.random.default_rng(_SEED)
@@ -189,7 +194,7 @@ def _decoded(token: bytes) -> str | None:
 
 
 def _after(encoding: Encoding, num_context_bytes: int, target: Vocabulary) -> list[int]:
-    """The tokens after the context; none if a token holds the end of the context and what follows it."""
+    """Return the tokens after the context; none if a token spans the end of the context."""
     starts = np.concatenate([[0], encoding.byte_end[:-1]])
     inside = encoding.byte_end > num_context_bytes
     if (starts[inside] < num_context_bytes).any():

@@ -40,7 +40,9 @@ def cheapest_path(
     source_end: np.ndarray,
     target_end: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The cheapest path from the first pair to the last; of equal predecessors the diagonal one, then (k-1, j), then (k, j-1).
+    """Find the cheapest path from the first pair to the last.
+
+    Of equal predecessors the diagonal one is taken, then (k-1, j), then (k, j-1).
 
     Args:
         distances: (R, C) integers >= 0, the cost of each pair of different texts.
@@ -65,23 +67,25 @@ def cheapest_path(
 
 
 def _prices(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Prices >= 0 of rows (R,) and columns (C,) that together never exceed the cost of a cell."""
+    """Compute prices >= 0 of rows (R,) and columns (C,) such that row price + column price never exceeds the cell's
+    cost.
+    """
     row_price = distances.min(axis=1)
     return row_price, (distances - row_price[:, None]).min(axis=0)
 
 
 def _rest(prices: np.ndarray) -> np.ndarray:
-    """The sum of all prices after each."""
+    """Return the sum of all prices after each entry."""
     total = np.cumsum(prices, dtype=np.int64)
     return total[-1] - total
 
 
 @njit(cache=True)
 def _corridor_cost(distances: np.ndarray, source_index: np.ndarray, target_index: np.ndarray, edge: np.ndarray) -> int:
-    """The cost of the cheapest path that keeps to a corridor.
+    """Compute the cost of the cheapest path that stays within a corridor.
 
     In row k that is between ``edge[k]`` and ``edge[k + 1]`` (nondecreasing, from the first column to the last) or at most
-    ``_WIDTH`` beside them. So there is a path: along each row from edge to edge, then down.
+    ``_WIDTH`` columns outside them. So a path exists: along each row from edge to edge, then down.
     """
     num_source, num_target = len(source_index), len(target_index)
     before = np.full(num_target + 1, _INFINITY)  # f(k-1, j) at j + 1
@@ -109,11 +113,10 @@ def _bounded_path(
     column_rest: np.ndarray,
     limit: int,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """The cheapest path and its cost, which is at most ``limit``; see the module."""
+    """Find the cheapest path and its cost, which is at most ``limit``; the module describes the algorithm."""
     num_source, num_target = len(source_index), len(target_index)
-    step = np.empty(
-        num_source * num_target, np.uint8
-    )  # rows' intervals end to end: memory is used as far as they reach
+    # The rows' intervals end to end. The whole grid is only reserved: untouched pages use no memory.
+    step = np.empty(num_source * num_target, np.uint8)
     origin = np.empty(num_source, np.int64)  # of row k's column 0 in ``step``
     used = 0
     before = np.full(num_target + 2, _INFINITY)  # f(k-1, j) at j + 1; infinite on either side of the interval
@@ -123,8 +126,10 @@ def _bounded_path(
     for k in range(num_source):
         row, allowed = distances[source_index[k]], limit - row_rest[k]
         origin[k] = used - first
+        # 1. Columns that the last row's interval reaches, one past its end by a diagonal step.
         stop = min(last + 2, num_target)
         left = _fill(row, target_index[first:stop], before[first:], here[first + 1 :], step[used:])
+        # 2. Further columns, which only steps along the row reach.
         while stop < num_target and left + column_rest[stop - 1] <= allowed:
             step[origin[k] + stop] = _TARGET_STEP
             left += row[target_index[stop]]
@@ -132,6 +137,7 @@ def _bounded_path(
             here[stop] = left
         used = origin[k] + stop
         last = stop - 1
+        # 3. Cut off the ends that no optimal path passes through.
         while first < last and here[first + 1] + column_rest[first] > allowed:
             first += 1
         while first < last and here[last + 1] + column_rest[last] > allowed:
@@ -144,7 +150,7 @@ def _bounded_path(
 
 @njit(cache=True)
 def _fill(row: np.ndarray, columns: np.ndarray, above: np.ndarray, line: np.ndarray, step: np.ndarray) -> int:
-    """The recursion over an interval of one row, of which it returns the last value; ``above`` begins one column before."""
+    """Fill an interval of one row by the recursion and return its last value; ``above`` begins one column before."""
     left = _INFINITY
     for i in range(len(columns)):
         best, move = above[i], _DIAGONAL

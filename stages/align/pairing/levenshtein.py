@@ -20,7 +20,7 @@ _PAIRS, _QUADS, _BYTES, _COUNT = (np.uint16(mask) for mask in (0x5555, 0x3333, 0
 
 
 def levenshtein_matrix(rows: Sequence[str], columns: Sequence[str]) -> np.ndarray:
-    """The distance of every row text to every column text.
+    """Compute the distance of every row text to every column text.
 
     Args:
         rows: R texts.
@@ -45,7 +45,7 @@ def levenshtein_matrix(rows: Sequence[str], columns: Sequence[str]) -> np.ndarra
 
 
 def _codes(texts: Sequence[str]) -> np.ndarray:
-    """The code points of all texts, end to end."""
+    """Return the code points of all texts, end to end."""
     return np.frombuffer("".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
@@ -57,7 +57,8 @@ def _fill_distances(
     column_lengths: np.ndarray,
     distances: np.ndarray,
 ) -> None:
-    """Distances of every row text to every column text of at most 16 characters; one vector lane a column.
+    """Fill in the distances of every row text to every column text of at most 16 characters; one vector lane per
+    column.
 
     Bit i of a column's words stands for its character i: in ``rise`` (``fall``) it is set where the distance from what was
     read of the row's text to the column's first i + 1 characters is one more (less) than to its first i. Reading a
@@ -81,6 +82,7 @@ def _fill_distances(
             code = row_codes[place]
             place += 1
             _read(matches[numbers[code] if code < len(numbers) else 0], rise, fall)
+        # The whole column's distance: characters read, plus all rises, minus all falls.
         line, length = distances[row], row_lengths[row]
         for column in range(num_columns):
             rises = _count_bits(np.uint16(rise[column] & used[column]))
@@ -90,7 +92,10 @@ def _fill_distances(
 
 @njit(cache=True)
 def _matches(codes: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each character is in each text, a bit a place: (characters, texts) uint16; and each code's number there.
+    """Tabulate where each character occurs in each text, one bit per place.
+
+    Returns:
+        (characters, texts) uint16, and the row of each code in it. Row 0 is for characters that occur in no text.
 
     Number 0 is that of a character which is in no text.
     """
@@ -114,7 +119,7 @@ def _read(match: np.ndarray, rise: np.ndarray, fall: np.ndarray) -> None:
     """Read one character of a row's text; ``match`` has its places in every column's."""
     for column in range(len(match)):
         same, up, down = match[column], rise[column], fall[column]
-        # Where the distance is not more than before both texts' last characters.
+        # Bits where the distance does not exceed that of both texts without their last characters.
         level = np.uint16((np.uint16(np.uint16(same & up) + up) ^ up) | same | down)
         grows = np.uint16(np.uint16(down | np.uint16(~np.uint16(level | up))) << _ONE) | _ONE
         shrinks = np.uint16(np.uint16(level & up) << _ONE)
@@ -124,7 +129,7 @@ def _read(match: np.ndarray, rise: np.ndarray, fall: np.ndarray) -> None:
 
 @njit(cache=True)
 def _count_bits(word: np.uint16) -> np.uint16:
-    """Bits that are set in a uint16, in steps that run in vector lanes."""
+    """Count the bits that are set in a uint16, in steps that run in vector lanes."""
     pairs = np.uint16(word - np.uint16(np.uint16(word >> _ONE) & _PAIRS))
     quads = np.uint16(np.uint16(pairs & _QUADS) + np.uint16(np.uint16(pairs >> _TWO) & _QUADS))
     octets = np.uint16(np.uint16(quads + np.uint16(quads >> _FOUR)) & _BYTES)

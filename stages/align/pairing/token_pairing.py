@@ -1,4 +1,4 @@
-"""Which source position a target position takes its distribution from.
+"""Pair each target position with the source positions whose distribution it can use.
 
 Rows, ``k`` and ``B_k`` belong to the source; columns, ``j`` and ``A_j`` to the target, as in a transport plan.
 """
@@ -18,7 +18,7 @@ NO_POSITION = -1
 
 @dataclass(frozen=True)
 class Pairing:
-    """For each of M target positions the source positions that it is paired with.
+    """Source positions that each of M target positions is paired with.
 
     Attributes:
         start: (M,) int32, first paired source position; -1 where there is none.
@@ -36,7 +36,7 @@ class Pairing:
         return self.start != NO_POSITION
 
     def shares_source(self) -> np.ndarray:
-        """(M,) bool: some source position of the target position's span is also in a neighbour's span."""
+        """Return whether some source position of a span is also in a neighbour's span, (M,) bool."""
         shared = np.zeros(len(self.start), bool)
         paired = np.flatnonzero(self.is_paired)
         # Spans are monotone, so a shared source position is shared with the next or the previous paired position.
@@ -77,6 +77,7 @@ def edit_distance_pairing(
     """
     source_roles = np.full(len(source_texts), Role.TEXT, np.uint8) if source_roles is None else source_roles
     target_roles = np.full(len(target_texts), Role.TEXT, np.uint8) if target_roles is None else target_roles
+    # Tokens repeat in a text, so distances are computed between the distinct texts alone.
     source, target = _text_range(source_roles), _text_range(target_roles)
     start, end, cost = (
         np.full(len(target_texts), NO_POSITION, np.int32),
@@ -136,7 +137,7 @@ def choose_source(
     source_roles: np.ndarray,
     target_roles: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """From each group the one source position whose distribution the target position takes.
+    """Choose, from the group of each target position, the one source position whose distribution it takes.
 
     Args:
         pairing: M spans of source positions.
@@ -181,6 +182,7 @@ def _choose(
         if start[j] == NO_POSITION:
             continue
         position[j] = end[j] - 1
+        # Backwards, since of several positions that end at the same byte the last one has read all of it.
         for k in range(end[j] - 1, start[j] - 1, -1):
             if source_byte_end[k] == target_byte_end[j] and source_roles[k] == target_roles[j]:
                 position[j] = k

@@ -21,18 +21,21 @@ NUM_LANES: Final = 32
 _SCALING: Final = 0.25
 """Factor between successive epsilons on the way down: small enough that each dual starts near its solution."""
 _STAGE_TOLERANCE: Final = 1e-3
-"""Marginal violation at which a larger epsilon has done its work, relative to the mass."""
+"""Marginal violation, relative to the mass, at which an epsilon larger than the last one is solved well enough."""
 _ARMIJO: Final = 1e-4
+"""Share of the gain that the slope promises which a step must reach (the sufficient-increase condition)."""
 _MIN_ERROR_REDUCTION: Final = 0.8
-"""Share of the error that a step may leave to be taken without asking what the dual gained: its digits run out."""
+"""A step that leaves less than this share of the error is accepted without computing the dual, whose digits run out."""
 _OVERSHOOT: Final = 1.0
 """A step at whose end the dual falls as steeply as it rose at the beginning went too far."""
 _MAX_STEP: Final = 40.0
 """Longest Newton step of a potential, in epsilons: beyond it the quadratic model says nothing."""
 _BACKTRACKING_FACTOR: Final = 0.25
+"""Factor of the step fraction after a rejected step; an accepted step divides by it again."""
 _LARGEST_FACTOR: Final = 1e100
-"""A column's factor since the last exponential: beyond it the plan is computed anew, before what underflowed matters."""
+"""Largest factor of a column since the last exponential: beyond it the plan is recomputed, before underflow matters."""
 _SMALLEST_EXPONENT: Final = -700.0
+"""exp(-700) is about 1e-304, just above the smallest normal float64."""
 _TINY: Final = 1e-300
 
 _LOG2_E: Final = 1.4426950408889634
@@ -45,7 +48,7 @@ _SHIFT: Final = 1.5 * 2.0**52
 def solve_batch(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon: float, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Solve B checked problems; arguments and results as of ``sinkhorn.sinkhorn``."""
+    """Solve B problems whose arguments were checked; see ``sinkhorn.sinkhorn`` for arguments and results."""
     num_problems, n, m = cost.shape
     return _solve(new_lanes(n, m, min(NUM_LANES, num_problems)), cost, a, b, epsilon, tolerance, max_iterations)
 
@@ -70,9 +73,11 @@ def _solve(
     for lane in range(num_lanes):
         following = _take(lanes, lane, cost, a, b, following, epsilon, tolerance)
     while True:
+        # 1. Move each lane on: lower its epsilon, or store its plan and take the next problem.
         is_working = False
         for lane in range(num_lanes):
             while lanes.problem[lane] >= 0:
+                # Half of the tolerance: rows and columns are measured again, with rounding, when the plan is stored.
                 is_solved = lanes.error[lane] <= 0.5 * lanes.target_error[lane]
                 if not is_solved and lanes.num_iterations[lane] < max_iterations:
                     is_working = True
@@ -87,6 +92,7 @@ def _solve(
                 following = _take(lanes, lane, cost, a, b, following, epsilon, tolerance)
         if not is_working:
             return plan, error, converged, iterations
+        # 2. One iteration in all lanes at once; lanes without a problem are computed too, and ignored.
         _scale_columns(lanes)
         _newton_direction(lanes)
         _try_step(lanes)
@@ -104,13 +110,14 @@ def _take(
     epsilon: float,
     tolerance: float,
 ) -> int:
-    """Give a lane the next problem that has mass; returns the one after it."""
+    """Give a lane the next problem that has mass; return the index of the one after it."""
     num_problems, n, m = cost.shape
     lanes.problem[lane] = -1
     while following < num_problems and (a[following].max() <= 0 or b[following].max() <= 0):
         following += 1
     if following == num_problems:
         return following
+    # Begin with the largest cost between tokens that have mass as epsilon: there the dual is smooth, and Newton's steps long.
     largest = epsilon
     for x in range(n):
         lanes.a[x, lane] = a[following, x]
@@ -147,6 +154,7 @@ def _lower_epsilon(lanes: Lanes, lane: int, cost: np.ndarray, last: float, toler
 
 @njit(cache=True)
 def _absorb_factors(lanes: Lanes, lane: int) -> None:
+    # The rows' factors need no place: _evaluate makes the rows exact whatever the columns' potentials are.
     for y in range(len(lanes.b)):
         lanes.potential[y, lane] += lanes.epsilon[lane] * np.log(lanes.factor[y, lane])
         lanes.factor[y, lane] = 1.0
@@ -154,7 +162,7 @@ def _absorb_factors(lanes: Lanes, lane: int) -> None:
 
 @njit(cache=True)
 def _evaluate(lanes: Lanes, lane: int, cost: np.ndarray) -> None:
-    """A lane's plan from its potentials, rows exact, its column sums and its error."""
+    """Recompute a lane's plan from its potentials, with exact rows, column sums and error."""
     n, m = len(lanes.a), len(lanes.b)
     inverse = 1.0 / lanes.epsilon[lane]
     exponents = np.empty(n * m)
@@ -165,6 +173,7 @@ def _evaluate(lanes: Lanes, lane: int, cost: np.ndarray) -> None:
             exponents[x * m + y] = exponent
             if lanes.b[y, lane] > 0:
                 largest = max(largest, exponent)
+        # Shift by the row's largest exponent, so that a row never underflows to zeros.
         for y in range(m):
             exponents[x * m + y] -= largest
     weights = _exponential(exponents)
@@ -188,7 +197,9 @@ def _evaluate(lanes: Lanes, lane: int, cost: np.ndarray) -> None:
 
 @njit(cache=True)
 def _exponential(exponents: np.ndarray) -> np.ndarray:
-    """The exponential of each number, to two units in the last place, in vector instructions: numba calls libm once a number.
+    """Compute the exponential of each number to two units in the last place, in vector instructions.
+
+    numba would call libm once per number. Numbers are at most 700; below -700 the result is exp(-700).
 
     Numbers are at most 700; below -700 the result is exp(-700).
     """
@@ -201,7 +212,9 @@ def _exponential(exponents: np.ndarray) -> np.ndarray:
         shifted = value * _LOG2_E + _SHIFT
         scale[i] = shifted
         whole = shifted - _SHIFT
+        # exp(value) = 2^whole exp(r) with |r| <= ln(2) / 2; ln 2 in two parts keeps the digits of r.
         r = (value - whole * _LN2_HIGH) - whole * _LN2_LOW
+        # Taylor series of exp(r) to r^13 / 13!, by Horner's rule.
         p = 1.0 / 6227020800.0
         p = p * r + 1.0 / 479001600.0
         p = p * r + 1.0 / 39916800.0
@@ -217,7 +230,8 @@ def _exponential(exponents: np.ndarray) -> np.ndarray:
         p = p * r + 1.0
         power[i] = p * r + 1.0
     for i in range(size):
-        bits[i] = (bits[i] << 52) + (1023 << 52)  # the integer becomes the exponent of a power of two
+        # The integer in the low bits becomes the exponent of a power of two; 1023 is the exponent's bias.
+        bits[i] = (bits[i] << 52) + (1023 << 52)
     for i in range(size):
         power[i] *= scale[i]
     return power
@@ -225,7 +239,7 @@ def _exponential(exponents: np.ndarray) -> np.ndarray:
 
 @njit(cache=True)
 def _put(lanes: Lanes, lane: int, plan: np.ndarray) -> float:
-    """Write a lane's plan; returns the largest violation of a marginal."""
+    """Write a lane's plan; return the largest violation of a marginal."""
     n, m = plan.shape
     error = 0.0
     for x in range(n):
@@ -244,7 +258,7 @@ def _put(lanes: Lanes, lane: int, plan: np.ndarray) -> float:
 
 @njit(cache=True)
 def _scale_columns(lanes: Lanes) -> None:
-    """One of Sinkhorn's iterations in every lane.
+    """Run one Sinkhorn iteration in every lane.
 
     It never lowers the dual, and sets right the columns that are wrong by orders of magnitude, for which Newton's
     quadratic model would shorten everybody's step.
@@ -264,7 +278,7 @@ def _scale_columns(lanes: Lanes) -> None:
 
 @njit(cache=True)
 def _evaluate_trial(lanes: Lanes) -> None:
-    """For columns multiplied by ``trial``: what the rows are multiplied with then, the column sums and the error."""
+    """Evaluate columns multiplied by ``trial``: the rows' rescaling, the column sums and the error."""
     n, m, num_lanes = lanes.plan.shape
     plan, trial, row_scale, trial_columns = lanes.plan, lanes.trial, lanes.row_scale, lanes.trial_columns
     row_scale[:] = 0.0
@@ -301,7 +315,7 @@ def _accept_trial(lanes: Lanes) -> None:
 
 @njit(cache=True)
 def _newton_direction(lanes: Lanes) -> None:
-    """Newton's step of the column potentials, in epsilons, with one column of each connected part held.
+    """Compute the Newton step of the column potentials, in epsilons, with one column of each connected part pinned.
 
     The dual's Hessian is minus the Laplacian of the graph in which two columns are as near as the rows that they share.
     """
@@ -309,6 +323,7 @@ def _newton_direction(lanes: Lanes) -> None:
     plan, weights = lanes.plan, lanes.laplacian
     share = np.empty(num_lanes)
     weights[:] = 0.0
+    # weights[z, y] = sum over x of plan[x, z] plan[x, y] / a[x], for z < y: O(n m^2) per problem.
     for x in range(n):
         for y in range(m):
             for i in range(num_lanes):
@@ -316,6 +331,7 @@ def _newton_direction(lanes: Lanes) -> None:
             for z in range(y):
                 for i in range(num_lanes):
                     weights[z, y, i] += share[i] * plan[x, z, i]
+    # The gradient of the dual: how much each column's sum falls short of its marginal.
     for y in range(m):
         for i in range(num_lanes):
             lanes.direction[y, i] = lanes.b[y, i] - lanes.columns[y, i]
@@ -364,13 +380,15 @@ def _inverse_degree(links: np.ndarray, inverse: np.ndarray) -> None:
         for i in range(len(inverse)):
             inverse[i] += links[z, i]
     for i in range(len(inverse)):
-        inverse[i] = 1.0 / inverse[i] if inverse[i] > _TINY else 0.0  # 0: it hangs on nothing that is left, and is held
+        # 0: isolated node without remaining links, so its potential is pinned at 0.
+        inverse[i] = 1.0 / inverse[i] if inverse[i] > _TINY else 0.0
 
 
 @njit(cache=True)
 def _try_step(lanes: Lanes) -> None:
-    """Take a share of Newton's step where it brings the columns closer or raises the dual; else try less next time."""
+    """Take a fraction of the Newton step if it reduces the error or raises the dual; else try a smaller one next time."""
     n, m, num_lanes = lanes.plan.shape
+    # 1. Limit the step's length, and evaluate the step.
     longest = np.zeros(num_lanes)
     for y in range(m):
         for i in range(num_lanes):
@@ -383,21 +401,25 @@ def _try_step(lanes: Lanes) -> None:
             lanes.trial[y, i] = step[i] * lanes.direction[y, i]
     lanes.trial[:] = _exponential(lanes.trial.ravel()).reshape(m, num_lanes)
     _evaluate_trial(lanes)
-    slope = np.zeros(num_lanes)  # of the dual along the direction, at its beginning and at its end
+    # 2. Slopes of the dual along the direction, at the step's beginning and at its end.
+    slope = np.zeros(num_lanes)
     end_slope = np.zeros(num_lanes)
     for y in range(m):
         for i in range(num_lanes):
             slope[i] += lanes.direction[y, i] * (lanes.b[y, i] - lanes.columns[y, i])
             end_slope[i] += lanes.direction[y, i] * (lanes.b[y, i] - lanes.trial_columns[y, i])
+    # 3. Accept or reject the step in each lane.
     for i in range(num_lanes):
         # The dual is concave: where it still rises at the end, it rose all the way.
         is_better = lanes.trial_error[i] < _MIN_ERROR_REDUCTION * lanes.error[i] or end_slope[i] >= 0.0
-        if not is_better and end_slope[i] > -_OVERSHOOT * slope[i]:  # only then a logarithm a row
+        # The dual itself costs one logarithm per row, so it is computed for the undecided steps only.
+        if not is_better and end_slope[i] > -_OVERSHOOT * slope[i]:
             is_better = _gain(lanes, i, step[i]) >= _ARMIJO * step[i] * slope[i]
         if lanes.error[i] > 0.5 * lanes.target_error[i] and is_better:
             lanes.error[i] = lanes.trial_error[i]
             lanes.step_fraction[i] = min(1.0, lanes.step_fraction[i] / _BACKTRACKING_FACTOR)
             continue
+        # A rejected step becomes the identity, so that one _accept_trial serves all lanes.
         lanes.step_fraction[i] *= _BACKTRACKING_FACTOR
         for y in range(m):
             lanes.trial[y, i] = 1.0
@@ -409,7 +431,7 @@ def _try_step(lanes: Lanes) -> None:
 
 @njit(cache=True)
 def _gain(lanes: Lanes, lane: int, step: float) -> float:
-    """What a step adds to a lane's dual, in epsilons."""
+    """Compute how much a step raises a lane's dual, in epsilons."""
     gain = 0.0
     for y in range(len(lanes.b)):
         gain += step * lanes.direction[y, lane] * lanes.b[y, lane]
@@ -421,7 +443,7 @@ def _gain(lanes: Lanes, lane: int, step: float) -> float:
 
 @njit(cache=True)
 def _refresh_overflowing(lanes: Lanes, cost: np.ndarray) -> None:
-    """Compute a lane's plan anew from its potentials before its factors leave the range of floating-point numbers."""
+    """Recompute a lane's plan from its potentials before its factors leave the range of floating-point numbers."""
     m, num_lanes = lanes.factor.shape
     for i in range(num_lanes):
         if lanes.problem[i] < 0:

@@ -19,7 +19,8 @@ _BLOCK_CELLS: Final = 2**22
 
 
 class NearestTokens:
-    """For each source token the target token at the smallest edit distance, of the whole vocabulary (FuseLLM's mapping).
+    """Target token at the smallest edit distance from each source token, over the whole vocabulary (FuseLLM's
+    mapping).
 
     Text goes to text only, special tokens as in ``exact_map``. Of the target tokens at the smallest distance the one
     that the target's own window ranks highest is taken, and if none is there, the one with the lowest id; of several
@@ -60,6 +61,7 @@ class NearestTokens:
         }
         self._longest = max(self._buckets, default=0)
         has_text = np.array([bool(token) for token in source.token_bytes], np.bool_)
+        # These need no search: tokens that both vocabularies have, special tokens, and ids without a token.
         is_settled = (exact != NO_ID) | source.is_special | ~has_text
         self._ids = np.where(is_settled, exact, _UNKNOWN).astype(np.int32)
         self._distances = np.zeros(source.size, np.int32)
@@ -67,7 +69,7 @@ class NearestTokens:
         self._target_is_special = target.is_special
 
     def nearest(self, source_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The nearest target tokens, whatever a window holds.
+        """Find the nearest target tokens, regardless of any window.
 
         Args:
             source_ids: any shape; -1 at pads.
@@ -83,7 +85,7 @@ class NearestTokens:
         return np.where(is_real, self._ids[safe], NO_ID), np.where(is_real, self._distances[safe], 0)
 
     def map(self, source_ids: np.ndarray, window_ids: np.ndarray, window_distances: np.ndarray) -> np.ndarray:
-        """Each candidate's target token, where the target's window decides between equally near ones.
+        """Map each candidate to its target token; the target's window decides between equally near ones.
 
         Args:
             source_ids: (P, n); -1 at pads.
@@ -111,10 +113,13 @@ class NearestTokens:
             self._search_group(np.array(group), length)
 
     def _search_group(self, group: np.ndarray, length: int) -> None:
-        """Source tokens of one length at once: RapidFuzz compares several short texts in one instruction."""
+        """Search for source tokens of one length together: RapidFuzz compares several short texts in one
+        instruction.
+        """
         best = np.full(len(group), np.iinfo(np.int32).max, np.int32)
         ids = np.full(len(group), NO_ID, np.int32)
         for difference in range(max(length, self._longest) + 1):
+            # >=, not >: texts at this difference may tie with the best distance and have a lower id.
             open_rows = np.flatnonzero(best >= difference)
             if not len(open_rows):
                 break
@@ -125,7 +130,7 @@ class NearestTokens:
         self._distances[group] = np.where(ids == NO_ID, 0, best)
 
     def _improve(self, rows: np.ndarray, texts: list[str], bucket: int, best: np.ndarray, ids: np.ndarray) -> None:
-        """Take in the target texts of one length; of equally near tokens the lowest id."""
+        """Update the best matches with the target texts of one length; of equally near tokens the lowest id wins."""
         bucket_ids, bucket_texts = self._buckets[bucket]
         longest = max(bucket, len(texts[0]))
         dtype = np.uint8 if longest < 2**8 else np.uint16 if longest < 2**16 else np.int32
@@ -141,7 +146,7 @@ class NearestTokens:
 
 
 def hard_plan(mapped: np.ndarray, source_mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The transport plan of a hard mapping.
+    """Build the transport plan of a hard mapping.
 
     Args:
         mapped: (P, n) the target token of each candidate; -1 where there is none.

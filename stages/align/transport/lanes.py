@@ -1,4 +1,4 @@
-"""What the balanced solver holds of the problems that it is working on.
+"""Working state of the balanced solver.
 
 Plain Python on purpose: numba's cache of the solver does not notice a compiled function that changes in another file.
 """
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Lanes(NamedTuple):
-    """The problems being solved; the last axis is the lane."""
+    """Problems being solved; the last axis of every array is the lane."""
 
     a: np.ndarray  # (n, L)
     b: np.ndarray  # (m, L)
@@ -33,7 +33,7 @@ class Lanes(NamedTuple):
 
 
 def new_lanes(n: int, m: int, num_lanes: int) -> Lanes:
-    """Lanes without problems, for n sources and m targets each."""
+    """Allocate lanes without problems, for n sources and m targets each."""
     return Lanes(
         np.zeros((n, num_lanes)),
         np.zeros((m, num_lanes)),

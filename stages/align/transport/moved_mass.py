@@ -11,7 +11,7 @@ UNKNOWN_TEXT: Final = -1
 
 
 def text_numbers(source: Vocabulary, target: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of both vocabularies' texts: two tokens have the same number where they stand for the same.
+    """Number the texts of both vocabularies: two tokens have the same number if they stand for the same text.
 
     That is the same bytes, or the same role or name of a special token. Ids without a token have the number -1.
 
@@ -35,7 +35,7 @@ def moved_share(
     *,
     largest_only: bool,
 ) -> np.ndarray:
-    """The share of each plan's mass that lands on a token of another text.
+    """Compute the share of each plan's mass that lands on a token of a different text.
 
     Args:
         plan: (P, n, m) >= 0.

@@ -1,4 +1,4 @@
-"""From a transport plan to a sparse distribution over the target's vocabulary."""
+"""Project a transport plan to a sparse distribution over the target's vocabulary."""
 
 from typing import Literal, NamedTuple
 
@@ -9,7 +9,7 @@ from stages.align.vocabulary_maps import NO_ID
 
 
 class Projected(NamedTuple):
-    """Distributions of P positions.
+    """Sparse distributions of P positions.
 
     Attributes:
         ids: (P, k) int32, descending by probability, equal ones by id; -1 at pads.
@@ -25,7 +25,7 @@ class Projected(NamedTuple):
 
 
 def column_mass(plan: np.ndarray, projection: Literal["argmax", "plan"]) -> np.ndarray:
-    """The mass that each target candidate receives.
+    """Compute the mass that each target candidate receives.
 
     ``argmax`` (the paper's): each source row gives its largest entry (the first of equal ones) to that entry's column,
     and what arrives is rescaled to the plan's mass. ``plan``: the plan's column sums.
@@ -43,7 +43,7 @@ def column_mass(plan: np.ndarray, projection: Literal["argmax", "plan"]) -> np.n
 
 
 def landed_mass(plan: np.ndarray, projection: Literal["argmax", "plan"]) -> np.ndarray:
-    """Which candidate's mass lands on which: the plan as ``column_mass`` projects it, before columns are added up.
+    """Project the plan as ``column_mass`` does, but keep source and target apart instead of adding up columns.
 
     Args:
         plan: (P, n, m) >= 0.
@@ -54,9 +54,9 @@ def landed_mass(plan: np.ndarray, projection: Literal["argmax", "plan"]) -> np.n
     """
     if projection == "plan":
         return plan
-    is_largest = np.arange(plan.shape[2]) == plan.argmax(axis=2)[:, :, None]
+    is_largest = np.arange(plan.shape[2]) == plan.argmax(axis=2)[:, :, None]  # (P, n, m)
     selected = np.where(is_largest, plan, 0.0)
-    kept, total = selected.sum(axis=(1, 2)), plan.sum(axis=(1, 2))
+    kept, total = selected.sum(axis=(1, 2)), plan.sum(axis=(1, 2))  # (P,) each
     return selected * np.divide(total, kept, out=np.zeros_like(kept), where=kept > 0)[:, None, None]
 
 
@@ -106,6 +106,7 @@ def _largest(ids: np.ndarray, mass: np.ndarray, top_k: int) -> tuple[np.ndarray,
     kept = np.zeros((num_problems, top_k))
     cut = np.zeros(num_problems)
     for problem in range(num_problems):
+        # Select one maximum at a time: top_k is small, so the row need not be sorted.
         left = mass[problem].copy()
         for place in range(top_k):
             best = -1

@@ -60,7 +60,7 @@ def sinkhorn(
 
 
 def semi_relaxed(cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, epsilon: float) -> np.ndarray:
-    """Transport in which only the source marginal binds and b is a prior; closed form.
+    """Solve transport in which only the source marginal binds and b is a prior, in closed form.
 
     ``plan[x, y] = a[x] b[y] exp(-cost[x, y] / epsilon) / sum_y' (same)``; the exponent is taken from the row's least cost
     among columns with a prior, so that no row underflows.
@@ -115,6 +115,7 @@ def _semi_relaxed_batch(cost: np.ndarray, a: np.ndarray, b: np.ndarray, epsilon:
             mass = a[problem, x]
             if mass == 0:
                 continue
+            # The cheapest column with a prior gets exponent 0, so the row's total is at least its prior.
             least = np.inf
             for y in range(m):
                 if b[problem, y] > 0 and cost[problem, x, y] < least:

@@ -1,4 +1,4 @@
-"""The target candidates to which a source's mass may move, and their prior."""
+"""Target candidates to which a source's mass may move, and their prior."""
 
 import numpy as np
 from numba import njit
@@ -7,7 +7,7 @@ from stages.align.vocabulary_maps import NO_ID
 
 
 def target_support(target_ids: np.ndarray, target_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The target's own candidates (the paper's support).
+    """Return the target's own candidates with their prior (the paper's support).
 
     Args:
         target_ids: (P, k) the target's largest entries, descending; -1 at pads.
@@ -22,7 +22,7 @@ def target_support(target_ids: np.ndarray, target_probs: np.ndarray) -> tuple[np
 def union_support(
     target_ids: np.ndarray, target_probs: np.ndarray, source_ids: np.ndarray, first_token: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The target's own candidates, and for every source candidate the target token that begins its text.
+    """Return the target's own candidates, joined by the target token that begins each source candidate's text.
 
     An added token that is not among the target's candidates gets half the probability of the least of them.
 
@@ -54,6 +54,7 @@ def _union(
     ids = np.full((num_problems, k + n), NO_ID, np.int32)
     prior = np.zeros((num_problems, k + n))
     for problem in range(num_problems):
+        # 1. Copy the target's own candidates, which come first and keep their order.
         size = 0
         for y in range(k):
             if target_ids[problem, y] != NO_ID:
@@ -62,6 +63,7 @@ def _union(
                 size += 1
         if size == 0:
             continue
+        # 2. Add the tokens that begin source candidates. The last candidate is the least probable one.
         added_prior = 0.5 * prior[problem, size - 1]
         for x in range(n):
             if source_ids[problem, x] == NO_ID:
