@@ -1,7 +1,11 @@
-"""The in-process runner: one worker, one shard after the other, no Ray."""
+"""The in-process runner: one worker, no Ray; one shard after the other, or as many at once as the stage lets overlap."""
 
+import ctypes
 import dataclasses
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.stage_table import Resources
@@ -11,11 +15,66 @@ from pipeline.settings.run import EngineConfig
 def run_shards(
     job: ShardJob, pending: Sequence[int], resources: Resources, engine: EngineConfig
 ) -> Iterator[ShardStatus]:
-    """Compute shards in order; yields each status as it comes. ``engine`` is for Ray alone."""
+    """Compute shards, beginning them in order; yields each status as it comes. ``engine`` is for Ray alone.
+
+    Raises:
+        StoreError: the run directory or the dataset cannot be used; shards under way are finished first.
+    """
     del engine
     worker = ShardWorker(dataclasses.replace(job, gpus=_num_gpus(resources)))
+    num_threads = min(resources.shards_per_worker, len(pending))
+    if num_threads > 1:
+        yield from _Threads(worker).run(pending, num_threads)
+        return
     for shard in pending:
         yield worker.run(shard)
+
+
+class _Threads:
+    """Threads in which a worker's shards overlap."""
+
+    def __init__(self, worker: ShardWorker) -> None:
+        self._worker = worker
+        self._computing: set[int] = set()
+
+    def run(self, pending: Sequence[int], num_threads: int) -> Iterator[ShardStatus]:
+        """Compute shards; yields each status as it comes.
+
+        Args:
+            pending: the shards.
+            num_threads: of these at once.
+        """
+        shards = iter(pending)
+        with ThreadPoolExecutor(num_threads, thread_name_prefix="shard") as pool:
+            running = {pool.submit(self._compute, shard) for shard in islice(shards, num_threads)}
+            try:
+                while running:
+                    done, running = wait(running, return_when=FIRST_COMPLETED)
+                    statuses = [future.result() for future in done]
+                    running |= self._submit(pool, shards, len(done))
+                    yield from statuses
+            except Exception:
+                raise  # the pool waits for the shards under way: their results are kept
+            except (
+                BaseException
+            ):  # Ctrl-C, which Python delivers to the main thread alone; or nobody wants further statuses
+                self._interrupt()
+                raise
+
+    def _submit(self, pool: ThreadPoolExecutor, shards: Iterator[int], count: int) -> set[Future[ShardStatus]]:
+        return {pool.submit(self._compute, shard) for shard in islice(shards, count)}
+
+    def _compute(self, shard: int) -> ShardStatus:
+        self._computing.add(threading.get_ident())
+        try:
+            return self._worker.run(shard)
+        finally:
+            self._computing.discard(threading.get_ident())
+
+    def _interrupt(self) -> None:
+        """End the shards under way as Ctrl-C would end the main thread's: after the call of a library that they are in."""
+        for thread in self._computing.copy():
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(KeyboardInterrupt))
 
 
 def _num_gpus(resources: Resources) -> float:

@@ -19,14 +19,17 @@ from pipeline.settings.run import EngineConfig
 from stages.contract.environment import DriverEnvironment
 from stages.contract.filesystem import StoreError
 
-SCALE_UP_UTILISATION = 1.0  # with one task in flight an actor's utilisation never exceeds 1; Ray's default is 1.75
+SCALE_UP_UTILISATION = 1.0  # with as many tasks in flight as calls, utilisation never exceeds 1; Ray's default is 1.75
 STORE_FAILED = "store failed"
 """Outcome of a shard whose worker could not use the run directory or the dataset; it ends the command."""
 ACTOR_INIT_DEATHS = 3  # one out-of-memory while an actor starts must not end the job
 
 
 class RayShardWorker:
-    """A ``ShardWorker`` as Ray Data calls it: a batch of one shard number in, a batch of one status out."""
+    """A ``ShardWorker`` as Ray Data calls it: a batch of one shard number in, a batch of one status out.
+
+    Called from ``shards_per_worker`` threads at once.
+    """
 
     def __init__(self, job: ShardJob, environment: DriverEnvironment) -> None:
         """Called once per actor."""
@@ -110,7 +113,12 @@ def run_shards(
         batch_size=1,
         fn_constructor_args=(job, DriverEnvironment.here()),
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=pool_size(resources, len(pending), engine), max_tasks_in_flight_per_actor=1
+            min_size=1,
+            max_size=pool_size(resources, len(pending), engine),
+            max_tasks_in_flight_per_actor=resources.shards_per_worker,
+            max_concurrent_calls_per_actor=resources.shards_per_worker,
+            # Else Ray Data calls the worker from one thread alone, and shards wait for each other after all.
+            enable_true_multi_threading=resources.shards_per_worker > 1,
         ),
         num_cpus=resources.cpus,
         num_gpus=gpus or None,

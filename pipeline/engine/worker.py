@@ -7,8 +7,10 @@ shard that kills every worker is refused after ``max_attempts`` instead of being
 import json
 import logging
 import socket
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +20,7 @@ import pyarrow.compute as pc
 from pipeline.dataset.documents import read_documents
 from pipeline.dataset.files import reading
 from pipeline.engine.versions import library_versions
-from pipeline.run.attempts import Attempt
+from pipeline.run.attempts import Attempt, read_attempts
 from pipeline.run.session import kinds_table, result_rows
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import sharded_stage
@@ -27,6 +29,7 @@ from pipeline.run.trained_model import fetch_model
 from pipeline.settings.adapt import fold_of
 from pipeline.settings.run import RunConfig
 from stages.contract import schemas
+from stages.contract.busy_time import BusyTime
 from stages.contract.digest import sha256
 from stages.contract.filesystem import StoreError
 from stages.contract.manifest import DataFile, InputRef, Manifest, choices_key, data_key, manifest_key, quarantine_key
@@ -90,7 +93,12 @@ class TooManyBadRecordsError(ValueError):
 
 
 class ShardWorker:
-    """Computes shards of one step, one after the other."""
+    """Computes shards of one step: one after the other, or several at once, each in a thread of its own.
+
+    Where a stage lets shards overlap (``ShardedStage.shards_per_worker``), one is in the model while the host's work for
+    another is done. They share nothing but the loaded stage: each has its own attempt, tables and files, and one that fails
+    leaves the others as they are.
+    """
 
     def __init__(self, job: ShardJob) -> None:
         """Nothing is loaded yet: the first shard that needs computing loads the models."""
@@ -101,11 +109,52 @@ class ShardWorker:
         self._stage: Stage | None = None
         self._fold = ""
         self._setup_error = ""
-        self._reported: tuple[int, str] | None = None
+        self._loading = threading.Lock()
+        self._busy = BusyTime()
+        # Guards the two fields below, and the change of folds.
+        self._turns = threading.Condition()
+        self._num_running = 0
+        self._runs_alone = False
 
     def run(self, shard: int) -> ShardStatus:
-        """Compute and commit a shard, or find that it is done."""
+        """Compute and commit a shard, or find that it is done. May be called from several threads, for different shards."""
+        with self._turn(shard):
+            return self._run(shard)
+
+    @contextmanager
+    def _turn(self, shard: int) -> Iterator[None]:
+        """Wait until a shard may be computed beside those that are under way, and hold its place until it is done.
+
+        A shard runs alone if a worker died on it before in this command. The attempt of its neighbour would be lost with the
+        next death, and counted: a shard that kills its workers would make other shards fail. Shards of another fold wait too,
+        until nobody uses the model that is loaded: there is room for one.
+        """
+        fold = fold_of(shard) if self._job.models else ""
+        alone = self._spec.shards_per_worker > 1 and self._lost_a_worker(shard)
+        with self._turns:
+            self._turns.wait_for(
+                lambda: not (self._runs_alone or (self._num_running and (alone or fold != self._fold)))
+            )
+            self._num_running += 1
+            self._runs_alone = alone
+            if fold != self._fold:
+                self._stage, self._fold = None, fold
+        try:
+            yield
+        finally:
+            with self._turns:
+                self._num_running -= 1
+                self._runs_alone = False
+                self._turns.notify_all()
+
+    def _lost_a_worker(self, shard: int) -> bool:
+        """Return whether an attempt at a shard began in this command and never ended."""
+        records = read_attempts(self._store, self._job.step.folder, shard)
+        return any(record["launch"] == self._job.launch and not record.get("error") for record in records)
+
+    def _run(self, shard: int) -> ShardStatus:
         folder = self._job.step.folder
+        reported = ""
         while True:
             done = self._store.read_manifest(folder, shard)  # a shard may be executed again after it was committed
             if done is not None:
@@ -113,38 +162,30 @@ class ShardWorker:
             attempt = Attempt.begin(self._store, folder, shard, self._job.launch, self._job.max_attempts)
             if isinstance(attempt, str):
                 return ShardStatus(shard, "failed", message=attempt)
-            if not self._is_set_up(shard) and not self._set_up():
+            stage = self._loaded_stage()
+            if stage is None:
                 self._store.delete(attempt.key)  # no fault of this shard's
                 return ShardStatus(shard, "failed", message=self._setup_error)
             try:
-                return self._compute(shard, attempt)
+                return self._compute(stage, shard, attempt)
             except StoreError:  # no fault of this shard's: the command ends, and may simply be run again
                 raise
             except Exception as error:  # the one boundary: whatever fails a shard is recorded and counted
                 if shows_tracebacks():
                     log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
-                else:
-                    self._report_once(shard, error)
+                elif (failure := f"{type(error).__name__}: {error}") != reported:
+                    log.warning("%s shard %d failed, and is tried again: %s", self._job.step.key, shard, error)
+                    reported = failure  # an attempt that fails like the one before says nothing new
                 attempt.fail(self._store, error)
 
-    def _report_once(self, shard: int, error: Exception) -> None:
-        """Tell why an attempt at a shard failed, unless the attempt before failed likewise."""
-        failure = (shard, f"{type(error).__name__}: {error}")
-        if failure != self._reported:
-            log.warning("%s shard %d failed, and is tried again: %s", self._job.step.key, shard, error)
-        self._reported = failure
+    def _loaded_stage(self) -> Stage | None:
+        """Return the stage with what it needs, loaded once; None, and why in ``_setup_error``, if that cannot be had."""
+        with self._loading:
+            if self._stage is None and not self._setup_error:
+                self._set_up()
+            return self._stage
 
-    def _is_set_up(self, shard: int) -> bool:
-        """Whether the stage is loaded, with the model of the shard's fold where each fold has its own."""
-        fold = fold_of(shard) if self._job.models else ""
-        if fold != self._fold:
-            self._stage, self._fold = None, fold  # one model is in memory at a time
-        return self._stage is not None
-
-    def _set_up(self) -> bool:
-        """Load what the stage needs; False, and why in ``_setup_error``, if it cannot be had. It is tried once."""
-        if self._setup_error:
-            return False
+    def _set_up(self) -> None:
         try:
             if self._job.gpus:  # before "auto" is settled, for all workers of the folder, by what torch sees here
                 _require_cuda(self._job.step.key)
@@ -159,9 +200,8 @@ class ShardWorker:
             if shows_tracebacks():
                 log.exception("%s: set-up failed", self._job.step.key)
             self._setup_error = f"set-up failed: {type(error).__name__}: {error}"
-            return False
+            return
         self._stage = stage
-        return True
 
     def _with_adapted_source(self, config: RunConfig) -> RunConfig:
         """The configuration with the model that was adapted for the shards of this fold in the place of the step's own."""
@@ -189,13 +229,12 @@ class ShardWorker:
                     "were changed since, or this machine has others; make them the same everywhere and run it again"
                 )
 
-    def _compute(self, shard: int, attempt: "Attempt") -> ShardStatus:
-        assert self._stage is not None
+    def _compute(self, stage: Stage, shard: int, attempt: "Attempt") -> ShardStatus:
         started = time.monotonic()
         tables, references = self._read_inputs(shard)
         beside = {"kinds", *self._job.result_keys}
         num_rows_in = max(table.num_rows for name, table in tables.items() if name not in beside)
-        output = self._stage.run(tables)
+        output = stage.run(tables)
         self._refuse_bad_shard(shard, output, num_rows_in)
         manifest = self._write(shard, attempt, output, references, num_rows_in, started)
         if self._store.create(manifest_key(self._job.step.folder, shard), manifest.to_bytes()):
@@ -308,7 +347,7 @@ class ShardWorker:
             num_quarantined=len(output.quarantine),
             num_tokens=output.num_tokens,
             health=dict(output.health),
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(self._busy.finish(started), 3),
             cpus=self._job.cpus,
             gpus=self._job.gpus,
             attempt=attempt.number,

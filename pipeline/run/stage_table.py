@@ -48,12 +48,14 @@ class Resources:
         cpus: of each worker.
         gpus: of each worker; None: 1 if the cluster has a GPU, otherwise 0; a cluster that can grow refuses to guess.
         models: the workers load models: without GPUs one worker takes all the memory there is to give.
+        shards_per_worker: shards that a worker computes at the same time, see ``ShardedStage``.
     """
 
     num_workers: int | None
     cpus: float
     gpus: float | None
     models: bool = False
+    shards_per_worker: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,9 @@ class ShardedStage(StageSpec):
         choices: settings of its section that are "auto" and change results -> what they come to on this machine.
         row_group_bytes: size of a row group of its files in memory: large where they are read whole, small where single
             rows are.
+        shards_per_worker: shards that a worker computes at the same time, each in a thread of its own. Above 1 for a stage
+            whose ``run`` lets one thread at a time use the model: the others read, tokenize, encode and upload meanwhile.
+            The worker holds the tables of that many shards.
     """
 
     build: Callable[[RunConfig, str | None], Stage]
@@ -115,18 +120,27 @@ class ShardedStage(StageSpec):
     distribution: str | None = None
     choices: Callable[[RunConfig, str | None], Mapping[str, str]] = field(default=lambda config, name: {})
     row_group_bytes: int = ROW_GROUP_BYTES
+    shards_per_worker: int = 1
 
     def resources(self, config: RunConfig, name: str | None) -> Resources:
         """Return what the workers of a step need, from the stage's settings."""
         section: Any = self.section(config)
         if not self.runs_model:
-            return Resources(section.num_workers, section.cpus_per_worker, 0)
+            return Resources(section.num_workers, section.cpus_per_worker, 0, shards_per_worker=self.shards_per_worker)
         if config.logits_of(name).backend == "server":
-            return Resources(section.num_workers or 1, section.cpus_per_worker, 0)
+            return Resources(
+                section.num_workers or 1, section.cpus_per_worker, 0, shards_per_worker=self.shards_per_worker
+            )
         gpus = 0 if section.device == "cpu" else section.gpus_per_worker
         if gpus is None and (section.device == "cuda" or section.tensor_parallel_size > 1):
             gpus = section.tensor_parallel_size
-        return Resources(section.num_workers, section.cpus_per_worker, gpus, models=True)
+        return Resources(
+            section.num_workers,
+            section.cpus_per_worker,
+            gpus,
+            models=True,
+            shards_per_worker=self.shards_per_worker,
+        )
 
     def max_bad_fraction(self, config: RunConfig) -> float:
         """Return the share of bad records above which a shard fails; fuse allows none."""
@@ -391,6 +405,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         tokenizers=lambda config, name: (config.find_model(name),),
         can_be_shared=True,
         choices=_logits_choices,
+        shards_per_worker=2,
     ),
     ShardedStage(
         name="align",

@@ -1,6 +1,7 @@
 """The logits stage: one model's top-k logprobs at every position of the train segments, and draws from the rest."""
 
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stages.contract.busy_time import BusyTime
 from stages.contract.columns import (
     PAD_ID,
     SparseRows,
@@ -49,12 +51,19 @@ class _Segment:
 
 
 class LogitsStage:
-    """What one model predicts at each position of the train segments; see ``schemas.logits_schema``."""
+    """What one model predicts at each position of the train segments; see ``schemas.logits_schema``.
+
+    ``run`` may be called from several threads: one of them at a time has the model, while the others tokenize a shard before
+    its forward pass, or build its table after it.
+    """
 
     def __init__(self, config: LogitsConfig, model: ModelConfig) -> None:
         """Nothing is loaded before ``setup``."""
         self._config = config
         self._model = model
+        # Backends are not made for two callers: they share a token budget, which shrinks when memory runs out, and a device.
+        self._has_model = threading.Lock()
+        self._busy = BusyTime()
 
     def setup(self, backend: Backend | None = None) -> None:
         """Load tokenizer and model.
@@ -87,7 +96,7 @@ class LogitsStage:
             ValueError: the model gave a number that is not finite; names document, segment and position.
             torch.OutOfMemoryError: not even one window at a time fits.
         """
-        started = time.perf_counter()
+        started = time.monotonic()
         shard = inputs["shard"]
         rows = shard.filter(pc.equal(shard["split"], "train"))
         segments, bad = self._encode(rows)
@@ -95,10 +104,10 @@ class LogitsStage:
         cuts = [
             windows(len(segment), max_length=self._backend.max_length, num_prefix=num_prefix) for segment in segments
         ]
+        sequences, uniforms = [segment.encoding.ids for segment in segments], self._uniforms(segments)
         try:
-            predictions = self._backend.predict(
-                [segment.encoding.ids for segment in segments], cuts, self._uniforms(segments)
-            )
+            with self._has_model:
+                predictions = self._backend.predict(sequences, cuts, uniforms)
         except NotFiniteError as error:
             raise ValueError(self._not_finite(segments[error.sequence], error.position)) from error
         self._cut_rows(predictions)
@@ -110,7 +119,7 @@ class LogitsStage:
             health={
                 "windowed_segments": sum(len(cut) > 1 for cut in cuts),
                 **health,
-                "stage_seconds": round(time.perf_counter() - started, 3),
+                "stage_seconds": round(self._busy.finish(started), 3),
             },
             quarantine=tuple(bad),
             versions=self._backend.versions,

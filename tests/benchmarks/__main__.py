@@ -8,7 +8,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from tests.benchmarks import align, compilation, engine, fuse, logits, logits_files, operate, train, workers
+from tests.benchmarks import (
+    align,
+    compilation,
+    engine,
+    fuse,
+    logits,
+    logits_files,
+    logits_host,
+    operate,
+    train,
+    workers,
+)
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import SkippedError, say, say_versions
 
@@ -27,6 +38,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     logits.peak_memory_vs_plain,
     logits.speed_vs_plain,
     logits.time_outside_forward,
+    logits_host.host_overlap,
     logits_files.bytes_per_token,
     logits_files.bytes_per_token_sampled,
     logits_files.float16_nll_cost,
@@ -43,7 +55,13 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
 )
 
 
-FAMILIES = {"workers": "align", "compilation": "align", "engine": "pipeline", "logits_files": "logits"}
+FAMILIES = {
+    "workers": "align",
+    "compilation": "align",
+    "engine": "pipeline",
+    "logits_files": "logits",
+    "logits_host": "logits",
+}
 """How figures begin that are made in a file of another name."""
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -293,6 +295,134 @@ def test_top_p_keeps_the_smallest_prefix_that_holds_it(llama):
 def test_seconds_of_the_model_are_part_of_the_stages(llama):
     health = make_stage(llama).run({"shard": shard_table(TEXTS)}).health
     assert 0 < health["forward_seconds"] <= health["stage_seconds"]
+
+
+PATIENCE_SECONDS = 60
+
+
+class WatchedBackend:
+    """A backend that counts its callers, and holds the model until something happens outside it.
+
+    Attributes:
+        hold: number of a call -> the event that must come about during its forward pass.
+        most_callers: that were ever in the model at once.
+        num_calls: so far.
+    """
+
+    def __init__(self, backend):
+        self._backend = backend
+        self._callers = 0
+        self.hold = {}
+        self.most_callers = 0
+        self.num_calls = 0
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def predict(self, *arguments):
+        self._callers += 1
+        self.most_callers = max(self.most_callers, self._callers)
+        event = self.hold.get(self.num_calls)
+        self.num_calls += 1
+        try:
+            assert event is None or event.wait(PATIENCE_SECONDS), "the other shard waited for the model, outside it"
+            return self._backend.predict(*arguments)
+        finally:
+            self._callers -= 1
+
+
+def shards_of_texts():
+    return [{"shard": shard_table(texts)} for texts in (TEXTS, [text[:30] for text in TEXTS], TEXTS[::-1])]
+
+
+def overlapped(stage, shards):
+    """Return the output or the error of each shard, two of them at once."""
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(stage.run, shard) for shard in shards]
+        return [future.exception() or future.result() for future in futures]
+
+
+def test_shards_that_overlap_have_the_rows_of_shards_one_after_the_other(llama):
+    stage = make_stage(llama, batch_tokens=300)
+    stage._backend = WatchedBackend(stage._backend)
+    shards = shards_of_texts()
+    expected = [stage.run(shard) for shard in shards]
+    for output, other in zip(overlapped(stage, shards), expected, strict=True):
+        assert output.table.equals(other.table)
+        seconds = ("forward_seconds", "stage_seconds")
+        assert {name: value for name, value in output.health.items() if name not in seconds} == {
+            name: value for name, value in other.health.items() if name not in seconds
+        }
+    assert stage._backend.most_callers == 1
+
+
+def test_a_shard_holds_the_model_during_its_forward_pass_alone(llama, monkeypatch):
+    """Each forward pass lasts until the other shard's host work is done: before its own pass, or after it."""
+    stage = make_stage(llama)
+    stage._backend = watched = WatchedBackend(stage._backend)
+    is_tokenized, has_table = threading.Event(), threading.Event()
+    watched.hold = {0: is_tokenized, 1: has_table}
+    encode, table = stage._encode, stage._table
+    num_encoded = []
+
+    def tokenize(rows):
+        segments = encode(rows)
+        num_encoded.append(rows.num_rows)
+        if len(num_encoded) == 2:
+            is_tokenized.set()
+        return segments
+
+    def build_table(*arguments):
+        try:
+            return table(*arguments)
+        finally:
+            has_table.set()
+
+    monkeypatch.setattr(stage, "_encode", tokenize)
+    monkeypatch.setattr(stage, "_table", build_table)
+    outputs = overlapped(stage, shards_of_texts()[:2])
+    assert not [output for output in outputs if isinstance(output, BaseException)]
+    assert (watched.num_calls, watched.most_callers) == (2, 1)
+
+
+def test_a_shard_that_fails_leaves_the_shard_beside_it(llama, monkeypatch):
+    stage = make_stage(llama)
+    shards = shards_of_texts()[:2]
+    expected = [stage.run(shard).table for shard in shards]
+    stage._backend = watched = WatchedBackend(stage._backend)
+    predict = watched._backend.predict
+
+    def fail_first(sequences, *arguments):
+        if watched.num_calls == 1:
+            raise RuntimeError("the device was lost")
+        return predict(sequences, *arguments)
+
+    monkeypatch.setattr(watched._backend, "predict", fail_first)
+    outputs = overlapped(stage, shards)
+    (failed,) = [index for index, output in enumerate(outputs) if isinstance(output, BaseException)]
+    assert "the device was lost" in str(outputs[failed])
+    assert outputs[1 - failed].table.equals(expected[1 - failed])
+    assert stage.run(shards[failed]).table.equals(expected[failed]), "the model is free again"
+
+
+def test_memory_that_runs_out_for_one_shard_shrinks_the_batches_of_both(llama, monkeypatch):
+    stage = make_stage(llama, batch_tokens=4096)
+    shards = shards_of_texts()
+    expected = [stage.run(shard).table for shard in shards]
+    run = stage._backend._run
+
+    def run_small(sequences, batch, *arguments):
+        if len(batch) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(sequences, batch, *arguments)
+
+    monkeypatch.setattr(stage._backend, "_run", run_small)
+    outputs = overlapped(stage, shards)
+    assert sum(output.health["oom_retries"] for output in outputs) >= 1
+    assert stage._backend._batch_tokens < 4096
+    for output, table in zip(outputs, expected, strict=True):
+        for name in ("doc_id", "token_ids", "topk_ids"):
+            assert output.table[name].equals(table[name])
 
 
 def test_the_backend_is_recorded(llama):
