@@ -87,6 +87,23 @@ def test_ray_gives_the_rows_of_the_in_process_runner(
     sets = [f"--set={stage}.num_workers={num_workers}" for stage in ("shard", "logits", "align", "fuse")]
     ptafuse_process("fuse", str(tiny_config), "--run", str(run), "--upstream", *sets)
     assert sharded(run) == sharded(undisturbed_run)
+    assert shards_at_once(run, "logits/llama") == 2
+    assert shards_at_once(run, "align/neox") == 1
+
+
+def shards_at_once(run: Path, step: str) -> int:
+    """The most shards of a step that one process had in flight."""
+    (folder,) = run.glob(f"{step}/*")
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for path in folder.glob("attempts/*/*.json"):
+        record = json.loads(path.read_text())
+        ended = (folder / "manifests" / f"{path.parent.name}.json").stat().st_mtime
+        spans.setdefault(record["pid"], []).append((record["started"], ended))
+    return max(
+        sum(started <= begun < ended for started, ended in process)
+        for process in spans.values()
+        for begun, _ in process
+    )
 
 
 def training_of(run: Path) -> tuple[list[tuple[int, float]], str]:
@@ -112,7 +129,10 @@ def test_worker_killed_once_in_each_stage(tiny_config: Path, undisturbed_run: Pa
         assert (tmp_path / f"die-{key.replace('/', '-')}").exists()
         attempts = {shard["shard"]: shard["attempts"] for shard in step["shards"]}
         assert attempts[2] == 2, f"{key}: the killed attempt and the one that replaced it"
-        assert all(count == 1 for shard, count in attempts.items() if shard != 2), f"{key}: no shard computed twice"
+        again = [shard for shard, count in attempts.items() if shard != 2 and count != 1]
+        in_flight = 1 if key.startswith("logits") else 0  # beside the killed shard, in the same worker
+        assert len(again) <= in_flight, f"{key}: no other shard computed twice"
+        assert all(attempts[shard] == 2 for shard in again)
 
 
 @pytest.mark.slow
