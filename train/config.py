@@ -187,7 +187,12 @@ class EvalConfig(Settings):
         "auto", description="`auto`: FlashAttention 2 where it is installed and a GPU is used, else SDPA."
     )
     device: Annotated[Literal["auto", "cpu", "cuda"], RUNTIME] = Field(
-        "auto", description="`auto`: a GPU if there is one."
+        "auto",
+        description="`auto`: a GPU if there is one; on a Ray cluster that can grow, where training computes. On Ray each "
+        "evaluation is a task, which reserves one GPU where it uses one.",
+    )
+    cpus_per_worker: Annotated[float | None, RUNTIME] = Field(
+        None, gt=0, description="CPUs of an evaluation; on a CPU also its threads; by default `train.cpus_per_worker`."
     )
     batch_tokens: Annotated[int, RUNTIME] = Field(8192, ge=1, description="Token budget of a batch, padding included.")
     chunk_positions: Annotated[int, RUNTIME] = Field(

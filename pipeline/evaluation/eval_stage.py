@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -26,10 +26,15 @@ from train.evaluate import Evaluation, Segment, bits_per_byte
 log = logging.getLogger(__name__)
 
 
-def run_eval(run: Run) -> None:
+def run_eval(run: Run, call: Callable[..., Iterator[Any]]) -> None:
     """Evaluate every model of the run that has no figure yet: on the held-out split that ``eval.split`` names, and on texts.
 
     Texts are prepared before any model is loaded: one that cannot be used ends the command early.
+
+    Args:
+        run: the run.
+        call: runs work that loads a model, see ``engine.model_task.run_with_model``; called with the run, the name of the
+            work, the work, and its arguments.
 
     Raises:
         StageError: the shard stage is incomplete, no document is held out, a text cannot be used, or, after all other models
@@ -49,16 +54,13 @@ def run_eval(run: Run) -> None:
     for step in possible:
         started = time.monotonic()
         text = None if step.text is None else texts[step.text]
-        try:
-            evaluation, notes = _evaluate(run, step, held_out if text is None else list(text.segments))
-        except AverageRefusedError as error:
-            figures: dict[str, Any] = {"refused": str(error)}
-            shown = f"refused: {error}"
+        segments, kinds = (held_out, {}) if text is None else (list(text.segments), dict(text.kinds))
+        (figures,) = call(run, step.key, _compute_figures, step, segments, kinds)
+        if "refused" in figures:
+            shown = f"refused: {figures['refused']}"
         else:
-            total = evaluation.total
-            figures = {**_figures(evaluation, {} if text is None else text.kinds), **notes}
             where = "held-out bytes" if text is None else f"bytes of {step.text}"
-            shown = f"{total.bits_per_byte:.4f} bits per byte on {total.num_bytes:,} {where}"
+            shown = f"{figures['bits_per_byte']:.4f} bits per byte on {figures['num_bytes']:,} {where}"
         seconds = round(time.monotonic() - started, 1)
         of_text = {} if text is None else {"text": step.text, "counts": dict(text.counts)}
         value = {"model": step.model, **of_text, **figures, "seconds": seconds, "settings": dict(step.settings)}
@@ -70,6 +72,18 @@ def run_eval(run: Run) -> None:
         raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
 
 
+def _compute_figures(
+    run: Run, step: Step, segments: Sequence[Segment], kinds: Mapping[int, str]
+) -> Iterator[dict[str, Any]]:
+    """Yield a step's figures, once; the reason in their place where the models' weights cannot be averaged."""
+    try:
+        evaluation, notes = _evaluate(run, step, list(segments))
+    except AverageRefusedError as error:
+        yield {"refused": str(error)}
+    else:
+        yield {**_figures(evaluation, kinds), **notes}
+
+
 def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation, dict[str, Any]]:
     """A step's figures, and what else there is to record of them.
 
@@ -79,7 +93,7 @@ def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation
     config = run.config
     if step.text is not None:  # its documents are chosen already
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_documents": None})})
-    cpus = max(1, int(config.train.cpus_per_worker))
+    cpus = max(1, int(config.eval_cpus))
     if step.model == ENSEMBLE:
         # Imports compilers, which the reports that read results do without.
         from pipeline.evaluation.ensemble import evaluate_ensemble

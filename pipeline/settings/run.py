@@ -265,6 +265,11 @@ class RunConfig(Settings):
         """The sources that can be evaluated: all but those of a server."""
         return tuple(source for source in self.sources if not source.is_served)
 
+    @property
+    def eval_cpus(self) -> float:
+        """CPUs of an evaluation: those of its section, else those of training."""
+        return self.eval.cpus_per_worker or self.train.cpus_per_worker
+
     def logits_of(self, name: str | None) -> LogitsConfig:
         """Return the settings of the logits stage for one model."""
         own = {

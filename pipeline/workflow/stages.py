@@ -69,11 +69,12 @@ def _train(run: "Run") -> None:
 
 
 def _evaluate(run: "Run") -> None:
+    from pipeline.engine.model_task import run_with_model
     from pipeline.evaluation.eval_stage import run_eval
     from pipeline.evaluation.suites.run import run_suites
 
-    run_eval(run)
-    run_suites(run)
+    run_eval(run, run_with_model)
+    run_suites(run, run_with_model)
 
 
 def _adapt(run: "Run") -> None:

@@ -13,6 +13,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
+from pipeline.engine.model_task import run_with_model
 from pipeline.evaluation.eval_stage import run_eval
 from pipeline.run.outcomes import read_result
 from pipeline.run.records import recorded_configurations
@@ -193,7 +194,7 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
                 continue
             if FUSED not in missing:  # baselines that are asked for since: they need no trained model
                 console.rule(name, align="left")
-                run_eval(run)
+                run_eval(run, run_with_model)
                 continue
             console.rule(name, align="left")
             run_all_stages(run)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,12 @@ def model_inputs(step: Step) -> dict[str, str]:
     return {name: value for name, value in step.settings["inputs"].items() if name != "shard"}
 
 
-def run_suites(run: Run) -> None:
+def run_suites(run: Run, call: Callable[..., Iterator[Any]]) -> None:
     """Run every suite of the configuration that a model has no result of; nothing where there is none.
+
+    Args:
+        run: the run.
+        call: runs work that loads a model, see ``eval_stage.run_eval``.
 
     Raises:
         StageError: a suite cannot be run here; says why, and what to do.
@@ -98,14 +102,27 @@ def run_suites(run: Run) -> None:
             raise StageError(
                 f"the trained model cannot be evaluated, for train is not complete: {command(run, 'train')}"
             )
-        step = run.resolved.steps[f"eval/{name}"]
-        model = load_harness_model(
-            evaluated_model(run, step), run.config.eval, cpus=max(1, int(run.config.train.cpus_per_worker))
-        )
-        for task in pending:
-            result = _evaluate(model, name, inputs, task, limit=run.config.eval.limit)
-            run.store.create(task.key(inputs), (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
-            run.console.print(_line(name, result), soft_wrap=True)
+        for line in call(run, f"suites of {name}", _run_tasks, name, inputs, pending):
+            run.console.print(line, soft_wrap=True)
+
+
+def _run_tasks(run: Run, name: str, inputs: Mapping[str, str], tasks: Sequence[PlannedTask]) -> Iterator[str]:
+    """Run a model through sub-tasks; commit each result, then yield its line."""
+    model: Any = None
+    for task in tasks:
+        key = task.key(inputs)
+        # Ray calls this again after its worker died, and expects the same values in the same order.
+        if run.store.exists(key):
+            yield _line(name, json.loads(run.store.read(key)))
+            continue
+        if model is None:
+            step = run.resolved.steps[f"eval/{name}"]
+            model = load_harness_model(
+                evaluated_model(run, step), run.config.eval, cpus=max(1, int(run.config.eval_cpus))
+            )
+        result = _evaluate(model, name, inputs, task, limit=run.config.eval.limit)
+        run.store.create(key, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
+        yield _line(name, result)
 
 
 def check_suites(config: RunConfig, console: Console) -> None:

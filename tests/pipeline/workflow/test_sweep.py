@@ -238,7 +238,7 @@ def test_baselines_that_are_asked_for_later_are_evaluated_without_training_again
         trained.append(run.config.name)
         evaluate(run)
 
-    def evaluate(run: Run) -> None:
+    def evaluate(run: Run, call: object = None) -> None:
         for step in run.resolved.of_stage("eval"):
             if not run.store.exists(result_key(step)):
                 run.store.create(result_key(step), b"{}")
