@@ -20,6 +20,8 @@ from pipeline.settings.run import EngineConfig
 log = logging.getLogger(__name__)
 
 REPORT_SECONDS: Final = 60.0
+GROWN_WORKERS: Final = 32
+"""Workers that a cluster of unknown size is taken to grow to, where ``num_workers`` is not set."""
 
 
 def start_ray(engine: EngineConfig) -> None:
@@ -152,6 +154,28 @@ def pool_size(resources: Resources, num_pending: int, engine: EngineConfig) -> i
         return num_pending
     places = sum(num_places(node, resources.cpus, resources.gpus or 0.0) for node in _live_nodes())
     return max(1, min(places, num_pending))
+
+
+def shards_at_once(resources: Resources, num_pending: int, engine: EngineConfig) -> int:
+    """Return how many shards each actor of a step has at once.
+
+    As many as the stage lets overlap, but one where every pending shard can have an actor of its own: an actor with two
+    would leave a GPU without work. With more shards than actors some actor computes two in any case, and then it is
+    faster to overlap them.
+
+    Args:
+        resources: what each actor needs.
+        num_pending: shards that are left to compute.
+        engine: whether the cluster can grow.
+    """
+    num_actors = pool_size(resources, num_pending, engine)
+    places = sum(num_places(node, resources.cpus, resources.gpus or 0.0) for node in _live_nodes())
+    if not can_grow(engine):
+        num_actors = min(num_actors, places)  # `num_workers` may ask for more than fit
+    elif not resources.num_workers:
+        # The pool has as many actors as shards at most, and nothing tells how many machines will join.
+        num_actors = min(num_actors, max(places, GROWN_WORKERS))
+    return 1 if num_pending <= num_actors else resources.shards_per_worker
 
 
 def num_places(node: Mapping[str, float], cpus: float, gpus: float) -> int:

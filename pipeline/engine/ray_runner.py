@@ -12,7 +12,14 @@ import ray.data
 import ray.exceptions
 from ray.util.metrics import Counter
 
-from pipeline.engine.cluster import gpus_per_worker, pool_size, require_resources, start_ray, warn_of_idle_gpus
+from pipeline.engine.cluster import (
+    gpus_per_worker,
+    pool_size,
+    require_resources,
+    shards_at_once,
+    start_ray,
+    warn_of_idle_gpus,
+)
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
 from pipeline.run.stage_table import Resources
 from pipeline.settings.run import EngineConfig
@@ -28,7 +35,7 @@ ACTOR_INIT_DEATHS = 3  # one out-of-memory while an actor starts must not end th
 class RayShardWorker:
     """A ``ShardWorker`` as Ray Data calls it: a batch of one shard number in, a batch of one status out.
 
-    Called from ``shards_per_worker`` threads at once.
+    Called from as many threads as the actor has shards at once, see ``actor_pool``.
     """
 
     def __init__(self, job: ShardJob, environment: DriverEnvironment) -> None:
@@ -81,6 +88,29 @@ def _counter(name: str, description: str, tags: dict[str, str]) -> Counter:
     return counter
 
 
+def actor_pool(resources: Resources, num_pending: int, engine: EngineConfig) -> ray.data.ActorPoolStrategy:
+    """Return how many actors a step has, and how many shards each of them has at once.
+
+    Ray Data gives the next shard to the actor that has the fewest, and to none that has ``max_tasks_in_flight_per_actor``.
+    So an actor gets its second shard only when all that have started have their first, and the last shards are spread.
+
+    Args:
+        resources: what each actor needs; its GPUs are resolved.
+        num_pending: shards to compute.
+        engine: whether the cluster can grow.
+    """
+    num_shards = shards_at_once(resources, num_pending, engine)
+    return ray.data.ActorPoolStrategy(
+        min_size=1,
+        max_size=pool_size(resources, num_pending, engine),
+        # No more than are computed: a shard that only waits in an actor could be another's.
+        max_tasks_in_flight_per_actor=num_shards,
+        max_concurrent_calls_per_actor=num_shards,
+        # Otherwise Ray Data calls the worker from one thread alone, and shards wait for each other after all.
+        enable_true_multi_threading=num_shards > 1,
+    )
+
+
 def run_shards(
     job: ShardJob, pending: Sequence[int], resources: Resources, engine: EngineConfig
 ) -> Iterator[ShardStatus]:
@@ -112,14 +142,7 @@ def run_shards(
         RayShardWorker,
         batch_size=1,
         fn_constructor_args=(job, DriverEnvironment.here()),
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1,
-            max_size=pool_size(resources, len(pending), engine),
-            max_tasks_in_flight_per_actor=resources.shards_per_worker,
-            max_concurrent_calls_per_actor=resources.shards_per_worker,
-            # Else Ray Data calls the worker from one thread alone, and shards wait for each other after all.
-            enable_true_multi_threading=resources.shards_per_worker > 1,
-        ),
+        compute=actor_pool(resources, len(pending), engine),
         num_cpus=resources.cpus,
         num_gpus=gpus or None,
     )  # Ray Data's default restarts a killed actor without end: the attempts on disk are what bounds it

@@ -48,7 +48,8 @@ class Resources:
         cpus: of each worker.
         gpus: of each worker; None: 1 if the cluster has a GPU, otherwise 0; a cluster that can grow refuses to guess.
         models: the workers load models: without GPUs one worker takes all the memory there is to give.
-        shards_per_worker: shards that a worker computes at the same time, see ``ShardedStage``.
+        shards_per_worker: shards that a worker computes at the same time where there are more than workers, see
+            ``ShardedStage``.
     """
 
     num_workers: int | None

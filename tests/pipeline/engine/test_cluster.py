@@ -1,5 +1,6 @@
 """How a command joins a cluster and its steps find room there, with stubs of Ray's cluster state."""
 
+import dataclasses
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,65 @@ def test_without_gpus_one_worker_loads_models(monkeypatch, joined):
     monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 64}))
     for engine in (FIXED, EngineConfig()):
         assert cluster.pool_size(Resources(None, cpus=4, gpus=0, models=True), 500, engine) == 1
+
+
+OVERLAPPING = Resources(None, cpus=4, gpus=1, models=True, shards_per_worker=2)
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_pending", "expected"),
+    [
+        (None, 1, 1),
+        (None, 8, 1),  # as many as GPUs
+        (None, 9, 2),
+        (None, 500, 2),
+        (2, 2, 1),
+        (2, 3, 2),
+        (64, 20, 2),  # 8 of the 64 fit, and some of them compute more than one
+    ],
+)
+def test_an_actor_has_two_shards_only_where_there_are_more_shards_than_gpus(
+    monkeypatch, joined, num_workers, num_pending, expected
+):
+    monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 32, "GPU": 4}, {"CPU": 32, "GPU": 4}, {"CPU": 8}))
+    resources = dataclasses.replace(OVERLAPPING, num_workers=num_workers)
+    assert cluster.shards_at_once(resources, num_pending, FIXED) == expected
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_pending", "expected"),
+    [
+        (None, cluster.GROWN_WORKERS, 1),  # one machine now, and perhaps one per shard soon
+        (None, cluster.GROWN_WORKERS + 1, 2),
+        (100, 100, 1),
+        (100, 101, 2),
+        (2, 3, 2),
+    ],
+)
+def test_on_a_cluster_that_can_grow_a_few_shards_wait_for_gpus_of_their_own(
+    monkeypatch, joined, num_workers, num_pending, expected
+):
+    monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 4, "GPU": 1}))
+    resources = dataclasses.replace(OVERLAPPING, num_workers=num_workers)
+    assert cluster.shards_at_once(resources, num_pending, EngineConfig()) == expected
+
+
+def test_on_a_large_cluster_that_can_grow_its_machines_are_counted(monkeypatch, joined):
+    monkeypatch.setattr(cluster.ray, "nodes", nodes(*[{"CPU": 64, "GPU": 8}] * 8))
+    assert cluster.shards_at_once(OVERLAPPING, 64, EngineConfig()) == 1
+    assert cluster.shards_at_once(OVERLAPPING, 65, EngineConfig()) == 2
+
+
+def test_without_gpus_the_one_worker_overlaps_from_the_second_shard_on(monkeypatch, joined):
+    monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 64}))
+    on_cpu = dataclasses.replace(OVERLAPPING, gpus=0)
+    for engine in (FIXED, EngineConfig()):
+        assert [cluster.shards_at_once(on_cpu, count, engine) for count in (1, 2, 3)] == [1, 2, 2]
+
+
+def test_shards_of_other_stages_never_overlap(monkeypatch, joined):
+    monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 2}))
+    assert cluster.shards_at_once(Resources(None, cpus=1, gpus=0), 500, FIXED) == 1
 
 
 def test_gpus_are_never_guessed_from_the_machines_of_a_cluster_that_can_grow(monkeypatch, joined):
