@@ -23,7 +23,7 @@ def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Probl
 
     Args:
         config: of the run.
-        may_ask_hub: load tokenizers of the hub, which may ask it for them.
+        may_ask_hub: load tokenizers of the hub, and ask it which weights it has.
     """
     problems = []
     for model in config.models:
@@ -35,7 +35,7 @@ def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Probl
             trained=training is not None,
             isolated=training is not None and training.isolate_documents,
             has_weights=not is_served(model),
-            tokenizers_of_hub=may_ask_hub,
+            may_ask_hub=may_ask_hub,
         )
     return problems
 

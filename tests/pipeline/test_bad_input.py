@@ -9,15 +9,19 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
 from safetensors.torch import load_file, save_file
 
 from pipeline.engine import cluster
+from pipeline.run.preflight import PreflightError, refuse_unusable_models
+from pipeline.settings.load import load_config
 from pipeline.settings.run import EngineConfig
 from stages.models.devices import require_cuda
 from tests.stages.models.preflight.spoil import LFS_POINTER, change_weights, edit_json
@@ -748,6 +752,19 @@ def test_ten_broken_models_and_data_sets_are_ten_messages_on_one_screen(corpus: 
 def spoiled_again(corpus: Corpus) -> dict[str, str]:
     """The spoiled copy that is there."""
     return {"llama": str(corpus.folder / "llama")}
+
+
+def test_pickled_weights_of_the_hub_are_refused_before_they_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: SimpleNamespace(siblings=files))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PreflightError) as refused:
+        refuse_unusable_models(load_config("llama2_7b"))
+    assert len(refused.value.problems) == 2
+    for problem in refused.value.problems:
+        assert re.search(said("the same on the hub, not fetched yet"), str(problem))
 
 
 class Trap:

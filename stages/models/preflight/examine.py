@@ -9,6 +9,7 @@ from typing import Any, Final
 from stages.models.config import ModelConfig, PretrainedFiles, embedding_rows
 from stages.models.gguf_header import check_gguf
 from stages.models.preflight.architecture import architecture_problems, build_skeleton, first_line, settings_problems
+from stages.models.preflight.hub import pickled_alone
 from stages.models.preflight.problem import Problem
 from stages.models.preflight.remember import examine_once
 from stages.models.preflight.tensors import compare_tensors, tensor_problems
@@ -35,18 +36,19 @@ def examine(
     trained: bool = False,
     isolated: bool = False,
     has_weights: bool = True,
-    tokenizers_of_hub: bool = True,
+    may_ask_hub: bool = True,
 ) -> list[Problem]:
     """Find what is wrong with a model's files.
 
-    A model of the hub is examined as far as its files are in the local cache; what is not there is not missed.
+    A model of the hub is examined as far as its files are in the local cache. What is not there is not missed, unless the hub
+    says that it has no weights of a kind that is read.
 
     Args:
         model: which model.
         trained: whether the run trains it.
         isolated: whether it is trained on packed documents that do not see each other.
         has_weights: whether its weights are wanted here; a server may have them.
-        tokenizers_of_hub: load a tokenizer that is on the hub; that may ask the hub.
+        may_ask_hub: load a tokenizer that is on the hub, and ask the hub which weights it has where they are not in the cache.
 
     Returns:
         The problems; empty for a model that can be used, as far as its files tell.
@@ -64,8 +66,10 @@ def examine(
             if folder is None
             else list(_model_problems(model, folder, trained=trained, isolated=isolated, has_weights=has_weights))
         )
+        if has_weights and may_ask_hub and model.path is None:
+            found += pickled_alone(model, folder)
     files = model.tokenizer_files
-    if files.path is None and not tokenizers_of_hub:
+    if files.path is None and not may_ask_hub:
         return found
     folder = None if files.is_gguf else local_folder(files)
     place = files.path if files.is_gguf else folder

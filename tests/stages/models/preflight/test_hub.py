@@ -3,9 +3,10 @@
 import shutil
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 
 from stages.models.config import ModelConfig, embedding_rows
 from stages.models.preflight.examine import examine, unexamined
@@ -34,7 +35,7 @@ def snapshot(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 def problems(revision: str = REVISION, **arguments: bool) -> list[str]:
     model = ModelConfig(name="m", hub="some/llama", revision=revision)
-    return [str(problem) for problem in examine(model, tokenizers_of_hub=False, **arguments)]
+    return [str(problem) for problem in examine(model, may_ask_hub=False, **arguments)]
 
 
 @pytest.mark.parametrize("revision", [REVISION, "main"])
@@ -79,7 +80,91 @@ def test_its_tokenizer_is_examined_where_the_hub_may_be_asked(snapshot: Path) ->
     model = ModelConfig(name="m", hub="some/llama", revision=REVISION)
     assert examine(model) == []
     (snapshot / "tokenizer.json").write_text("{")
-    assert examine(model, tokenizers_of_hub=False) == []
+    assert examine(model, may_ask_hub=False) == []
     (found,) = examine(model)
     assert found.file == str(snapshot / "tokenizer.json")
     assert "not JSON" in found.found
+
+
+class Hub:
+    """The hub's answer to which files a model has.
+
+    Attributes:
+        num_asked: how often it was asked.
+    """
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self.num_asked = 0
+
+    def model_info(self, repo_id: str, *, revision: str, timeout: float) -> SimpleNamespace:
+        assert (repo_id, revision) == ("some/llama", REVISION)
+        assert timeout <= 10
+        self.num_asked += 1
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self._names])
+
+    def answer(self, monkeypatch: pytest.MonkeyPatch) -> "Hub":
+        monkeypatch.setattr(HfApi, "model_info", self.model_info)
+        return self
+
+
+PICKLED = ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "training_args.bin")
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_pickled_weights_alone_are_named_before_they_are_fetched(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
+) -> None:
+    hub = Hub(*PICKLED).answer(monkeypatch)
+    if is_cached:
+        (snapshot / "model.safetensors").unlink()  # configuration and tokenizer are there
+    else:
+        shutil.rmtree(snapshot)
+    (found,) = examine(ModelConfig(name="m", hub="some/llama", revision=REVISION))
+    assert str(found) == (
+        f"model m: some/llama@{REVISION}: it has pickled weights alone (pytorch_model-00001-of-00002.bin and 1 more), which "
+        "could run anything and are not read; expected *.safetensors. `ptafuse convert some/llama --revision "
+        f"{REVISION} --output FOLDER` writes them as safetensors, and runs none of their code; then give FOLDER as `path`, in "
+        "place of `hub` and `revision`"
+    )
+    assert hub.num_asked == 1
+
+
+@pytest.mark.parametrize(
+    "names", [(*PICKLED, "model.safetensors"), ("config.json", "training_args.bin"), ("config.json",), ()]
+)
+def test_a_model_of_the_hub_with_other_files_is_left_to_its_download(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, names: tuple[str, ...]
+) -> None:
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "pytorch_model.bin").touch()  # fetched to be converted; what the hub says counts
+    Hub(*names).answer(monkeypatch)
+    assert examine(ModelConfig(name="m", hub="some/llama", revision=REVISION)) == []
+
+
+@pytest.mark.parametrize("arguments", [{"may_ask_hub": False}, {"has_weights": False}])
+def test_the_hub_is_not_asked_where_it_may_not_be_or_another_has_the_weights(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict[str, bool]
+) -> None:
+    hub = Hub(*PICKLED).answer(monkeypatch)
+    (snapshot / "model.safetensors").unlink()
+    assert examine(ModelConfig(name="m", hub="some/llama", revision=REVISION), **arguments) == []
+    assert hub.num_asked == 0
+
+
+def test_the_hub_is_not_asked_for_weights_that_are_in_the_cache(
+    snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(*PICKLED).answer(monkeypatch)
+    assert examine(ModelConfig(name="m", hub="some/llama", revision=REVISION)) == []
+    assert hub.num_asked == 0
+
+
+def test_where_the_hub_does_not_answer_the_cache_speaks_for_it(snapshot: Path) -> None:
+    """``HF_HUB_OFFLINE`` is set here."""
+    model = ModelConfig(name="m", hub="some/llama", revision=REVISION)
+    (snapshot / "model.safetensors").unlink()
+    assert examine(model) == []
+    (snapshot / "pytorch_model.bin").touch()
+    (found,) = examine(model)
+    assert f"`ptafuse convert some/llama --revision {REVISION} --output FOLDER`" in found.remedy
