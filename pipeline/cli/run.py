@@ -68,9 +68,12 @@ def train(
     """Train, or tell what training needs."""
     if dry:
         from pipeline.forecast.dry_run import dry_run
+        from pipeline.run.preflight import refuse_unusable_models
         from pipeline.settings.load import load_config
 
-        dry_run(load_config(config, tuple(sets or ())), Store(run), console(), tokens=tokens)
+        loaded = load_config(config, tuple(sets or ()))
+        refuse_unusable_models(loaded, may_ask_hub=False)  # as `train` itself, which asks the hub too
+        dry_run(loaded, Store(run), console(), tokens=tokens)
         return
     if tokens is not None:
         raise typer.BadParameter(

@@ -18,6 +18,19 @@ def test_the_paper_s_run_is_told_without_weights_or_network(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_training_would_refuse_is_refused(tiny_config: Path, tmp_path: Path):
+    """The target and the sources, as ``train`` does; the tiny run's own models stay as they are."""
+    models = Path(shutil.copytree(tiny_config.parent / "llama", tmp_path / "llama"))
+    (models / "model.safetensors").rename(models / "pytorch_model.bin")
+    config = tmp_path / "pickled.toml"
+    for name in ("llama", "neox"):
+        config.write_text(tiny_config.read_text().replace(f'"{tiny_config.parent}/{name}"', f'"{models}"'))
+        done = ptafuse("train", "--dry-run", str(config), "--run", str(tmp_path / "run"), check=False)
+        assert done.returncode == 1
+        assert f"model {name}: " in done.stderr
+        assert f"`ptafuse convert {models}`" in done.stderr
+
+
 def test_what_cannot_fit_is_refused_with_what_to_change(tmp_path):
     arguments = ("train", "--dry-run", "llama2_7b", "--run", str(tmp_path), "--set", "train.num_workers=1")
     done = ptafuse(*arguments, check=False)
