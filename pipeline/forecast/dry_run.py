@@ -144,7 +144,8 @@ def _memory_table(memory: Memory) -> Table:
     table.add_column("GB", justify="right")
     for field in fields(memory):
         table.add_row(field.name, _gb(getattr(memory, field.name)))
-    table.add_row("total", _gb(memory.total))
+    # The update begins when gathered weights, activations and loss are freed.
+    table.add_row("total, at the peak of a step", _gb(memory.total))
     return table
 
 

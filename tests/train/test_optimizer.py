@@ -1,8 +1,14 @@
 import math
+from collections import Counter
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import _foreach_supported_types
+from torch.utils._foreach_utils import _get_foreach_kernels_supported_devices
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from train.config import TrainConfig
 from train.optimizer import build_optimizer, learning_rate, parameter_groups
@@ -48,3 +54,51 @@ def test_constant_rate_stays_after_the_warm_up():
 def test_warm_up_alone_is_possible():
     config = TrainConfig(learning_rate=1.0, warmup_ratio=1.0)
     assert [learning_rate(step, 2, config) for step in range(2)] == [0.5, 1.0]
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, in place of changing one that is there.
+
+    Attributes:
+        num_bytes: by the name of the operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if not function._schema.is_mutable:
+            tensors = [leaf for leaf in tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+            self.num_bytes[function.overloadpacket.__name__] += sum(tensor.nbytes for tensor in tensors)
+        return found
+
+
+def updated(*, foreach: bool) -> tuple[Counter[str], int]:
+    """Return the bytes that the second update of a model makes, and the size of its parameters."""
+    model = nn.Sequential(nn.Embedding(50, 40), nn.Linear(40, 30), nn.Linear(30, 20))
+    optimizer = build_optimizer(model, TrainConfig())
+    for group in optimizer.param_groups:
+        group["foreach"] = foreach
+    for _ in range(2):  # the first makes the moments too
+        model(torch.arange(50)).sum().backward()
+        with Allocations() as allocations:
+            optimizer.step()
+        optimizer.zero_grad()
+    return allocations.num_bytes, sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_an_update_makes_one_copy_of_the_trained_parameters_as_the_memory_estimate_says():
+    made, parameters = updated(foreach=True)
+    assert made.pop("_foreach_sqrt") == parameters
+    assert sum(made.values()) <= 0.01 * parameters, made
+    # FSDP's shards are DTensors, and an optimizer over other types than these does not use `foreach`.
+    assert DTensor in _foreach_supported_types
+    assert _get_foreach_kernels_supported_devices()[0] == "cuda"
+
+
+def test_without_foreach_an_update_makes_two_copies_tensor_by_tensor():
+    made, parameters = updated(foreach=False)
+    assert (made.pop("sqrt"), made.pop("div")) == (parameters, parameters)
+    assert sum(made.values()) <= 0.01 * parameters, made

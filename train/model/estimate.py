@@ -11,13 +11,18 @@ w = 2 bytes a working weight (bfloat16; 4 in float32), micro-batches of B blocks
 - activations: B (outside + L a), a being what a layer saves; recomputed: B (outside + L i + a), i being its input;
 - loss: chunk_positions V (2 w) for the logits and their gradient, 32 V (4 + 4) for the block of them that is in float32,
   B T H (3 w) for the hidden states that are counted and two gradients of them, and 4 V H for the head's gradient, where
-  it is trained.
+  it is trained;
+- update: 4 P_t / N, a float32 copy of the second moments, whose roots AdamW takes of all tensors at once (torch's `foreach`
+  implementation, the default on a GPU; on a CPU it goes from tensor to tensor, with two copies of the largest).
+
+Gathered weights, activations and loss are freed when the optimizer's step begins, so the total counts them or the update,
+whichever is larger.
 
 Left out: the CUDA context, NCCL's buffers, fragmentation and the temporary tensors of single operations; so of a GPU's
 memory the part ``USABLE`` is counted on.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from train.config import TrainConfig
 from train.model.architecture import Architecture
@@ -37,11 +42,13 @@ class Memory:
     gathered: int
     activations: int
     loss: int
+    update: int
 
     @property
     def total(self) -> int:
-        """Of one worker."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """Bytes on one worker at the peak of a step: in its passes, or in the optimizer's update after them."""
+        passes = self.gathered + self.activations + self.loss
+        return self.weights + self.gradients + self.optimizer + max(passes, self.update)
 
 
 def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_tokens: int) -> Memory:
@@ -73,7 +80,18 @@ def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_to
         gathered=gathered + reduced,
         activations=config.micro_batch_size * block,
         loss=states + logits + head_gradient,
+        update=_share(_update_bytes(architecture, config), workers),
     )
+
+
+def _update_bytes(architecture: Architecture, config: TrainConfig) -> int:
+    """Return the size of AdamW's temporary tensors, for all workers together."""
+    everything = 4 * architecture.num_trained
+    if config.device != "cpu":
+        return everything
+    # The embedding is the largest tensor, where it is trained.
+    largest = 0 if config.lora else architecture.vocab_size * architecture.hidden_size
+    return min(8 * largest, 2 * everything)
 
 
 def _share(num_bytes: int, workers: int) -> int:

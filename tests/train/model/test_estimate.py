@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from train.config import LoraConfig, TrainConfig
@@ -28,12 +30,29 @@ def test_the_formulae():
     assert found.gathered == 2 * (200 + 2 * 100) + 6 * 200
     assert found.activations == 2 * (7 + 8 * 50)
     assert found.loss == 4 * 15 * (2 * 2 + 8) + 3 * 2 * 2 * 16 * 10 + 4 * 15 * 10
-    assert found.total == 4000 + 4000 + 8000 + found.gathered + found.activations + found.loss
+    assert found.update == 4000
+    assert found.total == 4000 + 4000 + 8000 + max(found.gathered + found.activations + found.loss, 4000)
+
+
+def test_the_total_is_that_of_the_passes_or_of_the_update():
+    """What the passes need is freed before the update: of a large model on one GPU the update needs more."""
+    passes = memory(chunk_positions=4, micro_batch_size=16)
+    assert passes.gathered + passes.activations + passes.loss > passes.update
+    assert passes.total == 16000 + passes.gathered + passes.activations + passes.loss
+    large = dataclasses.replace(MODEL, num_parameters=100_000, num_trained=100_000)
+    update = estimate_memory(large, TrainConfig(chunk_positions=4), block_tokens=16)
+    assert update.update == 400_000
+    assert update.total == 5 * 400_000
+
+
+def test_on_a_cpu_adamw_goes_from_tensor_to_tensor():
+    assert memory(device="cpu").update == 8 * 15 * 10
+    assert memory(device="cpu", lora=LoraConfig()).update == 0
 
 
 def test_shards_shrink_with_the_number_of_workers_and_nothing_else_does():
     one, three = memory(), memory(num_workers=3, batch_size=255)
-    assert (three.weights, three.gradients, three.optimizer) == (1334, 1334, 2667)
+    assert (three.weights, three.gradients, three.optimizer, three.update) == (1334, 1334, 2667, 1334)
     assert (three.gathered, three.activations, three.loss) == (one.gathered, one.activations, one.loss)
 
 
