@@ -97,6 +97,16 @@ def prepare(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_lee(folder)
     _prepare_python(folder)
+    prepare_models(folder)
+
+
+def prepare_models(folder: Path) -> None:
+    """Make sure the demo's two models are in ``folder``, and remove what was downloaded for them.
+
+    Raises:
+        RuntimeError, ValueError: see ``prepare``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     for model in (SMOLLM2, GEMMA3):
         _prepare_model(model, folder)
     shutil.rmtree(folder / _DOWNLOADS, ignore_errors=True)
