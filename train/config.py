@@ -219,6 +219,11 @@ class EvalConfig(Settings):
     limit: Annotated[int | None, RUNTIME] = Field(
         None, ge=1, description="Documents of each sub-task of a suite, the first ones; all by default."
     )
+    apply_chat_template: Annotated[bool, RUNTIME] = Field(
+        False,
+        description="Ask the questions of the suites as turns of a user, under each model's chat template, as instruct models "
+        "expect them. `multipl-e` continues code, and stays as it is.",
+    )
     suite_batch_size: Annotated[int, RUNTIME] = Field(4, ge=1, description="Requests of a suite in a forward pass.")
     execute_code: Annotated[bool, RUNTIME] = Field(
         False, description="Run the programs that models write for `multipl-e`, in a sandbox (docs/evaluation.md)."

@@ -104,6 +104,9 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each sub-task, the first ones.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Ask the suites' questions under each model's chat template.")
+    ] = False,
     execute_code: Annotated[
         bool, typer.Option("--execute-code", help="Run the programs that models write, in a sandbox.")
     ] = False,
@@ -112,7 +115,13 @@ def evaluate(
     from pipeline.evaluation.suites.run import check_suites
     from pipeline.settings.load import load_config
 
-    given = {"suites": suite, "suite_models": model, "limit": limit, "execute_code": execute_code or None}
+    given = {
+        "suites": suite,
+        "suite_models": model,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template or None,
+        "execute_code": execute_code or None,
+    }
     short = tuple(f"eval.{key}={json.dumps(value)}" for key, value in given.items() if value is not None)
     overrides = (*(sets or ()), *short)
     check_suites(load_config(config, overrides), console())

@@ -80,15 +80,23 @@ def load_harness_model(model: ModelConfig, config: EvalConfig, *, cpus: float) -
     set_threads(device, cpus)
     attention = attention_choices(config.attention, device, half_precision=config.dtype == "bfloat16")
     loaded = load_model(model, dtype=config.dtype, attention=attention, device=str(device))
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = chat_template(model)
     return HFLM(
         pretrained=loaded,
-        tokenizer=load_tokenizer(model),
+        tokenizer=tokenizer,
         backend="causal",
         add_bos_token=model.bos,
         batch_size=config.suite_batch_size,
         softmax_dtype="float32",
         trust_remote_code=model.trust_remote_code,
     )
+
+
+def chat_template(model: ModelConfig) -> str | None:
+    """Return the chat template that a model's questions are asked under; None if it has none."""
+    template: str | None = load_tokenizer(model).chat_template
+    return template
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class Scores:
     max_length: int
 
 
-def score(model: Any, suite: Suite, task: Any, *, limit: int | None) -> Scores:
+def score(model: Any, suite: Suite, task: Any, *, limit: int | None, as_chat: bool = False) -> Scores:
     """Run a model through a sub-task.
 
     Args:
@@ -116,6 +124,7 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None) -> Scores:
         suite: names the metrics.
         task: of ``build_task``.
         limit: documents, the first ones; all of them by default.
+        as_chat: the question is a turn of the user, under the model's chat template, and so is each example before it.
 
     Raises:
         FloatingPointError: a document's value is not finite; names it.
@@ -123,7 +132,15 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None) -> Scores:
     from lm_eval.evaluator import evaluate
 
     name = task.task_name
-    found = evaluate(model, {"tasks": {name: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
+    found = evaluate(
+        model,
+        {"tasks": {name: task}},
+        limit=limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        apply_chat_template=as_chat,
+        fewshot_as_multiturn=as_chat,
+    )
     samples = found["samples"][name]
     values = {}
     for metric in suite.metrics:

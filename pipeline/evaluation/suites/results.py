@@ -34,6 +34,7 @@ class SuiteRow:
         num_subtasks: of the whole suite.
         num_documents: that were evaluated, over all sub-tasks.
         num_fewshot: examples before each question.
+        as_chat: questions were asked under the model's chat template.
         figure: over all those documents.
         against_before: difference to the target before training, paired by document; None for the target itself, for
             sources, and where the target did not go through the same documents.
@@ -46,6 +47,7 @@ class SuiteRow:
     num_subtasks: int
     num_documents: int
     num_fewshot: int
+    as_chat: bool
     figure: Estimate
     against_before: Estimate | None
 
@@ -78,7 +80,7 @@ def suite_table(rows: Sequence[SuiteRow]) -> ResultTable:
                 "" if row.against_before is None else _shown(row.against_before, row.metric, signed=True),
                 f"{row.num_documents:,}",
                 _subtasks(row),
-                str(row.num_fewshot),
+                _shots(row.num_fewshot, row.as_chat),
             )
             for row in rows
         ),
@@ -109,7 +111,7 @@ def subtask_table(runs: Sequence[ResolvedRun], store: Store) -> ResultTable:
                 _shown(figure(_values([result], metric), metric.kind), metric),
                 f"{result['num_documents']:,} of {result['num_documents_in_data']:,}",
                 str(result["num_truncated_prompts"]),
-                str(result["settings"]["num_fewshot"]),
+                _shots(result["settings"]["num_fewshot"], _is_chat(result)),
                 "hub" if result["data"] == "hub" else f"local, {result['data'][:19]}",
                 result["settings"]["harness"],
             )
@@ -189,9 +191,18 @@ def _row(
         num_subtasks=results[0]["num_subtasks"],
         num_documents=sum(result["num_documents"] for result in results),
         num_fewshot=results[0]["settings"]["num_fewshot"],
+        as_chat=_is_chat(results[0]),
         figure=figure(values, metric.kind),
         against_before=against,
     )
+
+
+def _is_chat(result: Result) -> bool:
+    return bool(result["settings"].get("apply_chat_template"))
+
+
+def _shots(num_fewshot: int, as_chat: bool) -> str:
+    return f"{num_fewshot}, chat" if as_chat else str(num_fewshot)
 
 
 def _subtask(result: Result) -> tuple[str, str]:

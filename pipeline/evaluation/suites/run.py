@@ -17,6 +17,7 @@ from pipeline.evaluation.suites.figures import figure
 from pipeline.evaluation.suites.harness import (
     Data,
     build_task,
+    chat_template,
     harness_subtasks,
     harness_version,
     load_harness_model,
@@ -132,7 +133,9 @@ def check_suites(config: RunConfig, console: Console) -> None:
         StageError: says why, and what to do.
     """
     if config.eval.suites:
-        _model_names(config)
+        names = _model_names(config)
+        if config.eval.apply_chat_template:
+            _require_templates(config, names)
         plan_suites(config.eval, console)
 
 
@@ -181,6 +184,16 @@ def _model_names(config: RunConfig) -> Sequence[str]:
                 f"eval.suite_models: there is no model {name!r} in this run; its models: {', '.join(known)}"
             )
     return names
+
+
+def _require_templates(config: RunConfig, names: Sequence[str]) -> None:
+    for name in names:
+        model = config.target if name == FUSED else config.find_model(name)
+        if chat_template(model) is None:
+            raise StageError(
+                f"eval.apply_chat_template: the tokenizer of {model.name} has no chat template: leave {name} out with "
+                "eval.suite_models, or ask without templates"
+            )
 
 
 def _subtasks(
@@ -243,6 +256,8 @@ def _planned(suite: Suite, subtask: str, config: EvalConfig, version: str, local
         "dtype": config.dtype,
         "harness": version,
         **({} if suite.folder else {"max_new_tokens": MAX_NEW_TOKENS}),
+        # A program is continued, not asked for: its suite has no chat template.
+        **({"apply_chat_template": True} if config.apply_chat_template and suite.folder else {}),
     }
     sandbox: dict[str, bool] = {}
     num_subtasks = NUM_LANGUAGES
@@ -267,7 +282,7 @@ def _evaluate(model: Any, name: str, inputs: Mapping[str, str], task: PlannedTas
     """Run a model through a sub-task; what is written of it."""
     started = time.monotonic()
     built = build_task(task.suite, task.subtask, task.data, num_fewshot=task.num_fewshot)
-    scores = score(model, task.suite, built, limit=limit)
+    scores = score(model, task.suite, built, limit=limit, as_chat=bool(task.settings.get("apply_chat_template")))
     return {
         "suite": task.suite.name,
         "subtask": task.subtask,
@@ -305,5 +320,7 @@ def _line(name: str, result: Mapping[str, Any]) -> str:
     cut = result["num_truncated_prompts"]
     return (
         f"{result['suite']}/{result['subtask']} of {name}: {figures} ({count:,} of {whole:,} documents, "
-        f"{result['settings']['num_fewshot']}-shot" + (f"; {cut} prompts lost their beginning)" if cut else ")")
+        f"{result['settings']['num_fewshot']}-shot"
+        + (", chat template" if result["settings"].get("apply_chat_template") else "")
+        + (f"; {cut} prompts lost their beginning)" if cut else ")")
     )

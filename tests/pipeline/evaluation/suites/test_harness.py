@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,3 +244,27 @@ def test_a_document_without_a_finite_value_is_named(data: Path) -> None:
     model.loglikelihood = lambda requests: [(math.nan, False) for _ in requests]
     with pytest.raises(FloatingPointError, match="lambada_openai: perplexity of document 0 is nan"):
         scores(model, data, "lambada", "lambada_openai")
+
+
+def test_under_a_chat_template_questions_and_examples_are_turns(model_folder: Path, data: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_folder, tmp_path / "chat"))
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}[end]{% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
+    )
+    config = EvalConfig(dtype="float32", device="cpu", suite_batch_size=3)
+    chat = load_harness_model(ModelConfig(name="chat", path=folder), config, cpus=1)
+    suite = SUITES["mmlu"]
+    task = build_task(suite, "astronomy", local_tasks("mmlu", data)["astronomy"].read(), num_fewshot=2)
+    found = score(chat, suite, task, limit=None, as_chat=True)
+    by_hand = ByHand(folder)
+    wanted = []
+    for number, row in enumerate(mmlu_rows("astronomy", 6)):
+        asked = [part.args for part in task.instances if part.doc_id == number]
+        (prompt,) = {context for context, _ in asked}
+        roles = re.findall(r"\[(system|user|assistant|answer)\]", prompt)
+        assert roles == ["system", *("user", "assistant") * 2, "user", "answer"]
+        assert row["question"] in prompt.rsplit("[user]", maxsplit=1)[1]
+        values = [by_hand.continuation(prompt, letter)[0] for _, letter in asked]
+        assert [letter.strip() for _, letter in asked] == list("ABCD")
+        wanted.append(float(int(np.argmax(values)) == row["answer"]))
+    assert found.values["acc,none"] == wanted

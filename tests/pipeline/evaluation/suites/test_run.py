@@ -166,6 +166,10 @@ def test_report_of_a_run_without_suites_says_how_to_get_them(undisturbed_run: Pa
         (("--suite", "arc"), "there is no suite 'arc'; known: gsm8k"),
         (("--suite", "mmlu", "--model", "gpt"), "there is no model 'gpt' in this run; its models: llama, neox, fused"),
         (("--suite", "mmlu", "--set", "eval.data=/nowhere"), "there is no folder /nowhere"),
+        (
+            ("--suite", "mmlu", "--apply-chat-template"),
+            "eval.apply_chat_template: the tokenizer of llama has no chat template: leave llama out with eval.suite_models",
+        ),
     ],
 )
 def test_what_cannot_be_run_is_refused_before_anything_is_computed(
