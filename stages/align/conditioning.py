@@ -82,7 +82,7 @@ def inner_positions(
     """Find the target positions at which the text read so far ends inside a source token.
 
     Args:
-        target: M positions; the last predicts nothing and does not count.
+        target: M positions; those whose next token is not learnt do not count.
         source: N positions.
         target_roles: (M,) values of ``Role``.
         source_roles: (N,).
@@ -100,7 +100,7 @@ def inner_positions(
     has_following = boundary + 1 < len(source)
     following = np.where(has_following, boundary + 1, 0)
     is_inside = is_after & has_following & (source_roles[following] == Role.TEXT)
-    is_inner = is_inside & (target_roles[:size] == Role.TEXT) & (ends > 0)
+    is_inner = is_inside & (target_roles[:size] == Role.TEXT) & (ends > 0) & target.has_label[:size]
     positions = np.flatnonzero(is_inner)
     return positions, boundary[positions].astype(np.int32)
 
@@ -129,24 +129,32 @@ def seen_bytes(
         they stand for (a tokenizer that normalises, an unknown token).
     """
     target_side, source_side = sides
+    target_marked, source_marked = (
+        side.starts(rows)[1] for side, rows in ((target_side, target), (source_side, source))
+    )
     entries: list[SeenBytes | None] = []
     for position, boundary in zip(positions.tolist(), boundaries.tolist(), strict=True):
-        if boundary == NO_POSITION or not target_side.spells_text:
+        # After a token of a chat template that ends before the message, the source's next token holds more than content.
+        is_known = boundary != NO_POSITION and source_roles[boundary] in (Role.TEXT, Role.START)
+        if not is_known or not target_side.spells_text:
             entries.append(None)
             continue
-        text = _text_before(target, position, int(source.byte_end[boundary]), target_side)
+        text = _text_before(target, position, int(source.byte_end[boundary]), target_side, target_marked)
         if text is None:
             entries.append(None)
             continue
         # Before the first token of a text the source writes its dummy prefix; after one that stands alone it does not.
-        is_first = source_roles[boundary] == Role.BOS
-        mark = b" " if is_first and source_side.has_dummy_prefix else b""
+        is_first = source_roles[boundary] == Role.START
+        mark = b" " if is_first and source_marked[boundary] else b""
         entries.append(SeenBytes(position, boundary, mark + text))
     return entries
 
 
-def _text_before(rows: ModelRows, position: int, start: int, side: Side) -> bytes | None:
-    """Bytes of the text from ``start`` to the end of the token at ``position``; None if the tokens do not spell them."""
+def _text_before(rows: ModelRows, position: int, start: int, side: Side, is_marked: np.ndarray) -> bytes | None:
+    """Bytes of the text from ``start`` to the end of the token at ``position``; None if the tokens do not spell them.
+
+    ``is_marked`` is (N,) bool from ``Side.starts``.
+    """
     pieces: list[bytes] = []
     for index in range(position, -1, -1):
         end = int(rows.byte_end[index])
@@ -154,7 +162,8 @@ def _text_before(rows: ModelRows, position: int, start: int, side: Side) -> byte
         if end <= start:
             break
         piece = side.vocabulary.token_bytes[rows.token_ids[index]]
-        if token_start == 0 and side.has_dummy_prefix and len(piece) == end + 1:
+        has_mark = is_marked[index - 1] if index else side.has_dummy_prefix
+        if has_mark and len(piece) == end - token_start + 1:
             piece = piece.removeprefix(b" ")
         if len(piece) != end - token_start or side.vocabulary.is_special[rows.token_ids[index]]:
             return None

@@ -19,6 +19,33 @@ UNKNOWN: Final = 0
 """Length of a first token that is not known: no token has it, so nothing counts as the beginning."""
 
 
+def after_line_break(encode: Encode, *, has_space: bool) -> Encode:
+    """Return a tokenizer of texts that begin after a line break, with a space between or without, as messages may.
+
+    Args:
+        encode: the tokenizer.
+        has_space: a space that is not the text's own stands before it.
+
+    Returns:
+        What gives the tokens of each text alone; none where a token reaches over its start.
+    """
+    context = "\n"
+    written = context + " " * has_space
+
+    def encode_behind(texts: list[str]) -> list[Encoding]:
+        return [_behind(encoding, len(context)) for encoding in encode([written + text for text in texts])]
+
+    return encode_behind
+
+
+def _behind(encoding: Encoding, start: int) -> Encoding:
+    """Return the tokens that begin at byte ``start`` and after it; none where no token ends there."""
+    first = int(np.searchsorted(encoding.byte_end, start, side="right"))
+    if not first or encoding.byte_end[first - 1] != start:
+        first = len(encoding.ids)
+    return Encoding(encoding.ids[first:], encoding.byte_end[first:] - start)
+
+
 class FirstCuts:
     """Finds the first token that a tokenizer cuts off a text that another tokenizer's token stands for.
 

@@ -89,7 +89,7 @@ class AlignHealth:
             distributions: those of ``judged``, as they would be stored.
         """
         covered = _covered(aligned)
-        self._count(aligned, len(target) - 1, len(covered), is_missing=source is None)
+        self._count(aligned, target.has_label, len(covered), is_missing=source is None)
         self._add_mean("mass_moved", aligned.mass_moved[covered])
         self._add_mean("mass_unmapped", aligned.mass_unmapped[covered])
         self._add_mean("mass_special", aligned.mass_special[covered])
@@ -145,8 +145,8 @@ class AlignHealth:
         self._add_mean("conditioned_nll", completed[conditioned])
         self._add_mean("conditioned_target_nll", own[conditioned])
 
-    def _count(self, aligned: AlignedSegment, num_positions: int, num_covered: int, *, is_missing: bool) -> None:
-        positions = slice(max(0, num_positions))  # the last one has no next token
+    def _count(self, aligned: AlignedSegment, positions: np.ndarray, num_covered: int, *, is_missing: bool) -> None:
+        """Count one segment, of which ``positions`` (M,) bool have a next token that is learnt."""
         span = (aligned.pairing.end - aligned.pairing.start)[positions]
         is_paired = aligned.pairing.is_paired[positions]
         shares_source = aligned.pairing.shares_source()[positions]

@@ -6,7 +6,7 @@ import numpy as np
 
 from stages.align.vocabulary_maps import NO_ID
 from stages.contract.draws import add_draws
-from stages.contract.roles import token_roles
+from stages.contract.roles import Role, TokenRoles, token_roles
 from stages.measures.nucleus import outside_nucleus
 from stages.models.tokenizer import Vocabulary
 
@@ -23,6 +23,7 @@ class ModelRows:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t) over the full vocabulary, NaN at the last position; only figures
             read it; None: they leave it out.
         num_draws: m, the places that draws from the tail take in a row beside those of the exact entries.
+        roles: what the tokens are, in a conversation; None for plain text, whose roles its tokenizer tells (``Side.roles_of``).
     """
 
     token_ids: np.ndarray
@@ -31,9 +32,28 @@ class ModelRows:
     topk_probs: np.ndarray
     gold_logprob: np.ndarray | None = None
     num_draws: int = 0
+    roles: TokenRoles | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def has_label(self) -> np.ndarray:
+        """(N,) bool: the next token is learnt. In plain text that is every position but the last."""
+        if self.roles is None:
+            return np.arange(len(self)) < len(self) - 1
+        return np.append(self.roles.is_trained[1:], False)[: len(self)]
+
+    @property
+    def predicts_text(self) -> np.ndarray:
+        """(N,) bool: the next token is text, or ends a text or a turn, and is not one of the chat template.
+
+        Where a template ends a turn without a token of its own, the model has seen all of the content, and what it expects is
+        the template's next piece. Such a distribution says nothing about another model's end of turn.
+        """
+        if self.roles is None:
+            return np.ones(len(self), np.bool_)
+        return np.append(np.isin(self.roles.role[1:], (Role.TEXT, Role.EOS)), False)[: len(self)]
 
     def with_draws(self, draws: np.ndarray) -> "ModelRows":
         """Return the rows with tokens drawn from their tails as further entries; (N, m), see ``draws.add_draws``."""
@@ -62,9 +82,68 @@ class Side:
     spells_text: bool = True
 
     def roles(self, token_ids: np.ndarray) -> np.ndarray:
-        """(N,) the role of each token of a segment."""
+        """(N,) the role of each token of a segment of plain text."""
         vocabulary = self.vocabulary
         return token_roles(token_ids, prefix_id=self.prefix_id, eos_id=vocabulary.eos_id)
+
+    def roles_of(self, rows: ModelRows) -> np.ndarray:
+        """(N,) the role of each token of a segment, of plain text or of a conversation.
+
+        A message's first token may hold white space of the chat template, which then stands behind its START. One space is the
+        same as a dummy prefix (``▁Hello`` after ``[/INST]``). Anything else, say one token for the template's line break and
+        the content's own, is what this model expects there and no other: such a position is TEMPLATE.
+        """
+        if rows.roles is None:
+            return self.roles(rows.token_ids)
+        roles = rows.roles.role
+        before = np.flatnonzero((roles[:-1] == Role.START) & (roles[1:] == Role.TEXT))
+        mixed = [position for position in before.tolist() if self._mixes_template_in(rows, position + 1)]
+        if mixed:
+            roles = roles.copy()
+            roles[mixed] = Role.TEMPLATE
+        return roles
+
+    def starts(self, rows: ModelRows) -> tuple[np.ndarray, np.ndarray]:
+        """Find where nothing of a text, or of a message, has been read, and how what comes next is written there.
+
+        Returns:
+            is_start: (N,) bool.
+            is_marked: (N,) bool, false where ``is_start`` is: the next token is written with a space that the text does not
+                have. In plain text the tokenizer alone decides (its dummy prefix); in a conversation the template does as
+                well (``[/INST] Hello``), so it is read off the token.
+        """
+        if rows.roles is None:
+            is_start = rows.byte_end == 0
+            return is_start, is_start & self.has_dummy_prefix
+        roles = self.roles_of(rows)
+        is_start = roles == Role.START
+        is_marked = np.zeros(len(rows), np.bool_)
+        for position in np.flatnonzero(is_start[:-1] & (roles[1:] == Role.TEXT)).tolist():
+            is_marked[position] = self._has_mark(rows, position + 1)
+        return is_start, is_marked
+
+    def _has_mark(self, rows: ModelRows, position: int) -> bool:
+        """Return whether a message's first token is written with a space that the message does not have."""
+        piece, num_bytes = self._first_piece(rows, position)
+        if not piece.startswith(b" "):
+            return False
+        if (
+            not self.spells_text
+        ):  # lengths say nothing: what is true of the model's other texts is taken to be true here
+            return self.has_dummy_prefix
+        # One byte longer than its content: a space of the template, or a dummy prefix. Shorter: the template has trimmed white
+        # space off the content, so a space before it is none of the content's.
+        return len(piece) != num_bytes
+
+    def _mixes_template_in(self, rows: ModelRows, position: int) -> bool:
+        """Return whether a message's first token holds more of the template than one space in front."""
+        piece, num_bytes = self._first_piece(rows, position)
+        return self.spells_text and len(piece) > num_bytes + piece.startswith(b" ")
+
+    def _first_piece(self, rows: ModelRows, position: int) -> tuple[bytes, int]:
+        """Return the bytes of a token, and the number of bytes of its text that it covers."""
+        piece = self.vocabulary.token_bytes[rows.token_ids[position]]
+        return piece, int(rows.byte_end[position] - rows.byte_end[position - 1])
 
     def pairing_texts(self, token_ids: np.ndarray) -> list[str]:
         """Return the tokens' texts for the pairing's edit distance: without word-boundary markers."""

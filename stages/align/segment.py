@@ -7,6 +7,7 @@ import numpy as np
 
 from stages.align.conditioning import ConditionedCandidates, Inner, condition, inner_positions, seen_bytes
 from stages.align.config import AlignConfig
+from stages.align.first_cuts import Encode
 from stages.align.pairing.token_pairing import (
     NO_POSITION,
     Pairing,
@@ -30,6 +31,11 @@ CONDITION: Final = 4
 
 START_SLOTS: Final = 2**16
 """Distances remembered for the first tokens of texts."""
+
+_ALIKE: Final = 0
+_SOURCE_MARKED: Final = 1
+_TARGET_MARKED: Final = 2
+"""Which model writes what comes next with a space that the text does not have: both or none, the source, the target."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +94,18 @@ class SegmentAligner:
         self.is_identity = same_vocabulary(target.vocabulary, source.vocabulary)
         if self.is_identity:
             return
+        self._pair = pair
         self._transporter = Transporter(config, pair)
-        start = pair.at_text_start(source_dummy=source.has_dummy_prefix, target_dummy=target.has_dummy_prefix)
-        # One position per segment: a small table of distances serves it.
-        self._start_transporter = (
-            self._transporter if start is pair else Transporter(config, start, cache_slots=START_SLOTS)
-        )
+        self._start_transporters: dict[bool, Transporter] = {}
+        if source.has_dummy_prefix != target.has_dummy_prefix:
+            self._start_transporter(target_marked=target.has_dummy_prefix)
         self._counterpart = pair.special_counterpart
 
     def align(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment.
 
-        The last position predicts nothing in the segment, so it never gets a distribution.
+        A position whose next token is not learnt never gets a distribution: the last one, which predicts nothing in the
+        segment, and in a conversation those before template tokens and in messages that are not learnt.
 
         Raises:
             ValueError: the two rows are not of the same text, or not of these tokenizers.
@@ -108,9 +114,9 @@ class SegmentAligner:
         width = config.top_k + source.num_draws
         self._target.check(target)
         self._source.check(source)
-        pairing, partner, exact = self._pair(target, source)
-        has_next = np.arange(len(target)) < len(target) - 1
-        taken = has_next & (partner != NO_POSITION) & (exact | (config.inexact == "transport"))
+        pairing, partner, exact = self._pair_positions(target, source)
+        has_label = target.has_label
+        taken, written = self._positions_to_take(target, source, partner, exact)
         source_ids, source_mass, special = self._source_candidates(
             source, partner[taken], target, np.flatnonzero(taken)
         )
@@ -126,8 +132,9 @@ class SegmentAligner:
         if self.is_identity:
             moved = keep_largest(source_ids, source_mass, top_k=width, tail=config.tail)
         else:
-            at_start = (target.byte_end[taken] == 0) & (source.byte_end[partner[taken]] == 0)
-            problems = self._transport(target, np.flatnonzero(taken), at_start, source_ids, source_mass, conditioned)
+            problems = self._transport(
+                target, np.flatnonzero(taken), written[taken], source_ids, source_mass, conditioned
+            )
             mass = column_mass(problems.plan, self._transporter.projection)
             moved = keep_largest(problems.support_ids, mass, top_k=width, tail=config.tail)
         taken[conditioned.positions] = True
@@ -149,7 +156,7 @@ class SegmentAligner:
             if config.method != "transport":
                 result.mass_unmapped[taken] = problems.unmapped_share()[landed]
         if config.inexact == "gold":
-            gold = np.flatnonzero(has_next & ~exact)  # an exact position that nothing landed at stays without
+            gold = np.flatnonzero(has_label & ~exact)  # an exact position that nothing landed at stays without
             result.outcome[gold] = GOLD
             result.ids[gold, 0] = target.token_ids[gold + 1]  # the next token: never the one the context ends with
             result.probs[gold, 0] = 1.0
@@ -165,8 +172,7 @@ class SegmentAligner:
         inner = np.full(len(target), Inner.NOT_INNER, np.uint8)
         if config.inexact != "condition" or self.is_identity:
             return ConditionedCandidates.none(), inner
-        source_roles = self._source.roles(source.token_ids)
-        target_roles = self._target.roles(target.token_ids)
+        source_roles, target_roles = self._source.roles_of(source), self._target.roles_of(target)
         positions, boundaries = inner_positions(target, source, target_roles=target_roles, source_roles=source_roles)
         sides = (self._target, self._source)
         seen = seen_bytes(target, source, positions, boundaries, sides=sides, source_roles=source_roles)
@@ -185,27 +191,67 @@ class SegmentAligner:
         self,
         target: ModelRows,
         positions: np.ndarray,
-        at_start: np.ndarray,
+        written: np.ndarray,
         source_ids: np.ndarray,
         source_mass: np.ndarray,
         conditioned: ConditionedCandidates,
     ) -> TransportBatch:
         """Move the mass at P positions, and at those inside source tokens.
 
-        At the start of the text the source's texts count as they are written there.
+        At the start of a text the source's texts count as they are written there: ``written`` (P,) says where one of the two
+        models alone writes a space before the text.
         """
-        if self._start_transporter is self._transporter:
-            at_start = np.zeros_like(at_start)
-        parts = [
-            transporter.transport(target, positions[here], source_ids[here], source_mass[here])
-            for transporter, here in ((self._start_transporter, at_start), (self._transporter, ~at_start))
-            if here.any()
-        ]
+        parts = []
+        for where in (_SOURCE_MARKED, _TARGET_MARKED, _ALIKE):
+            here = written == where
+            if here.any():
+                transporter = (
+                    self._transporter
+                    if where == _ALIKE
+                    else self._start_transporter(target_marked=where == _TARGET_MARKED)
+                )
+                parts.append(transporter.transport(target, positions[here], source_ids[here], source_mass[here]))
         if len(conditioned.positions):
             parts.append(self._transporter.transport_rests(target, conditioned, self._source.vocabulary))
         if not parts:  # no position at all: empty arrays of the right widths
             parts = [self._transporter.transport(target, positions, source_ids, source_mass)]
         return parts[0] if len(parts) == 1 else TransportBatch.joined(parts)
+
+    def _positions_to_take(
+        self, target: ModelRows, source: ModelRows, partner: np.ndarray, exact: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Find the M target positions that are to take their partner's distribution.
+
+        Returns:
+            (M,) bool; and (M,) ``_ALIKE``, ``_SOURCE_MARKED`` or ``_TARGET_MARKED``: how the two write what comes next, which
+            differs only where a text, or a message, begins on both sides.
+        """
+        paired = np.flatnonzero(partner != NO_POSITION)
+        there = partner[paired]
+        is_start, target_marked = self._target.starts(target)
+        source_start, source_marked = self._source.starts(source)
+        differs = is_start[paired] & source_start[there] & (source_marked[there] != target_marked[paired])
+        written = np.full(len(target), _ALIKE, np.uint8)
+        written[paired[differs]] = np.where(target_marked[paired[differs]], _TARGET_MARKED, _SOURCE_MARKED)
+        taken = np.zeros(len(target), np.bool_)
+        taken[paired] = source.predicts_text[there]
+        taken &= target.has_label & (exact | (self._config.inexact == "transport"))
+        if self.is_identity and target.roles is not None:  # ids are copied, so both must write the message alike
+            taken &= written == _ALIKE
+        return taken, written
+
+    def _start_transporter(self, *, target_marked: bool) -> Transporter:
+        """Return what moves mass at the start of a text where only one model, the target or the source, writes a space."""
+        if target_marked not in self._start_transporters:
+            pair = self._pair.at_text_start(
+                source_dummy=not target_marked,
+                target_dummy=target_marked,
+                source_natural=_writes_mark(self._pair.encode_source, self._source.vocabulary) != target_marked,
+                target_natural=_writes_mark(self._pair.encode, self._target.vocabulary) == target_marked,
+            )
+            # Few positions per segment: a small table of distances serves them.
+            self._start_transporters[target_marked] = Transporter(self._config, pair, cache_slots=START_SLOTS)
+        return self._start_transporters[target_marked]
 
     def landed(self, problems: TransportBatch) -> np.ndarray:
         """(P, n, m) which candidate's mass lands on which, see ``landed_mass``."""
@@ -218,13 +264,13 @@ class SegmentAligner:
         pairing = Pairing(nothing, nothing.copy(), 0)
         return _without_distributions(pairing, np.zeros(len(target), np.bool_), self._config.top_k, None)
 
-    def _pair(self, target: ModelRows, source: ModelRows) -> tuple[Pairing, np.ndarray, np.ndarray]:
-        """The pairing, and each target position's one source position with whether the contexts are the same."""
-        source_roles, target_roles = self._source.roles(source.token_ids), self._target.roles(target.token_ids)
+    def _pair_positions(self, target: ModelRows, source: ModelRows) -> tuple[Pairing, np.ndarray, np.ndarray]:
+        """Pair the positions; also each target position's one source position, and whether the contexts are the same."""
+        source_roles, target_roles = self._source.roles_of(source), self._target.roles_of(target)
         _check_same_text(target, target_roles, source, source_roles)
         if self.is_identity and np.array_equal(target.token_ids, source.token_ids):
-            here = np.arange(len(target), dtype=np.int32)
-            pairing = Pairing(here, here + 1, 0)
+            here = np.where(target_roles == Role.TEMPLATE, NO_POSITION, np.arange(len(target))).astype(np.int32)
+            pairing = Pairing(here, np.where(here == NO_POSITION, NO_POSITION, here + 1).astype(np.int32), 0)
         elif self._config.pairing == "boundary":
             pairing = boundary_pairing(
                 source.byte_end, target.byte_end, source_roles=source_roles, target_roles=target_roles
@@ -285,6 +331,13 @@ class SegmentAligner:
         return ids, np.divide(probs, scale[:, None], out=np.zeros_like(probs), where=scale[:, None] > 0), special
 
 
+def _writes_mark(encode: Encode, vocabulary: Vocabulary) -> bool:
+    """Return whether a tokenizer by itself begins a text with a space that the text does not have."""
+    (encoding,) = encode(["a"])
+    written = (vocabulary.token_bytes[i] for i in encoding.ids.tolist() if not vocabulary.is_special[i])
+    return next(written, b"").startswith(b" ")
+
+
 def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:
     """Every id stands for the same in both, so that distributions need no transport."""
     return (
@@ -296,11 +349,49 @@ def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:
 
 def _check_same_text(target: ModelRows, target_roles: np.ndarray, source: ModelRows, source_roles: np.ndarray) -> None:
     """Refuse rows of different lengths of text. A tokenizer may find no token in a text (white space): that is no error."""
-    if (target_roles == Role.TEXT).any() and (source_roles == Role.TEXT).any():
-        target_bytes, source_bytes = int(target.byte_end[-1]), int(source.byte_end[-1])
-        if target_bytes != source_bytes:
+    if (target.roles is None) != (source.roles is None):
+        kinds = {True: "plain text", False: "a conversation"}
+        raise ValueError(
+            f"the target's tokens are of {kinds[target.roles is None]}, the source's of {kinds[source.roles is None]}: not the "
+            "same segment"
+        )
+    if not ((target_roles == Role.TEXT).any() and (source_roles == Role.TEXT).any()):
+        return
+    if target.roles is not None:
+        _check_same_messages(target, target_roles, source, source_roles)
+        return
+    target_bytes, source_bytes = int(target.byte_end[-1]), int(source.byte_end[-1])
+    if target_bytes != source_bytes:
+        raise ValueError(
+            f"the target's tokens end at byte {target_bytes}, the source's at byte {source_bytes}: not the same segment"
+        )
+
+
+def _check_same_messages(
+    target: ModelRows, target_roles: np.ndarray, source: ModelRows, source_roles: np.ndarray
+) -> None:
+    """Refuse rows of which one has a turn end where the other has text, or that end elsewhere.
+
+    A template may end the last turn without a token of its own, and it may trim a content. Where both end it, they end at the
+    same byte; and the byte at which a turn ends is never one of a content.
+    """
+    pair = ((target.byte_end, target_roles), (source.byte_end, source_roles))
+    last = [
+        (int(ends[own[-1]]), roles[own[-1]])
+        for ends, roles in pair
+        if len(own := np.flatnonzero(roles != Role.TEMPLATE))
+    ]
+    if all(role == Role.EOS for _, role in last) and len({end for end, _ in last}) > 1:
+        raise ValueError(
+            f"the target's last turn ends at byte {last[0][0]}, the source's at byte {last[1][0]}: not the same conversation"
+        )
+    for (ends, roles), (other_ends, other_roles) in (pair, pair[::-1]):
+        turn_ends = ends[roles == Role.EOS]
+        inside = turn_ends[np.isin(turn_ends, other_ends[other_roles == Role.TEXT])]
+        if len(inside):
             raise ValueError(
-                f"the target's tokens end at byte {target_bytes}, the source's at byte {source_bytes}: not the same segment"
+                f"at byte {int(inside[0])} a turn ends under one tokenizer and a token of a message under the other: not the "
+                "same conversation"
             )
 
 

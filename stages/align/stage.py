@@ -28,6 +28,7 @@ from stages.contract.columns import (
     sparse_row,
 )
 from stages.contract.draws import draws_row, has_draws
+from stages.contract.roles import has_roles, roles_of
 from stages.contract.stage import BadRecord, StageOutput
 from stages.measures.teacher import completed_nll
 from stages.models.config import ModelConfig
@@ -48,13 +49,16 @@ class AlignStage:
     entries more. NLLs and entropies are those of the exact entries alone: these are aligned a second time, without the draws.
     The target's draws are not read: its window says where mass may go, and is exact.
 
-    Health: ``segments``; ``positions`` (with a next token), which are the sum of ``one_to_one``, ``one_to_many`` (one
-    source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``; ``covered`` (with the
-    source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the transport;
-    ``missing_source_segments`` and ``missing_target_segments``. With ``inexact = "condition"``: ``inner_positions``, those
-    inside a source token, which are the sum of ``inner_conditioned`` (with a distribution), ``inner_no_context`` (no source
-    distribution before, or bytes that the target's tokens do not spell), ``inner_no_candidate``, ``inner_little_mass`` and
-    ``inner_white_space`` (see ``conditioning.Inner``). Means over covered positions:
+    In a conversation only positions whose next token is learnt get a distribution, and only these are counted.
+
+    Health: ``segments``; ``positions`` (with a next token that is learnt), which are the sum of ``one_to_one``,
+    ``one_to_many`` (one source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``;
+    ``covered`` (with the source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the
+    transport; ``missing_source_segments`` and ``missing_target_segments``. With ``inexact = "condition"``:
+    ``inner_positions``, those inside a source token, which are the sum of ``inner_conditioned`` (with a distribution),
+    ``inner_no_context`` (no source distribution before, or bytes that the target's tokens do not spell),
+    ``inner_no_candidate``, ``inner_little_mass`` and ``inner_white_space`` (see ``conditioning.Inner``). Means over covered
+    positions:
 
     - ``completed_nll``, ``target_exact_nll``, nats, of the gold next token under the projected distribution, completed by
       the target's own (``stages.measures.teacher``), and under the target; ``source_exact_nll``, of the source's own next
@@ -109,10 +113,10 @@ class AlignStage:
         quarantine: list[BadRecord] = []
         num_tokens = 0
         for row, key in enumerate(keys):
-            target = _model_rows(target_table, row)
+            target = _model_rows(target_table, row, self._target)
             num_tokens += len(target)
             try:
-                source = _model_rows(source_table, source_row[key]) if key in source_row else None
+                source = _model_rows(source_table, source_row[key], self._source) if key in source_row else None
                 judged = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
                 aligned = judged
                 if source is not None and has_draws(source_table):
@@ -207,8 +211,8 @@ class AlignStage:
             if not 0 <= row < len(keys):
                 raise ValueError(f"row {row}: expected 0 to {len(keys) - 1}, the rows of this shard")
             key = keys[row]
-            target = _model_rows(target_table, row)
-            source = _model_rows(source_table, source_row[key]) if key in source_row else None
+            target = _model_rows(target_table, row, self._target)
+            source = _model_rows(source_table, source_row[key], self._source) if key in source_row else None
             if source is not None and has_draws(source_table):
                 source = source.with_draws(draws_row(source_table, source_row[key]))
             aligned = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
@@ -358,12 +362,14 @@ def _texts(vocabulary: Vocabulary) -> tuple[str, ...]:
     return tuple(map(vocabulary.text, range(vocabulary.size)))
 
 
-def _model_rows(table: pa.Table, row: int) -> ModelRows:
+def _model_rows(table: pa.Table, row: int, side: Side) -> ModelRows:
     topk = sparse_row(table, row)
+    eos_id = side.vocabulary.eos_id
     return ModelRows(
         token_ids=np.array(list_row(table, "token_ids", row), np.int32),
         byte_end=np.array(list_row(table, "byte_end", row), np.int32),
         topk_ids=topk.ids,
         topk_probs=np.exp(topk.logprobs.astype(np.float64)),
         gold_logprob=np.array(list_row(table, "gold_logprob", row), np.float32),
+        roles=roles_of(table, row, prefix_id=side.prefix_id, eos_id=eos_id) if has_roles(table) else None,
     )

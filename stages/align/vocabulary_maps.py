@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from stages.align.first_cuts import Encode, FirstCuts
+from stages.align.first_cuts import Encode, FirstCuts, after_line_break
 from stages.models.tokenizer import Vocabulary
 
 NO_ID = -1
@@ -33,6 +33,9 @@ class ModelPair:
         load_embeddings: loads the target's input embeddings, (V of the target or more, H).
         start_mark: at the start of a text, what every written text has before the text itself: the dummy prefix, or
             nothing; None in the middle of texts.
+        encode_first: the target's tokenizer at a start of a message that it would not write so by itself; None: it writes the
+            start of any text so.
+        encode_source_first: the source's.
     """
 
     source: Vocabulary
@@ -43,25 +46,40 @@ class ModelPair:
     encode_source: Encode
     load_embeddings: Callable[[], np.ndarray]
     start_mark: bytes | None = None
+    encode_first: Encode | None = None
+    encode_source_first: Encode | None = None
 
-    def at_text_start(self, *, source_dummy: bool, target_dummy: bool) -> "ModelPair":
+    def at_text_start(
+        self, *, source_dummy: bool, target_dummy: bool, source_natural: bool = True, target_natural: bool = True
+    ) -> "ModelPair":
         """Return the pair as it is at the first token of a text, where one tokenizer writes a dummy prefix.
 
         There ``▁The`` of a tokenizer with a dummy prefix is the text that ``The`` is in another: the source's texts are
-        written as the target would write them.
+        written as the target would write them. A chat template with a space before a message has the same effect.
 
         Args:
-            source_dummy: the source's tokenizer writes a dummy prefix.
-            target_dummy: the target's does.
+            source_dummy: the source writes the first token with a space that the text does not have.
+            target_dummy: the target does.
+            source_natural: the source's tokenizer does that by itself at the start of any text; False: in a conversation its
+                template decided otherwise.
+            target_natural: the target's does.
         """
         if source_dummy == target_dummy:
             return self
-        if target_dummy not in self._at_start:
-            self._at_start[target_dummy] = self._written_at_start(target_dummy=target_dummy)
-        return self._at_start[target_dummy]
+        key = (target_dummy, source_natural, target_natural)
+        if key not in self._at_start:
+            pair = self._written_at_start(target_dummy=target_dummy)
+            self._at_start[key] = replace(
+                pair,
+                encode_first=None if target_natural else after_line_break(self.encode, has_space=target_dummy),
+                encode_source_first=None
+                if source_natural
+                else after_line_break(self.encode_source, has_space=source_dummy),
+            )
+        return self._at_start[key]
 
     @cached_property
-    def _at_start(self) -> dict[bool, "ModelPair"]:
+    def _at_start(self) -> dict[tuple[bool, bool, bool], "ModelPair"]:
         """What ``at_text_start`` made, so that several aligners of one pair compute its maps once."""
         return {}
 
@@ -99,12 +117,14 @@ class ModelPair:
     @cached_property
     def source_cut(self) -> np.ndarray:
         """(V of the source,) bytes of the token with which the target's tokenizer begins each text; see ``FirstCuts``."""
-        return FirstCuts(self.target, self.encode, start_mark=self.start_mark).of_vocabulary(self.source)
+        encode = self.encode_first or self.encode
+        return FirstCuts(self.target, encode, start_mark=self.start_mark).of_vocabulary(self.source)
 
     @cached_property
     def target_cut(self) -> np.ndarray:
         """(V of the target,) bytes of the token with which the source's tokenizer begins each text; see ``FirstCuts``."""
-        return FirstCuts(self.source, self.encode_source, start_mark=self.start_mark).of_vocabulary(self.target)
+        encode = self.encode_source_first or self.encode_source
+        return FirstCuts(self.source, encode, start_mark=self.start_mark).of_vocabulary(self.target)
 
     @cached_property
     def first_token(self) -> np.ndarray:

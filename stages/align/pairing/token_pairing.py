@@ -11,7 +11,8 @@ from numba import njit
 
 from stages.align.pairing.cheapest_path import cheapest_path
 from stages.align.pairing.levenshtein import levenshtein_matrix
-from stages.contract.roles import Role
+from stages.align.pairing.messages import text_slices
+from stages.contract.roles import CONTEXT_ROLES, Role
 
 NO_POSITION = -1
 
@@ -62,6 +63,9 @@ def edit_distance_pairing(
     position of both sides is in a pair, so a source token may have several target tokens and the reverse. BOS pairs with
     BOS and EOS with EOS; where the source has none, the target's stays unpaired.
 
+    In a conversation each message is a text of its own, so that no token is paired with one of another message; tokens of
+    chat templates are in no pair.
+
     Args:
         source_texts: B, (N), without word-boundary markers.
         target_texts: A, (M).
@@ -77,17 +81,16 @@ def edit_distance_pairing(
     """
     source_roles = np.full(len(source_texts), Role.TEXT, np.uint8) if source_roles is None else source_roles
     target_roles = np.full(len(target_texts), Role.TEXT, np.uint8) if target_roles is None else target_roles
-    # Tokens repeat in a text, so distances are computed between the distinct texts alone.
-    source, target = _text_range(source_roles), _text_range(target_roles)
     start, end, cost = (
         np.full(len(target_texts), NO_POSITION, np.int32),
         np.full(len(target_texts), NO_POSITION, np.int32),
         0,
     )
-    source_unique, source_index = _unique(source_texts[source])
-    target_unique, target_index = _unique(target_texts[target])
-    if source_unique and target_unique:
-        text_start, text_end, cost = cheapest_path(
+    for source, target in text_slices(source_byte_end, target_byte_end, source_roles, target_roles):
+        # Tokens repeat in a text, so distances are computed between the distinct texts alone.
+        source_unique, source_index = _unique(source_texts[source])
+        target_unique, target_index = _unique(target_texts[target])
+        text_start, text_end, text_cost = cheapest_path(
             levenshtein_matrix(source_unique, target_unique),
             source_index,
             target_index,
@@ -95,10 +98,12 @@ def edit_distance_pairing(
             target_end=target_byte_end[target],
         )
         start[target], end[target] = text_start + source.start, text_end + source.start
+        cost += text_cost
     for role in (Role.BOS, Role.EOS):
-        here, there = np.flatnonzero(source_roles == role), np.flatnonzero(target_roles == role)
-        if len(here) and len(there):
-            start[there[0]], end[there[0]] = here[0], here[0] + 1
+        there = np.flatnonzero(target_roles == role)
+        partner = _same_end(source_byte_end, target_byte_end[there], np.flatnonzero(source_roles == role))
+        found = partner != NO_POSITION
+        start[there[found]], end[there[found]] = partner[found], partner[found] + 1
     return Pairing(start, end, cost)
 
 
@@ -106,6 +111,8 @@ def boundary_pairing(
     source_byte_end: np.ndarray, target_byte_end: np.ndarray, *, source_roles: np.ndarray, target_roles: np.ndarray
 ) -> Pairing:
     """Pair positions that end at the same byte: text with text, BOS with BOS, EOS with EOS. O(N + M).
+
+    Tokens of chat templates stay unpaired. The end of each turn counts as a byte, so that the same byte is of one message.
 
     Args:
         source_byte_end: (N,) nondecreasing.
@@ -117,16 +124,19 @@ def boundary_pairing(
         Spans of one position, the last where several source positions end there; none where no source position does.
     """
     partner = np.full(len(target_byte_end), NO_POSITION, np.int32)
-    for role in Role:
-        source = np.flatnonzero(source_roles == role)
+    for role in CONTEXT_ROLES:
         target = np.flatnonzero(target_roles == role)
-        if not len(source):
-            continue
-        ends = source_byte_end[source]
-        last = np.searchsorted(ends, target_byte_end[target], side="right") - 1
-        same = (last >= 0) & (ends[last] == target_byte_end[target])
-        partner[target[same]] = source[last[same]]
+        partner[target] = _same_end(source_byte_end, target_byte_end[target], np.flatnonzero(source_roles == role))
     return Pairing(partner, np.where(partner == NO_POSITION, NO_POSITION, partner + 1).astype(np.int32), 0)
+
+
+def _same_end(source_byte_end: np.ndarray, ends: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """Return, of the positions ``source`` (ascending), the last that ends at each of ``ends``; -1 where none does."""
+    if not len(source):
+        return np.full(len(ends), NO_POSITION, np.int32)
+    last = np.searchsorted(source_byte_end[source], ends, side="right") - 1
+    same = (last >= 0) & (source_byte_end[source[last]] == ends)
+    return np.where(same, source[last], NO_POSITION).astype(np.int32)
 
 
 def choose_source(
@@ -159,12 +169,6 @@ def _unique(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
     numbers: dict[str, int] = {}
     index = np.array([numbers.setdefault(text, len(numbers)) for text in texts], np.int64)
     return list(numbers), index
-
-
-def _text_range(roles: np.ndarray) -> slice:
-    """Return the positions between BOS and EOS."""
-    text = np.flatnonzero(roles == Role.TEXT)
-    return slice(int(text[0]), int(text[-1]) + 1) if len(text) else slice(0, 0)
 
 
 @njit(cache=True)
