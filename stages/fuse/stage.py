@@ -22,6 +22,7 @@ from stages.contract.columns import (
 )
 from stages.contract.draws import SAMPLE_IDS, draws_row, has_draws, num_draws
 from stages.contract.manifest import Mean
+from stages.contract.roles import Role, has_roles, roles_of
 from stages.contract.schemas import PAIRED_BY, Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
 from stages.fuse.config import FuseConfig
@@ -31,7 +32,7 @@ from stages.fuse.health import HealthCounts
 from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, mixed_gold_logprob, with_draws, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
-from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte, learnt_cross_entropy
 from stages.measures.teacher import completed_nll, exact_nll
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
@@ -61,8 +62,8 @@ class FusedSegment:
     """One segment: N positions, C candidates, the target's own first.
 
     Attributes:
-        candidates: C; none has a distribution at the last position.
-        gold: (N,) the next token; ``PAD_ID`` at the last position.
+        candidates: C; none has a distribution where the next token is not learnt, as at the last position.
+        gold: (N,) the next token; ``PAD_ID`` where there is none or it is not learnt.
         cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
         weights: (N, C), see ``candidate_weights``.
         mixture: what came of them.
@@ -125,6 +126,9 @@ class FuseStage:
     Where the logits have m draws from the tail at each position, a fused row has up to m entries more for each candidate. What
     a candidate gives the gold token is then never read off its row: for an aligned row the table says what its exact entries
     give (``completed_logprob``), for the target's own its table says what the whole vocabulary gives.
+
+    In a conversation only positions whose next token is learnt have candidates, and cross-entropies are of the learnt tokens.
+    Conversations are packed whole.
     """
 
     def __init__(self, config: FuseConfig, target: ModelConfig, sources: tuple[ModelConfig, ...]) -> None:
@@ -142,7 +146,8 @@ class FuseStage:
         """Fuse one shard.
 
         Raises:
-            ValueError: the aligned tables disagree on their tail or on draws, or do not fit the target's positions.
+            ValueError: the aligned tables disagree on their tail or on draws, or do not fit the target's positions; or
+                conversations are to be cut.
         """
         shard = self._read(inputs)
         packing = self._pack(shard)
@@ -164,7 +169,7 @@ class FuseStage:
             rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
             segments.append(_Output(rows, round_to_half(fused.mixture.tail_mass), fused.chosen))
         return StageOutput(
-            table=_table(shard, packing, segments, fused_schema(self._vocabularies[0].size, shard.tail, self.names)),
+            table=_table(shard, packing, segments, self._schema(shard)),
             num_tokens=int(shard.lengths.sum()),
             health={
                 "segments": len(shard.lengths),
@@ -249,7 +254,16 @@ class FuseStage:
         fused = self._fuse_row(shard, row)
         return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
 
+    def _schema(self, shard: _Shard) -> pa.Schema:
+        size = self._vocabularies[0].size
+        return fused_schema(size, shard.tail, self.names, conversations=has_roles(shard.target))
+
     def _pack(self, shard: _Shard) -> Packing:
+        if self.config.packing == "cut" and has_roles(shard.target):
+            raise ValueError(
+                "fuse.packing = 'cut' cuts segments at the borders of blocks, and these are conversations, which are learnt "
+                "whole: set fuse.packing = 'whole'"
+            )
         return pack(shard.lengths, max_length=self.config.max_length, packing=self.config.packing)
 
     def _fuse_row(self, shard: _Shard, row: int) -> FusedSegment:
@@ -351,7 +365,8 @@ class FuseStage:
 
     def _fuse_segment(self, shard: _Shard, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
         length = int(shard.lengths[row])
-        gold = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
+        next_ids = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
+        gold = np.where(_has_label(shard.target, row), next_ids, PAD_ID)
         pieces = packing.pieces_of(row)
         short_context = self._short_context(packing, pieces, length) & (gold != PAD_ID)
         candidates = tuple(without(part, short_context) for part in self._candidates(shard, row))
@@ -390,15 +405,15 @@ class FuseStage:
         return (offset > 0) & (np.arange(length) - offset < self.config.min_context)
 
     def _candidates(self, shard: _Shard, row: int) -> tuple[Candidate, ...]:
-        """The target's own rows and each source's aligned ones; none at the last position, which has no gold token."""
+        """Return the target's own rows and each source's aligned ones; none where no gold token is to be learnt."""
         length = int(shard.lengths[row])
-        is_last = np.arange(length) == length - 1
+        has_none = ~_has_label(shard.target, row)
         rows, own_gold = sparse_row(shard.target, row), None
         if shard.has_draws:
             rows = with_draws(rows, draws_row(shard.target, row))
             own_gold = list_row(shard.target, "gold_logprob", row)
         own = replace(as_candidate(rows, renormalise=shard.tail == "renormalise"), gold_logprob=own_gold)
-        candidates = [without(own, is_last)]
+        candidates = [without(own, has_none)]
         for source, table, aligned_row in zip(self.sources, shard.aligned, shard.aligned_rows[row], strict=True):
             if aligned_row < 0:
                 candidates.append(without(own, np.ones(length, bool)))
@@ -415,7 +430,7 @@ class FuseStage:
                 else np.zeros(length)
             )
             completed = list_row(table, "completed_logprob", int(aligned_row)) if shard.has_draws else None
-            candidates.append(without(Candidate(rows, tail_mass, completed), is_last))
+            candidates.append(without(Candidate(rows, tail_mass, completed), has_none))
         return tuple(candidates)
 
 
@@ -477,17 +492,28 @@ def _first_bytes(shard: _Shard) -> np.ndarray:
     )
 
 
+def _has_label(table: pa.Table, row: int) -> np.ndarray:
+    """(N,) bool: the position's next token is to be learnt. In plain text that is every position but the last."""
+    is_trained = roles_of(table, row, prefix_id=None, eos_id=None).is_trained
+    return np.append(is_trained[1:], False)[: len(is_trained)]
+
+
 def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray, *, first_byte: int) -> CrossEntropy:
     """Of one row of a logits table; nothing is counted where ``row`` is -1."""
     if row < 0:
         return _NO_CROSS_ENTROPY
     token_ids = list_row(table, "token_ids", row)
-    return cross_entropy(
-        list_row(table, "gold_logprob", row),
-        list_row(table, "byte_end", row),
-        is_special[token_ids.astype(np.int64)],
-        first_byte=first_byte,
-    )
+    gold_logprob, byte_end = list_row(table, "gold_logprob", row), list_row(table, "byte_end", row)
+    if has_roles(table):
+        roles = roles_of(table, row, prefix_id=None, eos_id=None)
+        return learnt_cross_entropy(
+            gold_logprob,
+            byte_end,
+            is_trained=roles.is_trained,
+            ends_turn=roles.role == Role.EOS,
+            first_byte=first_byte,
+        )
+    return cross_entropy(gold_logprob, byte_end, is_special[token_ids.astype(np.int64)], first_byte=first_byte)
 
 
 def _as_text(rows: SparseRows, position: int, vocabulary: Vocabulary) -> tuple[tuple[str, float], ...]:
@@ -527,6 +553,9 @@ def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.
     columns["topk_ids"], columns["topk_logprobs"] = sparse_columns(
         sparse, schema.field("topk_ids").type.value_type.value_type
     )
+    if has_roles(shard.target):
+        is_trained = pc.list_flatten(shard.target["is_trained"]).to_numpy(zero_copy_only=False)[tokens]
+        columns["is_trained"] = list_column(blocks(is_trained), pa.bool_())
     if shard.tail == "bucket":
         tail = _concatenate([part.tail_mass for part in segments], np.float32)[tokens]
         columns["tail_mass"] = list_column(blocks(tail), pa.float32())

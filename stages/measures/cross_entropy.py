@@ -61,6 +61,35 @@ def cross_entropy(
     )
 
 
+def learnt_cross_entropy(
+    gold_logprob: np.ndarray,
+    byte_end: np.ndarray,
+    *,
+    is_trained: np.ndarray,
+    ends_turn: np.ndarray,
+    first_byte: int = 0,
+) -> CrossEntropy:
+    """Compute the cross-entropy of the learnt tokens of a conversation.
+
+    The end of a turn counts with its loss, since a model is to know when to stop, and without bytes, since its virtual byte is
+    none of the text.
+
+    Args:
+        gold_logprob: (N,) ln p(token t+1 | tokens <= t); NaN at the last position.
+        byte_end: (N,) where each token ends, bytes.
+        is_trained: (N,) bool, the token is learnt.
+        ends_turn: (N,) bool, the token ends a turn.
+        first_byte: tokens that begin before it are left out.
+    """
+    counted = is_trained[1:] & (byte_end[:-1] >= first_byte)
+    num_bytes = np.diff(byte_end)[counted].sum() - ends_turn[1:][counted].sum()
+    return CrossEntropy(
+        nats=float(-gold_logprob[:-1][counted].sum(dtype=np.float64)),
+        num_tokens=int(counted.sum()),
+        num_bytes=int(num_bytes),
+    )
+
+
 def first_common_byte(byte_ends: Sequence[np.ndarray]) -> int:
     """Return the first byte of a text from which on several models all predict.
 

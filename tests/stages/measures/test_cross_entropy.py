@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.measures.cross_entropy import cross_entropy, first_common_byte
+from stages.measures.cross_entropy import cross_entropy, first_common_byte, learnt_cross_entropy
 
 
 def test_a_special_token_that_stands_for_text_counts_with_its_bytes() -> None:
@@ -41,3 +41,15 @@ def test_models_are_compared_from_the_first_byte_that_all_predict_and_where_all_
     assert first_common_byte([with_prefix, without]) == 5  # byte 3 is inside a token of the first
     assert first_common_byte([np.array([0, 9]), without]) == 9  # nothing is left to compare
     assert first_common_byte([]) == 0
+
+
+def test_of_a_conversation_learnt_tokens_count_and_the_end_of_a_turn_without_its_byte():
+    gold = np.array([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0, np.nan])
+    # A template token; a message of 5 bytes and its end, not learnt; a template token; a learnt one of 3 bytes, and its end.
+    byte_end = np.array([0, 5, 6, 6, 8, 9, 10])
+    is_trained = np.array([0, 0, 0, 0, 1, 1, 1], bool)
+    ends_turn = np.array([0, 0, 1, 0, 0, 0, 1], bool)
+    found = learnt_cross_entropy(gold, byte_end, is_trained=is_trained, ends_turn=ends_turn)
+    assert (found.nats, found.num_tokens, found.num_bytes) == (8 + 16 + 32, 3, 3)
+    later = learnt_cross_entropy(gold, byte_end, is_trained=is_trained, ends_turn=ends_turn, first_byte=7)
+    assert (later.nats, later.num_tokens, later.num_bytes) == (16 + 32, 2, 1)
