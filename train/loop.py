@@ -167,6 +167,11 @@ def check_job(job: TrainJob, *, num_workers: int) -> Path:
         )
     job.config.check_batch_size(num_workers)
     check_wandb(job.config)
+    if job.model.reads_conversations and not job.config.isolate_documents:
+        raise ValueError(
+            "train.isolate_documents = false lets the conversations of a block see each other, and the models that are learned "
+            "from saw each of them alone: set train.isolate_documents = true"
+        )
     if not job.files:
         raise ValueError("there are no fused files to train on: run `make fuse` first")
     return Path(job.output)

@@ -286,3 +286,10 @@ def test_blocks_with_a_token_that_the_model_has_no_row_for_are_refused(
         ValueError, match=r"model few: the training blocks hold token 39\d, and the model's embedding has 390"
     ):
         train(job)
+
+
+def test_conversations_that_are_not_isolated_are_refused_before_anything_is_read(tiny_job, tmp_path):
+    model = tiny_job.model.model_copy(update={"reads_conversations": True})
+    job = replace(job_in(tiny_job, tmp_path), model=model, files=(FusedFile("nowhere", "0"),))
+    with pytest.raises(ValueError, match="lets the conversations of a block see each other"):
+        train(job)

@@ -25,6 +25,10 @@ CACHE_BYTES = 2**30
 blocks fit, each row group is decoded once; else few are met again before they are dropped, for the order is random."""
 
 
+_IS_TRAINED = "is_trained"
+"""Column of blocks of conversations."""
+
+
 @dataclass(frozen=True)
 class Block:
     """One training sequence of N tokens.
@@ -112,7 +116,8 @@ class FusedBlocks:
                 document is isolated as well: the models that it was dumped from did not see the text before it.
 
         Raises:
-            ValueError: a file is not the one its manifest names, or there is no block at all.
+            ValueError: a file is not the one its manifest names, or there is no block at all; or the blocks hold
+                conversations that are not isolated.
         """
         self.prefix_id = prefix_id
         self.eos_id = eos_id
@@ -128,6 +133,7 @@ class FusedBlocks:
         self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
         self._names = [Path(file.path).name for file in files]
         self._columns = [_columns(opened, with_distributions=with_distributions) for opened in self._files]
+        self._refuse_conversations_together(isolated=isolate_documents)
         self._cache: OrderedDict[int, tuple[pa.Table, int]] = OrderedDict()  # row group -> its rows, and their bytes
         self._cached_bytes = 0
         if not len(self):
@@ -137,6 +143,15 @@ class FusedBlocks:
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _refuse_conversations_together(self, *, isolated: bool) -> None:
+        """Refuse conversations that see each other: the models that are learned from saw each of them alone."""
+        holding = [name for name, columns in zip(self._names, self._columns, strict=True) if _IS_TRAINED in columns]
+        if holding and not isolated:
+            raise ValueError(
+                f"the blocks of {holding[0]} hold conversations, and train.isolate_documents = false lets the conversations of "
+                "a block see each other: set train.isolate_documents = true"
+            )
 
     @property
     def max_tokens(self) -> int:
@@ -189,10 +204,16 @@ class FusedBlocks:
         At the border of two pieces the next token is a label where a document ends and the next one begins with a token
         of its own (BOS after EOS), and where the text simply goes on without a prefix. A prefix in the middle of a
         document, and an EOS that separates two documents a second time, are not what the model is to learn.
+
+        Of a conversation a token is a label if it is learnt: contents and ends of turns, as ``is_trained`` says.
         """
         labels = np.append(ids[1:], IGNORED)
         if isolated is not None:
             labels[isolated[1:] - 1] = IGNORED
+        if _IS_TRAINED in table.schema.names:
+            is_trained = list_row(table, _IS_TRAINED, row)
+            labels[:-1][~is_trained[1:]] = IGNORED
+            return labels
         starts, docs, segments, offsets = (
             list_row(table, name, row) for name in ("piece_start", "piece_doc_id", "piece_segment", "piece_offset")
         )
@@ -253,7 +274,7 @@ def _columns(file: pq.ParquetFile, *, with_distributions: bool) -> list[str]:
     names = ["block", "token_ids", "piece_start", "piece_doc_id", "piece_segment", "piece_offset"]
     if with_distributions:
         names += ["topk_ids", "topk_logprobs", *(["tail_mass"] if tail_of(file.schema_arrow) == "bucket" else [])]
-    return names
+    return [*names, *([_IS_TRAINED] if _IS_TRAINED in file.schema_arrow.names else [])]
 
 
 def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:

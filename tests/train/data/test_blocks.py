@@ -161,3 +161,47 @@ def test_arrow_table_of_blocks_matches_the_schema(blocks_of_ids):
     table = fused_table(blocks_of_ids, V, tail="bucket")
     assert isinstance(table, pa.Table)
     table.validate(full=True)
+
+
+# --- conversations --------------------------------------------------------------------------------------------------------
+
+
+def conversations_file(tmp_path, ids: np.ndarray, is_trained: np.ndarray, starts: list[int]) -> FusedFile:
+    """One block of packed conversations."""
+    table = fused_table([ids], V)
+    zeros = np.zeros(len(starts), np.int64)
+    pieces = {"piece_start": np.array(starts), "piece_doc_id": np.arange(len(starts))}
+    table = replaced_pieces(table, {**pieces, "piece_segment": zeros, "piece_offset": zeros})
+    column = pa.array([is_trained.tolist()], pa.list_(pa.bool_()))
+    return save(
+        table.append_column(pa.field("is_trained", column.type, nullable=False), column), tmp_path / "a.parquet"
+    )
+
+
+def test_labels_of_conversations_are_the_learnt_tokens(tmp_path):
+    ids = np.array([3, 4, 10, 11, 1, 3, 5, 12, 1, 3, 5, 13, 14, 1])
+    # A question that is not learnt and its answer; then an answer alone, whose first template token follows an end of turn.
+    is_trained = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1, 0, 0, 1, 1, 1], bool)
+    file = conversations_file(tmp_path, ids, is_trained, [0, 9])
+    opened = FusedBlocks([file], prefix_id=3, eos_id=1, with_distributions=True, isolate_documents=True)
+    block = opened.block(0)
+    skipped = [IGNORED] * 6
+    assert block.labels.tolist() == [*skipped, 12, 1, IGNORED, IGNORED, 13, 14, 1, IGNORED]
+    assert block.position_ids.tolist() == [*range(9), *range(5)]
+    flat = collate([block, block], flatten=True)
+    assert flat.labels[0].tolist() == [*block.labels, *block.labels]
+    assert flat.position_ids[0].tolist() == [*range(9), *range(5), *range(9), *range(5)]
+
+
+def test_a_token_that_is_learnt_by_mistake_at_the_start_of_a_conversation_is_no_label(tmp_path):
+    """Nothing of the conversation stands before it: another one does."""
+    ids, is_trained = np.arange(3, 9), np.ones(6, bool)
+    file = conversations_file(tmp_path, ids, is_trained, [0, 3])
+    opened = FusedBlocks([file], prefix_id=None, eos_id=None, with_distributions=False, isolate_documents=True)
+    assert opened.block(0).labels.tolist() == [4, 5, IGNORED, 7, 8, IGNORED]
+
+
+def test_conversations_that_see_each_other_are_refused(tmp_path):
+    file = conversations_file(tmp_path, np.arange(3, 9), np.ones(6, bool), [0, 3])
+    with pytest.raises(ValueError, match=r"a\.parquet hold conversations, and train\.isolate_documents = false"):
+        open_files(file)
