@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 import ray
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from pipeline.engine.model_task import run_with_model
 from pipeline.run.session import Run, open_run
 from pipeline.run.steps import Request
 from stages.contract.filesystem import StoreError
 from stages.models.weights import WeightFileError
-from tests.tiny_run import ptafuse_process
+from tests.tiny_run import ptafuse, ptafuse_process
 
 
 def open_tiny(tiny_config: Path, folder: Path, *overrides: str, local: bool = False) -> Run:
@@ -194,6 +195,41 @@ def test_work_on_ray_is_a_task_with_resources_and_its_errors_arrive_in_words(
     large = open_tiny(tiny_config, Path(), "eval.cpus_per_worker=64")
     with pytest.raises(ValueError, match=r"eval/llama asks for 64 CPUs and 0 GPUs a worker"):
         next(run_with_model(large, "eval/llama", work, 0))
+
+
+@pytest.mark.slow
+def test_the_driver_of_an_evaluation_on_ray_loads_no_model(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a head node of a few gigabytes. What Ray would call elsewhere is called here, and known by that."""
+    run = Path(shutil.copytree(undisturbed_run, tmp_path / "run"))
+    shutil.rmtree(run / "eval")
+    tasks: list[str] = []
+    is_in_task = False
+
+    def call(what: str, function: Callable[..., Iterator[object]], arguments: tuple, **_: object) -> Iterator[object]:
+        nonlocal is_in_task
+        tasks.append(what)
+        is_in_task = True
+        values = list(function(0, *arguments))
+        is_in_task = False
+        yield from values
+
+    load = AutoModelForCausalLM.from_pretrained
+    num_loaded = 0
+
+    def load_in_task(*arguments: object, **settings: object) -> object:
+        nonlocal num_loaded
+        assert is_in_task, "the driver loads a model"
+        num_loaded += 1
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr("pipeline.engine.ray_task.run_task", call)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load_in_task)
+    done = ptafuse("eval", str(tiny_config), "--run", str(run), "--set", "baselines.ensemble=true")
+    assert tasks == ["eval/llama", "eval/neox", "eval/ensemble", "eval/fused"]
+    assert num_loaded > len(tasks), "the ensemble loads several"
+    assert "eval/fused: " in done.stdout
 
 
 @pytest.mark.slow

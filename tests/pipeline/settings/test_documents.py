@@ -9,7 +9,7 @@ OTHER = {
     "dataset": {"kind_column"},
     "shard": {"documents_per_shard", "max_bad_fraction", "num_workers", "cpus_per_worker"},
     "eval": {
-        *("max_length", "dtype", "attention", "device", "batch_tokens", "chunk_positions"),
+        *("max_length", "dtype", "attention", "device", "cpus_per_worker", "batch_tokens", "chunk_positions"),
         *("suites", "suite_models", "data", "limit", "suite_batch_size", "execute_code"),
         "texts",
     },

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
 
+from pipeline.evaluation.suites import run as suites
 from pipeline.evaluation.suites.figures import difference, figure
 from pipeline.evaluation.suites.results import suite_rows
 from pipeline.report.page.page import report_page
 from pipeline.run.records import recorded_run
+from pipeline.run.session import open_run
+from pipeline.run.steps import Request
 from stages.contract.store import Store
 from tests.pipeline.evaluation.suites.tiny_data import save_data
 from tests.tiny_run import ptafuse
@@ -90,6 +94,33 @@ def test_finished_results_are_not_computed_again(evaluated: Path, tiny_config: P
     assert {path: path.stat().st_mtime_ns for path in before if path != lost} == {
         path: time for path, time in before.items() if path != lost
     }
+
+
+def test_a_task_whose_worker_died_says_again_what_it_said(
+    evaluated: Path, tiny_config: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray calls it from the beginning, and drops as many values as it has had."""
+    mine = Path(shutil.copytree(evaluated, tmp_path / "run"))
+    sets = (f"eval.data={str(data)!r}", "eval.suites=['lambada', 'mmlu']")
+    opened = open_run(Request(str(tiny_config), sets), str(mine), Console(quiet=True), local=True)
+    tasks = suites.plan_suites(opened.config.eval, opened.console)
+    inputs = suites.model_inputs(opened.resolved.steps["eval/llama"])
+    loaded = []
+    load = suites.load_harness_model
+    monkeypatch.setattr(
+        suites, "load_harness_model", lambda *names, **settings: loaded.append(1) or load(*names, **settings)
+    )
+    said = list(suites._run_tasks(opened, "llama", inputs, tasks))
+    assert [line.split(" of ")[0] for line in said] == [
+        "lambada/lambada_openai",
+        "mmlu/astronomy",
+        "mmlu/philosophy",
+    ]
+    assert not loaded, "all results are there"
+    for task in tasks[1:]:
+        (mine / task.key(inputs)).unlink()
+    assert list(suites._run_tasks(opened, "llama", inputs, tasks)) == said
+    assert loaded == [1]
 
 
 def test_other_data_or_limit_is_another_result(evaluated: Path, tiny_config: Path, data: Path, tmp_path: Path) -> None:
