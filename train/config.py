@@ -29,7 +29,7 @@ class LoraConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """How the target model learns (PTA-LLM's settings are the defaults)."""
+    """Settings of training; the defaults are PTA-LLM's."""
 
     lambda_: float = Field(
         0.8,
@@ -136,7 +136,7 @@ class TrainConfig(Settings):
 
     @property
     def uses_fusion(self) -> bool:
-        """Some step has a weight on the fusion loss."""
+        """Whether some step has a weight on the fusion loss."""
         return self.lambda_ < 1 or (self.lambda_end is not None and self.lambda_end < 1)
 
     @model_validator(mode="after")
@@ -172,7 +172,7 @@ class TrainConfig(Settings):
 
 
 class EvalConfig(Settings):
-    """How models are compared on held-out text."""
+    """Settings of the evaluation on held-out text."""
 
     split: Annotated[Literal["validation", "test"], ADDED] = Field(
         "validation", description="Held-out documents that are scored; `test` wants `shard.test_fraction`."

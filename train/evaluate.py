@@ -23,7 +23,7 @@ end to end, to ln p(gold token) (P,)."""
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a document, as the shard stage cut it, or cut like its segments.
+    """Piece of a document, as the shard stage cut it, or cut in the same way.
 
     Attributes:
         doc_id: the document's index in the dataset.
@@ -40,7 +40,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well a model knows some texts.
+    """Cross-entropy of a model on some texts.
 
     Attributes:
         total: over all documents.
@@ -52,12 +52,12 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float:
-        """Of all documents together."""
+        """Bits per byte over all documents."""
         return self.total.bits_per_byte
 
 
 def own_logprob(logits: torch.Tensor, gold: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """What the model itself gives the gold tokens, ln p: the ``Scorer`` of every evaluation but a mixture's."""
+    """Return the model's own ln p of the gold tokens; the ``Scorer`` of every evaluation except a mixture's."""
     del places
     return logits.gather(1, gold[:, None]).squeeze(1) - logits.logsumexp(dim=1)
 
@@ -136,7 +136,7 @@ def _refuse_tokens_without_rows(
 
 
 def first_documents(segments: Sequence[Segment], max_documents: int | None) -> list[Segment]:
-    """The segments of the first ``max_documents`` documents, in their order; all when it is None."""
+    """Return the segments of the first ``max_documents`` documents, in their order; all segments if it is None."""
     kept = list(dict.fromkeys(part.doc_id for part in segments))[:max_documents]
     wanted = set(kept)
     return [part for part in segments if part.doc_id in wanted]
@@ -152,7 +152,7 @@ def gold_logprobs(
     num_repeated: int,
     score: Scorer = own_logprob,
 ) -> list[np.ndarray]:
-    """The ln p(token t+1 | tokens <= t) of each segment, (N,) float32, NaN at its last position.
+    """Compute ln p(token t+1 | tokens <= t) of each segment, (N,) float32, NaN at its last position.
 
     Args:
         model: a transformers causal language model.

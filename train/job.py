@@ -1,4 +1,4 @@
-"""What a training job is given, and what it gives back."""
+"""Input and output of a training job."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ class FusedFile:
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One training run; picklable.
+    """Everything that one training run needs; picklable.
 
     Attributes:
         config: the settings.
@@ -51,7 +51,7 @@ class TrainJob:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One optimizer step.
+    """Measurements of one optimizer step.
 
     Attributes:
         step: counted from 1.

@@ -45,21 +45,22 @@ _NOT_IN_MANIFEST = ("model_folder", "was_done")  # a run directory can be moved
 
 
 def train(job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None = None) -> TrainResult:
-    """Train the target model, or go on from where an interrupted run of the same job left off.
+    """Train the target model, or resume an interrupted run of the same job.
 
-    Every worker calls this with the same job. It runs under the process group that is there, under the one that the
-    environment describes (``torchrun``), or alone.
+    Every worker calls this with the same job. It runs under an existing process group, under one that the environment
+    describes (``torchrun``), or alone.
 
     Args:
-        job: what to do.
-        on_step: called after each optimizer step, its checkpoint (if one was due) begun.
-        watch: tells when the machine is about to go; by default SIGTERM to this process does.
+        job: settings, model and files of the run.
+        on_step: called after each optimizer step, when its checkpoint (if one was due) has begun.
+        watch: reports that the machine is about to disappear. None: SIGTERM to this process says so.
 
     Raises:
         ValueError: the settings, the files or what lies in the output folder do not fit; says what to do.
         FloatingPointError: a loss or a gradient is not finite; names the blocks.
         StoppedError: the job was told to stop; its checkpoint is written.
     """
+    # 1. Refuse or return before anything expensive: no model is loaded, no process group started.
     output = check_job(job, num_workers=environment_size())
     done = finished(job)
     if done is not None:
@@ -70,9 +71,11 @@ def train(job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None =
     set_threads(device, job.config.cpus_per_worker)
     with ExitStack() as stack:
         watch = watch or stack.enter_context(termination_watch())
+        # 2. Load data and model, in this order: blocks that do not fit are found before the model is read.
         workers = stack.enter_context(join_workers(device))
         blocks, num_ids = _open_blocks(job, workers)
         root = _load(job, workers, blocks, num_ids=num_ids)
+        # 3. Train, from the newest checkpoint on, and export.
         last = take_steps(job, root, blocks, workers, on_step, watch)
         return _finish(job, output, root, last, workers)
 
@@ -80,15 +83,15 @@ def train(job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None =
 def take_steps(
     job: TrainJob, root: LossModel, blocks: FusedBlocks, workers: Workers, on_step: OnStep | None, watch: Watch
 ) -> StepRecord:
-    """Take the steps that are left, from the newest committed checkpoint in the job's output folder on.
+    """Take the remaining steps, from the newest committed checkpoint in the job's output folder on.
 
     Args:
-        job: its model is not loaded here.
+        job: settings of the run; its model is not loaded here.
         root: the sharded model, with the values that training begins with.
         blocks: the training blocks.
-        workers: who share the model; all of them call this.
-        on_step: called after each optimizer step, its checkpoint (if one was due) begun.
-        watch: tells when the machine is about to go.
+        workers: processes that share the model; all of them call this.
+        on_step: called after each optimizer step, when its checkpoint (if one was due) has begun.
+        watch: reports that the machine is about to disappear.
 
     Returns:
         The record of the job's last step.
@@ -98,6 +101,7 @@ def take_steps(
         FloatingPointError: a loss or a gradient is not finite; names the blocks.
         StoppedError: the job was told to stop; its checkpoint is written.
     """
+    # 1. Build what does not depend on how far the job is.
     config, output = job.config, Path(job.output)
     optimizer = build_optimizer(root.model, config)
     schedule = Schedule(len(blocks), config.batch_size, config.num_epochs, config.seed)
@@ -108,6 +112,7 @@ def take_steps(
         checkpoints = stack.enter_context(
             Checkpoints(output, root.model, optimizer, workers, keep=keep, on_commit=copies.put if copies else None)
         )
+        # 2. Restore the newest checkpoint, then open log and feed at its step: the log drops the records after it.
         state = checkpoints.restore(_first_state(job, schedule))
         logger.info(
             "train %s: %d of %d steps done, %s", job.fingerprint, state.step, schedule.num_steps, workers.device
@@ -117,8 +122,10 @@ def take_steps(
             Feed(blocks, schedule, state.step, workers, config.micro_batch_size, flatten=flatten)
         )
         stepper = Stepper(config, root, optimizer, schedule, workers)
+        # Only the first worker has the log, but a job that is at its end returns the last record on every worker.
         last = workers.broadcast(log.last if log else None)
         was_told = False
+        # 3. Take the steps.
         while state.step < schedule.num_steps:
             last = stepper.step(feed, tokens_before=state.num_tokens)
             state = _next_state(state, schedule, last.num_tokens)
@@ -127,6 +134,8 @@ def take_steps(
                 logger.info(
                     "step %d/%d: loss %.4f, %.0f tokens/s", last.step, last.num_steps, last.loss, last.tokens_per_second
                 )
+            # A notice to any worker counts for all, since saving is collective. SAVE is repeated while the machine is
+            # about to go, so only the first one writes a checkpoint of its own.
             notice = workers.max_int(watch())
             is_new = notice > Notice.NONE and not was_told
             was_told = was_told or is_new
@@ -178,7 +187,7 @@ def check_job(job: TrainJob, *, num_workers: int) -> Path:
 
 
 def finished(job: TrainJob) -> TrainResult | None:
-    """The result of a job that has been finished before; None when there is something to do.
+    """Return the result of a job that was finished before; None if there is something left to do.
 
     Raises:
         ValueError: the output folder holds the finished model of another job.
@@ -202,7 +211,7 @@ def finished(job: TrainJob) -> TrainResult | None:
 
 
 def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
-    """The training blocks, and how many ids the target's tokenizer has."""
+    """Open the training blocks; also return the size of the target's vocabulary."""
     tokenizer = SegmentTokenizer.load(job.model)
     with workers.fail_together():
         blocks = FusedBlocks(
@@ -217,16 +226,17 @@ def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
 
 
 def _load(job: TrainJob, workers: Workers, blocks: FusedBlocks, *, num_ids: int) -> LossModel:
-    """The model with float32 weights, shared among the workers: the first one reads it, on its CPU."""
+    """Load the model with float32 weights, sharded among the workers; the first one reads the files, on its CPU."""
     config = job.config
     loaded = None
     with workers.fail_together():
         if workers.is_first:
-            torch.manual_seed(config.seed)  # adapters are drawn at random: always the same ones
+            torch.manual_seed(config.seed)  # adapters are initialised at random, and must be the same after a restart
             loaded = load_model(job.model, dtype="float32", attention=("sdpa", "eager"), device="cpu")
             _check_model(job, loaded, blocks, num_ids=num_ids)
             if config.lora is not None:
                 loaded = add_adapters(loaded, config.lora)
+    # Every worker builds the model on the meta device and shards it, so only one copy of the weights is in memory whole.
     half = config.autocast == "bfloat16"
     model = empty_model(job.model, attention=attention_choices(config.attention, workers.device, half_precision=half))
     if config.lora is not None:
@@ -292,7 +302,7 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
         loss_clm=last.loss_clm,
         loss_fusion=last.loss_fusion,
     )
-    weights = full_state(root.model)
+    weights = full_state(root.model)  # collective: every worker takes part, the first one gets the weights
     with workers.fail_together():
         if workers.is_first:
             model = root.model
@@ -302,6 +312,7 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
             rounding = rounding_survival(job.model, weights)
             card = model_card(job, last, rounding)
             files = export_model(output / "model", model, weights, tokenizer, card, original=job.model)
+            # Last: a folder with a manifest is finished, whatever else happens.
             write_manifest(output, _manifest(job, result, files, rounding, attention_in_use(root.model)))
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result

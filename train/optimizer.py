@@ -10,7 +10,7 @@ from train.config import TrainConfig
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: weights decay, norms and biases (parameters of fewer than two dimensions) do not."""
+    """Return AdamW's groups: weights decay; norms and biases (fewer than two dimensions) do not."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [parameter for parameter in trained if parameter.dim() >= 2], "weight_decay": weight_decay},
@@ -19,7 +19,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the model's trained parameters; the learning rate is set before every step."""
+    """Build AdamW over the model's trained parameters; the learning rate is set before every step."""
     return torch.optim.AdamW(
         [group for group in parameter_groups(model, config.weight_decay) if group["params"]],
         lr=config.learning_rate,
@@ -28,10 +28,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """The learning rate of optimizer step ``step`` (from 0) of ``num_steps``.
+    """Compute the learning rate of optimizer step ``step`` (from 0) of ``num_steps``.
 
-    It rises linearly over ceil(warmup_ratio * num_steps) steps, reaching the peak at the last of them, then stays, or
-    falls by a half cosine that would reach 0 at step ``num_steps``: no step is spent at rate 0.
+    The rate rises linearly over ceil(warmup_ratio * num_steps) steps and reaches its peak at the last of them. Then it is
+    constant, or falls by a half cosine that would reach 0 at step ``num_steps``: no step is spent at rate 0.
     """
     num_warmup = math.ceil(config.warmup_ratio * num_steps)
     if step < num_warmup:

@@ -1,4 +1,4 @@
-"""Notice that a job is about to lose its machine, so that it saves what it has done."""
+"""Detect that a job is about to lose its machine, so that it can save its work."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from types import FrameType
 
 
 class Notice(IntEnum):
-    """What a worker has been told."""
+    """Request that a worker received."""
 
     NONE = 0
     SAVE = 1
@@ -23,12 +23,12 @@ Watch = Callable[[], Notice]
 
 
 class StoppedError(RuntimeError):
-    """The job was told to stop, and its checkpoint is written: started again, it goes on with the next block."""
+    """Raised when a job was told to stop and its checkpoint is written; a new start continues with the next block."""
 
 
 @contextmanager
 def on_termination(react: Callable[[], None]) -> Iterator[None]:
-    """Call ``react`` on SIGTERM, in place of the handler that was there; nothing outside a process's main thread."""
+    """Call ``react`` on SIGTERM instead of the current handler. Does nothing outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +45,7 @@ def on_termination(react: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def termination_watch() -> Iterator[Watch]:
-    """A watch that says ``STOP`` once this process has got SIGTERM, which no longer ends it."""
+    """Watch for SIGTERM, which no longer ends the process; the watch then returns ``STOP``."""
     told = threading.Event()
     with on_termination(told.set):
         yield lambda: Notice.STOP if told.is_set() else Notice.NONE

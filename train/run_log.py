@@ -76,7 +76,7 @@ class RunLog:
 
 
 class WandbRun(Protocol):
-    """What is used of ``wandb.init``'s result."""
+    """Part of ``wandb.init``'s result that is used here."""
 
     def log(self, data: dict[str, Any], step: int) -> None:
         """Record one step."""
@@ -99,7 +99,8 @@ def check_wandb(config: TrainConfig) -> None:
 
 
 def start_wandb(job: TrainJob) -> WandbRun | None:
-    """A run of Weights & Biases named by the job's fingerprint, so that a resumed job goes on in it; None if not asked for.
+    """Start a Weights & Biases run named by the job's fingerprint, so that a resumed job continues it; None if not
+    requested.
 
     Steps that were logged before an interruption and are computed again are not logged there twice: it drops them.
     """
@@ -124,12 +125,12 @@ def _line(record: StepRecord) -> str:
 
 
 def log_until(output: Path, step: int) -> bytes:
-    """The log of a run as it was after a step: what ``log.jsonl`` holds of it."""
+    """Return the log of a run as it was after a step, as the bytes of ``log.jsonl``."""
     return "".join(_line(record) for record in read_log(output) if record.step <= step).encode()
 
 
 def read_log(output: Path) -> list[StepRecord]:
-    """The records of a run, in order; a last line that a killed process left half written is skipped."""
+    """Read the records of a run, in order; a half-written last line of a killed process is skipped."""
     try:
         lines = (output / "log.jsonl").read_text().splitlines(keepends=True)
     except FileNotFoundError:
@@ -142,7 +143,7 @@ def _record(line: str | bytes) -> StepRecord:
 
 
 class LogFollower:
-    """Reads a run's log as it grows, each record once; also where training went back and the log was written anew."""
+    """Reader of a growing log that returns each record once, even if training went back and rewrote the log."""
 
     def __init__(self, output: Path) -> None:
         """Begin before the log's first record; the log need not be there yet.
@@ -157,7 +158,7 @@ class LogFollower:
 
     @property
     def step(self) -> int:
-        """The last step that stands in the log, 0 where there is none."""
+        """Last step in the log, 0 if there is none."""
         return _record(self._last).step if self._last else 0
 
     def read(self) -> list[StepRecord]:

@@ -21,7 +21,7 @@ from train.optimizer import learning_rate
 
 
 class Stepper:
-    """The sharded model and its optimizer: takes batches, makes optimizer steps.
+    """Sharded model and optimizer that turn batches into optimizer steps.
 
     Losses and gradients are those of the whole step: each worker's sums are divided by the counts over all workers, and
     the gradients are summed. So neither the number of workers nor the size of a micro-batch changes them.
@@ -35,7 +35,7 @@ class Stepper:
         schedule: Schedule,
         workers: Workers,
     ) -> None:
-        """All workers make one, of the same settings."""
+        """Prepare to step. All workers do so, with the same settings."""
         self._config = config
         self._root = root
         self._optimizer = optimizer
@@ -55,20 +55,24 @@ class Stepper:
             FloatingPointError: a loss or the gradient is not finite; on every worker, and names the blocks. The weights
                 are those of the step before.
         """
+        # 1. Take the batch, and fix everything that depends on the step's number.
         started = time.perf_counter()
         batch, waited = feed.next()
         rate = learning_rate(batch.step, self._schedule.num_steps, self._config)
         lambda_ = lambda_at(batch.step, self._schedule.num_steps, self._config)
-        # Dropout, where a model has it, does not depend on restarts.
+        # Seeded by step and rank, so that dropout (where a model has it) is the same after a restart.
         torch.manual_seed((self._config.seed * 1_000_003 + batch.step) * self._workers.size + self._workers.rank)
+        # 2. Normalise by the counts of all workers: the mean is over the whole step, not over one worker's micro-batch.
         counts = self._workers.sum([batch.num_labels, batch.num_fused, batch.num_tokens])
         num_labels, num_fused, num_tokens = (int(count) for count in counts)
         clm_factor = lambda_ / num_labels if num_labels else 0.0
         fusion_factor = (1 - lambda_) / num_fused if num_fused else 0.0
+        # 3. Accumulate the gradient and update the weights. Blocks of one token each have nothing to predict.
         clm = fusion = norm = 0.0
-        if num_labels + num_fused:  # blocks of one token each have nothing to predict
+        if num_labels + num_fused:
             clm, fusion = self._gradients(batch, clm_factor, fusion_factor)
             norm = self._apply(batch, rate)
+        # 4. Describe the step. These are collective operations too, so every worker builds the record.
         waited = self._workers.sum([waited])[0] / self._workers.size
         seconds = time.perf_counter() - started
         return StepRecord(
@@ -90,20 +94,21 @@ class Stepper:
         )
 
     def _mfu(self, num_tokens: int, num_blocks: int, seconds: float) -> float | None:
-        """The model's operations over what all devices could have done; None where one of the two is not known."""
+        """Divide the model's operations by what all devices could have done; None if either is unknown."""
         if self._peak is None or self._flops is None:
             return None
         return self._flops.of_tokens(num_tokens, num_blocks) / (seconds * self._peak * self._workers.size)
 
     def _gradients(self, batch: StepBatch, clm_factor: float, fusion_factor: float) -> tuple[float, float]:
-        """Accumulate the gradient; returns the sums of the two losses over all workers."""
+        """Accumulate the gradient; return the sums of the two losses over all workers."""
         self._optimizer.zero_grad(set_to_none=True)
         sums = torch.stack([self._backward(part, clm_factor, fusion_factor) for part in batch.micro_batches])
         clm, fusion = self._workers.sum(sums.double().sum(dim=0).tolist())
-        if not math.isfinite(clm + fusion):  # the same on every worker: none waits for another's next operation
+        # The sums are the same on every worker, so all of them raise, and none waits in a collective for the others.
+        if not math.isfinite(clm + fusion):
             finite = sums.isfinite().all(dim=1).tolist()
-            own = [name for names, fine in zip(batch.names, finite, strict=True) if not fine for name in names]
-            blocks = [name for names in self._workers.gather(own) for name in names]
+            bad = [name for names, fine in zip(batch.names, finite, strict=True) if not fine for name in names]
+            blocks = [name for names in self._workers.gather(bad) for name in names]
             raise FloatingPointError(
                 f"step {batch.step + 1}: the loss is not finite (sums: CLM {clm}, fusion {fusion}) on blocks "
                 f"{', '.join(blocks)}; the last checkpoint is unharmed"
@@ -111,7 +116,7 @@ class Stepper:
         return clm, fusion
 
     def _backward(self, part: MicroBatch, clm_factor: float, fusion_factor: float) -> Tensor:
-        """One forward and backward pass; returns the two sums, (2,) float32 on the device, which is not waited for."""
+        """Run one forward and backward pass; return the two sums, (2,) float32, without waiting for the device."""
         total, clm, fusion = self._root(
             part.to(self._workers.device), clm_factor=clm_factor, fusion_factor=fusion_factor
         )
@@ -119,7 +124,8 @@ class Stepper:
         return torch.stack([clm, fusion])
 
     def _apply(self, batch: StepBatch, rate: float) -> float:
-        """Clip the gradient and update the weights; returns the gradient's norm before clipping."""
+        """Clip the gradient and update the weights; return the gradient's norm before clipping."""
+        # Without gradient: frozen weights, and weights that the architecture does not use.
         parameters = [parameter for parameter in self._root.parameters() if parameter.grad is not None]
         norm = total_norm(parameters)
         if not math.isfinite(norm):
@@ -136,6 +142,7 @@ class Stepper:
 
 
 def total_norm(parameters: list[nn.Parameter]) -> float:
-    """The 2-norm of the whole gradient, over all parameters and all workers' shards."""
+    """Compute the 2-norm of the whole gradient, over all parameters and all workers' shards."""
     norm = torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters])
+    # The norm of sharded gradients is a DTensor with one partial sum per worker; full_tensor reduces it.
     return float(cast(Any, norm).full_tensor() if isinstance(norm, DTensor) else norm)

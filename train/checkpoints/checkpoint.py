@@ -5,8 +5,8 @@
                                state.json        where the run stands
                                COMMITTED         written last, by the first worker, when every worker's shards are on disk
 
-A folder without COMMITTED is worth nothing and is removed when the job starts again. Any number of workers reads what
-any other number wrote. A checkpoint takes 12 bytes a trained parameter; a frozen one is not in it.
+A folder without COMMITTED is incomplete and is removed when the job starts again. A checkpoint can be read by a different
+number of workers than wrote it. It takes 12 bytes per trained parameter; frozen parameters are left out.
 """
 
 import json
@@ -40,7 +40,7 @@ _FOLDER = re.compile(r"^checkpoint-(\d{6,})$")
 
 @dataclass(frozen=True)
 class TrainState:
-    """Where a run stands after an optimizer step.
+    """Position of a run after an optimizer step.
 
     Attributes:
         fingerprint: of the job.
@@ -64,17 +64,17 @@ class TrainState:
 
 
 def checkpoint_folder(output: Path, step: int) -> Path:
-    """``<output>/checkpoint-000500``."""
+    """Return ``<output>/checkpoint-000500``."""
     return output / f"checkpoint-{step:06d}"
 
 
 def committed_steps(output: Path) -> list[int]:
-    """Steps of the committed checkpoints, ascending."""
+    """Return the steps of the committed checkpoints, ascending."""
     return sorted(step for step, folder in _folders(output) if (folder / COMMITTED).exists())
 
 
 def checkpoint_step(name: str) -> int | None:
-    """The step of a checkpoint's folder, None for a folder of another name."""
+    """Return the step in the name of a checkpoint folder, None for any other name."""
     match = _FOLDER.match(name)
     return int(match[1]) if match else None
 
@@ -85,7 +85,7 @@ def _folders(output: Path) -> list[tuple[int, Path]]:
 
 
 def remove_torn_checkpoints(output: Path) -> None:
-    """Remove what has no COMMITTED: nobody is writing it when a job starts."""
+    """Remove checkpoints without COMMITTED: no process is writing one when a job starts."""
     for step, folder in _folders(output):
         if not (folder / COMMITTED).exists():
             logger.info("checkpoint of step %d was not completed: removed", step)
@@ -101,7 +101,7 @@ def remove_old_checkpoints(output: Path, *, keep: int) -> None:
 
 
 class Checkpoints:
-    """Saves and restores a sharded model and its optimizer; leaving its context waits for what is being written."""
+    """Checkpoints of a sharded model and its optimizer; leaving the context waits for the one being written."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Checkpoints:
         keep: int,
         on_commit: Callable[[int, Path], None] | None = None,
     ) -> None:
-        """All workers make one, for the same folder, which all of them see.
+        """Prepare to read and write checkpoints. All workers do so, with the same folder, which all of them can see.
 
         Args:
             output: the run's folder.
@@ -158,32 +158,35 @@ class Checkpoints:
                     f"{folder} belongs to another job: its {name} is {found!r}, this job's is {wanted!r}. Train into "
                     f"another output folder, or remove {self._output}"
                 )
+        # The live tensors are filled in place, so a checkpoint never needs the memory of a second model.
         tensors, groups = self._tensors()
         _check_tensors(tensors, folder)
-        load(tensors, storage_reader=CheckpointReader(folder), process_group=self._workers.storage)  # in place
+        load(tensors, storage_reader=CheckpointReader(folder), process_group=self._workers.storage)
         set_optimizer_state_dict(self._model, self._optimizer, {"state": tensors["optimizer"], "param_groups": groups})
         return state
 
     def save(self, state: TrainState) -> None:
-        """Begin a checkpoint; returns when its tensors are copied, and the thread commits it when all are on disk.
+        """Begin to write a checkpoint.
+
+        Returns when the tensors are copied; a thread commits the checkpoint when all workers' files are on disk.
 
         Raises:
-            OSError: the checkpoint before this one could not be written; likewise what torch raises for it.
+            OSError: the checkpoint before this one could not be written; torch may raise errors of its own for it.
         """
-        self.wait()
+        self.wait()  # one checkpoint at a time: two would hold two copies of the tensors
         folder = checkpoint_folder(self._output, state.step)
         if self._workers.is_first and folder.exists():
-            shutil.rmtree(folder)  # the same step of the same job
-        self._workers.wait_for_all()
+            shutil.rmtree(folder)  # left over from the same step of the same job
+        self._workers.wait_for_all()  # no worker may write before the old folder is gone
         tensors, _ = self._tensors()
         written = async_save(tensors, checkpoint_id=folder, process_group=self._workers.storage)
         self._pending = self._thread.submit(self._commit, cast(Future, written), folder, state)
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written.
+        """Block until no checkpoint is being written.
 
         Raises:
-            OSError: the last one could not be written; likewise what torch raises for it.
+            OSError: the last one could not be written; torch may raise errors of its own for it.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -193,6 +196,7 @@ class Checkpoints:
         written.result()  # on the first worker: when every worker has written its shards
         if not self._workers.is_first:
             return
+        # Each file reaches the disk before the next one is written, so that COMMITTED never precedes what it vouches for.
         (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
         sync(folder / "state.json")
         sync(folder)
@@ -205,7 +209,8 @@ class Checkpoints:
             self._on_commit(state.step, self._output)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-        """What a checkpoint holds, as views of the live tensors; and the optimizer's groups, which settings give.
+        """Return the tensors of a checkpoint, as views of the live ones, and the optimizer's groups, which the
+        settings determine.
 
         A tied parameter stands there once; frozen parameters do not: they are what the model was loaded with.
         """

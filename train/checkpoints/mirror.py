@@ -1,10 +1,10 @@
-"""Copies of committed checkpoints in an object store: a machine that disappears takes its disk along.
+"""Copies of committed checkpoints in an object store, since a machine that disappears takes its disk along.
 
     <url>/checkpoint-000500/__0_0.distcp ...  as on disk
                             log.jsonl         the job's log up to that step
                             COMMITTED         written last: the sha256 of all files
 
-What has no COMMITTED is worth nothing. Older copies go when a newer one is complete.
+A copy without COMMITTED is incomplete. Older copies are removed when a newer one is complete.
 """
 
 import json
@@ -24,10 +24,10 @@ _LOG = "log.jsonl"
 
 
 class CheckpointMirror:
-    """The copies of one job's checkpoints."""
+    """Copies of one job's checkpoints in an object store."""
 
     def __init__(self, url: str, *, keep: int) -> None:
-        """Nothing is read or written yet.
+        """Remember the folder; nothing is read or written yet.
 
         Args:
             url: a folder in an object store.
@@ -37,7 +37,9 @@ class CheckpointMirror:
         self._keep = keep
 
     def put(self, step: int, output: Path) -> None:
-        """Copy a committed checkpoint, COMMITTED last; then remove older copies. A failure is logged: training goes on.
+        """Copy a committed checkpoint, COMMITTED last, then remove older copies.
+
+        A failure is logged, and training goes on.
 
         Args:
             step: the checkpoint's.
@@ -90,7 +92,7 @@ class CheckpointMirror:
                 self._remove(old)
 
     def _fetch(self, step: int, output: Path) -> str | None:
-        """What is wrong with the copy; None if it is here now."""
+        """Download a copy; return what is wrong with it, or None if it is complete."""
         folder = checkpoint_folder(output, step)
         if folder.exists():
             shutil.rmtree(folder)  # not committed
@@ -119,7 +121,7 @@ class CheckpointMirror:
         return None
 
     def _steps(self) -> list[int]:
-        """Of all copies, complete or not, ascending."""
+        """Return the steps of all copies, complete or not, ascending."""
         found = (checkpoint_step(name) for name in self._store.names(""))
         return sorted(step for step in found if step is not None)
 

@@ -1,4 +1,4 @@
-"""Reads a checkpoint of torch.distributed.checkpoint without trusting its table of contents.
+"""Read a checkpoint of torch.distributed.checkpoint without trusting its table of contents.
 
 ``.metadata`` is a pickle, and unpickling calls whatever it names. Here it may name the few classes that such a table is
 made of, and nothing else. The tensors themselves are read by torch with ``weights_only``.
@@ -38,10 +38,10 @@ class _Unpickler(pickle.Unpickler):
 
 
 class CheckpointReader(FileSystemReader):
-    """torch's reader of a folder, with its own way into ``.metadata``."""
+    """torch's reader of a checkpoint folder, with a restricted unpickler for ``.metadata``."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The table of contents.
+        """Read the table of contents.
 
         Raises:
             ValueError: the file is damaged, or names what no checkpoint of ours names.

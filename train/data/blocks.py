@@ -1,4 +1,4 @@
-"""Training blocks from fused Parquet files, by index, in an order that seed and epoch alone decide."""
+"""Training blocks from fused Parquet files, by index, in an order that only seed and epoch determine."""
 
 import tempfile
 from collections import OrderedDict
@@ -21,8 +21,8 @@ from train.objective.divergence import SparseTargets
 from train.objective.loss import IGNORED
 
 CACHE_BYTES = 2**30
-"""Decoded row groups kept in memory, the newest; a row group that does not fit is decoded again when it is needed. Where all
-blocks fit, each row group is decoded once; else few are met again before they are dropped, for the order is random."""
+"""Memory for decoded row groups; the least recently used ones are dropped and decoded again when needed. If all blocks
+fit, each row group is decoded once; otherwise few are reused before they are dropped, since the order is random."""
 
 
 _IS_TRAINED = "is_trained"
@@ -31,7 +31,7 @@ _IS_TRAINED = "is_trained"
 
 @dataclass(frozen=True)
 class Block:
-    """One training sequence of N tokens.
+    """Training sequence of N tokens.
 
     Attributes:
         name: ``<file>:<row>``, for messages.
@@ -72,12 +72,12 @@ class MicroBatch:
     position_ids: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device; copies from pinned memory are not waited for."""
+        """Copy to a device; copies from pinned memory are asynchronous."""
         targets = None if self.targets is None else self.targets.to(device)
         return self._with(targets, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
-        """The same in pinned memory, from which a GPU copies while the CPU goes on."""
+        """Copy to pinned memory, from which a GPU copies while the CPU goes on."""
         targets = None if self.targets is None else self.targets.pin_memory()
         return self._with(targets, torch.Tensor.pin_memory)
 
@@ -92,7 +92,7 @@ class MicroBatch:
 
 
 class FusedBlocks:
-    """Blocks of all files, in the files' order."""
+    """Blocks of all fused files, in the files' order."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class FusedBlocks:
 
     @property
     def max_tokens(self) -> int:
-        """Tokens of the longest block."""
+        """Number of tokens of the longest block."""
         return max(
             max(pc.list_value_length(self._lengths(file)).to_pylist()) for file in self._files if file.metadata.num_rows
         )
@@ -174,16 +174,18 @@ class FusedBlocks:
         return file.read(columns=["token_ids"], use_threads=False)["token_ids"]
 
     def block(self, index: int) -> Block:
-        """Block ``index`` of all files' blocks in order.
+        """Return block ``index``, counted over all files in order.
 
         Raises:
             IndexError: there is no such block.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"no block {index}: the files hold {len(self)}, from 0")
+        # 1. Find the row group, and the row in it, that holds the block.
         position = int(np.searchsorted(self._ends, index, side="right"))
         file, _, num_rows = self._groups[position]
         row = index - int(self._ends[position]) + num_rows
+        # 2. Read the columns that this job needs.
         table = self._row_group(position)
         ids = list_row(table, "token_ids", row).astype(np.int64)
         fused = tail_mass = None
@@ -217,10 +219,10 @@ class FusedBlocks:
         starts, docs, segments, offsets = (
             list_row(table, name, row) for name in ("piece_start", "piece_doc_id", "piece_segment", "piece_offset")
         )
-        borders = starts[1:]
+        borders = starts[1:]  # the first token of every piece but the first
         begins_document = (segments[1:] == 0) & (offsets[1:] == 0)
         goes_on = (docs[1:] == docs[:-1]) & (segments[1:] == segments[:-1] + 1)
-        # Without an EOS nobody can tell whether the document before has ended.
+        # Without an EOS in the vocabulary, the tokens do not show where a document ends.
         after_end = begins_document if self.eos_id is None else begins_document & (ids[borders - 1] == self.eos_id)
         is_label = goes_on | after_end if self.prefix_id is None else after_end & (self.prefix_id != self.eos_id)
         labels[borders[~is_label] - 1] = IGNORED
@@ -235,7 +237,8 @@ class FusedBlocks:
         num_bytes = table.nbytes
         self._cache[position] = table, num_bytes
         self._cached_bytes += num_bytes
-        while len(self._cache) > 1 and self._cached_bytes > CACHE_BYTES:  # counted: there are many of them, and small
+        # The total is kept, not summed again: a run has many small row groups.
+        while len(self._cache) > 1 and self._cached_bytes > CACHE_BYTES:
             self._cached_bytes -= self._cache.popitem(last=False)[1][1]
         return table
 
@@ -278,7 +281,7 @@ def _columns(file: pq.ParquetFile, *, with_distributions: bool) -> list[str]:
 
 
 def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of the blocks in one epoch, (num_blocks,) int64: a pure function of its arguments."""
+    """Return the order of the blocks in one epoch, (num_blocks,) int64; a pure function of its arguments."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_blocks)
 
 
@@ -301,7 +304,7 @@ def collate(blocks: Sequence[Block], *, flatten: bool = False) -> MicroBatch:
     if flatten:
         blocks = [_joined(blocks)]
     length = max(len(block.ids) for block in blocks)
-    shape = (len(blocks), length)
+    shape = (len(blocks), length)  # (B, T)
     ids, labels = np.zeros(shape, np.int64), np.full(shape, IGNORED, np.int64)
     positions = np.zeros(shape, np.int64)
     for row, block in enumerate(blocks):
@@ -319,7 +322,7 @@ def collate(blocks: Sequence[Block], *, flatten: bool = False) -> MicroBatch:
 
 
 def _joined(blocks: Sequence[Block]) -> Block:
-    """Blocks end to end: their position ids keep them apart."""
+    """Lay blocks end to end; their position ids keep them apart."""
     positions = [block.position_ids for block in blocks if block.position_ids is not None]
     if len(positions) < len(blocks):
         raise ValueError("blocks laid end to end would see each other: only isolated documents are flattened")

@@ -1,4 +1,4 @@
-"""The batches of one worker, read and collated by a thread ahead of the training step.
+"""Batches of one worker, read and collated by a thread ahead of the training step.
 
 The order of blocks is the schedule's, whatever the number of workers: a step's blocks are cut into as many consecutive
 slices as there are workers. Every worker makes the same number of forward passes in a step, for each is a collective
@@ -28,7 +28,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What one worker trains on in one optimizer step.
+    """Share of one worker in one optimizer step.
 
     Attributes:
         step: from 0.
@@ -50,7 +50,7 @@ class StepBatch:
 
 
 class Feed:
-    """The steps' batches in order, from a given step on."""
+    """Batches of all steps, in order, from a given step on."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Feed:
         self._thread.start()
 
     def next(self) -> tuple[StepBatch, float]:
-        """The next step's batch, and the seconds it was waited for.
+        """Return the next step's batch, and the seconds spent waiting for it.
 
         Raises:
             Exception: what reading raised; the step it would have been read for is not trained.
@@ -106,6 +106,7 @@ class Feed:
             self._put(error)
 
     def _put(self, item: StepBatch | Exception) -> None:
+        # With a timeout: a plain put would block forever on a full queue that nobody reads any more.
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -115,7 +116,8 @@ class Feed:
 
     def _batch(self, step: int) -> StepBatch:
         indices = self._schedule.blocks(step)
-        slices = np.array_split(indices, self._size)  # their lengths differ by one at most, the first are the longest
+        # Lengths differ by at most one and the first slices are the longest, so the first gives the number of passes.
+        slices = np.array_split(indices, self._size)
         num_micro_batches = -(-len(slices[0]) // self._micro_batch_size)
         blocks = [self._blocks.block(int(index)) for index in slices[self._rank]]
         parts = [
@@ -148,12 +150,15 @@ class Feed:
 
 
 def num_labels(blocks: Sequence[Block]) -> int:
-    """Labelled positions of some blocks."""
+    """Count the labelled positions of some blocks."""
     return sum(int((block.labels != IGNORED).sum()) for block in blocks)
 
 
 def empty_micro_batch() -> MicroBatch:
-    """One token that counts nothing: a worker without blocks takes part in the step's collective operations with it."""
+    """Return a batch of one token that counts nothing.
+
+    A worker without blocks needs it to take part in the step's collective operations.
+    """
     return MicroBatch(
         ids=torch.zeros((1, 1), dtype=torch.int64),
         labels=torch.full((1, 1), IGNORED, dtype=torch.int64),

@@ -1,4 +1,4 @@
-"""Which blocks each optimizer step sees, and how much their gold tokens count: pure functions of the step's number."""
+"""Order of blocks and weight of gold tokens at each optimizer step, as pure functions of the step's number."""
 
 from dataclasses import dataclass, field
 
@@ -10,7 +10,7 @@ from train.data.blocks import epoch_order
 
 @dataclass(frozen=True)
 class Schedule:
-    """The global order of blocks, cut into optimizer steps: a pure function of its four numbers.
+    """Global order of blocks, cut into optimizer steps; a pure function of its four numbers.
 
     Every epoch sees every block once; its last step is smaller where ``batch_size`` does not divide their number.
 
@@ -29,16 +29,16 @@ class Schedule:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one epoch."""
+        """Number of optimizer steps in one epoch."""
         return -(-self.num_blocks // self.batch_size)
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole job."""
+        """Number of optimizer steps of the whole job."""
         return self.steps_per_epoch * self.num_epochs
 
     def epoch(self, step: int) -> int:
-        """The epoch, from 0, in which step ``step`` (from 0) lies."""
+        """Return the epoch, from 0, that contains step ``step`` (from 0)."""
         return step // self.steps_per_epoch
 
     def blocks(self, step: int) -> np.ndarray:
@@ -47,7 +47,9 @@ class Schedule:
         return self._order(self.epoch(step))[start : start + self.batch_size]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the order of one epoch; the newest one is kept, for a permutation of all blocks is no step's work."""
+        """Return the order of one epoch; the newest one is cached, since permuting all blocks at every step is too
+        slow.
+        """
         if epoch not in self._orders:
             self._orders.clear()  # first: two orders of many blocks are not held at once
             order = epoch_order(self.num_blocks, seed=self.seed, epoch=epoch)
@@ -56,13 +58,13 @@ class Schedule:
         return self._orders[epoch]
 
     def samples_before(self, step: int) -> int:
-        """Blocks that the steps before ``step`` saw, all epochs together."""
+        """Count the blocks that the steps before ``step`` saw, over all epochs."""
         epoch, in_epoch = divmod(step, self.steps_per_epoch)
         return epoch * self.num_blocks + min(in_epoch * self.batch_size, self.num_blocks)
 
 
 def lambda_at(step: int, num_steps: int, config: TrainConfig) -> float:
-    """The weight of L_CLM in optimizer step ``step`` (from 0) of ``num_steps``.
+    """Return the weight of L_CLM in optimizer step ``step`` (from 0) of ``num_steps``.
 
     ``linear`` goes from ``lambda`` at the first step to ``lambda_end`` at the last.
     """

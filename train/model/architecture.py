@@ -1,4 +1,4 @@
-"""What a model needs, read from its configuration alone: no weights are loaded and nothing is computed.
+"""Resource needs of a model, from its configuration alone: no weights are loaded and nothing is computed.
 
 Parameters are counted on the meta device. What the forward pass saves for the backward pass is counted by running the
 model's own code on one block with fake tensors (shapes without values), for one and for two layers: the difference is
@@ -36,7 +36,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Architecture:
-    """The numbers of a model that memory and time depend on.
+    """Properties of a model that memory and time depend on.
 
     Attributes:
         num_parameters: all weights, a shared one once.
@@ -63,7 +63,7 @@ class Architecture:
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The layers that are repeated: the module list as long as the model has hidden layers; none if there is no such."""
+    """Return the repeated layers: the module list as long as the model has hidden layers; empty if there is none."""
     count = model.config.get_text_config().num_hidden_layers
     lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
     return next((list(layers) for layers in lists if len(layers) == count), [])
@@ -108,7 +108,7 @@ def _count(module: nn.Module, *, trained_only: bool = False) -> int:
 
 
 def _build(config: Any, dtype: torch.dtype, lora: LoraConfig | None) -> Any:
-    """The model on the meta device."""
+    """Build the model on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -125,7 +125,7 @@ def _saved(config: Any, block_tokens: int, dtype: torch.dtype, lora: LoraConfig 
 def saved_bytes(
     config: Any, num_layers: int, block_tokens: int, dtype: torch.dtype, lora: LoraConfig | None, *, recompute: bool
 ) -> int:
-    """Bytes that the body of a model of ``num_layers`` layers saves for one block, parameters left out.
+    """Compute the bytes that the body of a model of ``num_layers`` layers saves for one block, without parameters.
 
     A mask of T x T a layer is among them, which SDPA takes where documents are isolated and does without otherwise.
     """
@@ -143,7 +143,7 @@ def saved_bytes(
 
 
 def _put_fake_tensors(model: nn.Module, dtype: torch.dtype) -> None:
-    """Tensors on a CPU that have no values in the place of those on the meta device, whose attention differs."""
+    """Replace the tensors on the meta device by fake tensors on a CPU: attention differs between the two."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -155,14 +155,14 @@ def _put_fake_tensors(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class SavedTensors:
-    """Counts the storages that autograd saves, each once, without those of a model's parameters."""
+    """Counter of the storages that autograd saves, each once, without those of a model's parameters."""
 
     def __init__(self, model: nn.Module) -> None:
         self._own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         self._kept: dict[int, Any] = {}
 
     def hooks(self) -> Any:
-        """A context in which they are counted."""
+        """Return a context in which saved tensors are counted."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def _pack(self, tensor: Tensor) -> Tensor:
@@ -173,12 +173,12 @@ class SavedTensors:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of what was saved so far."""
+        """Return the number of bytes saved so far."""
         return sum(storage.nbytes() for storage in self._kept.values())
 
 
 def _shortened(config: Any, num_layers: int) -> Any:
-    """The configuration with fewer layers."""
+    """Return the configuration with fewer layers."""
     short = copy.deepcopy(config)
     text = short.get_text_config()
     kinds = getattr(text, "layer_types", None)

@@ -1,4 +1,4 @@
-"""The model card of a finished model: what it was made of and how; evaluation adds its figures later."""
+"""Model card of a finished model: its ingredients and settings; the evaluation adds its results later."""
 
 import json
 import math
@@ -19,7 +19,7 @@ _PENDING = "Not evaluated yet: `ptafuse eval` writes held-out bits per byte here
 
 
 def model_card(job: TrainJob, last: StepRecord, rounding: RoundingSurvival | None = None) -> str:
-    """Markdown: what was fused into what, from which data and settings, and the last step's losses."""
+    """Write the Markdown of the card: models, data, settings, and the losses of the last step."""
     origin = f"{job.model.hub} (revision {job.model.revision})" if job.model.hub else "a local model"
     sources = "\n".join(f"- {name}" for name in job.sources) or "- none"
     losses = {"loss": last.loss, "loss_clm": last.loss_clm, "loss_fusion": last.loss_fusion}
@@ -76,7 +76,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One model on a text.
+    """Result of one model on a text.
 
     Attributes:
         label: which model.
@@ -95,7 +95,7 @@ class TextRow:
 
 @dataclass(frozen=True)
 class TextFigures:
-    """What several models gave on a text besides the held-out split.
+    """Results of several models on a text other than the held-out split.
 
     Attributes:
         name: the text's.
@@ -142,7 +142,9 @@ def add_evaluation(
 
 
 def _text_table(text: TextFigures) -> str:
-    """Markdown: over all bytes, and where there are kinds the average over them; only the columns that hold something."""
+    """Write the Markdown table of a text: over all bytes, and the average over kinds if there are kinds; empty columns
+    are left out.
+    """
     has_kinds = any(row.by_kind is not None for row in text.rows)
     columns = ["model", "bits per byte", "against target before", "against gold only"]
     if has_kinds:

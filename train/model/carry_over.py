@@ -1,4 +1,4 @@
-"""What an exported model keeps of the model that was trained, besides its weights.
+"""Files other than weights that an exported model keeps of the model that was trained.
 
 How to sample (generation_config.json), a processor, a chat template, code and licence are files of the target's folder that
 transformers' ``save_pretrained`` rewrites from the model or leaves out.

@@ -1,4 +1,4 @@
-"""How much memory a training worker needs, before anything is loaded: sums of bytes, all linear in known numbers.
+"""Estimate the memory of a training worker before anything is loaded: sums of bytes, all linear in known numbers.
 
 With N workers, P parameters of which P_t are trained, layers of p parameters (p_t trained) and P_o (P_ot) outside them,
 w = 2 bytes a working weight (bfloat16; 4 in float32), micro-batches of B blocks of T tokens:
@@ -52,7 +52,7 @@ class Memory:
 
 
 def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_tokens: int) -> Memory:
-    """Bytes on one of ``config.num_workers`` workers.
+    """Estimate the bytes on one of ``config.num_workers`` workers.
 
     Args:
         architecture: of the model, read for blocks of the same length.
@@ -99,12 +99,12 @@ def _share(num_bytes: int, workers: int) -> int:
 
 
 def fits(memory: Memory, gpu_memory_gb: float) -> bool:
-    """The estimate fits into a GPU's usable memory."""
+    """Return whether the estimate fits into a GPU's usable memory."""
     return memory.total <= USABLE * gpu_memory_gb * 1e9
 
 
 def remedies(architecture: Architecture, config: TrainConfig, *, block_tokens: int) -> list[tuple[str, TrainConfig]]:
-    """Single changes that make a job smaller, cheapest first: how to set each, and the changed settings.
+    """List single changes that make a job smaller, cheapest first: how to set each, and the changed settings.
 
     More workers are as many as the batch can be shared by, twice as many each time, until the job fits.
     """
@@ -126,5 +126,5 @@ def remedies(architecture: Architecture, config: TrainConfig, *, block_tokens: i
 
 
 def num_steps(num_blocks: int, config: TrainConfig) -> int:
-    """Optimizer steps of a job."""
+    """Return the number of optimizer steps of a job."""
     return -(-num_blocks // config.batch_size) * config.num_epochs

@@ -1,4 +1,4 @@
-"""The finished model on disk, and the proof that the job is done.
+"""Finished model on disk, and the manifest that proves that the job is done.
 
 <output>/model/           the finished model, for from_pretrained
 <output>/manifest.json    written last
@@ -63,7 +63,7 @@ def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(output: Path) -> dict[str, Any] | None:
-    """The manifest of a finished job; None when it is not finished."""
+    """Read the manifest of a finished job; None if it is not finished."""
     try:
         return json.loads((output / MANIFEST).read_text())
     except FileNotFoundError:

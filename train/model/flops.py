@@ -1,4 +1,4 @@
-"""Floating-point operations of training, and what share of a GPU's peak they are (MFU)."""
+"""Floating-point operations of training, and their share of a GPU's peak (MFU)."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """What a token costs in the forward and backward pass, recomputation left out, as PaLM's appendix B counts it.
+    """Operations per token in the forward and backward pass, without recomputation, as counted in PaLM's appendix B.
 
     Six operations a weight that is multiplied with (two forward, two for the gradient of its input, two for its own,
     which a frozen weight goes without), and 12 * layers * width * length for attention, causality not counted.
@@ -58,12 +58,12 @@ class ModelFlops:
         return cls(6.0 * trained + 4.0 * frozen, 12.0 * config.num_hidden_layers * width)
 
     def of_tokens(self, num_tokens: int, num_blocks: int) -> float:
-        """Operations of some tokens in blocks of about equal length."""
+        """Return the operations of some tokens in blocks of about equal length."""
         return num_tokens * (self.per_token + self.per_token_and_length * num_tokens / max(1, num_blocks))
 
 
 def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
-    """Operations a second that one worker's device can do at most; None where that is not known (a CPU, say)."""
+    """Return the peak operations per second of one worker's device; None if unknown (a CPU, for example)."""
     if config.peak_tflops is not None:
         return config.peak_tflops * 1e12
     if device.type != "cuda" or config.autocast != "bfloat16":

@@ -1,4 +1,4 @@
-"""Packed documents that do not see each other.
+"""Check that packed documents do not see each other.
 
 transformers reads from position ids where documents begin (they restart there): SDPA and eager attention get a
 block-diagonal causal mask, within sliding windows too, and FlashAttention the documents' lengths (its varlen kernel,
@@ -16,7 +16,7 @@ _HALF_TOLERANCE = 5e-2
 
 
 def wants_one_row(model: Any) -> bool:
-    """The model's attention takes isolated documents end to end in one row (FlashAttention), not as padded rows."""
+    """Return whether attention takes isolated documents end to end in one row (FlashAttention), not as padded rows."""
     return str(model.config.get_text_config()._attn_implementation).startswith("flash_attention")
 
 

@@ -54,7 +54,8 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
 
 
 def merge_adapters(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the plain model: W + alpha / r * B A in the place of each adapted layer's.
+    """Merge the adapters into the weights of the plain model: W + alpha / r * B A replaces the weight of each adapted
+    layer.
 
     Args:
         model: with adapters; its weights are not read, so it may be sharded.
@@ -77,7 +78,7 @@ def merge_adapters(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _layers(model: Any) -> dict[str, Any]:
-    """Adapted layers by name."""
+    """Return the adapted layers by name."""
     from peft.tuners.lora import LoraLayer
 
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -1,4 +1,4 @@
-"""The model as the workers share it: FSDP2 (``fully_shard``) over the decoder layers and the root.
+"""Model shared among the workers: FSDP2 (``fully_shard``) over the decoder layers and the root.
 
 Parameters, gradients and optimizer state are float32 shards; a layer's parameters are gathered in ``autocast``'s
 precision when the layer runs, and gradients are summed over the workers in float32. The embeddings, the final norm and
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossModel(nn.Module):
-    """A causal language model and its training loss: the root that FSDP knows."""
+    """Causal language model together with its training loss: the root module of FSDP."""
 
     def __init__(self, model: Any, config: TrainConfig) -> None:
         """Wrap a model.
@@ -43,7 +43,7 @@ class LossModel(nn.Module):
         self._body, self._head = halves
 
     def forward(self, batch: MicroBatch, *, clm_factor: float, fusion_factor: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of one micro-batch.
+        """Compute the loss of one micro-batch.
 
         Args:
             batch: on the model's device.
@@ -87,14 +87,16 @@ def shard_model(model: Any, config: TrainConfig, workers: Workers) -> LossModel:
             layer.compile()
     dtype = torch.bfloat16 if config.autocast == "bfloat16" else torch.float32
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # Layers first, then the root, which takes the parameters that no layer has.
     for layer in layers:
         fully_shard(layer, mesh=workers.mesh, mp_policy=policy, reshard_after_forward=config.reshard_after_forward)
     root = LossModel(model, config)
     # The root's inputs hold probabilities of the fused distributions, which stay float32.
     root_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     fully_shard(root, mesh=workers.mesh, mp_policy=root_policy, reshard_after_forward=False)
+    # Sum gradients over workers instead of averaging them: the losses are divided by the counts of the whole step.
     for module in root.modules():
-        if isinstance(module, FSDPModule):  # summed over workers, not averaged: losses carry their normalisation
+        if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return root.train()
@@ -111,26 +113,28 @@ def fill_parameters(root: LossModel, loaded: Any | None, workers: Workers) -> No
     model = root.model
     tied = _tied_names(model)
     root.to_empty(device=workers.device)
-    for alias, name in tied.items():  # ``to_empty`` makes a tensor for each name
+    # ``to_empty`` allocates one tensor per name, which separates tied weights: tie them again.
+    for alias, name in tied.items():
         owner, _, attribute = alias.rpartition(".")
         model.get_submodule(owner).register_parameter(attribute, model.get_parameter(name))
     values = {} if loaded is None else loaded.state_dict()
     set_model_state_dict(model, values, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     buffers = {} if loaded is None else dict(loaded.named_buffers())
-    for name, buffer in model.named_buffers():  # some stand in no state dict: the rotary embedding's frequencies
+    # Non-persistent buffers, such as the rotary embedding's frequencies, are in no state dict.
+    for name, buffer in model.named_buffers():
         if loaded is not None:
             buffer.copy_(buffers[name])
         dist.broadcast(buffer, src=0)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """All weights gathered on the CPU of the first worker; an empty dictionary on the others."""
+    """Gather all weights on the CPU of the first worker; the others get an empty dictionary."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Further names of shared parameters -> the first name of each."""
+    """Map further names of shared parameters to the first name of each."""
     first: dict[int, str] = {}
     aliases = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

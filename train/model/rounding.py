@@ -1,4 +1,4 @@
-"""How much of a training survives rounding to bfloat16, in which most programs load a model."""
+"""Count how much of a training survives rounding to bfloat16, the precision in which most programs load a model."""
 
 import contextlib
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from stages.models.weights import model_file, tensor_files
 
 @dataclass(frozen=True)
 class RoundingSurvival:
-    """Weights that a training changed.
+    """Number of weights that a training changed, and of the changes that survive rounding.
 
     Attributes:
         num_changed: weights whose float32 value differs from before.
@@ -26,7 +26,7 @@ class RoundingSurvival:
 
     @property
     def share(self) -> float:
-        """Share of the changes that survive; 1 where nothing changed."""
+        """Share of the changes that survive; 1 if nothing changed."""
         return self.num_surviving / self.num_changed if self.num_changed else 1.0
 
 

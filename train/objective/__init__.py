@@ -1,1 +1,1 @@
-"""What training minimises: the loss on gold tokens and fused distributions."""
+"""Training objective: the loss on gold tokens and fused distributions."""

@@ -1,4 +1,4 @@
-"""What the fusion loss measures at one position: how far the model's distribution is from a sparse fused one.
+"""Fusion loss of one position: the divergence of the model's distribution from a sparse fused one.
 
 A fused row lists n ids with probabilities p and may have a tail bucket, the mass r that its sources left outside the
 ids (``tail_mass``); a row without a tail was rescaled to sum to 1. The model's logprobs ln q come over the whole
@@ -66,17 +66,17 @@ class SparseTargets:
     tail_mass: Tensor | None
 
     def select(self, index: Tensor | slice) -> "SparseTargets":
-        """The rows at ``index``, a mask or a range."""
+        """Return the rows at ``index``, a mask or a range."""
         return SparseTargets(
             self.ids[index], self.probs[index], None if self.tail_mass is None else self.tail_mass[index]
         )
 
     def to(self, device: torch.device) -> "SparseTargets":
-        """The same on another device; copies from pinned memory are not waited for."""
+        """Copy to a device; copies from pinned memory are asynchronous."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "SparseTargets":
-        """The same in pinned memory, from which a GPU copies while the CPU goes on."""
+        """Copy to pinned memory, from which a GPU copies while the CPU goes on."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":
@@ -85,12 +85,12 @@ class SparseTargets:
 
     @property
     def present(self) -> Tensor:
-        """(P,) bool: the position has a fused distribution."""
+        """Whether each position has a fused distribution, (P,) bool."""
         return (self.ids != PAD_ID).any(dim=1)
 
 
 def asks_for_rest(rows: SparseTargets, divergence: Divergence, temperature: float) -> bool:
-    """Tell whether the fusion loss of such rows depends on the mass that the model leaves outside their ids."""
+    """Return whether the fusion loss of such rows depends on the mass that the model leaves outside their ids."""
     return rows.tail_mass is not None or (divergence == "forward-kl" and temperature != 1)
 
 
@@ -107,15 +107,19 @@ def fusion_losses(logprobs: Tensor, rows: SparseTargets, divergence: Divergence,
     Returns:
         (P,), nats, in the precision of ``logprobs``.
     """
+    # 1. Lay out the outcomes: (P, k) ids, or (P, k + 1) with the rest in the last column.
     outcome = rows.ids != PAD_ID
     if asks_for_rest(rows, divergence, temperature):
         outcome = torch.cat([outcome, logprobs[:, -1:] > -torch.inf], dim=1)
     log_q = logprobs.masked_fill(~outcome, -torch.inf)
     log_p = _log_targets(rows, log_q.dtype, least_tail=LEAST_TAIL if divergence == "reverse-kl" else 0.0)
+    # Forward KL at a temperature asks for the rest of q even if p has no tail, so log_p may be narrower than log_q.
     width = log_p.shape[1]
     log_p = log_p.masked_fill(~outcome[:, :width], -torch.inf)
+    # 2. Renormalise: at a temperature both sides; under reverse KL without a tail q, given that the token is among the ids.
     if temperature != 1 or (divergence == "reverse-kl" and rows.tail_mass is None):
         log_q, log_p = _tempered(log_q, temperature), _tempered(log_p, temperature)
+    # 3. Sum over outcomes. ``where`` keeps 0 * -inf, at pads, from becoming NaN in the loss and in its gradient.
     if divergence == "forward-kl":
         losses = -torch.where(outcome[:, :width], log_p.exp() * log_q[:, :width], 0.0).sum(dim=1)
     else:
@@ -124,7 +128,9 @@ def fusion_losses(logprobs: Tensor, rows: SparseTargets, divergence: Divergence,
 
 
 def _log_targets(rows: SparseTargets, dtype: torch.dtype, *, least_tail: float) -> Tensor:
-    """(P, k), or (P, k + 1) with a tail: ln p, and ln r; an entry whose probability was rounded to 0 stays finite."""
+    """Compute ln p, (P, k), followed by ln r in column k if there is a tail; a probability rounded to 0 stays
+    finite.
+    """
     log_p = rows.probs.to(dtype).clamp(min=torch.finfo(torch.float32).tiny).log()
     if rows.tail_mass is None:
         return log_p
@@ -132,6 +138,6 @@ def _log_targets(rows: SparseTargets, dtype: torch.dtype, *, least_tail: float) 
 
 
 def _tempered(log_outcomes: Tensor, temperature: float) -> Tensor:
-    """Logprobs of outcomes (P, m) at another temperature, normalised again."""
+    """Renormalise logprobs of outcomes, (P, m), at another temperature."""
     scaled = log_outcomes / temperature
     return scaled - scaled.logsumexp(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""The training loss, without logits or targets of the whole batch.
+"""Training loss, computed without holding the logits or targets of the whole batch.
 
     L = lambda * L_CLM + (1 - lambda) * L_fusion
 
@@ -42,34 +42,34 @@ from train.objective.divergence import Divergence, SparseTargets, asks_for_rest,
 BLOCK = 32
 """Positions whose logits are in float32 at once on a CPU: few enough to stay in a processor's cache."""
 _ROWS = 2048
-"""Of a weight's gradient, computed at once where it is converted to another precision."""
+"""Rows of a weight's gradient that are computed at once where it is converted to another precision."""
 TailLoss = Literal["bucket", "gold"]
 IGNORED = -100
 """Label of a position that has no gold next token."""
 
 
 class TrainableHead(Protocol):
-    """Hidden states (p, H) -> logits (p, V); its modules hold its weights. ``split_head`` gives one, so is nn.Linear."""
+    """Head that maps hidden states (p, H) to logits (p, V). ``split_head`` returns one, and nn.Linear is one."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits."""
+        """Compute the logits."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """All modules that the head computes with."""
+        """Return all modules that the head computes with."""
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is computed of each position, and how many at once.
+    """Weights and kind of the loss, and how many positions are computed at once.
 
     Attributes:
         clm_factor: weight of the sum of CLM losses: lambda over the number of labels of the whole step.
         fusion_factor: weight of the sum of fusion losses: 1 - lambda over the step's fused positions.
-        divergence: of the fusion loss.
-        temperature: of the fusion loss.
+        divergence: divergence of the fusion loss.
+        temperature: temperature of the fusion loss.
         chunk_positions: positions whose logits exist at once.
-        tail_loss: ``"bucket"``: a row's tail is one outcome, the rest of the vocabulary. ``"gold"``: in its place stands
-            -ln q(gold) wherever the row does not list the gold token, which is forward KL at temperature 1 alone.
+        tail_loss: ``"bucket"``: a row's tail is one outcome, the rest of the vocabulary. ``"gold"``: -ln q(gold) replaces
+            the tail wherever the row does not list the gold token; only for forward KL at temperature 1.
     """
 
     clm_factor: float
@@ -82,7 +82,7 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class LossSums:
-    """The loss of some positions.
+    """Loss of several positions.
 
     Attributes:
         total: clm_factor * clm + fusion_factor * fusion; the one to call ``backward`` on, once.
@@ -98,7 +98,7 @@ class LossSums:
 def fused_loss(
     hidden: Tensor, head: TrainableHead, labels: Tensor, targets: SparseTargets | None, settings: LossSettings
 ) -> LossSums:
-    """The loss of P positions.
+    """Compute the loss of P positions.
 
     Args:
         hidden: (P, H), the body's output.
@@ -110,25 +110,27 @@ def fused_loss(
     Returns:
         The loss; where nothing is counted a zero that still has a (zero) gradient.
     """
-    counted = labels != IGNORED
+    # Drop positions that count in neither loss: each would cost a row of logits.
+    counted = labels != IGNORED  # (P,)
     if targets is not None:
         counted = counted | targets.present
         targets = targets.select(counted)
         if settings.tail_loss == "gold":
             targets = replace(targets, tail_mass=None)
     weights = [p for module in head.modules() for p in module.parameters(recurse=False) if p.requires_grad]
-    weights = list({id(weight): weight for weight in weights}.values())
+    weights = list({id(weight): weight for weight in weights}.values())  # a shared weight gets one gradient
     with_gradient = torch.is_grad_enabled()
     arguments = (head, labels[counted], targets, settings, with_gradient)
     return LossSums(*_ChunkedLoss.apply(hidden[counted], arguments, *weights))
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Sums over chunks, with the gradients computed in the forward pass."""
+    """Loss summed over chunks of positions; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, arguments: tuple, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         head, labels, targets, settings, with_gradient = arguments
+        # hidden (P', H), P' being the positions that count. The gradients are complete when this returns.
         gradients = _Gradients(hidden, ctx.needs_input_grad[0], weights) if with_gradient else None
         sums = hidden.new_zeros(2, dtype=torch.float32)
         for start in range(0, len(labels), settings.chunk_positions):
@@ -143,7 +145,8 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # they are scaled in place, so a second time would be wrong
+        # Scaling is in place, so a second backward pass would scale twice.
+        gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("the loss keeps its gradients for one backward pass: compute it again for another")
         hidden = None if gradients.hidden is None else gradients.hidden.mul_(grad_total)
@@ -155,7 +158,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Gradients:
-    """Gradients of the hidden states and of the head's weights, added up over chunks.
+    """Gradients of the hidden states and of the head's weights, accumulated over chunks.
 
     A linear layer's gradient is added into its total by one matrix product; autograd would make an array of the weight's
     size for each chunk first. Totals are float32 where the weights are in half precision.
@@ -194,6 +197,7 @@ class _Gradients:
         layers: Sequence[tuple[nn.Linear, Tensor, Tensor]],
     ) -> None:
         """Add the gradients of one chunk."""
+        # One autograd call: down to the outputs of linear layers only, whose weights' gradients are computed below.
         linear = {id(p) for layer, _, _ in layers for p in layer.parameters(recurse=False)}
         others = [weight for weight in self.weights if id(weight) not in linear]
         wanted = [states] if self.hidden is not None else []
@@ -208,11 +212,12 @@ class _Gradients:
                 self.totals[id(weight)] += gradient
 
     def _add_linear(self, layer: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
-        inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)
+        inputs, gradient = inputs.flatten(0, -2), gradient.flatten(0, -2)  # (C, in), (C, out)
         total = self.totals[id(layer.weight)]
         if gradient.dtype == inputs.dtype == total.dtype:
             total.addmm_(gradient.t(), inputs)
-        else:  # half precision: as autograd does, the product in it, the sum in float32; a few rows at once, in the cache
+        else:
+            # Half precision: the product in it, as autograd does, the sum in float32. A few rows at once stay in the cache.
             inputs = inputs.to(gradient.dtype)
             for rows, columns in zip(total.split(_ROWS), gradient.split(_ROWS, dim=1), strict=True):
                 rows.add_(columns.t() @ inputs)
@@ -229,19 +234,22 @@ def _chunk(
     settings: LossSettings,
     gradients: _Gradients | None,
 ) -> Tensor:
-    """The two sums of one chunk, (2,) float32; adds its gradients to ``gradients``."""
-    states = hidden[part].detach()
+    """Compute the two sums of one chunk, (2,) float32, and add its gradients to ``gradients``."""
+    states = hidden[part].detach()  # (C, H): a graph of its own, which ends here
     asked = targets is not None and asks_for_rest(targets, settings.divergence, settings.temperature)
     left_out = targets.ids if targets is not None and asked else None
     if gradients is None:
         with torch.no_grad():
             needed = _needed_of(head(states), labels, targets, left_out)
             return _loss_of(needed, labels, targets, settings, with_rest=asked)[1]
+    # 1. Apply the head, with a graph from the logits back to states and weights.
     with torch.enable_grad(), gradients.watch(head) as layers:
-        logits = head(states.requires_grad_(gradients.hidden is not None))
+        logits = head(states.requires_grad_(gradients.hidden is not None))  # (C, V)
+    # 2. Compute the loss of a few numbers per position, with a second graph that does not contain the logits.
     needed = [part.requires_grad_() for part in _needed_of(logits.detach(), labels, targets, left_out)]
     with torch.enable_grad():
         total, sums = _loss_of(needed, labels, targets, settings, with_rest=asked)
+    # 3. Join the two graphs by hand: gradient of those numbers -> gradient of the logits -> states and weights.
     if logits.requires_grad:
         of_needed = [gradient.float() for gradient in torch.autograd.grad(total, needed)]
         others = needed[0].detach().float()
@@ -251,7 +259,7 @@ def _chunk(
 
 
 def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None, left_out: Tensor | None) -> list[Tensor]:
-    """Compute what the loss needs of the logits (C, V), float64.
+    """Compute what the loss needs of the logits (C, V), in float64.
 
     Args:
         logits: in the precision of the head.
@@ -268,8 +276,10 @@ def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None, le
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
         block = _others(logits[rows], None if left_out is None else left_out[rows])
-        largest = block.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)  # so that -inf - largest is no NaN
+        # Clamped, since -inf - -inf would be NaN where every id is left out.
+        largest = block.amax(dim=1).clamp_(min=torch.finfo(torch.float32).min)
         sums.append(block.sub_(largest[:, None]).exp_().sum(dim=1).double().log_().add_(largest))
+    # Pads and ignored labels read id 0 here; the loss masks them.
     needed = [torch.cat(sums), logits.gather(1, labels.clamp(min=0)[:, None]).squeeze(1).double()]
     if targets is not None:
         needed.append(logits.gather(1, targets.ids.clamp(min=0)).double())
@@ -305,14 +315,17 @@ def _of_logits(
     targets: SparseTargets | None,
     left_out: Tensor | None,
 ) -> Tensor:
-    """The gradient of the logits (C, V) in their precision, from those of what ``_needed_of`` took of them."""
-    of_others, of_gold, *of_listed = of_needed
+    """Compute the gradient of the logits (C, V), in their precision, from the gradients of what ``_needed_of``
+    returned.
+    """
+    of_others, of_gold, *of_listed = of_needed  # (C,), (C,), [(C, k)]
     others = others.clamp(min=torch.finfo(torch.float32).min)
     result = torch.empty_like(logits)
     size = block_positions(logits.device.type, len(logits))
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
         block = _others(logits[rows], None if left_out is None else left_out[rows])
+        # The gradient of a logsumexp is the softmax; ids that are left out are at -inf, hence get 0.
         block.sub_(others[rows, None]).exp_().mul_(of_others[rows, None])
         block.scatter_add_(1, labels[rows].clamp(min=0)[:, None], of_gold[rows, None])
         if targets is not None:
@@ -329,15 +342,17 @@ def _loss_of(
     *,
     with_rest: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted loss of a chunk, and its two sums (2,) float32 without gradient."""
+    """Compute the weighted loss of a chunk, and its two sums (2,) float32 without gradient."""
     others, gold, *listed = needed
     normaliser = others
+    # (C, k + 1): with the rest as one more outcome, the logsumexp over all outcomes is the normaliser.
     if targets is not None and with_rest:
         listed = [torch.cat([listed[0].masked_fill(targets.ids == PAD_ID, -torch.inf), others[:, None]], dim=1)]
         normaliser = listed[0].logsumexp(dim=1)
     clm = torch.where(labels != IGNORED, normaliser - gold, 0.0).sum()
     fusion = torch.zeros_like(clm)
     if targets is not None:
+        # Positions without a fused distribution count in L_CLM alone.
         present = targets.present
         logprobs = (listed[0] - normaliser[:, None])[present]
         rows = targets.select(present)
