@@ -1,1 +1,1 @@
-"""What finished shards say: single positions, comparisons of alignments, distances and win rates."""
+"""Analyses of finished shards: single positions, comparisons of alignments, distances and win rates."""

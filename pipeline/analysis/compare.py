@@ -43,7 +43,7 @@ CONDITIONED: Final = "conditioned"
 
 @dataclass(frozen=True)
 class AlignmentVariant:
-    """One way of aligning: a row of the table.
+    """One way of aligning, which is a row of the table.
 
     Attributes:
         name: a preset, a method, ``CONDITIONED``, or ``"as configured"``.
@@ -59,19 +59,19 @@ class AlignmentVariant:
 
     @property
     def epsilon(self) -> float | None:
-        """Epsilon, where the method reads it."""
+        """Epsilon; None if the method does not use it."""
         return self.settings.epsilon if self.settings.method == "transport" else None
 
     @property
     def label(self) -> str:
-        """Unique among the rows."""
+        """Label that is unique among the rows."""
         epsilon = "" if self.epsilon is None else f", epsilon {self.epsilon:g}"
         return f"{self.name}, {self.settings.pairing}{epsilon}"
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found for one source.
+    """Result of the comparison for one source.
 
     Attributes:
         source: its name.
@@ -94,7 +94,7 @@ class Comparison:
 
 
 def alignment_variants(config: AlignConfig, *, epsilons: Sequence[float] = ()) -> tuple[AlignmentVariant, ...]:
-    """The rows: each method with both pairings, and the configuration's own settings where no row has them.
+    """List the variants: each method with both pairings, and the configured settings if no row has them.
 
     All take inexact pairs as they are (what is judged is what each pairing gives, on positions that all have), keep their
     tails, and see the configuration's window. One row more conditions the source at the positions inside its tokens
@@ -176,7 +176,7 @@ def compare(
 
 
 def _sample(run: Run, key: str, total: int, wanted: int | None) -> tuple[int, ...]:
-    """Evenly spread shards."""
+    """Choose evenly spread shards."""
     if wanted is None:
         manifests = run.store.manifests(run.resolved.steps[key].folder)
         tokens = sum(manifest.num_tokens for manifest in manifests.values())
@@ -224,7 +224,7 @@ def _compare_source(
 
 
 def _set_up(target: ModelConfig, source: ModelConfig, variants: tuple[AlignmentVariant, ...]) -> dict[str, AlignStage]:
-    """A stage for each variant."""
+    """Set up a stage for each variant."""
     stages: dict[str, AlignStage] = {}
     for variant in variants:
         stage = AlignStage(variant.settings, target, source)
@@ -234,7 +234,7 @@ def _set_up(target: ModelConfig, source: ModelConfig, variants: tuple[AlignmentV
 
 
 class _TeacherNll(NamedTuple):
-    """Both figures at P positions; NaN where there is no distribution."""
+    """Completed and floored NLL at P positions; NaN where there is no distribution."""
 
     completed: np.ndarray
     floored: np.ndarray
@@ -249,12 +249,12 @@ class _Shard:
         self._source_rows = rows_by_segment(source)
 
     def documents(self) -> np.ndarray:
-        """The document of each position."""
+        """Return the document of each position."""
         lengths = [max(len(list_row(self._target, "token_ids", row)) - 1, 0) for row in self._rows.values()]
         return np.repeat([key[0] for key in self._rows], lengths)
 
     def target_nll(self) -> _TeacherNll:
-        """Of the target itself."""
+        """Compute the NLL of the target itself."""
         return _joined(
             [
                 self._model_nll(self._target, row, np.arange(max(len(list_row(self._target, "token_ids", row)) - 1, 0)))
@@ -263,7 +263,7 @@ class _Shard:
         )
 
     def aligned_nll(self, aligned: pa.Table) -> _TeacherNll:
-        """Of aligned distributions; none where the row was quarantined."""
+        """Compute the NLL of aligned distributions; NaN where the row was quarantined."""
         rows = rows_by_segment(aligned)
         parts = []
         for key, row in self._rows.items():
@@ -286,7 +286,7 @@ class _Shard:
         return _joined(parts)
 
     def source_nll(self, aligned: pa.Table) -> _TeacherNll:
-        """Of the source itself for its own next token, at the positions that were taken."""
+        """Compute the NLL of the source for its own next token, at the positions whose distribution was taken."""
         rows = rows_by_segment(aligned)
         parts = []
         for key, row in self._rows.items():
@@ -301,7 +301,7 @@ class _Shard:
         return _joined(parts)
 
     def _model_nll(self, table: pa.Table, row: int, positions: np.ndarray) -> _TeacherNll:
-        """Of a model's own distributions for its own next tokens."""
+        """Compute the NLL of a model's own distributions for its own next tokens."""
         token_ids = list_row(table, "token_ids", row).astype(np.int64)
         window = sparse_row(table, row)
         floored = window_nll(

@@ -1,4 +1,4 @@
-"""How ``ptafuse compare`` is shown: a table for people, JSON for programs."""
+"""Output of ``ptafuse compare``: a table for people, JSON for programs."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from stages.measures.standard_error import Estimate
 
 
 def comparison_json(config: RunConfig, comparisons: Sequence[Comparison]) -> dict[str, Any]:
-    """For ``ptafuse compare --json``: nats; null where there is nothing to take a mean of."""
+    """Build the output of ``ptafuse compare --json``, in nats; null for a mean of nothing."""
     return {
         "config": config.name,
         "target": config.target.name,
@@ -115,7 +115,7 @@ def _variant_json(variant: AlignmentVariant | None) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replace NaN, which JSON does not have, by None."""
     if isinstance(value, Estimate):
         return {"mean": _finite(value.mean), "error": _finite(value.error)}
     if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""The views of single positions behind ``ptafuse inspect``: computed by the same functions as the stages' results."""
+"""Views of single positions for ``ptafuse inspect``, computed by the same functions as the stages' results."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -37,11 +37,11 @@ class Place:
     row: int
 
     def model(self, name: str | None) -> ModelConfig:
-        """A model of the run by its name."""
+        """Return a model of the run by its name."""
         return self.run.config.find_model(name)
 
     def inputs(self) -> dict[str, pa.Table]:
-        """What the step reads for this shard, by input name."""
+        """Read what the step reads for this shard, by input name."""
         return read_inputs(self.run, self.store, self.step, self.shard)
 
 
@@ -55,7 +55,7 @@ def show_segment(place: Place, table: pa.Table, position: int | None, console: C
 
 
 def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
-    """A segment under one model: every token's surprise, or one position's top-k."""
+    """Show a segment under one model: every token's surprise, or one position's top-k."""
     vocabulary = SegmentTokenizer.load(place.model(place.step.model)).vocabulary
     token_ids = list_row(table, "token_ids", place.row)
     gold = list_row(table, "gold_logprob", place.row)
@@ -84,7 +84,7 @@ def show_logits(place: Place, table: pa.Table, position: int | None, console: Co
 
 
 def show_aligned(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
-    """A segment's pairing, or one position's top-k lists, transport plan and projected distribution."""
+    """Show a segment's pairing, or one position's top-k lists, transport plan and projected distribution."""
     target, source = place.run.config.target, place.model(place.step.model)
     inputs = place.inputs()
     if position is None:
@@ -140,7 +140,7 @@ def _show_context(context: tuple[PairedToken, ...], position: int, target: str, 
 
 
 def _check_against_stored(found: Explanation, table: pa.Table, place: Place, position: int) -> None:
-    """What is shown is computed anew; it must be what the shard holds."""
+    """Refuse to show a position whose recomputed distribution is not the one in the shard."""
     stored = sparse_row(table, place.row)
     probs = np.exp(stored.logprobs[position][stored.ids[position] != PAD_ID])
     shown = np.array([part.prob for part in found.projected])
@@ -152,7 +152,7 @@ def _check_against_stored(found: Explanation, table: pa.Table, place: Place, pos
 
 
 def show_fused(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
-    """A training block, or one position's candidates and its fused distribution."""
+    """Show a training block, or one position's candidates and its fused distribution."""
     config = place.run.config
     vocabulary = SegmentTokenizer.load(config.target).vocabulary
     tokens = [vocabulary.text(int(token)) for token in list_row(table, "token_ids", place.row)]

@@ -16,7 +16,7 @@ MAX_PLAN_COLUMNS = 12
 
 
 def distribution_table(title: str, entries: Iterable[tuple[str, float]], tail_mass: float | None) -> Table:
-    """A small table of tokens and probabilities."""
+    """Build a small table of tokens and probabilities."""
     table = Table(title=title, width=31, title_justify="left", title_style="bold")
     table.add_column("token", no_wrap=True, overflow="ellipsis")
     table.add_column("prob", justify="right")
@@ -28,12 +28,14 @@ def distribution_table(title: str, entries: Iterable[tuple[str, float]], tail_ma
 
 
 def side_by_side(*tables: Table) -> Columns:
-    """Tables beside each other, three in 100 columns."""
+    """Lay out tables side by side, three in 100 columns."""
     return Columns(tables, padding=(0, 1))
 
 
 def plan_table(title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray) -> Table:
-    """A matrix with labels: source candidates down, target candidates across; the columns of most mass, in percent."""
+    """Build a labelled matrix in percent: source candidates down, target candidates across, only the columns of most
+    mass.
+    """
     kept = np.sort(np.argsort(-values.sum(axis=0), kind="stable")[:MAX_PLAN_COLUMNS])
     left_out = len(columns) - len(kept)
     more = f"; {left_out} columns of less mass are not shown" if left_out else ""
@@ -48,7 +50,7 @@ def plan_table(title: str, rows: Sequence[str], columns: Sequence[str], values: 
 
 
 def token_line(tokens: Sequence[str], position: int) -> Text:
-    """Tokens around a position, the position's own in reverse video."""
+    """Show tokens around a position, with the position's own in reverse video."""
     first = max(0, position - MAX_TOKENS // 2)
     line = Text("… " if first else "")
     for index, token in enumerate(tokens[first : first + MAX_TOKENS], first):

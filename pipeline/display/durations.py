@@ -1,4 +1,4 @@
-"""Lengths of time as people write them."""
+"""Durations as people write them."""
 
 import re
 
@@ -8,7 +8,7 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": DAY_SECONDS}
 
 
 def parse_duration(text: str) -> float:
-    """Seconds of ``"30m"``, ``"12h"``, ``"1d"``.
+    """Parse ``"30m"``, ``"12h"`` or ``"1d"`` to seconds.
 
     Raises:
         ValueError: it is not a duration.
@@ -20,8 +20,10 @@ def parse_duration(text: str) -> float:
 
 
 def format_estimate(seconds: float) -> str:
-    """``"0.4 s"``, ``"21 min"``, ``"3.2 h"``, ``"1,480 h"``: one unit and two digits, for an estimate has no more; hours are
-    the largest, for machines are paid by the hour. Nothing for 0.
+    """Format an estimated duration: ``"0.4 s"``, ``"21 min"``, ``"3.2 h"``, ``"1,480 h"``, or nothing for 0.
+
+    One unit and two digits, since an estimate is no more precise. Hours are the largest unit, since machines are paid
+    per hour.
     """
     if not seconds:
         return ""
@@ -35,7 +37,7 @@ def format_estimate(seconds: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """``"42 s"``, ``"5 min 20 s"``, ``"2 h 10 min"``, ``"3 d 4 h"``: two units at most."""
+    """Format a duration in two units at most: ``"42 s"``, ``"5 min 20 s"``, ``"2 h 10 min"``, ``"3 d 4 h"``."""
     whole = round(seconds)
     for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:

@@ -1,4 +1,4 @@
-"""A table of words and numbers, shown by the terminal and by the page alike."""
+"""Table of words and numbers that both the terminal and the page can show."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,9 @@ class ResultTable:
 
 
 def as_rich(data: ResultTable) -> Table:
-    """A table for the terminal, without its notes; see ``print_table``. Brackets in it are brackets, not markup."""
+    """Build a table for the terminal, without its notes (see ``print_table``). Brackets in cells are not read as
+    markup.
+    """
     table = Table(title=Text(data.title, style="table.title"), title_justify="left")
     for index, name in enumerate(data.columns):
         table.add_column(name, justify="left" if index in data.text_columns else "right")

@@ -1,8 +1,10 @@
-"""Texts as a terminal and a page can show them."""
+"""Texts in a form that a terminal and a page can show."""
 
 
 def format_bytes(num_bytes: float) -> str:
-    """``"120 kB"``, ``"5.9 GB"``: powers of 1,000, two or three digits; nothing for 0."""
+    """Format a number of bytes in powers of 1,000, with two or three digits: ``"120 kB"``, ``"5.9 GB"``; nothing for
+    0.
+    """
     if not num_bytes:
         return ""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)):
@@ -13,14 +15,19 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space visible, and all else that cannot be seen in hexadecimal; see ``printable``."""
+    """Return a token's text with visible white space, and everything else that cannot be seen in hexadecimal; see
+    ``printable``.
+    """
     marks = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"}
     return "".join(marks.get(char) or printable(char) for char in text) or "∅"
 
 
 def printable(text: str) -> str:
-    """A text that a terminal and a page show as it is: bytes that are no character as ``<0xE2>``, characters that control
-    or cannot be seen (escape, zero width, changes of direction, spaces of other widths) as ``<U+200B>``.
+    """Return a text that a terminal and a page show without surprises.
+
+    Bytes that are not part of a character become ``<0xE2>``; characters that control or cannot be seen (escape, zero
+    width,
+    changes of direction, spaces of other widths) become ``<U+200B>``.
     """
     return "".join(
         char

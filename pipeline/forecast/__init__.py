@@ -1,1 +1,1 @@
-"""What a run will take: steps left, tokens, hours, bytes, money, memory."""
+"""Forecast of the rest of a run: steps left, tokens, hours, bytes, money, memory."""

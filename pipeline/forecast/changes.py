@@ -1,4 +1,4 @@
-"""Which settings set a step apart from the results that lie in the run directory under other fingerprints."""
+"""Settings that distinguish a step from the results in the run directory under other fingerprints."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ from pipeline.run.steps import Step
 
 
 def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings behind two fingerprints of one step, a line a setting.
+    """Describe how the settings behind two fingerprints of one step differ, one line per setting.
 
     Settings are named as in the configuration file (``align.epsilon``), inputs by their step.
     """
@@ -23,7 +23,7 @@ def setting_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def others_by_closeness(step: Step, earlier: Sequence[Step]) -> list[Step]:
-    """The same step under other fingerprints, the fewest changes first, of equals the latest, each fingerprint once.
+    """Sort the same step under other fingerprints by number of changes, then latest first, each fingerprint once.
 
     Args:
         step: as it is now.

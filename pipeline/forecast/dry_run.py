@@ -1,4 +1,4 @@
-"""``ptafuse train --dry-run``: what training will need, told before anything is loaded or downloaded."""
+"""``ptafuse train --dry-run``: needs of training, before anything is loaded or downloaded."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from train.model.estimate import USABLE, Memory, estimate_memory, fits, num_step
 
 @dataclass(frozen=True)
 class Amount:
-    """How much there is to train on.
+    """Amount of training data.
 
     Attributes:
         num_blocks: of one epoch.
@@ -75,7 +75,7 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
 
 
 def target_shape(model: ModelConfig) -> tuple[Any, str]:
-    """The transformers configuration of a model, and where it was found.
+    """Find the transformers configuration of a model; also return where it was found.
 
     A folder is read; a hub id is looked for in the local cache, then among the published shapes that come with ptafuse,
     then on the hub.
@@ -114,7 +114,7 @@ def _architecture(shape: Any, config: RunConfig, lora: LoraConfig | None) -> Arc
 
 
 def _amount(config: RunConfig, store: Store, tokens: int | None) -> Amount | None:
-    """From the fused shards of the same configuration, else from what the user says."""
+    """Take the amount from the fused shards of the same configuration, else from what the user says."""
     if tokens is not None:
         return Amount(math.ceil(tokens / config.fuse.max_length), tokens, "as given by --tokens")
     unread = {"train": None, "eval": None, "baselines": None, "interpret": None, "engine": None}

@@ -15,7 +15,7 @@ CHECKPOINT_BYTES = 12
 
 @dataclass(frozen=True)
 class Cost:
-    """What computing takes.
+    """Computing time, in GPU-hours and core-hours.
 
     Attributes:
         gpu_hours: GPU-hours.
@@ -32,7 +32,7 @@ class Cost:
         return Cost(self.gpu_hours * factor, self.core_hours * factor)
 
     def price(self, prices: PricesConfig) -> float | None:
-        """In the prices' money; None where something that is needed has no price."""
+        """Return the cost in the prices' currency; None if something that is needed has no price."""
         parts = ((self.gpu_hours, prices.gpu_hour), (self.core_hours, prices.core_hour))
         needed = [(hours, price) for hours, price in parts if hours]
         if any(price is None for _, price in needed):
@@ -42,20 +42,20 @@ class Cost:
 
 @dataclass
 class Assumed:
-    """The assumptions, and which of them were used."""
+    """Assumptions, together with a record of which ones were used."""
 
     values: AssumptionsConfig
     used: set[str] = field(default_factory=set)
 
     def take(self, name: str) -> float:
-        """The value of one of them, which is then among those that are printed."""
+        """Return one assumption, and record that it was used, so that it is printed."""
         self.used.add(name)
         return float(getattr(self.values, name))
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much text a run has.
+    """Amount of text of a run.
 
     Attributes:
         num_documents: None: not known before shard has run.
@@ -71,13 +71,13 @@ class Sizes:
 
 
 def cost_of(seconds: float, *, cpus: float, gpus: float) -> Cost:
-    """What workers cost that computed for so many seconds together."""
+    """Compute the cost of workers that computed for the given number of seconds in total."""
     hours = seconds / HOUR_SECONDS
     return Cost(gpu_hours=hours * gpus) if gpus else Cost(core_hours=hours * cpus)
 
 
 def shard_cost(tokens: Iterable[float], assumed: Assumed) -> Cost:
-    """Tokenizing a text under each of several tokenizers.
+    """Estimate the cost of tokenizing a text with each of several tokenizers.
 
     Args:
         tokens: of the text, under each.
@@ -87,7 +87,7 @@ def shard_cost(tokens: Iterable[float], assumed: Assumed) -> Cost:
 
 
 def forward_cost(tokens: float, parameters: float, *, gpu: bool, eager: bool = False, assumed: Assumed) -> Cost:
-    """A model's forward pass over a text: logits, and evaluation.
+    """Estimate the cost of a model's forward pass over a text: logits, and evaluation.
 
     Args:
         tokens: of the text.
@@ -103,20 +103,20 @@ def forward_cost(tokens: float, parameters: float, *, gpu: bool, eager: bool = F
 
 
 def align_cost(tokens: float, config: RunConfig, assumed: Assumed) -> Cost:
-    """Aligning one source."""
+    """Estimate the cost of aligning one source."""
     name = "align_boundary_rate" if config.align.pairing == "boundary" else "align_rate"
     return cost_of(tokens / assumed.take(name), cpus=1.0, gpus=0.0)
 
 
 def fuse_cost(tokens: float, assumed: Assumed) -> Cost:
-    """Fusing all sources."""
+    """Estimate the cost of fusing all sources."""
     return cost_of(tokens / assumed.take("fuse_rate"), cpus=1.0, gpus=0.0)
 
 
 def train_cost(
     tokens: float, parameters: float, *, gpu: bool, checkpointing: bool, eager: bool = False, assumed: Assumed
 ) -> Cost:
-    """Training on so many tokens.
+    """Estimate the cost of training on a number of tokens.
 
     Args:
         tokens: of all epochs.
@@ -133,7 +133,7 @@ def train_cost(
 
 
 def shard_bytes(text_bytes: float, assumed: Assumed) -> float:
-    """Of the shard stage's files."""
+    """Estimate the size of the shard stage's output, in bytes."""
     return text_bytes * assumed.take("text_compression")
 
 
@@ -143,5 +143,5 @@ def topk_bytes(tokens: float, num_entries: float, assumed: Assumed) -> float:
 
 
 def train_bytes(parameters: float, keep_checkpoints: int) -> float:
-    """Of the checkpoints that stay and the trained model."""
+    """Estimate the size of the checkpoints that are kept and of the trained model, in bytes."""
     return parameters * (CHECKPOINT_BYTES * keep_checkpoints + WEIGHT_BYTES)

@@ -1,4 +1,6 @@
-"""What of a plan the machines and the models' code decide: GPUs that stay idle for want of CPUs, attention without kernels."""
+"""Parts of a plan that depend on machines and on the models' code: GPUs that idle for lack of CPUs, attention without
+kernels.
+"""
 
 import json
 from importlib import resources

@@ -1,4 +1,6 @@
-"""``ptafuse plan``: what of a configuration is done, what is left and why, and what that will take."""
+"""``ptafuse plan``: the steps of a configuration that are done, those that are left and why, and what they will
+take.
+"""
 
 import math
 from collections.abc import Mapping
@@ -32,7 +34,7 @@ NEVER = "pending, never computed here"
 
 @dataclass(frozen=True)
 class Work:
-    """What a step goes through, and what that takes.
+    """Amount of work of a step, and its cost.
 
     Attributes:
         num_tokens: in all.
@@ -53,7 +55,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One step of a plan.
+    """State and work of one step.
 
     Attributes:
         key: the step.
@@ -99,12 +101,12 @@ class Forecast:
 
     @property
     def left(self) -> Cost:
-        """What all steps will still take."""
+        """Cost of what all steps have left."""
         return sum((step.work.left for step in self.steps), Cost())
 
     @property
     def num_bytes(self) -> float:
-        """Of all files when everything is done."""
+        """Bytes of all files when everything is done."""
         return sum(step.work.num_bytes for step in self.steps)
 
 
@@ -124,7 +126,9 @@ def forecast(resolved: ResolvedRun, store: Store) -> Forecast:
 
 
 class _Planner:
-    """Plans step after step, in the order of the pipeline: a step's tokens follow from those before it."""
+    """Planner of one step after the other, in the order of the pipeline: a step's tokens follow from those before
+    it.
+    """
 
     def __init__(self, resolved: ResolvedRun, store: Store) -> None:
         self._resolved = resolved
@@ -172,7 +176,9 @@ class _Planner:
     # --- why ---------------------------------------------------------------------------------------------------------
 
     def _other_results(self, step: Step) -> tuple[str, Step] | None:
-        """The same step under another fingerprint that has results here: the closest one, and its configuration's name."""
+        """Find the closest version of a step under another fingerprint that has results here, with its configuration's
+        name.
+        """
         names = {other.fingerprint: name for name, other in self._earlier if other.key == step.key}
         own = {other.fingerprint for name, other in self._earlier if name == self._config.name}
         for other in others_by_closeness(step, [other for _, other in self._earlier]):
@@ -205,7 +211,7 @@ class _Planner:
     # --- what it takes -----------------------------------------------------------------------------------------------
 
     def _sharded_work(self, step: Step, status: StepStatus, other: Step | None) -> Work:
-        """Reckon by the shards that are done, here or under other settings, or else by the assumptions."""
+        """Estimate from the shards that are done, here or under other settings, else from the assumptions."""
         assumed, shards = STAGE_COSTS[step.stage], status.shards
         if shards and self._num_shards:
             tokens = status.num_tokens * self._num_shards / len(shards)
@@ -237,7 +243,9 @@ class _Planner:
         return total
 
     def _logged_work(self, step: Step, status: StepStatus, other: Step | None) -> Work:
-        """Reckon training by its log, or that of a training under other settings, or else by the assumptions."""
+        """Estimate training from its log, or from that of a training under other settings, else from the
+        assumptions.
+        """
         assumed, train = STAGE_COSTS[step.stage], self._config.train
         tokens = assumed.tokens(self.outlook, step)
         record = status.training
@@ -259,7 +267,7 @@ class _Planner:
         return Work(tokens, left, num_bytes, cost, spent, basis if share else "")
 
     def _assumed_work(self, step: Step, status: StepStatus) -> Work:
-        """Reckon by the assumptions alone: a result says how long it took, but not on what."""
+        """Estimate from the assumptions alone: a result says how long it took, but not on what."""
         assumed = STAGE_COSTS[step.stage]
         tokens = assumed.tokens(self.outlook, step)
         if status.is_done:
@@ -269,7 +277,9 @@ class _Planner:
 
 
 def _has_same_rate(step: Step, other: Step | None) -> bool:
-    """Another configuration's results tell this step's speed: where models run, those of the same weights alone."""
+    """Return whether another configuration's results predict this step's speed: if models run, only with the same
+    weights.
+    """
     return other is not None and step.settings.get("weights") == other.settings.get("weights")
 
 

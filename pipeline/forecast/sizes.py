@@ -1,4 +1,6 @@
-"""How much text and how many parameters a run has, from what lies at hand: nothing is fetched, no model is loaded."""
+"""Amount of text and number of parameters of a run, from local information only: nothing is fetched, no model is
+loaded.
+"""
 
 import math
 import re
@@ -25,7 +27,7 @@ _PARAMETERS = re.compile(r"(?<![0-9a-z.])(\d+(?:\.\d+)?)(b|m)(?![0-9a-z])", re.I
 
 
 def measure_sizes(config: RunConfig, plan: Plan | None, shard: StepStatus, assumed: Assumed) -> Sizes:
-    """How much text a run has: counted by the shards that are done, or else from the dataset's files or its card.
+    """Measure the amount of text: from finished shards, else from the dataset's files or its card.
 
     Args:
         config: of the run.
@@ -54,7 +56,7 @@ def measure_sizes(config: RunConfig, plan: Plan | None, shard: StepStatus, assum
 
 
 def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float, str]:
-    """Documents (None: not known), bytes of text, and where that is from.
+    """Return the number of documents (None: unknown), the bytes of text, and where these figures are from.
 
     Raises:
         ValueError: nothing tells; says what to set.
@@ -120,14 +122,14 @@ def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
 
 @dataclass(frozen=True)
 class Parameters:
-    """How many parameters a model has, and how that is known."""
+    """Number of parameters of a model, and where it is from."""
 
     count: float
     source: str
 
 
 def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
-    """Parameters of a model: as given, as its local weights say, or as its name says ("Llama-2-7b").
+    """Find the number of parameters of a model: as given, from its local weights, or from its name ("Llama-2-7b").
 
     Raises:
         ValueError: nothing tells; says what to set.

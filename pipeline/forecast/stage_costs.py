@@ -1,4 +1,4 @@
-"""What each stage goes through, takes and writes, where the run has not measured it yet."""
+"""Tokens, cost and output size of each stage, for steps that the run has not measured yet."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from stages.models.config import ModelConfig
 
 @dataclass
 class Outlook:
-    """What is known of a run and what is assumed, from which the costs of its steps follow.
+    """Known and assumed facts about a run, from which the costs of its steps follow.
 
     Attributes:
         config: the configuration.
@@ -80,7 +80,7 @@ class Outlook:
 
 @dataclass(frozen=True)
 class StageCost:
-    """What a stage costs by the assumptions.
+    """Costs of a stage by the assumptions.
 
     Attributes:
         tokens: that a step goes through, all shards together.

@@ -1,4 +1,4 @@
-"""How ``ptafuse plan`` is shown: a table and the reasons for people, JSON for programs."""
+"""Output of ``ptafuse plan``: a table and the reasons for people, JSON for programs."""
 
 from typing import Any
 
@@ -62,7 +62,7 @@ def print_forecast(found: Forecast, console: Console) -> None:
 
 
 def forecast_json(found: Forecast) -> dict[str, Any]:
-    """For ``ptafuse plan --json``."""
+    """Build the output of ``ptafuse plan --json``."""
     fields = AssumptionsConfig.model_fields
     prices = found.config.prices
     return {
@@ -139,7 +139,7 @@ def _shards(step: StepPlan) -> str:
 
 
 def _amount(value: float) -> str:
-    """Two or three significant digits: an estimate has no more."""
+    """Format a number with two or three significant digits, since an estimate is no more precise."""
     if not value:
         return ""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")):

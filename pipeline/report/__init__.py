@@ -1,1 +1,1 @@
-"""What came out of a run directory, for people: tables in the terminal, and a page."""
+"""Results of a run directory, for people: tables in the terminal, and a page."""

@@ -22,7 +22,7 @@ _Result = dict[str, Any] | None
 
 @dataclass(frozen=True)
 class HeldOutRow:
-    """One model on the held-out text, or on another text.
+    """Result of one model on the held-out text, or on another text.
 
     Attributes:
         label: which model.
@@ -63,7 +63,7 @@ def held_out(
     peers: Sequence[ResolvedRun] | None = None,
     text: str | None = None,
 ) -> list[HeldOutRow]:
-    """Every evaluated model once: sources and target, baselines, then what each configuration trained.
+    """Collect a row for every evaluated model: sources and target, baselines, then what each configuration trained.
 
     What is not evaluated has a row where the latest configuration of a name asks for it.
 
@@ -110,7 +110,8 @@ def _surviving_share(rounding: Mapping[str, int] | None) -> float | None:
 def _untrained_once(
     runs: Sequence[ResolvedRun], read: Callable[[Step], _Result], text: str | None
 ) -> list[tuple[str, ResolvedRun, Step]]:
-    """What the runs evaluate without training it, each result once; what is not evaluated where a name's latest asks for it.
+    """List what the runs evaluate without training, each result once; for missing results, ask the latest run of each
+    name.
 
     Returns:
         (label, the first run that has it, its step); two results of one label are told apart by their runs.
@@ -129,7 +130,7 @@ def _untrained_once(
 
 
 def _remembering(store: Store) -> Callable[[Step], _Result]:
-    """``read_result``, each file once: many runs are compared with the same ones."""
+    """Wrap ``read_result`` so that each file is read once, since many runs are compared with the same ones."""
     found: dict[str, _Result] = {}
 
     def read(step: Step) -> _Result:
@@ -141,7 +142,7 @@ def _remembering(store: Store) -> Callable[[Step], _Result]:
 
 
 def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], GoldOnly], text: str | None) -> GoldOnly:
-    """What a figure that needs no training is compared with: the runs that evaluate it must train alike."""
+    """Find the gold-only run to compare an untrained model with: the runs that evaluate the model must train alike."""
     first = gold_training(runs[0], text)
     if any(gold_training(run, text) != first for run in runs):
         return GoldOnly(None, "stands beside runs that train in different ways: there is no one run to compare it with")
@@ -149,7 +150,7 @@ def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], Gold
 
 
 def untrained(run: ResolvedRun, text: str | None = None) -> list[tuple[str, Step]]:
-    """What a run evaluates without training it, for people and as steps: the sources, the target, the baselines.
+    """List what a run evaluates without training it, with labels for people: the sources, the target, the baselines.
 
     Args:
         run: which run.
@@ -164,7 +165,7 @@ def untrained(run: ResolvedRun, text: str | None = None) -> list[tuple[str, Step
 
 
 def held_out_table(rows: Sequence[HeldOutRow], name: str = "Held-out text") -> ResultTable:
-    """The rows for people; ``name`` is that of the text."""
+    """Build the table of the rows, for people; ``name`` is the name of the text."""
     return ResultTable(
         f"{name}{in_precisions(row.dtype for row in rows)} (differences: over all bytes ± standard error over "
         "documents)",
@@ -194,7 +195,7 @@ def in_precisions(dtypes: Iterable[str | None]) -> str:
 
 
 def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
-    """Why differences to training on the gold tokens alone are missing: each reason once, with its rows."""
+    """Explain why differences to training on the gold tokens alone are missing: each reason once, with its rows."""
     labels: dict[str, list[str]] = {}
     for row in rows:
         if row.no_gold_only is not None:
@@ -224,7 +225,7 @@ def _held_out_row(label: str, result: _Result) -> HeldOutRow:
 
 
 def _compared(row: HeldOutRow, result: _Result, before: _Result, gold_only: GoldOnly) -> HeldOutRow:
-    """The row with its differences, where it has a figure."""
+    """Add the differences to a row that has a result."""
     if result is None or row.bits_per_byte is None:
         return row
     against_before, against_gold_only = (
@@ -253,8 +254,11 @@ def _describe_baseline(run: ResolvedRun, baseline: Baseline, text: str | None) -
 
 
 def _target_before(run: ResolvedRun, text: str | None) -> Step:
-    """The run's target as it is before training. Its fingerprint says which weights and tokenizer it has, which documents
-    are scored, and how: figures are compared where all of it agrees.
+    """Return the step that evaluates the run's target before training.
+
+    Its fingerprint covers the weights, the tokenizer, which documents are scored, and how, so two results are compared
+    only if
+    all of these agree.
     """
     return run.steps[eval_key(run.config.target.name, text)]
 

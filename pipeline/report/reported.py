@@ -1,4 +1,4 @@
-"""Which recorded configurations reports show, and what tells those of one name apart."""
+"""Choose the recorded configurations that reports show, and label those that share a name."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ def reported_runs(store: Store) -> list[ResolvedRun]:
 
 
 def runs_by_folder(runs: Sequence[ResolvedRun], key: str) -> Iterator[tuple[ResolvedRun, str, bool]]:
-    """Each result of one step once, for runs that share it.
+    """Yield each result of one step once, for the runs that share it.
 
     Args:
         runs: configurations, the last used one last.
@@ -69,7 +69,7 @@ def runs_by_folder(runs: Sequence[ResolvedRun], key: str) -> Iterator[tuple[Reso
 
 
 def _has_result(step: Step, store: Store) -> bool:
-    """Something of a step is done: a shard, its result, or, where a sweep removed that, its log."""
+    """Return whether something of a step is done: a shard, its result, or, if a sweep removed that, its log."""
     if step.is_sharded:
         return bool(store.manifest_names(step.folder))
     keeps_log = job_stage(step.stage).keeps_log
@@ -77,7 +77,7 @@ def _has_result(step: Step, store: Store) -> bool:
 
 
 def _told_apart(runs: Sequence[ResolvedRun]) -> list[ResolvedRun]:
-    """The same runs, each with what tells it from the others of its name."""
+    """Return the same runs, each with the words that distinguish it from the others of its name."""
     by_name: dict[str, list[ResolvedRun]] = {}
     for run in runs:
         by_name.setdefault(run.config.name, []).append(run)
@@ -86,8 +86,9 @@ def _told_apart(runs: Sequence[ResolvedRun]) -> list[ResolvedRun]:
 
 
 def _distinctions(runs: Sequence[ResolvedRun]) -> list[str]:
-    """Words for each of the runs of one name: the settings in which they differ; those that change no result only where the
-    others leave two alike, and a number where all do.
+    """Return the words that distinguish the runs of one name: the settings in which they differ.
+
+    Settings that change no result are used only if the others leave two runs alike, and a number if all settings do.
     """
     if len(runs) == 1:
         return [""]
@@ -105,7 +106,7 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _settings(run: ResolvedRun, runs: Sequence[ResolvedRun], *, everything: bool) -> dict[str, Any]:
-    """What may tell a run from others of its name: the settings that change results, or all, and the stages' versions.
+    """Collect the settings that may distinguish a run: those that change results, or all, and the stages' versions.
 
     A preset stands in the place of the settings that have its values in every run.
     """
@@ -124,7 +125,9 @@ def _settings(run: ResolvedRun, runs: Sequence[ResolvedRun], *, everything: bool
 
 
 def _flat(settings: Settings, prefix: str, *, everything: bool) -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values, without the configuration's name; those that change no result where ``everything``."""
+    """Yield dotted keys and values, without the configuration's name; with ``everything``, also those that change no
+    result.
+    """
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         key = f"{prefix}{field.alias or name}"

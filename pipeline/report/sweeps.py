@@ -1,4 +1,4 @@
-"""What the cells of a sweep gave, and its table."""
+"""Results of a sweep's cells, and their table."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ from stages.measures.standard_error import Estimate, weighted_mean
 
 @dataclass(frozen=True)
 class Measure:
-    """What a table of a sweep sums up.
+    """Figure that a table of a sweep summarises.
 
     Attributes:
         text: the text; None for the held-out split.
@@ -36,7 +36,7 @@ class Measure:
 
     @property
     def words(self) -> str:
-        """For the title of a table."""
+        """Description for the title of a table."""
         where = "held-out bits per byte" if self.text is None else f"bits per byte on the text {self.text}"
         return f"{where}, average over kinds" if self.by_kind else where
 
@@ -57,7 +57,7 @@ def sweep_measures(sweep: SweepConfig, runs: Iterable[ResolvedRun]) -> list[Meas
 
 @dataclass(frozen=True)
 class CellResult:
-    """What a cell's seeds gave on a text.
+    """Result of a cell's seeds on a text.
 
     Attributes:
         name: the cell's.
@@ -103,7 +103,7 @@ def sweep_results(
     measure: Measure | None = None,
     runs: Mapping[tuple[str, int], ResolvedRun] | None = None,
 ) -> list[CellResult]:
-    """What the finished cells gave, in the sweep's order, then what they evaluated without training.
+    """Collect the results of finished cells, in the sweep's order, then of what they evaluated without training.
 
     Args:
         sweep: the sweep.
@@ -141,7 +141,8 @@ def sweep_results(
 
 
 def _documents(run: ResolvedRun, text: str | None) -> dict[str, Any]:
-    """What decides which documents a run scores: the settings, with the dataset by its contents, wherever it lay.
+    """Return what determines which documents a run scores: settings, and the dataset by its contents, wherever it is
+    stored.
 
     Of a text those are left out that training has read, so what decides the training documents decides here as well.
     """
@@ -165,7 +166,7 @@ def _untrained_result(
     figures: Mapping[tuple[str, int], _Figures],
     measure: Measure,
 ) -> CellResult:
-    """One figure beside those of all seeds.
+    """Compare one untrained result with the results of all seeds.
 
     Args:
         sweep: the sweep.
@@ -214,7 +215,7 @@ def _cell_result(
 
 
 def _other_documents(pairs: Sequence[tuple[_Figures, _Figures]]) -> str | None:
-    """Why the figures of these seeds are not of the same documents, with those of the baseline; None where they are."""
+    """Explain why these seeds and the baseline do not score the same documents; None if they do."""
     first = pairs[0][1]
     for found in itertools.chain.from_iterable(pairs):
         differing = other_documents(found.documents, first.documents)
@@ -252,7 +253,7 @@ def sweep_tables(sweep: SweepConfig, store: Store) -> list[ResultTable]:
 
 
 def sweep_table(sweep: SweepConfig, results: Sequence[CellResult], measure: Measure | None = None) -> ResultTable:
-    """The results for people.
+    """Build the table of the results, for people.
 
     Args:
         sweep: the sweep.

@@ -1,4 +1,4 @@
-"""Teacher NLL of what align and fuse made."""
+"""Teacher NLL of the distributions that align and fuse wrote."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ CHOSEN_BY_GOLD: Final = "chosen_by_gold"
 
 @dataclass(frozen=True)
 class TeacherRow:
-    """What one align or fuse step made; means in nats over the positions that it covers, None where nothing was counted.
+    """Result of one align or fuse step; means in nats over the positions that it covers, None if nothing was counted.
 
     Attributes:
         run: the configuration's label.
@@ -52,7 +52,7 @@ class TeacherRow:
 
 
 def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus]) -> list[TeacherRow]:
-    """One row for every align and fuse folder that has figures; ``statuses`` by the runs' labels."""
+    """Build one row for every align and fuse folder with health metrics; ``statuses`` by the runs' labels."""
     rows, shown = [], set()
     for run in runs:
         for step in statuses[run.label].steps:
@@ -71,7 +71,7 @@ def teacher_rows(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus])
 
 
 def _teacher_row(run: str, name: str, health: Health, prefix: str) -> TeacherRow:
-    """From a step's health, or from the figures of it whose names have a prefix."""
+    """Build a row from a step's health metrics, or from those whose names have a prefix."""
 
     def mean(figure: str) -> float | None:
         return _mean(health.get(prefix + figure))
@@ -97,7 +97,7 @@ def _teacher_row(run: str, name: str, health: Health, prefix: str) -> TeacherRow
 
 
 def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
-    """How well the distributions know the gold tokens, for people."""
+    """Build the table of how well the distributions predict the gold tokens, for people."""
     return ResultTable(
         "Teacher NLL: mean -ln p(gold next token) in nats, lower is better; beside each figure the models' own, computed alike "
         "on the same positions. Completed: what a row does not list is divided as the target divides it. Floored: rows "
@@ -131,7 +131,7 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
 
 
 def moved_table(rows: Sequence[TeacherRow]) -> ResultTable:
-    """What aligning did to the sources' distributions, for people."""
+    """Build the table of what aligning changed in the sources' distributions, for people."""
     return ResultTable(
         "What aligning moved: positions where both models condition on the same text; mass that landed on a token of another "
         "text; entropy of the source's window and of what came of it, nats",

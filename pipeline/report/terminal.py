@@ -1,4 +1,4 @@
-"""``ptafuse report``: what came out of every configuration in a run directory, in the terminal or as a page."""
+"""``ptafuse report``: results of every configuration in a run directory, in the terminal or as a page."""
 
 from pathlib import Path
 

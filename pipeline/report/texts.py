@@ -16,7 +16,7 @@ from stages.measures.standard_error import Estimate
 
 @dataclass(frozen=True)
 class TextReport:
-    """The figures of every model on one text.
+    """Results of every model on one text.
 
     Attributes:
         name: the text's, with its runs where other runs have another text of that name.
@@ -51,7 +51,7 @@ def text_reports(
 
 
 def _identity(run: ResolvedRun, text: str) -> str:
-    """What tells a run's text of that name from others of the name: its documents, and how they are chosen."""
+    """Return what distinguishes a run's text from others of the same name: its documents, and how they are chosen."""
     step = run.steps.get(eval_key(run.config.target.name, text))
     return "" if step is None else canonical_json([step.settings["text"], step.settings["inputs"]["documents"]])
 

@@ -11,7 +11,9 @@ from stages.contract.store import Store
 
 
 def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], store: Store) -> ResultTable:
-    """Seconds and tokens of every step that computed something; ``statuses`` by the runs' labels."""
+    """Build the table of seconds and tokens of every step that computed something; ``statuses`` by the runs'
+    labels.
+    """
     rows, shown = [], set()
     for run in runs:
         for step in statuses[run.label].steps:

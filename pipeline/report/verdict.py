@@ -1,4 +1,4 @@
-"""What came of fusing, in one sentence a model and text."""
+"""Verdict on fusing, in one sentence per model and text."""
 
 from collections.abc import Sequence
 from typing import Final

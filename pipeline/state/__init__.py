@@ -1,1 +1,1 @@
-"""What a run directory holds now: where it stands, whether its files are sound, what may be removed."""
+"""State of a run directory: progress, soundness of its files, and what may be removed."""

@@ -1,4 +1,4 @@
-"""``ptafuse gc``: removes what killed and overtaken attempts left in a run directory, and nothing else.
+"""``ptafuse gc``: remove what killed and overtaken attempts left in a run directory, and nothing else.
 
 Garbage is a data or quarantine file that no manifest names, and a temporary file of an interrupted write; both by the
 exact names that this program gives them, and older than a day. All else stays: files of others, attempts' records,
@@ -36,7 +36,7 @@ _TEMPORARY = re.compile(r"(?:.*/)?\.[^/]+\.[0-9a-f]{8}\.tmp")
 
 @dataclass(frozen=True)
 class Garbage:
-    """What ``find_garbage`` found.
+    """Result of ``find_garbage``.
 
     Attributes:
         files: may be removed.
@@ -80,7 +80,7 @@ def collect_garbage(store: Store, console: Console, *, older_than_seconds: float
 
 
 def find_garbage(store: Store, *, older_than_seconds: float) -> Garbage:
-    """What may be removed from a run directory; see the module's text.
+    """Find what may be removed from a run directory; see the module's text.
 
     A manifest may be published after the listing, so those of the shards that are left are read once more.
 
@@ -106,13 +106,13 @@ def _unnamed(entries: Sequence[FileEntry], named: set[str]) -> list[FileEntry]:
 
 
 def _manifest_of(key: str) -> str | None:
-    """The manifest that would name the file, None if none ever would."""
+    """Return the manifest that would name the file; None if none ever would."""
     match = _OUTPUT.fullmatch(key)
     return match and manifest_key(match["folder"], int(match["shard"] or match["bad"]))
 
 
 def _named_files(store: Store, manifests: Sequence[str]) -> set[str]:
-    """The keys that manifests name; of all configurations, since they share folders."""
+    """Collect the keys that manifests name, over all configurations, since they share folders."""
     named = set()
     for key, raw in store.read_all(manifests):
         try:
@@ -130,7 +130,7 @@ def _named_files(store: Store, manifests: Sequence[str]) -> set[str]:
 
 
 def _is_being_written(store: Store, key: str) -> bool:
-    """Does the attempt whose file this is still compute? An attempt without a record does not."""
+    """Return whether the attempt that owns this file is still computing. An attempt without a record is not."""
     match = _OUTPUT.fullmatch(key)
     if match is None:
         return False

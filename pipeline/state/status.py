@@ -1,4 +1,4 @@
-"""What is done, running and failed in a run directory, read from storage alone (no Ray, no models)."""
+"""State of a run directory, read from storage only (no Ray, no models): what is done, running and failed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ LOW_COVERAGE = 0.5
 
 @dataclass(frozen=True)
 class StepStatus:
-    """Where one step stands.
+    """State of one step.
 
     Attributes:
         key: the step.
@@ -46,12 +46,12 @@ class StepStatus:
 
     @property
     def stage(self) -> str:
-        """The step's stage."""
+        """Stage of the step."""
         return self.key.split("/", maxsplit=1)[0]
 
     @property
     def failed(self) -> dict[int, str]:
-        """Shards that are neither done nor running and had an error -> the last one."""
+        """Shards that are neither done nor running and had an error -> the last error."""
         found = {}
         for shard, records in self.attempts.items():
             errors = [record["error"] for record in records if record.get("error")]
@@ -61,22 +61,22 @@ class StepStatus:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the done shards."""
+        """Number of tokens of the done shards."""
         return sum(shard.num_tokens for shard in self.shards.values())
 
     @property
     def seconds(self) -> float:
-        """Computing of the done shards, all workers together."""
+        """Seconds of computing of the done shards, all workers together."""
         return sum(shard.seconds for shard in self.shards.values())
 
     def num_attempts(self, shard: int) -> int:
-        """Attempts at a shard so far; at a done one, up to the one that did it."""
+        """Return the number of attempts at a shard so far; for a done shard, including the successful one."""
         done = self.shards.get(shard)
         return done.attempt if done else len(self.attempts.get(shard, ()))
 
     @property
     def figures(self) -> dict[str, Figure]:
-        """The health figures, and what follows from the seconds of a stage that runs models: its speed, the models' share."""
+        """Health metrics, and for a stage that runs models its speed and the models' share of the time."""
         figures = dict(self.health)
         seconds, forward = (figures.get(name) for name in ("stage_seconds", "forward_seconds"))
         if isinstance(seconds, float) and isinstance(forward, float) and seconds:
@@ -87,7 +87,7 @@ class StepStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """Where a run stands."""
+    """State of a run."""
 
     url: str
     name: str
@@ -97,16 +97,16 @@ class RunStatus:
 
 
 class StatusReader:
-    """Reads where a run stands, again and again: what is done is read once."""
+    """Reader of a run's state that reads what is done only once, however often it is asked."""
 
     def __init__(self, resolved: ResolvedRun, store: Store) -> None:
-        """Nothing is read yet."""
+        """Remember the run; nothing is read yet."""
         self._resolved = resolved
         self._store = store
         self._figures = FiguresReader(store)
 
     def read(self) -> RunStatus:
-        """Where the run stands now."""
+        """Read the current state of the run."""
         resolved, url = self._resolved, self._store.url
         plan = read_plan(self._store, resolved.steps["shard"].folder)
         num_shards = plan.num_shards if plan else 0

@@ -1,4 +1,4 @@
-"""How ``ptafuse status`` is shown: a table for people, JSON for programs."""
+"""Output of ``ptafuse status``: a table for people, JSON for programs."""
 
 from collections.abc import Container
 from typing import Any, Final
@@ -67,7 +67,7 @@ WHOLES: Final = {
 
 
 def status_json(status: RunStatus) -> dict[str, Any]:
-    """For ``ptafuse status --json``."""
+    """Build the output of ``ptafuse status --json``."""
     return {
         "run": status.url,
         "config": status.name,
@@ -200,7 +200,7 @@ def _health_json(figure: Figure) -> float | None:
 
 
 def shown_figure(figure: Figure) -> str:
-    """A health figure for people."""
+    """Format a health metric for people."""
     if isinstance(figure, Mean):
         return f"{figure.value:.4g}" if figure.count else "-"
     if isinstance(figure, float):

@@ -54,13 +54,13 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
 
 
 def _training_folders(store: Store) -> list[str]:
-    """Every folder of the run directory that a training works in: of the target, and of adapted sources."""
+    """List the folders of the run directory in which models are trained: the target, and adapted sources."""
     adapted = [f"adapt/{model}/{name}" for model in store.names("adapt") for name in store.names(f"adapt/{model}")]
     return [f"train/{name}" for name in store.names("train")] + adapted
 
 
 def stage_folders(store: Store) -> list[str]:
-    """Every folder of the run directory that holds a sharded stage's results, of any configuration."""
+    """List the folders of the run directory that hold a sharded stage's results, of any configuration."""
     found = []
     for stage in (spec.name for spec in SHARDED_STAGES):
         for name in store.names(stage):
@@ -73,7 +73,7 @@ def stage_folders(store: Store) -> list[str]:
 
 
 def _model_problem(store: Store, folder: str) -> str | None:
-    """What is wrong with a trained model, None if nothing, or if training is not done."""
+    """Describe what is wrong with a trained model; None if it is sound or not trained yet."""
     try:
         manifest = json.loads(store.read(f"{folder}/{MANIFEST}"))
     except FileNotFoundError:
@@ -88,7 +88,7 @@ def _model_problem(store: Store, folder: str) -> str | None:
 
 
 def _problem(store: Store, key: str) -> str | None:
-    """What is wrong with a shard, None if nothing."""
+    """Describe what is wrong with a shard; None if it is sound."""
     try:
         manifest = Manifest.from_bytes(store.read(key))
     except ValueError as error:

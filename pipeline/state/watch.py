@@ -1,4 +1,4 @@
-"""``ptafuse status --watch``: all steps of a run, read anew every few seconds; a live table, or plain lines."""
+"""``ptafuse status --watch``: all steps of a run, updated every few seconds; a live table, or plain lines."""
 
 import logging
 import time
@@ -25,7 +25,7 @@ MOST_ERRORS = 5
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a step goes.
+    """Speed of a step.
 
     Attributes:
         tokens_per_second: of all workers together.
@@ -62,7 +62,7 @@ def watch(read: Callable[[], RunStatus], console: Console, *, interval: float) -
 
 
 def step_speed(step: StepStatus, now: float) -> Speed | None:
-    """The speed of a step, None where there is none: it has not begun, is done, or no shard was done of late.
+    """Compute the speed of a step; None if it has not begun, is done, or finished no shard lately.
 
     Args:
         step: where it stands.
@@ -127,7 +127,7 @@ def _view(status: RunStatus, now: float) -> Group:
 
 
 def _lines(status: RunStatus, now: float) -> dict[str, str]:
-    """A line a step that has begun, and one a warning."""
+    """Return one line per step that has begun, and one per warning."""
     lines = {}
     for step in status.steps:
         done, total = _units(step)
@@ -146,7 +146,7 @@ def _lines(status: RunStatus, now: float) -> dict[str, str]:
 
 
 def _units(step: StepStatus) -> tuple[int, int]:
-    """How much of a step is done, of how much: shards, optimizer steps, or the one figure of an evaluation."""
+    """Return the done and the total amount of a step: shards, optimizer steps, or the one result of an evaluation."""
     if step.training:
         total = int(step.training["num_steps"])
         return (total if step.is_done else int(step.training["step"])), total

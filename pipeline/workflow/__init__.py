@@ -1,1 +1,1 @@
-"""Several steps, several runs: the stages in order, sweeps, the demo."""
+"""Workflows of several steps and several runs: the stages in order, sweeps, the demo."""

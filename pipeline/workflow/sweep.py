@@ -80,7 +80,7 @@ class SweepConfig(Settings):
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the table: a variant with one value of each list.
+    """Row of a sweep's table: a variant with one value of each list.
 
     Attributes:
         name: the variant's, with the values.
@@ -149,7 +149,7 @@ def _check_summary(sweep: SweepConfig, cell: Cell, config: RunConfig) -> None:
 
 
 def cells_of(sweep: SweepConfig) -> list[Cell]:
-    """The rows of a sweep: every variant, its lists of values in every combination."""
+    """List the rows of a sweep: every variant, with its lists of values in every combination."""
     cells = []
     for variant in sweep.variants:
         settings = {**sweep.set, **variant.set}
@@ -209,7 +209,7 @@ def run_name(sweep: SweepConfig, cell: Cell, seed: int) -> str:
 
 
 def _request(sweep: SweepConfig, cell: Cell, seed: int) -> Request:
-    """What is asked for to compute one cell and seed."""
+    """Build the request to compute one cell and seed."""
     name = run_name(sweep, cell, seed)
     return Request(sweep.config, (*cell.overrides, f"name={name}", f"train.seed={seed}"))
 
@@ -269,7 +269,7 @@ def _likeliest(runs: list[ResolvedRun], request: Request, store: Store) -> Resol
 
 
 def recorded_sweeps(store: Store) -> list[SweepConfig]:
-    """The sweeps that were begun in a run directory."""
+    """Read the sweeps that were begun in a run directory."""
     found = []
     for name in sorted(store.names("sweeps")):
         record = json.loads(store.read(f"sweeps/{name}"))

@@ -1,1 +1,1 @@
-"""``ptafuse interpret``: what fusing did, in figures that people can think about; see docs/interpretability.md."""
+"""``ptafuse interpret``: effect of fusing, in figures that people can reason about; see docs/interpretability.md."""

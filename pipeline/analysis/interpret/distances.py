@@ -19,7 +19,7 @@ from stages.models.token_space import BLOCK_VALUES, TokenSpace
 
 
 class Spread(NamedTuple):
-    """Of N distributions.
+    """Inner Distances and centres of N distributions.
 
     Attributes:
         inner: (N,) Inner Distance; NaN where there is no distribution.
@@ -31,7 +31,7 @@ class Spread(NamedTuple):
 
 
 def spread(rows: SparseRows, space: TokenSpace) -> Spread:
-    """Inner Distance and centre of each distribution.
+    """Compute Inner Distance and centre of each distribution.
 
     Args:
         rows: N distributions of at most k tokens; what a row's probabilities lack of 1 is of no known token and left out.
@@ -49,12 +49,12 @@ def spread(rows: SparseRows, space: TokenSpace) -> Spread:
 
 
 def center_distance(first: Spread, second: Spread) -> np.ndarray:
-    """(N,) Center Distance; NaN where either has no distribution."""
+    """Compute the Center Distances, (N,); NaN where either side has no distribution."""
     return np.linalg.norm(first.centre.astype(np.float64) - second.centre, axis=1)
 
 
 def _spread(ids: np.ndarray, logprobs: np.ndarray, space: TokenSpace) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows (P, k) that all have a token: (P,) and (P, H)."""
+    """Compute the Inner Distances (P,) and centres (P, H) of rows (P, k), each of which has a token."""
     known = ids != PAD_ID
     probs = np.where(known, np.exp(logprobs.astype(np.float64)), 0.0)
     probs /= probs.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Figures of documents: who wins at their positions, and how the distributions there lie to one another."""
+"""Figures per document: who wins at its positions, and how the distributions there relate to each other."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ class DocumentFigures:
 
     @classmethod
     def of_segment(cls, segment: FusedSegment, space: TokenSpace) -> Self:
-        """The figures of one segment.
+        """Compute the figures of one segment.
 
         Args:
             segment: what the fuse stage makes of it.
@@ -76,7 +76,7 @@ class DocumentFigures:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         return {
             "num_positions": self.num_positions,
             "num_fused": self.num_fused,
@@ -105,7 +105,7 @@ def _totals(inner: np.ndarray, own_inner: np.ndarray, center: np.ndarray) -> lis
 
 
 def distance_rows(documents: Sequence[DocumentFigures], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Mean distances of each distribution, and their standard errors over documents.
+    """Average the distances of each distribution, with standard errors over documents.
 
     Args:
         documents: their figures.
@@ -169,11 +169,11 @@ def _win_row(kind: str, documents: Sequence[DocumentFigures], names: Sequence[st
 
 
 def _shares(wins: np.ndarray, count: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Of wins (D, C) at count (D,) positions; documents without any are left out."""
+    """Average wins (D, C) over (D,) counted positions; documents without any are left out."""
     wins, count = wins[count > 0], count[count > 0]
     return {name: estimate_json(weighted_mean(wins[:, index] / count, count)) for index, name in enumerate(names)}
 
 
 def estimate_json(estimate: Estimate) -> dict[str, float | None]:
-    """JSON has no NaN."""
+    """Convert an estimate to JSON, which has no NaN."""
     return {name: value if np.isfinite(value) else None for name, value in estimate._asdict().items()}

@@ -1,4 +1,4 @@
-"""The pairs of tokens between which most mass moved, from many shards' plans."""
+"""Pairs of tokens between which most mass moved, over the plans of many shards."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -13,7 +13,7 @@ table is too small by at most the smallest mass that a shard kept, once a shard.
 
 
 def part_of(pairs: PairMass, *, kept: int = KEPT_PAIRS) -> dict[str, Any]:
-    """What one shard hands on, as JSON values."""
+    """Summarise one shard's pairs, as JSON values."""
     differs = ~pairs.is_same
     columns = (pairs.source_ids[differs], pairs.target_ids[differs], pairs.mass[differs])
     return {
@@ -28,7 +28,7 @@ def part_of(pairs: PairMass, *, kept: int = KEPT_PAIRS) -> dict[str, Any]:
 def most_moved(
     parts: Sequence[Mapping[str, Any]], source: Vocabulary, target: Vocabulary, *, num_pairs: int
 ) -> dict[str, Any]:
-    """The pairs of different texts with the most mass, and all mass in total.
+    """Find the pairs of different texts with the most mass, and the total mass.
 
     Args:
         parts: of the shards, from ``part_of``.

@@ -38,13 +38,13 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(run: ResolvedRun) -> str:
-    """Where the figures of a configuration are, in the run directory."""
+    """Return the folder of a configuration's figures in the run directory."""
     settings = {"interpret": run.config.interpret.result_settings(), "kind_column": run.config.dataset.kind_column}
     return f"interpret/{fingerprint('interpret', VERSION, settings, {'fuse': run.steps['fuse'].fingerprint})}"
 
 
 def read_interpretation(run: ResolvedRun, store: Store) -> dict[str, Any] | None:
-    """The figures of a configuration, None if they were not computed."""
+    """Read the figures of a configuration; None if they were not computed."""
     try:
         return json.loads(store.read(_result_key(run)))
     except FileNotFoundError:
@@ -82,7 +82,7 @@ def interpret(run: Run) -> dict[str, Any]:
 
 
 def _part(run: Run, interpreter: "_Interpreter", shard: int) -> dict[str, Any]:
-    """What one shard gives: read where an earlier command left it."""
+    """Return one shard's figures, and read them if an earlier command computed them."""
     key = _part_key(run.resolved, shard)
     try:
         raw = run.store.read(key)
@@ -93,7 +93,7 @@ def _part(run: Run, interpreter: "_Interpreter", shard: int) -> dict[str, Any]:
 
 
 class _Interpreter:
-    """Computes shards; loads tokenizers, kernels and embeddings when the first one is to be computed.
+    """Interpreter of shards that loads tokenizers, kernels and embeddings when the first shard is computed.
 
     Args:
         run: the run.
@@ -106,7 +106,7 @@ class _Interpreter:
         self._stages: tuple[FuseStage, dict[str, AlignStage], TokenSpace] | None = None
 
     def part(self, shard: int) -> dict[str, Any]:
-        """The figures of a shard's documents, and the pairs of tokens of each source."""
+        """Compute the figures of a shard's documents, and the pairs of tokens of each source."""
         fuse, aligns, space = self._loaded()
         run, target_name = self._run, self._run.config.target.name
         inputs = read_inputs(run.resolved, run.store, run.resolved.steps["fuse"], shard)
@@ -143,7 +143,7 @@ class _Interpreter:
         return self._stages
 
     def _kinds(self, shard: int, target: pa.Table, rows: list[int]) -> dict[int, str]:
-        """The kind of each document: as the dataset says, else by its length."""
+        """Return the kind of each document: from the dataset if it has kinds, else by its length."""
         run = self._run
         doc_ids = target["doc_id"].to_numpy()
         if run.config.dataset.kind_column is None:
@@ -174,7 +174,7 @@ def _shortened(kind: str) -> str:
 
 
 def _aligned_rows(target: pa.Table, aligned: pa.Table, rows: list[int]) -> list[int]:
-    """Those of the target's rows that are aligned: not in align's quarantine."""
+    """Return the target's rows that are aligned, that is, not in align's quarantine."""
     done = set(segment_keys(aligned))
     keys = segment_keys(target)
     return [row for row in rows if keys[row] in done]

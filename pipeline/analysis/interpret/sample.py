@@ -1,4 +1,4 @@
-"""Which shards and documents are read: a draw that depends on the seed and on their numbers alone."""
+"""Choice of the shards and documents that are read: a draw that depends only on the seed and on their numbers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def choose_shards(num_shards: int, *, max_shards: int, seed: int) -> list[int]:
-    """At most ``max_shards`` of a run's shards, ascending.
+    """Choose at most ``max_shards`` of a run's shards, ascending.
 
     A larger ``max_shards`` adds shards to those of a smaller one.
     """
@@ -15,7 +15,7 @@ def choose_shards(num_shards: int, *, max_shards: int, seed: int) -> list[int]:
 
 
 def choose_rows(doc_ids: np.ndarray, num_positions: np.ndarray, *, max_positions: int, seed: int) -> list[int]:
-    """The rows of whole documents of a shard, ascending: documents are drawn until they have enough positions.
+    """Choose the rows of whole documents of a shard, ascending: documents are drawn until they have enough positions.
 
     Args:
         doc_ids: (R,) the document of each row.
@@ -37,7 +37,7 @@ def choose_rows(doc_ids: np.ndarray, num_positions: np.ndarray, *, max_positions
 
 
 def length_kind(num_bytes: int) -> str:
-    """The kind of a document of which nothing but its length is known."""
+    """Return the kind of a document of which only the length is known."""
     return next((name for most, name in LENGTH_KINDS if num_bytes < most), LONGEST)
 
 
@@ -51,5 +51,5 @@ LONGEST = "over 64 kB"
 
 
 def _draw(seed: int, what: str, number: int) -> bytes:
-    """A number that looks random; the same in every version of every library."""
+    """Return a number that looks random and is the same in every version of every library."""
     return hashlib.sha256(f"{seed}:{what}:{number}".encode()).digest()

@@ -1,4 +1,4 @@
-"""The figures of ``ptafuse interpret`` as tables, for the terminal and for the page."""
+"""Tables of the figures of ``ptafuse interpret``, for the terminal and for the page."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from stages.contract.store import Store
 
 
 def interpretations(runs: Sequence[ResolvedRun], store: Store) -> list[tuple[str, dict[str, Any]]]:
-    """The figures of every configuration that has some; of those that share them (and their fused rows), of one.
+    """Read the figures of every configuration that has some; configurations that share them are listed once.
 
     Returns:
         (labels of the configurations, figures).
@@ -24,12 +24,12 @@ def interpretations(runs: Sequence[ResolvedRun], store: Store) -> list[tuple[str
 
 
 def interpretation_tables(name: str, figures: Mapping[str, Any]) -> list[ResultTable]:
-    """All tables of one configuration."""
+    """Build all tables of one configuration."""
     return [distance_table(name, figures), *win_tables(name, figures), *pair_tables(name, figures)]
 
 
 def sample_of(figures: Mapping[str, Any]) -> str:
-    """What the figures are taken from, in words."""
+    """Describe the sample that the figures are from."""
     return (
         f"{figures['num_positions']:,} positions of {figures['num_documents']:,} documents in "
         f"{len(figures['shards'])} of {figures['num_shards']} shards, seed {figures['settings']['seed']}"
@@ -37,14 +37,14 @@ def sample_of(figures: Mapping[str, Any]) -> str:
 
 
 def label(name: str, figures: Mapping[str, Any]) -> str:
-    """What a distribution is called."""
+    """Return the display name of a distribution."""
     if name == figures["target"]:
         return f"{name}, its own"
     return name if name == FUSED else f"aligned {name}"
 
 
 def distance_table(name: str, figures: Mapping[str, Any]) -> ResultTable:
-    """Inner and Center Distance of each distribution."""
+    """Build the table of the Inner and Center Distance of each distribution."""
     rows = [
         (
             label(row["name"], figures),
@@ -66,7 +66,7 @@ def distance_table(name: str, figures: Mapping[str, Any]) -> ResultTable:
 
 
 def win_tables(name: str, figures: Mapping[str, Any]) -> list[ResultTable]:
-    """Who wins, by kind of document: as configured, and token by token."""
+    """Build the tables of who wins, by kind of document: as configured, and token by token."""
     kinds = "by length" if figures["kind_column"] is None else f"column {figures['kind_column']!r}"
     return [
         _win_table(
@@ -101,7 +101,7 @@ def _win_table(title: str, figures: Mapping[str, Any], keys: tuple[str, str, str
 
 
 def pair_tables(name: str, figures: Mapping[str, Any]) -> list[ResultTable]:
-    """The most moved pairs of tokens of each source."""
+    """Build the tables of the most moved pairs of tokens of each source."""
     return [_pair_table(name, figures, pairs) for pairs in figures["pairs"]]
 
 
@@ -119,7 +119,7 @@ def _pair_table(name: str, figures: Mapping[str, Any], pairs: Mapping[str, Any])
 
 
 def shown(estimate: Mapping[str, float | None], *, signed: bool = False) -> str:
-    """A mean and its standard error."""
+    """Format a mean and its standard error."""
     if estimate["mean"] is None:
         return ""
     mean = f"{estimate['mean']:{'+' if signed else ''}.3f}"
@@ -127,7 +127,7 @@ def shown(estimate: Mapping[str, float | None], *, signed: bool = False) -> str:
 
 
 def percent(estimate: Mapping[str, float | None]) -> str:
-    """A share and its standard error."""
+    """Format a share and its standard error."""
     if estimate["mean"] is None:
         return ""
     mean = f"{estimate['mean']:.1%}"

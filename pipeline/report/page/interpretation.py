@@ -1,4 +1,4 @@
-"""The page's section on what fusing did: the tables of ``ptafuse interpret``, and plots of them."""
+"""Section of the page on the effect of fusing: the tables of ``ptafuse interpret``, and plots of them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ from stages.contract.store import Store
 
 
 def described_interpretations(runs: Sequence[ResolvedRun], store: Store) -> list[dict[str, Any]]:
-    """What the template shows of every configuration that was interpreted."""
+    """Prepare every interpreted configuration for the template."""
     return [
         {
             "name": name,
@@ -34,7 +34,7 @@ def described_interpretations(runs: Sequence[ResolvedRun], store: Store) -> list
 
 
 def _distance_plot(figures: Mapping[str, Any]) -> str:
-    """Inner Distances, then Center Distances, each distribution in its colour."""
+    """Plot Inner Distances, then Center Distances, with one colour per distribution."""
     entries = [
         Bar(f"{what}: {label(row['name'], figures)}", row[key]["mean"], row[key]["error"], group=group, signed=False)
         for what, key in (("Inner", "inner"), ("Center", "center"))
@@ -45,7 +45,7 @@ def _distance_plot(figures: Mapping[str, Any]) -> str:
 
 
 def _win_plots(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(What it shows, plot)."""
+    """Plot who wins; return pairs of (title, plot)."""
     candidates = [figures["target"], *figures["sources"]]
     judged = (
         (f"Who wins by cross-entropy of the {figures['granularity']}", "num_fused", "shares"),

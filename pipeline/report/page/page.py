@@ -1,4 +1,4 @@
-"""``ptafuse report --html``: everything that a run directory knows, as one HTML file that opens from disk."""
+"""``ptafuse report --html``: the contents of a run directory as one HTML file that opens from disk."""
 
 import json
 import math
@@ -48,7 +48,7 @@ SECTIONS: Final = (
 
 
 def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
-    """The page of a run directory: tables, plots and a document viewer; refers to nothing outside of itself.
+    """Render the page of a run directory: tables, plots and a document viewer, without references to anything outside.
 
     Args:
         store: the run directory.
@@ -123,7 +123,7 @@ def _asset(name: str) -> str:
 
 
 def _embedded(value: Mapping[str, Any]) -> str:
-    """JSON that cannot end the script element which holds it."""
+    """Return JSON that cannot end the script element that contains it."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
@@ -146,7 +146,7 @@ def _described(run: ResolvedRun, status: RunStatus) -> dict[str, Any]:
 
 
 def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
-    """Differences to training on the gold tokens alone, which is the comparison that matters."""
+    """Plot the differences to training on the gold tokens alone, the comparison that matters."""
     entries = [
         Bar(row.label, row.against_gold_only.mean, row.against_gold_only.error, group=index)
         for index, row in enumerate(rows)
@@ -160,7 +160,7 @@ def _described_text(report: TextReport) -> dict[str, Any]:
 
 
 def _benchmark_plot(rows: Sequence[SuiteRow]) -> str:
-    """Differences to the target before training in each suite's headline figure."""
+    """Plot the differences to the target before training in each suite's headline figure."""
     entries = [
         Bar(f"{row.suite}: {row.model}", 100 * row.against_before.mean, 100 * row.against_before.error)
         for row in rows

@@ -1,4 +1,4 @@
-"""Plots as SVG that takes the page's text colour, so that it reads in light and in dark."""
+"""Plots as SVG in the page's text colour, readable in light and dark mode."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -33,7 +33,7 @@ _STYLE: Final[dict[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar of ``bars``.
+    """Bar of a plot made by ``bars``.
 
     Attributes:
         label: shown at its left.
@@ -51,7 +51,7 @@ class Bar:
 
 
 def bars(entries: Sequence[Bar], *, axis: str) -> str:
-    """Horizontal bars, the first one on top, each with its number.
+    """Plot horizontal bars, the first one on top, each with its number.
 
     Args:
         entries: at least one.
@@ -98,7 +98,7 @@ def _number(entry: Bar) -> str:
 
 
 def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: str) -> str:
-    """Horizontal bars that are divided, the first one on top, with a legend.
+    """Plot horizontal bars that are divided into parts, the first one on top, with a legend.
 
     Args:
         rows: label -> its parts, one a name; at least one row.
@@ -126,12 +126,12 @@ def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: s
 
 
 def plain(text: str) -> str:
-    """A text of someone else's as a label: Matplotlib takes what stands between dollar signs for a formula."""
+    """Escape a foreign text for use as a label: Matplotlib reads text between dollar signs as a formula."""
     return text.replace("$", r"\$")
 
 
 def curves(panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, axis: str) -> str:
-    """Line plots side by side with one legend.
+    """Plot lines side by side with one legend.
 
     Args:
         panels: title -> (name of a line -> its x and y); a line has the same colour in every panel.

@@ -1,4 +1,4 @@
-"""``ptafuse report --serve``: the page on this machine's loopback address, written anew at every load."""
+"""``ptafuse report --serve``: the page on this machine's loopback address, rendered again at every load."""
 
 import logging
 from collections.abc import Callable
@@ -8,7 +8,7 @@ logger = logging.getLogger(__name__)
 
 
 def page_server(page: Callable[[], str], *, port: int) -> ThreadingHTTPServer:
-    """A server of one page, on 127.0.0.1 alone.
+    """Create a server of one page, on 127.0.0.1 only.
 
     Args:
         page: makes the page's HTML.

@@ -1,4 +1,4 @@
-"""What the document viewer shows: every position of a few documents, laid open by the stages themselves.
+"""Data of the document viewer: every position of a few documents, explained by the stages themselves.
 
 Everything is written as small JSON: texts by index into one table, probabilities as integers in units of 1e-4, lists of
 (text, probability) flattened. ``page.js`` reads it.
@@ -34,13 +34,13 @@ class TextTable:
         self._index: dict[str, int] = {}
 
     def __call__(self, text: str) -> int:
-        """The text's index; bytes that are no UTF-8 (surrogate escapes) are written in hexadecimal."""
+        """Return the text's index; bytes that are not UTF-8 (surrogate escapes) are written in hexadecimal."""
         shown = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         return self._index.setdefault(shown, len(self._index))
 
     @property
     def texts(self) -> list[str]:
-        """In the order of their indices."""
+        """Texts in the order of their indices."""
         return list(self._index)
 
 
@@ -56,7 +56,8 @@ class _Segment:
 
 
 def viewer_data(runs: Sequence[ResolvedRun], store: Store, *, max_positions: int) -> dict[str, Any]:
-    """The viewer's data: for every configuration with a fused shard the same documents, one shared table of texts.
+    """Collect the viewer's data: the same documents for every configuration with a fused shard, and one shared table
+    of texts.
 
     Args:
         runs: recorded configurations; those that share their fused distributions are shown once.
@@ -82,7 +83,7 @@ def viewer_data(runs: Sequence[ResolvedRun], store: Store, *, max_positions: int
 
 
 def _finished_shards(run: ResolvedRun, store: Store) -> list[int]:
-    """Shards whose fused distributions and everything before them are there."""
+    """Return the shards whose fused distributions and all their inputs are done."""
     plan = read_plan(store, run.steps["shard"].folder)
     if plan is None:
         return []
@@ -92,7 +93,9 @@ def _finished_shards(run: ResolvedRun, store: Store) -> list[int]:
 
 
 def _choose(run: ResolvedRun, store: Store, shards: Sequence[int], max_positions: int) -> list[list[_Segment]]:
-    """Whole documents: the first of every shard, then the second of every shard, while they fit; at least one."""
+    """Choose whole documents: the first of every shard, then the second of every shard, while they fit; at least
+    one.
+    """
     pending = [_segments_by_document(run, store, shard) for shard in _spread(shards)]
     chosen: list[list[_Segment]] = []
     left = max_positions
@@ -146,7 +149,7 @@ MAX_SHARDS: Final = 8
 
 
 def _spread(shards: Sequence[int]) -> list[int]:
-    """At most ``MAX_SHARDS`` of them, evenly spaced."""
+    """Return at most ``MAX_SHARDS`` shards, evenly spaced."""
     picks = np.linspace(0, len(shards) - 1, min(len(shards), MAX_SHARDS)).round().astype(int)
     return [shards[index] for index in dict.fromkeys(picks.tolist())]
 
@@ -167,7 +170,7 @@ def _table(store: Store, step: Step, shard: int) -> pa.Table:
 
 
 def _position(place: fused.Explanation, sources: Sequence[aligned.Explanation], texts: TextTable) -> dict[str, Any]:
-    """One position; empty parts are left out."""
+    """Encode one position; empty parts are left out."""
     target = sources[0].target_topk if sources else ()
     return {
         "g": -1 if place.gold is None else texts(place.gold),
