@@ -25,7 +25,7 @@ for commands in (run.app, read.app, check.app, convert.app, repair.app):
 
 
 def main() -> None:
-    """Entry point: an error that the user can mend is a message, not a traceback."""
+    """Run the command line; an error that the user can fix is printed as a message, not as a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in NOISY_LOGGERS:
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What the commands share: their options, and the console that they print on."""
+"""Options that the commands share, and the console that they print on."""
 
 import os
 import sys
@@ -25,6 +25,6 @@ PLAIN_WIDTH = 100
 
 
 def console() -> Console:
-    """Texts are printed as they are: an error message may hold brackets, which Rich would take for its markup."""
+    """Create a console that prints texts as they are: Rich would read brackets in an error message as markup."""
     width = None if sys.stdout.isatty() or os.environ.get("COLUMNS") else PLAIN_WIDTH
     return Console(width=width, markup=False, highlight=False)

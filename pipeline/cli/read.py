@@ -33,7 +33,9 @@ def plan(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records nothing."""
+    """Show what is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records
+    nothing.
+    """
     from pipeline.forecast.planner import forecast
     from pipeline.forecast.view import forecast_json, print_forecast
     from pipeline.run.preflight import refuse_unusable_models
@@ -60,7 +62,7 @@ def status(
     all_figures: Annotated[bool, typer.Option("--all", help="Show every health figure of every step.")] = False,
     config: ConfigNameOption = None,
 ) -> None:
-    """What is done, pending and failed, and what to run next. Reads storage only."""
+    """Show what is done, pending and failed, and what to run next. Reads storage only."""
     from pipeline.state.status import StatusReader
     from pipeline.state.status_view import print_status, status_json
 
@@ -104,7 +106,7 @@ def report(
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine's loopback address.")] = False,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8700,
 ) -> None:
-    """What came out of a run directory: tables, or a page with plots and a viewer of documents, token by token."""
+    """Show the results in a run directory: tables, or a page with plots and a viewer of documents, token by token."""
     from pipeline.report.terminal import print_report, serve_page, write_page
 
     store = Store(run)
@@ -129,7 +131,9 @@ def compare(
     epsilon: Annotated[list[float] | None, typer.Option(help="A further epsilon for both presets; repeat it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Teacher NLL of every way of aligning, on the same positions, from finished logits; writes nothing."""
+    """Compare the teacher NLL of every way of aligning, on the same positions, from finished logits; writes
+    nothing.
+    """
     from pipeline.analysis.compare import compare as compare_run
     from pipeline.analysis.compare_view import comparison_json, print_comparison
 

@@ -136,7 +136,7 @@ def run_all(
     local: LocalOption = False,
     strict: StrictOption = False,
 ) -> None:
-    """All stages and the evaluation, in order; what is done is passed over, so a run that was stopped goes on."""
+    """Run all stages and the evaluation, in order; finished steps are skipped, so a run that was stopped resumes."""
     from pipeline.evaluation.suites.run import check_suites
     from pipeline.run.session import open_run
     from pipeline.settings.load import load_config
@@ -199,7 +199,7 @@ def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("
 
 @app.command()
 def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
-    """The whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
+    """Run the whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
     from pipeline.report.terminal import print_report
     from pipeline.report.verdict import verdicts
     from pipeline.workflow.demo import run_demo

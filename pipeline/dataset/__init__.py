@@ -1,1 +1,1 @@
-"""The documents of a corpus: find its files, read their formats, give every document a number."""
+"""Documents of a corpus: find its files, read their formats, number every document."""

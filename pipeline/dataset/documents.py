@@ -1,4 +1,4 @@
-"""Which documents a dataset has, in which order, and any range of them without reading the others.
+"""Documents of a dataset in a fixed order, and any range of them without reading the others.
 
 Documents are numbered through the dataset's files in the order of their names; a number never depends on how the
 documents are split into shards.
@@ -32,7 +32,7 @@ DOCUMENTS: Final = pa.schema(
 
 @dataclass(frozen=True)
 class ShardRange:
-    """The documents of one shard, ``first_doc_id`` and on.
+    """Documents of one shard, from ``first_doc_id`` on.
 
     Attributes:
         first_doc_id: the first document's index in the dataset.
@@ -45,7 +45,7 @@ class ShardRange:
     files: tuple[FileRange, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Convert to JSON values."""
         return asdict(self)
 
     @classmethod
@@ -75,7 +75,7 @@ def check_dataset(dataset: DatasetConfig) -> None:
 
 
 def dataset_identity(dataset: DatasetConfig) -> str:
-    """What identifies the dataset's contents.
+    """Return a string that identifies the dataset's contents.
 
     Returns:
         The hub id, revision, subset and split; or a hash of the files' names and contents (in an object store: of
@@ -92,7 +92,7 @@ def dataset_identity(dataset: DatasetConfig) -> str:
 
 
 def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[ShardRange]:
-    """Which documents each shard has. Reads row counts of Parquet files, and counts the lines of JSON lines files.
+    """Divide the documents into shards. Reads row counts of Parquet files, and counts the lines of JSON lines files.
 
     Args:
         dataset: where the documents are.
@@ -116,7 +116,7 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
 
 
 def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
-    """The documents of one shard.
+    """Read the documents of one shard.
 
     Returns:
         A table in the schema ``DOCUMENTS``, ``num_documents`` rows; a JSON line that cannot be read is a row with an
@@ -140,7 +140,7 @@ def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
 
 
 def read_kinds(dataset: DatasetConfig, shard_range: ShardRange) -> dict[int, str | None]:
-    """The kind of every document of a shard, by its number: what ``dataset.kind_column`` says.
+    """Read the kind of every document of a shard, by its number, from ``dataset.kind_column``.
 
     Returns:
         None where the record says nothing: no such key, null, or no string.
@@ -184,7 +184,7 @@ def _read_rows(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
 
 
 class _Plan:
-    """Fills shards with rows of files, in order."""
+    """Shards that are filled with rows of files, in order."""
 
     def __init__(self, documents_per_shard: int, max_documents: int | None) -> None:
         self.num_documents = 0
@@ -194,7 +194,7 @@ class _Plan:
 
     @property
     def room(self) -> int | None:
-        """How many more documents are wanted; None: all there are."""
+        """Number of documents that are still wanted; None: no limit."""
         return None if self._max_documents is None else self._max_documents - self.num_documents
 
     @property
@@ -226,12 +226,12 @@ class _Plan:
 
 
 def _place(dataset: DatasetConfig) -> str:
-    """What a message calls the dataset."""
+    """Return the dataset's name for messages."""
     return str(dataset.path) if dataset.hub is None else f"{dataset.hub}, split {dataset.split}"
 
 
 def _warn_of_rereading(name: str, files: DatasetFiles) -> None:
-    """A shard of a plain file is read from where it begins; into a compressed one nobody can seek."""
+    """Warn of large compressed files: no reader can seek in them, so every shard reads them from the beginning."""
     if files.size(name) > _LARGE_COMPRESSED_BYTES:
         log.warning(
             "%s is compressed as a whole: every shard decompresses it from its beginning. Several smaller files, plain JSON "

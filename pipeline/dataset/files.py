@@ -1,4 +1,4 @@
-"""The files of a dataset, on disk or behind any fsspec URL: their names, their bytes, and what identifies them."""
+"""Files of a dataset, on disk or behind any fsspec URL: names, contents, and identity."""
 
 import io
 from collections.abc import Callable
@@ -18,7 +18,7 @@ _BUFFER_BYTES = 2**20
 
 
 class DatasetError(ValueError):
-    """The dataset cannot be read as configured; the message says what was found and what to do."""
+    """Error of a dataset that cannot be read as configured; the message says what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class DatasetFiles:
-    """The dataset's files on one filesystem.
+    """Files of a dataset on one filesystem.
 
     Attributes:
         filesystem: of fsspec.
@@ -58,19 +58,19 @@ class DatasetFiles:
 
     @property
     def is_local(self) -> bool:
-        """The files are on this machine's disk."""
+        """Whether the files are on this machine's disk."""
         return is_on_disk(self.filesystem)
 
     def size(self, name: str) -> int:
-        """A file's bytes, as they are stored."""
+        """Return a file's size as stored, in bytes."""
         return int(self.filesystem.size(self.paths[name]))
 
     def is_compressed(self, name: str) -> bool:
-        """The file is compressed as a whole: nobody can seek in it."""
+        """Return whether the file is compressed as a whole, so that no reader can seek in it."""
         return _codec(name) is not None
 
     def open(self, name: str) -> BinaryIO:
-        """A buffered reader of a file's bytes, decompressed."""
+        """Open a buffered reader of a file's bytes, decompressed."""
         path = self.paths[name]
         stream: Any = (
             Path(path).open("rb")  # noqa: SIM115  (the caller closes it)
@@ -98,7 +98,9 @@ def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any
 
 
 def file_identity(files: DatasetFiles, path: str) -> str:
-    """What identifies a file's contents: its sha256; in an object store its size and ETag, without reading it."""
+    """Return a string that identifies a file's contents: its sha256; in an object store its size and ETag, without
+    reading it.
+    """
     if files.is_local:
         return cached_file_sha256(Path(path))
     info = retry_transient(files.filesystem.info, path, url=path)

@@ -44,7 +44,7 @@ _NAMED_FILES: Final = 5
 
 
 def find_files(dataset: DatasetConfig) -> DatasetFiles:
-    """The dataset's files, sorted by name; those of a hub dataset's split in the order that the hub gives.
+    """Find the dataset's files, sorted by name; those of a hub dataset's split in the order that the hub gives.
 
     Files on the hub are not downloaded: like those of any other URL, they are read where a shard needs them. Links on disk are
     followed, and a file that links give several names is read once.
@@ -111,7 +111,7 @@ def describe_mixed_splits(dataset: DatasetConfig, files: DatasetFiles) -> str | 
 
 @functools.lru_cache(maxsize=16)
 def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
-    """The files of a hub dataset's split, at its revision: asked for once a process."""
+    """Find the files of a hub dataset's split, at its revision; the hub is asked once per process."""
     import datasets
     import fsspec
 
@@ -190,7 +190,9 @@ def _one_format(dataset: DatasetConfig, names: dict[str, str], url: str) -> str:
 
 
 def _kind(filesystem: Any, path: str, url: str) -> str | None:
-    """``"file"``, ``"directory"``, or None: fsspec's own ``isfile`` takes a failure of the store for "there is none"."""
+    """Return ``"file"``, ``"directory"`` or None. fsspec's own ``isfile`` cannot be used: it reports a failing store
+    as "no file".
+    """
     try:
         return retry_transient(filesystem.info, path, url=url)["type"]
     except FileNotFoundError:
@@ -202,7 +204,7 @@ def _kind(filesystem: Any, path: str, url: str) -> str | None:
 
 
 def _matches(filesystem: Any, pattern: str, url: str) -> LocalFiles:
-    """The files that match a glob, sorted."""
+    """List the files that match a glob, sorted."""
     if is_on_disk(filesystem):
         return _listed(match_files, pattern)
     matches = retry_transient(filesystem.glob, pattern, detail=True, url=url)
@@ -210,7 +212,7 @@ def _matches(filesystem: Any, pattern: str, url: str) -> LocalFiles:
 
 
 def _in_folder(filesystem: Any, root: str, url: str) -> LocalFiles:
-    """The files of a folder and those below it that are data of a known format, sorted."""
+    """List the files in and below a folder that are data of a known format, sorted."""
     if is_on_disk(filesystem):
         found = _listed(walk_files, root)
     else:
@@ -271,5 +273,5 @@ def _remedy(name: str) -> str | None:
 
 
 def _is_hidden(relative: str) -> bool:
-    """Spark's ``_SUCCESS``, ``.git``, half-written temporaries: no part of the data."""
+    """Return whether a file is not part of the data: Spark's ``_SUCCESS``, ``.git``, half-written temporaries."""
     return any(part.startswith((".", "_")) for part in relative.split("/"))

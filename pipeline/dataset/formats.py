@@ -1,4 +1,4 @@
-"""FORMATS: how documents lie in files. One class per format counts a file's rows and reads a range of them."""
+"""FORMATS: file formats of documents. One class per format counts a file's rows and reads a range of them."""
 
 import codecs
 import itertools
@@ -42,7 +42,7 @@ LINES: Final = "txt lines"
 
 @dataclass(frozen=True)
 class RowCount:
-    """How far the rows of a file are counted.
+    """Limits for counting the rows of a file.
 
     Attributes:
         first_row: number of rows in the files before it.
@@ -56,7 +56,7 @@ class RowCount:
 
 
 class Format(Protocol):
-    """How documents lie in the files of a dataset.
+    """File format of the documents of a dataset.
 
     Attributes:
         name: its key in ``FORMATS``.

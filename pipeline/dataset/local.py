@@ -1,4 +1,4 @@
-"""Find files on this machine's disk, through links: fsspec's own search passes links over in silence."""
+"""Find files on this machine's disk, through links, which fsspec's own search silently skips."""
 
 import os
 import re
@@ -18,7 +18,7 @@ _MAX_NAMES: Final = 8
 
 @dataclass
 class LocalFiles:
-    """What a search on disk found.
+    """Result of a search on disk.
 
     Attributes:
         paths: the files, sorted; a file that has several names through links is there once, under its own name if it is found

@@ -1,4 +1,4 @@
-"""Which split a file is of, by its name, as the Hugging Face hub reads names (``datasets.data_files``)."""
+"""Infer the split of a file from its name, as the Hugging Face hub does (``datasets.data_files``)."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,1 +1,1 @@
-"""The engine: computes the pending part of one step, here or on Ray, and commits what it computed."""
+"""Engine that computes the pending part of one step, here or on Ray, and commits the results."""

@@ -1,4 +1,4 @@
-"""The adapt stage: sources trained on the run's own text, each in two folds, before their logits are dumped."""
+"""Adapt stage: train sources on the run's own text, each in two folds, before their logits are dumped."""
 
 from collections.abc import Sequence
 

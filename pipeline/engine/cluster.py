@@ -1,4 +1,4 @@
-"""The Ray cluster of a command: joining it, what fits on it, and waiting until it has grown.
+"""Ray cluster of a command: joining it, how many workers fit on it, and waiting until it has grown.
 
 A cluster that ``RAY_ADDRESS`` names may add machines by itself, and starts without any: what is alive when a step begins
 then says neither how many workers the step can have nor whether there are GPUs.

@@ -1,4 +1,4 @@
-"""The fit stage: the weights with which fuse mixes the candidates, from the logits and the aligned rows."""
+"""Fit stage: weights with which fuse mixes the candidates, from the logits and the aligned rows."""
 
 import json
 import time
@@ -110,7 +110,7 @@ def _gold_nll(run: Run, step: Step, shards: Sequence[int]) -> tuple[np.ndarray, 
 
 
 def _kinds_of(doc_ids: np.ndarray, kinds: pa.Table | None) -> np.ndarray:
-    """(T,) the kind of each position's document; "" without one."""
+    """Return the kind of each position's document, (T,); "" without a kind."""
     kind_of = {} if kinds is None else dict(zip(kinds["doc_id"].to_pylist(), kinds["kind"].to_pylist(), strict=True))
     documents, place = np.unique(doc_ids, return_inverse=True)
     return np.array([kind_of.get(doc_id) or "" for doc_id in documents.tolist()], object)[place]

@@ -78,7 +78,7 @@ class _Threads:
 
 
 def _num_gpus(resources: Resources) -> float:
-    """GPUs that this process computes on: one where a model may use one and there is one."""
+    """Return the number of GPUs that this process computes on: 1 if a model may use one and there is one, else 0."""
     if resources.gpus == 0:
         return 0.0
     from stages.models.devices import resolve_device

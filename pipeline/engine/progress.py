@@ -1,4 +1,4 @@
-"""Progress of one step: shards, tokens a second and ETA; a live bar in a terminal, plain lines elsewhere."""
+"""Progress of one step: shards, tokens per second and ETA; a live bar in a terminal, plain lines elsewhere."""
 
 import time
 from types import TracebackType
@@ -14,7 +14,7 @@ PLAIN_LINE_SECONDS = 10.0
 
 
 class StepProgress:
-    """Counts shard statuses of one step and shows them."""
+    """Counter of the shard statuses of one step, with its display."""
 
     def __init__(self, console: Console, label: str, num_shards: int, num_done: int) -> None:
         """Start counting.
@@ -75,7 +75,7 @@ class StepProgress:
             )
 
     def summary(self) -> str:
-        """One line for the end of the step."""
+        """Return one line for the end of the step."""
         seconds = time.monotonic() - self._started
         return f"{self._label}: {self._num_new} shards, {self._num_tokens:,} tokens in {seconds:.1f} s"
 

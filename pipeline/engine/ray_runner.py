@@ -39,7 +39,7 @@ class RayShardWorker:
     """
 
     def __init__(self, job: ShardJob, environment: DriverEnvironment) -> None:
-        """Called once per actor."""
+        """Prepare the worker; Ray calls this once per actor."""
         environment.apply()
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
         self._worker = ShardWorker(job)
@@ -55,7 +55,7 @@ class RayShardWorker:
 
 
 class ShardMetrics:
-    """What was done, for the Prometheus endpoint of the driver's Ray node: ``ray_ptafuse_shards_done_total`` and others.
+    """Counters for the Prometheus endpoint of the driver's Ray node: ``ray_ptafuse_shards_done_total`` and others.
 
     The driver counts, not the workers: those come and go, and what one counted in its last seconds would go with it.
     """

@@ -1,4 +1,4 @@
-"""Runs one stage of a run: finds what is pending, hands it to a runner, and says how it ended."""
+"""Run one sharded stage: find the pending shards, hand them to a runner, and report the outcome."""
 
 import logging
 import time
@@ -112,12 +112,12 @@ def _run_step(run: Run, step: Step) -> None:
 
 
 def _shared_store(run: Run) -> Store | None:
-    """The run directory of ``logits_from``, if there is one."""
+    """Return the run directory of ``logits_from``, if there is one."""
     return None if run.config.logits_from is None else Store(run.config.logits_from)
 
 
 def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -> list[int]:
-    """The pending shards that ``logits_from`` does not have either; the others get their manifests here."""
+    """Return the pending shards that ``logits_from`` does not have either; the others get their manifests here."""
     other = _shared_store(run)
     if other is None or not sharded_stage(step.stage).can_be_shared or not pending:
         return pending
@@ -139,7 +139,7 @@ def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -
 
 
 def _failures(failed: Sequence[ShardStatus]) -> str:
-    """One line a cause, with the shards that it struck."""
+    """Format the failures: one line per cause, with the shards that it struck."""
     causes: dict[str, list[int]] = {}
     for status in sorted(failed, key=lambda status: status.shard):
         causes.setdefault(status.message, []).append(status.shard)

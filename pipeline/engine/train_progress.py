@@ -13,7 +13,8 @@ POLL_SECONDS = 2.0
 
 
 class TrainProgress:
-    """Shows the training steps as they appear in the step log: training may run in another process, or on another node.
+    """Display of the training steps as they appear in the step log: training may run in another process or on another
+    node.
 
     A live bar in a terminal, a plain line a step elsewhere.
     """
@@ -83,7 +84,7 @@ class TrainProgress:
 
 
 def _described(record: StepRecord) -> str:
-    """The losses and the speed of a step."""
+    """Format the losses and the speed of a step."""
     parts = (("gold", record.loss_clm), ("fusion", record.loss_fusion))
     losses = ", ".join(f"{name} {loss:.4f}" for name, loss in parts if loss is not None)
     seconds_left = (record.num_steps - record.step) * record.num_tokens / record.step / record.tokens_per_second

@@ -1,4 +1,4 @@
-"""The train stage of a run: from the fuse manifests to a trained model in the run directory."""
+"""Train stage of a run: from the fuse manifests to a trained model in the run directory."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from train.job import FusedFile, TrainJob
 
 
 def train_job(run: Run) -> TrainJob:
-    """What the training process needs to know.
+    """Build the description of the job for the training process.
 
     Raises:
         StageError: fuse is incomplete, or there is no training block.
@@ -47,7 +47,7 @@ def train_job(run: Run) -> TrainJob:
 
 
 def _provenance(run: Run) -> dict[str, Any]:
-    """What a model card says of the data, the models and the stages before training."""
+    """Collect what a model card says about the data, the models and the stages before training."""
     config = run.config
     return {
         "target": {"name": config.target.name, "weights": config.target.weights_identity()},

@@ -1,4 +1,4 @@
-"""One shard, from inputs to committed manifest: the same code under Ray and in-process.
+"""Compute one shard, from inputs to committed manifest, with the same code under Ray and in-process.
 
 An attempt is recorded before it computes, so that a worker that dies (out of memory, a lost node) leaves a trace, and a
 shard that kills every worker is refused after ``max_attempts`` instead of being retried without end.
@@ -78,7 +78,10 @@ class ShardJob:
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """What became of one shard; the only thing that travels from a worker to the driver."""
+    """Outcome of one shard.
+
+    This is all that a worker returns to the driver, so keep it small: tables never cross the Ray boundary.
+    """
 
     shard: int
     outcome: Literal["done", "already done", "failed"]
@@ -101,7 +104,7 @@ class ShardWorker:
     """
 
     def __init__(self, job: ShardJob) -> None:
-        """Nothing is loaded yet: the first shard that needs computing loads the models."""
+        """Remember the job; the first shard that needs computing loads the models."""
         self._job = job
         self._store = Store(job.run_url)
         self._config = RunConfig.model_validate_json(job.config_json)
@@ -170,7 +173,7 @@ class ShardWorker:
                 return self._compute(stage, shard, attempt)
             except StoreError:  # no fault of this shard's: the command ends, and may simply be run again
                 raise
-            except Exception as error:  # the one boundary: whatever fails a shard is recorded and counted
+            except Exception as error:  # the boundary of a shard: any failure is recorded and counted
                 if shows_tracebacks():
                     log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
                 elif (failure := f"{type(error).__name__}: {error}") != reported:
@@ -187,7 +190,7 @@ class ShardWorker:
 
     def _set_up(self) -> None:
         try:
-            if self._job.gpus:  # before "auto" is settled, for all workers of the folder, by what torch sees here
+            if self._job.gpus:  # before "auto" settings are resolved, for all workers, by what torch sees here
                 _require_cuda(self._job.step.key)
             config = resolve_auto_settings(self._job, self._store, self._config)
             if self._fold:
@@ -196,7 +199,7 @@ class ShardWorker:
                 self._refuse_other_files(config.find_model(self._job.step.model))
             stage = self._spec.build(config, self._job.step.model)
             stage.setup()
-        except Exception as error:  # the boundary again: no shard can be computed, and the user must hear why
+        except Exception as error:  # the same boundary: no shard can be computed, and the user must learn why
             if shows_tracebacks():
                 log.exception("%s: set-up failed", self._job.step.key)
             self._setup_error = f"set-up failed: {type(error).__name__}: {error}"
@@ -204,7 +207,7 @@ class ShardWorker:
         self._stage = stage
 
     def _with_adapted_source(self, config: RunConfig) -> RunConfig:
-        """The configuration with the model that was adapted for the shards of this fold in the place of the step's own."""
+        """Return the configuration in which the model adapted for this fold replaces the step's own model."""
         folder = fetch_model(self._store, self._job.models[self._fold], config.engine.scratch)
         sources = tuple(
             source.model_copy(
@@ -217,7 +220,7 @@ class ShardWorker:
         return config.model_copy(update={"sources": sources})
 
     def _refuse_other_files(self, model: ModelConfig) -> None:
-        """Refuse model files that are not those the step's fingerprint names: changed since, or others on this machine.
+        """Refuse model files other than those in the step's fingerprint: changed since, or different on this machine.
 
         Raises:
             ValueError: says which.
@@ -239,10 +242,11 @@ class ShardWorker:
         manifest = self._write(shard, attempt, output, references, num_rows_in, started)
         if self._store.create(manifest_key(self._job.step.folder, shard), manifest.to_bytes()):
             return ShardStatus(shard, "done", manifest.num_tokens, manifest.seconds, attempt.number)
-        for file in (manifest.data, manifest.quarantine):  # another attempt was faster: its files stand, ours go
+        # Another attempt was faster: its files are the shard's, ours are removed.
+        for file in (manifest.data, manifest.quarantine):
             if file is not None and self._store.is_local:
-                # Not in an object store: a delayed request may still publish our manifest where the store knows no
-                # conditional create, and must find its data. What no manifest names is removed by `ptafuse gc`.
+                # Not in an object store: if it has no conditional create, a delayed request may still publish our
+                # manifest, which must find its data. `ptafuse gc` removes files that no manifest names.
                 self._store.delete(file.key)
         return ShardStatus(shard, "already done", manifest.num_tokens, manifest.seconds, attempt.number)
 
@@ -363,10 +367,10 @@ def _require_cuda(step: str) -> None:
 
 
 def resolve_auto_settings(job: ShardJob, store: Store, config: RunConfig) -> RunConfig:
-    """The configuration with a step's "auto" settings as the first worker of its folder found them.
+    """Replace a step's "auto" settings by the values that the first worker of its folder found.
 
-    Workers on other machines, and later commands, would perhaps choose otherwise, and one folder would hold the results
-    of two ways of computing. So what the first one finds is recorded there, and all follow it, or fail in ``setup``.
+    Workers on other machines, and later commands, might choose differently, and one folder would mix the results of two
+    computations. So the first worker records its values in the folder, and all others use them, or fail in ``setup``.
     """
     spec = sharded_stage(job.step.stage)
     choices = spec.choices(config, job.step.model)

@@ -1,1 +1,1 @@
-"""Figures of whole models: bits per byte on held-out text, baselines without training, benchmarks."""
+"""Results of whole models: bits per byte on held-out text, baselines without training, benchmarks."""

@@ -1,4 +1,4 @@
-"""The figures of a run's models, written into the trained model's card."""
+"""Write the results of a run's models into the trained model's card."""
 
 import logging
 from collections.abc import Mapping
@@ -39,7 +39,7 @@ def complete_card(run: Run) -> None:
 
 
 def _results(run: Run, text: str | None) -> dict[str, dict[str, Any]]:
-    """The figures of each model that has some, in the order of the steps."""
+    """Read the results of each model that has some, in the order of the steps."""
     found = {step.model: read_result(run.store, step) for step in run.resolved.of_stage("eval") if step.text == text}
     return {model: value for model, value in found.items() if model and value is not None and "refused" not in value}
 
@@ -75,7 +75,9 @@ def _comparison(value: Mapping[str, Any], baseline: Mapping[str, Any] | None) ->
 
 
 def _recorded(run: Run) -> list[ResolvedRun]:
-    """The configurations of the run directory that name a text, among which may be one on the gold tokens alone."""
+    """Read the configurations of the run directory that name a text, since one of them may train on the gold tokens
+    alone.
+    """
     try:
         found = list(recorded_configurations(run.store).values())
     except ValueError as error:  # of another version: the card is not worth ending the command for

@@ -1,4 +1,4 @@
-"""The token-level ensemble: the target's distribution mixed with the sources' aligned ones, without training.
+"""Token-level ensemble: the target's distribution mixed with the sources' aligned ones, without training.
 
 At every position the target's own distribution p and the sources' aligned distributions q_s are added up by weight,
 
@@ -36,7 +36,7 @@ TOKENS_AT_A_TIME: Final = 500_000
 
 @dataclass(frozen=True, eq=False)
 class SourceRows:
-    """One source's distributions over the target's vocabulary at P positions, all segments end to end.
+    """Distributions of one source over the target's vocabulary at P positions, all segments end to end.
 
     Attributes:
         ids: (P, k) int64, each once in a row; -1 at pads, a row of pads where there is no distribution.
@@ -51,7 +51,7 @@ class SourceRows:
 
 @dataclass(frozen=True)
 class Contexts:
-    """What a source reads for each position of a segment of M target tokens.
+    """Token sequences that a source reads, and the context in them of each of M target tokens.
 
     Attributes:
         sequences: token ids of the source, none of which begins another.
@@ -93,7 +93,7 @@ def _source_logprob(
     gold: torch.Tensor,
     places: torch.Tensor,
 ) -> torch.Tensor:
-    """(P,) ln q_s(gold), float64; the target's own where the source has no distribution."""
+    """Compute ln q_s(gold), (P,) float64; the target's own where the source has no distribution."""
     device = logits.device
     ids, probs, tail_mass = (array[places.cpu()].to(device) for array in (source.ids, source.probs, source.tail_mass))
     is_gold = ids == gold[:, None]
@@ -110,7 +110,7 @@ def _source_logprob(
 def evaluate_ensemble(
     config: RunConfig, segments: Sequence[Segment], *, cpus: float
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Bits per byte of the ensemble of a run's target, as it is before training, and its sources.
+    """Compute the bits per byte of the ensemble of a run's target, before training, and its sources.
 
     The target is run twice, for its top-k that alignment needs and for its full distributions; a source once. Held at
     once: one model, and 170 bytes a position and source (k = 10).
@@ -146,7 +146,7 @@ def evaluate_ensemble(
 
 
 def prefix_contexts(text: str, byte_end: np.ndarray, tokenizer: SegmentTokenizer) -> Contexts:
-    """For each position the text up to its end, tokenized by the source: nothing of the text to come is used.
+    """Tokenize, for each position, the text up to its end with the source's tokenizer, so that no later text is used.
 
     Args:
         text: the segment's.
@@ -165,7 +165,7 @@ def prefix_contexts(text: str, byte_end: np.ndarray, tokenizer: SegmentTokenizer
 
 
 def segment_contexts(source: Encoding, byte_end: np.ndarray) -> Contexts:
-    """For each position the source's tokens of the whole segment up to the last one that ends at the same byte.
+    """Take, for each position, the source's tokens of the segment up to the last one that ends at the same byte.
 
     Args:
         source: the segment's tokens, without EOS.
@@ -206,7 +206,7 @@ def cover(contexts: Sequence[np.ndarray | None]) -> Contexts:
 
 
 def _decoded(raw: bytes) -> str | None:
-    """The text, None where it ends inside a character."""
+    """Decode a text; None if it ends inside a character."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -226,7 +226,7 @@ class _Read:
 
 
 class _SourceReader:
-    """Runs one source over the held-out text, and aligns what it says."""
+    """Reader that runs one source over the held-out text and aligns its predictions."""
 
     def __init__(self, config: RunConfig, source: ModelConfig, cpus: float) -> None:
         self._config = config
@@ -242,7 +242,7 @@ class _SourceReader:
         )
 
     def read(self, segments: Sequence[Segment], encodings: Sequence[Encoding], own: Sequence[ModelRows]) -> _Read:
-        """All segments, some at a time."""
+        """Read all segments, a group at a time."""
         rows: list[SourceRows] = []
         num_tokens = 0
         for some, contexts in self._groups(segments, encodings):
@@ -264,7 +264,7 @@ class _SourceReader:
     def _groups(
         self, segments: Sequence[Segment], encodings: Sequence[Encoding]
     ) -> Iterator[tuple[list[int], list[Contexts]]]:
-        """Runs of segments whose contexts together have ``TOKENS_AT_A_TIME`` tokens or little more."""
+        """Yield groups of segments whose contexts together have about ``TOKENS_AT_A_TIME`` tokens."""
         some: list[int] = []
         contexts: list[Contexts] = []
         for index, (segment, encoding) in enumerate(zip(segments, encodings, strict=True)):
@@ -283,14 +283,16 @@ class _SourceReader:
         return prefix_contexts(segment.text, encoding.byte_end, self._tokenizer)
 
     def _reads_the_same(self, source: Encoding, target: Encoding) -> bool:
-        """The models' tokens of the text are the same, so that the source may read what the target has read."""
+        """Return whether both models have the same tokens of the text, so that the source can read what the target
+        read.
+        """
         if not self._same_vocabulary:
             return False
         is_special = self._tokenizer.vocabulary.is_special
         return np.array_equal(*(part.ids[~is_special[part.ids]] for part in (source, target)))
 
     def _cuts(self, contexts: Sequence[Contexts]) -> list[int]:
-        """The first position of each sequence that is asked for."""
+        """Return the first position of each sequence that is needed."""
         return [
             int(part.position[part.sequence == index].min())
             for part in contexts
@@ -301,7 +303,7 @@ class _SourceReader:
 def _target_rows(
     config: RunConfig, tokenizer: SegmentTokenizer, encodings: Sequence[Encoding], cpus: float
 ) -> list[ModelRows]:
-    """The target's own top-k at every position of the segments."""
+    """Compute the target's own top-k at every position of the segments."""
     backend = _backend(config, config.target, tokenizer, cpus)
     sequences = [encoding.ids for encoding in encodings]
     predictions = _predict(backend, config.target, sequences, [0] * len(sequences), tokenizer.num_prefix)
@@ -317,7 +319,7 @@ def _target_rows(
 
 
 def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions, first: int) -> ModelRows:
-    """The source's rows as if its tokens ended where the target's do: one for each target position, of its context.
+    """Lay out the source's rows as if its tokens ended where the target's do: one row per target position.
 
     Args:
         target: M positions.
@@ -338,7 +340,7 @@ def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions
 
 
 def _backend(config: RunConfig, model: ModelConfig, tokenizer: SegmentTokenizer, cpus: float) -> TransformersBackend:
-    """The model as the evaluation runs it, with the window that the logits stage keeps."""
+    """Build the backend that runs a model as the evaluation does, with the window that the logits stage keeps."""
     settings = config.eval
     return TransformersBackend(
         LogitsConfig(

@@ -1,4 +1,4 @@
-"""The eval stage: bits per byte of the target before training, of each source, of baselines, and of the trained model.
+"""Eval stage: bits per byte of the target before training, of each source, of baselines, and of the trained model.
 
 Each figure is kept under the fingerprint of the model and the text that it speaks of, so that runs which share them
 share it.
@@ -85,7 +85,7 @@ def _compute_figures(
 
 
 def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation, dict[str, Any]]:
-    """A step's figures, and what else there is to record of them.
+    """Evaluate one step; return the evaluation, and other values to record.
 
     Raises:
         AverageRefusedError: the models' weights cannot be averaged.
@@ -133,7 +133,7 @@ def _figures(evaluation: Evaluation, kinds: Mapping[int, str]) -> dict[str, Any]
 
 
 def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
-    """The segments of the split that ``eval.split`` names, in the order of the documents.
+    """Read the segments of the split that ``eval.split`` names, in the order of the documents.
 
     Raises:
         StageError: no document is held out.

@@ -1,4 +1,4 @@
-"""The run that "against gold only" compares a trained model with: the same training on the gold tokens alone.
+"""Find the run that "against gold only" compares a trained model with: the same training on the gold tokens alone.
 
 Of two runs whose loss has no part for the fused distributions, the trained models are the same if they agree in
 
@@ -27,7 +27,7 @@ FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_los
 
 @dataclass(frozen=True)
 class GoldOnly:
-    """What a run is compared with.
+    """Evaluation of the same training on the gold tokens alone, or the reason why there is none.
 
     Attributes:
         figures: of the same training on the gold tokens alone, as ``read_result`` gives them; None where it is not evaluated.

@@ -14,7 +14,7 @@ class OtherDocumentsError(ValueError):
 
 
 def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> Estimate:
-    """Difference in bits per byte on the same documents, and its standard error over documents.
+    """Compute the difference in bits per byte on the same documents, with its standard error over documents.
 
     Args:
         result: an evaluation, as ``read_result`` gives it.
@@ -33,7 +33,7 @@ def paired_difference(result: Mapping[str, Any], baseline: Mapping[str, Any]) ->
 def document_differences(
     result: Mapping[str, Any], baseline: Mapping[str, Any], *, same_documents: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Each document's difference in bits per byte, (D,), and its bytes, (D,).
+    """Compute each document's difference in bits per byte, (D,), and its bytes, (D,).
 
     A document of which a model had nothing to predict (one token, without BOS) has no figure: it is left out here too.
 
@@ -99,7 +99,7 @@ def _paired_documents(
 
 
 def _have_same_documents(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
-    """Both evaluations record that they read the same split of the same shards, or the same other text."""
+    """Return whether both evaluations recorded the same split of the same shards, or the same other text."""
     if "settings" not in result or "settings" not in baseline:
         return False
     own, other = (

@@ -1,4 +1,4 @@
-"""The average of several models' weights, tensor by tensor, where that means anything: one architecture, one vocabulary."""
+"""Average of several models' weights, tensor by tensor, for models of one architecture and one vocabulary."""
 
 import contextlib
 import json
@@ -79,7 +79,9 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
 
 
 def mean_tensor(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """The weighted mean, summed in float32 and given in the first tensor's type; of integers the first tensor."""
+    """Compute the weighted mean, summed in float32 and returned in the first tensor's type; of integers the first
+    tensor.
+    """
     total: torch.Tensor | None = None
     dtype = torch.float32
     for tensor, weight in zip(tensors, weights, strict=True):
@@ -94,7 +96,7 @@ def mean_tensor(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> to
 
 
 class _Tensors:
-    """The tensors of one model, read one by one."""
+    """Tensors of one model, read one by one."""
 
     def __init__(self, model: ModelConfig, stack: contextlib.ExitStack, *, without: Collection[str]) -> None:
         self.files = {name: file for name, file in tensor_files(model).items() if name not in without}
@@ -105,7 +107,7 @@ class _Tensors:
         self._opened: dict[str, Any] = {}
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """From the file's header; nothing is read."""
+        """Return a tensor's shape from the file's header, without reading the tensor."""
         return tuple(self._open(name).get_slice(name).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
@@ -123,7 +125,7 @@ class _Tensors:
 
 
 def _tied_tensors(model: ModelConfig) -> frozenset[str]:
-    """Names of tensors that are another one of the model, and that some files hold all the same."""
+    """Return the names of tensors that share another one's weights, since some files store them nevertheless."""
     if not getattr(load_config(model).get_text_config(), "tie_word_embeddings", False):
         return frozenset()
     return frozenset(getattr(empty_model(model, attention=("eager",)), "_tied_weights_keys", None) or ())
@@ -144,7 +146,7 @@ def _check_configurations(models: Sequence[ModelConfig]) -> None:
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """What of a model's configuration its computation depends on: what its class knows, less what makes no difference."""
+    """Return the part of a model's configuration that its computation depends on."""
     config = load_config(model)
     known = type(config)().to_dict().keys()
     return {key: value for key, value in config.to_dict().items() if key in known and key not in _NOT_COMPUTED}

@@ -1,1 +1,1 @@
-"""A configuration in its run directory: its steps, their inputs, and what is recorded of them."""
+"""Configurations in their run directory: steps, inputs, and records."""

@@ -1,4 +1,6 @@
-"""Attempts at shards: begin and record one, read those of unfinished shards, tell which still run, forget failed ones."""
+"""Attempts at shards: begin and record one, read those of unfinished shards, find which are running, forget failed
+ones.
+"""
 
 import json
 import os
@@ -18,7 +20,7 @@ from stages.contract.store import Store
 
 
 def unfinished_attempts(store: Store, folder: str, done: Container[int]) -> dict[int, list[dict[str, Any]]]:
-    """The recorded attempts at the shards of a step that are not done: one listing, and one read an attempt.
+    """Read the recorded attempts at the shards of a step that are not done, with one listing and one read per attempt.
 
     Args:
         store: the run directory.
@@ -41,7 +43,7 @@ def unfinished_attempts(store: Store, folder: str, done: Container[int]) -> dict
 
 
 def is_running(record: Mapping[str, Any], *, longest_seconds: float) -> bool:
-    """Is an attempt at a shard that has no manifest still computing?
+    """Return whether an attempt at a shard without a manifest is still computing.
 
     Args:
         record: the attempt's.
@@ -66,7 +68,7 @@ def _is_alive(pid: int) -> bool:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One try at a shard, with its record on disk."""
+    """Attempt at a shard, with its record on disk."""
 
     key: str
     name: str
@@ -107,7 +109,7 @@ class Attempt:
 
 
 def read_attempts(store: Store, folder: str, shard: int) -> list[dict[str, Any]]:
-    """The recorded attempts at a shard, oldest first."""
+    """Read the recorded attempts at a shard, oldest first."""
     where = attempts_folder(folder, shard)
     records = [json.loads(store.read(f"{where}/{name}")) for name in store.names(where) if name.endswith(".json")]
     return sorted(records, key=lambda record: record["started"])

@@ -1,4 +1,4 @@
-"""What train and eval left in the run directory."""
+"""Results of train and eval in the run directory."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from stages.contract.store import Store
 
 
 def read_training_log(step: Step, store: Store) -> list[dict[str, Any]]:
-    """The records of the train step so far (``train.job.StepRecord``); a line that is half written is left out."""
+    """Read the records of the train step so far (``train.job.StepRecord``), without a half-written line."""
     try:
         lines = store.read(f"{step.folder}/log.jsonl").splitlines(keepends=True)
     except FileNotFoundError:
@@ -18,7 +18,7 @@ def read_training_log(step: Step, store: Store) -> list[dict[str, Any]]:
 
 
 def training_seconds(records: Sequence[Mapping[str, Any]]) -> tuple[float, int]:
-    """Seconds in optimizer steps, and tokens, from the records of the step log."""
+    """Sum the seconds in optimizer steps and the tokens, from the records of the step log."""
     seconds, before = 0.0, 0
     for record in records:
         seconds += (record["num_tokens"] - before) / record["tokens_per_second"]
@@ -38,7 +38,7 @@ def read_rounding(step: Step, store: Store) -> dict[str, int] | None:
 
 
 def read_result(store: Store, step: Step) -> dict[str, Any] | None:
-    """The figures of one model, None when it was not evaluated.
+    """Read the result of one model; None if it was not evaluated.
 
     A baseline that these models do not allow has ``refused``, the reason, in the place of figures.
     """

@@ -1,4 +1,4 @@
-"""What a run reads, examined before its first stage computes anything."""
+"""Examine everything that a run reads, before its first stage computes anything."""
 
 from pipeline.dataset.documents import check_dataset
 from pipeline.dataset.files import DatasetError, reading

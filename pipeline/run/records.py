@@ -1,4 +1,4 @@
-"""The configurations that ran in a run directory, as they are recorded there."""
+"""Records of the configurations that ran in a run directory."""
 
 import json
 import logging
@@ -29,20 +29,20 @@ def record(run: ResolvedRun, store: Store) -> None:
 
 
 def _records(store: Store) -> dict[str, dict[str, Any]]:
-    """All recorded configurations by their keys, the last used one last."""
+    """Read all recorded configurations by their keys, the last used one last."""
     keys = [f"configs/{file}" for file in store.names("configs") if file.endswith(".json")]
     records = {key: json.loads(raw) for key, raw in store.read_all(keys)}
     return dict(sorted(records.items(), key=lambda item: item[1]["used_at_ns"]))
 
 
 def recorded_steps(store: Store) -> list[tuple[str, Step]]:
-    """The steps of every configuration that ever ran here, with its name, the last used one last."""
+    """List the steps of every configuration that ever ran here, with its name, the last used one last."""
     records = _records(store).values()
     return [(value["config"]["name"], Step(**step)) for value in records for step in value["steps"].values()]
 
 
 def recorded_configurations(store: Store) -> dict[str, ResolvedRun]:
-    """Every configuration that ever ran here, by the key of its record, the last used one last.
+    """Read every configuration that ever ran here, by the key of its record, the last used one last.
 
     A record of another version that this one cannot read is left out, and logged.
 
@@ -63,7 +63,7 @@ def recorded_configurations(store: Store) -> dict[str, ResolvedRun]:
 
 
 def recorded_runs(store: Store) -> list[ResolvedRun]:
-    """The configurations that ran here, one a name (its latest), the last used one last."""
+    """Read the latest configuration of each name that ran here, the last used one last."""
     records = _records(store)
     latest: dict[str, str] = {}
     for key, value in records.items():
@@ -73,7 +73,7 @@ def recorded_runs(store: Store) -> list[ResolvedRun]:
 
 
 def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
-    """The configuration that ran here last, or the one of that name.
+    """Read the configuration that ran here last, or the one of the given name.
 
     Raises:
         ValueError: nothing (of that name) was ever run here.

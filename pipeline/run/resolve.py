@@ -1,4 +1,4 @@
-"""From a configuration to the steps of a run: fingerprints and folders."""
+"""Resolve a configuration to the steps of a run: fingerprints and folders."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -50,12 +50,12 @@ def _step(spec: StageSpec, config: RunConfig, name: str | None, steps: Mapping[s
 
 
 def _document_step(spec: ShardedStage, config: RunConfig, stores: Sequence[Store]) -> Step:
-    """Shards are cut to fit every tokenizer of the run, yet a source that is added later must not undo them.
+    """Resolve the shard step so that a source that is added later does not invalidate finished shards.
 
-    So a finished shard stage already in the run directory (or in that of ``logits_from``), of the same text and settings,
-    is taken up if its segments fit all tokenizers of this run (a source was removed), or else all but some (one was added:
-    its longer segments go through the model in windows, and the logits stage counts them). An unfinished one is not: its
-    other shards would be cut for other tokenizers than its fingerprint names.
+    Shards are cut to fit every tokenizer of the run. A finished shard stage of the same text and settings, in the run
+    directory or in that of ``logits_from``, is reused if its segments fit all tokenizers of this run (a source was removed),
+    or else all but some (one was added: its longer segments go through the model in windows, and the logits stage counts
+    them). An unfinished one is not reused: its other shards would be cut for other tokenizers than its fingerprint names.
     """
     tokenizers = {model.name: model.tokenizer_identity() for model in config.models}
     settings = spec.settings(config, None)
@@ -91,7 +91,7 @@ def _document_step(spec: ShardedStage, config: RunConfig, stores: Sequence[Store
 
 
 def _existing_shards(store: Store, wanted: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Fingerprint and tokenizers of every planned shard stage of a run directory with these settings and this text."""
+    """List fingerprint and tokenizers of the planned shard stages with these settings and this text."""
     headers = {name: plan_header(store, stage_folder("shard", name)) for name in store.names("shard")}
     return [
         (name, header["tokenizers"])

@@ -30,7 +30,7 @@ MAX_ROLLUPS_PER_STEP = 64
 
 @dataclass(frozen=True, slots=True)
 class DoneShard:
-    """What is kept of one manifest.
+    """Summary of one manifest.
 
     Attributes:
         shard: its number.
@@ -78,7 +78,7 @@ class Line:
 
 @dataclass
 class StepFigures:
-    """The done shards of one step.
+    """Done shards of one step.
 
     Attributes:
         shards: shard -> its figures.
@@ -90,15 +90,15 @@ class StepFigures:
 
 
 class FiguresReader:
-    """Reads the figures of done shards, of any step; what it has read once it does not read again."""
+    """Reader of the figures of done shards, of any step, that reads each of them only once."""
 
     def __init__(self, store: Store) -> None:
-        """Nothing is read yet."""
+        """Remember the store; nothing is read yet."""
         self._store = store
         self._seen: dict[str, tuple[dict[str, str], StepFigures]] = {}
 
     def read(self, folder: str) -> StepFigures:
-        """The done shards of the step in ``folder``."""
+        """Return the done shards of the step in ``folder``."""
         entries = manifest_entries(self._store, folder)
         listed = {key: entry.version for key, entry in entries.items()}
         seen, figures = self._seen.get(folder, ({}, StepFigures()))
@@ -116,24 +116,24 @@ class FiguresReader:
 
 
 def manifest_entries(store: Store, folder: str) -> dict[str, FileEntry]:
-    """The manifest files of a step, by key."""
+    """List the manifest files of a step, by key."""
     return {entry.key: entry for entry in store.files(f"{folder}/manifests") if is_manifest(entry.key)}
 
 
 def is_manifest(key: str) -> bool:
-    """Is this the key of a manifest file? What a killed process left beside them is none."""
+    """Return whether this is the key of a manifest file. A killed process may leave other files in the same folder."""
     *_, folder, name = ("", *key.split("/"))
     return folder == "manifests" and name.startswith("shard-") and name.endswith(".json")
 
 
 def read_lines(store: Store, entries: Sequence[FileEntry]) -> dict[str, Line]:
-    """What a rollup says of manifests, from the manifests themselves; by key."""
+    """Read manifests and return the lines that a rollup would hold for them, by key."""
     by_key = {entry.key: entry for entry in entries}
     return {key: line_of(by_key[key], Manifest.from_bytes(raw)) for key, raw in store.read_all(list(by_key))}
 
 
 def line_of(entry: FileEntry, manifest: Manifest) -> Line:
-    """What a rollup says of one manifest."""
+    """Return the line that a rollup holds for one manifest."""
     figures = DoneShard(
         shard=manifest.shard,
         num_rows=manifest.num_rows_out,
@@ -156,7 +156,7 @@ def line_of(entry: FileEntry, manifest: Manifest) -> Line:
 
 
 def read_rollups(store: Store, folder: str) -> dict[str, Line]:
-    """All lines of a step's rollups, by the manifest's key."""
+    """Read all lines of a step's rollups, by the manifest's key."""
     keys = [entry.key for entry in store.files(f"{folder}/rollups") if entry.key.endswith(".jsonl")]
     lines = {}
     for _, raw in store.read_all(keys):
@@ -215,7 +215,7 @@ def roll_up(store: Store, folder: str) -> None:
 
 
 def _added(before: StepFigures, lines: Iterable[Line]) -> StepFigures:
-    """Numbers and totals are added as plain numbers: objects for each of them would cost most of the time."""
+    """Add lines to the figures, as plain numbers: one object per number would take most of the time."""
     shards = dict(before.shards)
     counts = {name: figure for name, figure in before.health.items() if not isinstance(figure, Mean)}
     means = {name: [mean.total, mean.count] for name, mean in before.health.items() if isinstance(mean, Mean)}

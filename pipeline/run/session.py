@@ -1,4 +1,4 @@
-"""A configuration opened in its run directory, and what its steps need of each other."""
+"""A configuration opened in its run directory, with helpers that steps use to find each other's results."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """The configuration."""
+        """Configuration of the run."""
         return self.resolved.config
 
 
@@ -80,7 +80,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
 
 
 def pending_shards(store: Store, step: Step, num_shards: int) -> list[int]:
-    """Shards without a manifest."""
+    """List the shards without a manifest."""
     names = set(store.manifest_names(step.folder))
     return [shard for shard in range(num_shards) if manifest_key("", shard).rsplit("/", 1)[-1] not in names]
 
@@ -117,7 +117,7 @@ def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
 
 
 def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[str, pa.Table]:
-    """What a step reads for a shard, by input name.
+    """Read the inputs of a step for a shard, by input name.
 
     Raises:
         StageError: an input is not done, or not there any more.
@@ -155,12 +155,12 @@ def kinds_table(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
 
 
 def command(run: Run, stage: str) -> str:
-    """What the user types to run a stage of this run."""
+    """Return the command that runs a stage of this run, as the user would type it."""
     return run.resolved.command(stage, run.store.url)
 
 
 def _warn_of_branches(config: RunConfig) -> None:
-    """A branch may move between two commands, and a fingerprint that holds its name would not notice."""
+    """Warn of revisions that are not commits: a branch may move, and a fingerprint of its name would not notice."""
     places = {model.name: model.revision for model in config.models} | {"dataset": config.dataset.revision}
     places |= {text.section: text.revision for text in config.eval.texts}
     for name, revision in places.items():

@@ -1,4 +1,4 @@
-"""The frozen plan of a run directory: shard -> its fixed range of documents."""
+"""Frozen plan of a run directory: shard -> its fixed range of documents."""
 
 import json
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from stages.contract.store import Store
 
 
 def plan_key(shard_folder: str) -> str:
-    """``shard/<fp>/plan.jsonl``."""
+    """Return ``shard/<fp>/plan.jsonl``."""
     return f"{shard_folder}/plan.jsonl"
 
 
 def freeze_plan(run: ResolvedRun, store: Store) -> "Plan":
-    """The plan of a run's shards; made and frozen at the first call, read ever after."""
+    """Return the plan of a run's shards; the first call makes and freezes it, later calls read it."""
     step = run.steps["shard"]
     plan = read_plan(store, step.folder)
     if plan is not None:
@@ -38,19 +38,19 @@ def freeze_plan(run: ResolvedRun, store: Store) -> "Plan":
 
 @dataclass(frozen=True)
 class Plan:
-    """The frozen plan: shard number -> its fixed range of documents."""
+    """Frozen plan: shard number -> its fixed range of documents."""
 
     ranges: tuple[ShardRange, ...]
     sha256: str
 
     @property
     def num_shards(self) -> int:
-        """Shards of every sharded stage of the run."""
+        """Number of shards of every sharded stage of the run."""
         return len(self.ranges)
 
 
 def read_plan(store: Store, shard_folder: str) -> Plan | None:
-    """The frozen plan, None before the shard stage first ran."""
+    """Read the frozen plan; None if the shard stage never ran."""
     try:
         raw = store.read(plan_key(shard_folder))
     except FileNotFoundError:

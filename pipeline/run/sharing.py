@@ -1,4 +1,4 @@
-"""``logits_from``: take up the finished shards of another run directory instead of computing them again.
+"""``logits_from``: import the finished shards of another run directory instead of computing them again.
 
 A shard that is done there, under the same fingerprint and from the same rows, gets a manifest here that names the file
 there. Nothing is copied but manifests (and the frozen plan), and nothing is written there; whoever reads the shard here
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImportedShards:
-    """What became of a step's pending shards.
+    """Outcome of importing a step's pending shards.
 
     Attributes:
         shards: those that have a manifest here now.
@@ -88,7 +88,7 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
 
 
 def _folder_there(step: Step, other: Store) -> str | None:
-    """Where the step's result is in the other run directory: models may have other names there."""
+    """Find the step's folder in the other run directory, where models may have other names."""
     if step.model is None:
         return step.folder
     keys = [f"{step.stage}/{name}" for name in other.names(step.stage)]
@@ -96,7 +96,7 @@ def _folder_there(step: Step, other: Store) -> str | None:
 
 
 def _same_inputs(manifest: Manifest, step: Step, store: Store) -> bool:
-    """Was a shard computed from the very rows that this run directory has?"""
+    """Return whether a shard was computed from exactly the rows that this run directory has."""
     for name in step.inputs:
         own = store.read_manifest(manifest.inputs[name].folder, manifest.shard)
         if own is None or own.data.sha256 != manifest.inputs[name].data_sha256:
@@ -105,5 +105,5 @@ def _same_inputs(manifest: Manifest, step: Step, store: Store) -> bool:
 
 
 def _at(file: DataFile | None, other: Store) -> DataFile | None:
-    """The file, said to be in the other run directory (or where that one found it)."""
+    """Return the file with its location set to the other run directory, unless it is elsewhere already."""
     return file if file is None or file.home is not None else file.model_copy(update={"home": other.url})

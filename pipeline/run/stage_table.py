@@ -1,4 +1,5 @@
-"""STAGES: the only list of stages. What they read, which settings shape them, and what the rest of the pipeline asks of each.
+"""STAGES, the only list of stages: inputs, settings that shape the results, and everything else the pipeline asks of a
+stage.
 
 A *step* is one folder of the run directory: a stage, and its model where the stage runs once per model. A stage is sharded
 (a step computes one file per shard: ``ShardedStage``) or a job (a step computes one result: ``JobStage``).
@@ -41,7 +42,7 @@ FUSED: Final = "fused"
 
 @dataclass(frozen=True)
 class Resources:
-    """What the workers of a step need.
+    """Resources that the workers of a step need.
 
     Attributes:
         num_workers: None: one per GPU where GPUs are used, else one per CPU slot (``models``: one).

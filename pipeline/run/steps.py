@@ -1,4 +1,4 @@
-"""The steps of a run: what is computed, from what, and in which folder."""
+"""Steps of a run: what is computed, from what, and in which folder."""
 
 import shlex
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Step:
-    """One folder of the run directory: a stage, and its model where the stage runs once a model.
+    """One folder of the run directory: a stage, and its model if the stage runs once per model.
 
     Attributes:
         key: ``"logits/gemma3"``.
@@ -43,12 +43,12 @@ class Step:
 
     @property
     def folder(self) -> str:
-        """The step's folder in the run directory."""
+        """Folder of the step in the run directory."""
         return stage_folder(self.key, self.fingerprint)
 
     @property
     def is_sharded(self) -> bool:
-        """The step computes one file per shard."""
+        """Whether the step computes one file per shard."""
         return isinstance(stage_spec(self.stage), ShardedStage)
 
 
@@ -70,11 +70,11 @@ class ResolvedRun:
 
     @property
     def label(self) -> str:
-        """What reports call it: its name, and what tells it from others of that name."""
+        """Name in reports: the configuration's, and what distinguishes it from others of that name."""
         return f"{self.config.name} ({self.distinction})" if self.distinction else self.config.name
 
     def command(self, stage: str, run_url: str) -> str:
-        """What the user types to run a stage of this run."""
+        """Return the command that runs a stage of this run, as the user would type it."""
         sets = "".join(f" --set {shlex.quote(override)}" for override in self.request.overrides)
         arguments = f" ARGS={shlex.quote(sets.strip())}" if sets else ""
         path, run_url = shlex.quote(self.request.config_path), shlex.quote(run_url)
@@ -83,22 +83,22 @@ class ResolvedRun:
         )
 
     def of_stage(self, stage: str) -> list[Step]:
-        """The steps of one stage, in the order of the configuration's models."""
+        """List the steps of one stage, in the order of the configuration's models."""
         return [step for step in self.steps.values() if step.stage == stage]
 
     @property
     def sharded_steps(self) -> list[Step]:
-        """The steps that compute one file per shard, in their order."""
+        """Steps that compute one file per shard, in order."""
         return [step for step in self.steps.values() if step.is_sharded]
 
     @property
     def fused_steps(self) -> list[Step]:
-        """The sharded steps from the first model's logits to the fused distributions: all but the cutting of documents."""
+        """Sharded steps from the first model's logits to the fused distributions: all except the cutting of documents."""
         return [step for step in self.sharded_steps if not sharded_stage(step.stage).reads_documents]
 
     @property
     def record_key(self) -> str:
-        """Where the resolved configuration is recorded."""
+        """Key of the record of the resolved configuration."""
         return record_key(self.config)
 
 

@@ -1,4 +1,4 @@
-"""The models that a run trained, local and in an object store: the target, and adapted sources.
+"""Models that a run trained (the target and adapted sources), on local disk and in an object store.
 
 Training works in a local folder, and publishes what it made at its end. Each committed checkpoint is copied to the store
 (``train.checkpoints.mirror``): a training that was killed goes on from the folder where that outlives the process, and from
@@ -35,7 +35,7 @@ def target_step(run: Run) -> Step:
 
 
 def local_folder(run: Run, step: Step) -> Path:
-    """The step's folder in a local run directory, else one of its own in ``engine.scratch``."""
+    """Return the step's folder in a local run directory, else its folder in ``engine.scratch``."""
     return folder_here(run.store, step.folder, run.config.engine.scratch)
 
 
@@ -49,12 +49,14 @@ def folder_here(store: Store, folder: str, scratch: Path | None) -> Path:
 
 
 def checkpoint_store(run: Run, step: Step) -> str | None:
-    """Where checkpoints are copied to: the step's folder in a remote run directory."""
+    """Return the URL that checkpoints are copied to: the step's folder in a remote run directory; None for a local
+    one.
+    """
     return None if run.store.is_local else run.store.full_url(step.folder)
 
 
 def checkpoint_copies(run: Run, step: Step) -> "CheckpointMirror | None":
-    """The copies of the job's checkpoints in a remote run directory; None for a local one."""
+    """Return the copies of the job's checkpoints in a remote run directory; None for a local one."""
     from train.checkpoints.mirror import CheckpointMirror
 
     url = checkpoint_store(run, step)
@@ -92,12 +94,12 @@ def publish_card(run: Run, step: Step) -> None:
 
 
 def trained_model(run: Run, step: Step) -> Path:
-    """A local folder with the trained model of a step; see ``fetch_model``."""
+    """Return a local folder with the trained model of a step; see ``fetch_model``."""
     return fetch_model(run.store, step.folder, run.config.engine.scratch)
 
 
 def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
-    """A local folder with a trained model, fetched from a remote run directory where it is not here or differs.
+    """Return a local folder with a trained model; files that are missing or differ are fetched from the run directory.
 
     Args:
         store: the run directory.
@@ -128,7 +130,7 @@ def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
 
 
 def evaluated_model(run: Run, step: Step) -> ModelConfig:
-    """The model that an eval step speaks of; the trained one as the folder it was exported to."""
+    """Return the model that an eval step evaluates; the trained one as its exported folder."""
     if step.model == FUSED:
         return ModelConfig(
             name=FUSED,
@@ -142,7 +144,7 @@ def evaluated_model(run: Run, step: Step) -> ModelConfig:
 
 
 def is_trained(run: Run, step: Step | None = None) -> bool:
-    """A training is done: that of the target, where no other step is given.
+    """Return whether a training is done: by default the target's.
 
     Raises:
         StageError: its manifest says so, but files of the model are missing.

@@ -1,5 +1,6 @@
-"""What a user should know of the documents before anything expensive runs: texts that leave nothing to evaluate or to train on,
-and conversations that were rendered as text.
+"""Warnings about the documents, given before anything expensive runs.
+
+Texts may leave nothing to evaluate or to train on, and conversations may have been rendered as text.
 """
 
 import math

@@ -1,1 +1,1 @@
-"""The TOML file of a run: one class per section, and the reader that checks it."""
+"""TOML file of a run: one class per section, and the reader that checks it."""

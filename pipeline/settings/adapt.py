@@ -18,7 +18,7 @@ def fold_of(shard: int) -> str:
 
 
 class AdaptConfig(Settings):
-    """How a source is adapted to the run's text: on its gold tokens, in two folds.
+    """Settings to adapt a source to the run's text: on its gold tokens, in two folds.
 
     A model that has seen a document gives its tokens away. So one is trained on the even shards and dumps the odd ones, and one
     the other way round.
@@ -65,7 +65,7 @@ class SourceConfig(ModelConfig):
 
     @property
     def is_served(self) -> bool:
-        """A server has it: nothing is asked of its weights."""
+        """Whether a server runs the model, so that its weights are never read here."""
         return self.backend == "server"
 
     @model_validator(mode="after")

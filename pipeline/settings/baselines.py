@@ -20,14 +20,14 @@ WEIGHT_AVERAGE_VERSION: Final = 1
 
 
 class AverageRefusedError(ValueError):
-    """The models' weights cannot be averaged; the message says why, in one line."""
+    """Error of models whose weights cannot be averaged; the message says why, in one line."""
 
 
 Weights = tuple[Annotated[float, Field(ge=0, lt=1)], ...]
 
 
 class BaselinesConfig(Settings):
-    """What is evaluated beside the models, without training (docs/baselines.md)."""
+    """Settings of the baselines, which are evaluated without training (docs/baselines.md)."""
 
     ensemble: Annotated[bool, RUNTIME] = Field(
         False,
@@ -71,12 +71,12 @@ class BaselinesConfig(Settings):
                 )
 
     def source_weights(self, baseline: Baseline, num_sources: int) -> tuple[float, ...]:
-        """Each source's weight; the target has what is left of 1."""
+        """Return each source's weight; the target has the rest of 1."""
         given = self.ensemble_weights if baseline == ENSEMBLE else self.average_weights
         return given if given is not None else (1 / (num_sources + 1),) * num_sources
 
     def baseline_settings(self, baseline: Baseline, num_sources: int) -> dict[str, Any]:
-        """The settings that change this baseline's figure."""
+        """Return the settings that change this baseline's result."""
         settings: dict[str, Any] = {"weights": list(self.source_weights(baseline, num_sources))}
         if baseline == ENSEMBLE:
             return {**settings, "contexts": self.ensemble_contexts, "version": ENSEMBLE_VERSION}

@@ -1,4 +1,4 @@
-"""Which settings decide what text is scored; figures are paired document by document only where they agree."""
+"""Settings that decide which text is scored; results are paired document by document only if they agree."""
 
 from collections.abc import Mapping
 from typing import Any, Final

@@ -1,4 +1,4 @@
-"""Say what is wrong with a configuration in the words of its file: what was found, what is expected, what to write."""
+"""Explain errors in a configuration in the words of its file: what was found, what is expected, what to write."""
 
 import difflib
 import re
@@ -40,7 +40,7 @@ _SHOWN_CHARACTERS: Final = 60
 
 
 class _Place(NamedTuple):
-    """Where in a configuration a problem is.
+    """Location of a problem in a configuration.
 
     Attributes:
         keys: as they stand in the file; a number counts the tables of a kind, from 0.
@@ -60,7 +60,7 @@ class _Place(NamedTuple):
 
     @property
     def table(self) -> str:
-        """The keys as the head of a section has them: numbers of tables are not written."""
+        """Keys as written in the head of a section, without the numbers of tables."""
         return ".".join(key for key in self.keys if isinstance(key, str))
 
 

@@ -11,7 +11,7 @@ VERSION: Final = 1
 
 
 class InterpretConfig(Settings):
-    """How much text the figures are taken from, and what is shown."""
+    """Settings for the sample that ``ptafuse interpret`` reads, and for what it shows."""
 
     max_positions: int = Field(
         100_000,

@@ -20,7 +20,7 @@ FILL_IN: Final = "FILL IN"
 
 
 class ConfigError(ValueError):
-    """The configuration cannot be used; the message says where and what to do."""
+    """Error of a configuration that cannot be used; the message says where and what to do."""
 
 
 def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
@@ -107,7 +107,7 @@ def find_toml(path: Path, shipped: list[Path], what: str) -> Path:
 
 
 def config_id(config: RunConfig) -> str:
-    """12 hexadecimal digits that identify a resolved configuration, runtime settings included."""
+    """Return 12 hexadecimal digits that identify a resolved configuration, runtime settings included."""
     return hashlib.sha256(config.model_dump_json(by_alias=True).encode()).hexdigest()[:12]
 
 

@@ -1,4 +1,4 @@
-"""Settings of ``ptafuse plan``: what things cost, and what is assumed where the run has measured nothing yet."""
+"""Settings of ``ptafuse plan``: prices, and assumptions where the run has measured nothing yet."""
 
 from typing import Final
 
@@ -13,7 +13,7 @@ HUB_DATASETS: Final[dict[tuple[str, str], tuple[int, int]]] = {
 
 
 class PricesConfig(Settings):
-    """What you pay; the unit of money is yours. What has no price is left out of the sum, and ``plan`` says so."""
+    """Prices in your currency. Items without a price are left out of the sum, and ``plan`` says so."""
 
     gpu_hour: float | None = Field(None, ge=0, description="A GPU for an hour, the CPUs of its worker included.")
     core_hour: float | None = Field(None, ge=0, description="A CPU core for an hour, of workers without a GPU.")
@@ -21,7 +21,9 @@ class PricesConfig(Settings):
 
 
 class AssumptionsConfig(Settings):
-    """What ``plan`` reckons with until the run has measured it; each that it uses is printed with this source."""
+    """Assumptions of ``plan`` until the run has measured better values; each one that is used is printed with its
+    source.
+    """
 
     num_documents: int | None = Field(
         None, ge=1, description="Documents of the dataset, where its files or its card do not tell."

@@ -1,4 +1,4 @@
-"""One TOML file a run: the stages' configuration classes, composed."""
+"""Configuration of a run, one TOML file: the stages' configuration classes, composed."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -21,7 +21,7 @@ from train.config import TrainConfig
 
 
 class EngineConfig(Settings):
-    """How shards are scheduled; changes no result."""
+    """Settings for scheduling shards; none of them changes a result."""
 
     max_attempts: int = Field(3, ge=1, description="Attempts at a shard before it counts as failed.")
     num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; all of the machine by default.")
@@ -63,7 +63,7 @@ def _messages_column(values: dict[str, Any]) -> Any:
 
 
 class RunConfig(Settings):
-    """The whole configuration of a run."""
+    """Whole configuration of a run."""
 
     name: Annotated[Name, RUNTIME] = Field(description="Names the recorded configuration: letters, digits, . _ -")
     logits_from: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
@@ -91,7 +91,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_packing(cls, values: Any) -> Any:
-        """The paper cuts blocks: so does its preset, where the configuration does not say otherwise; never conversations."""
+        """Fill in the packing of the paper's preset, which cuts blocks; never for conversations."""
         if isinstance(values, dict) and _messages_column(values) is None:
             align, fuse = values.get("align"), values.get("fuse", {})
             if isinstance(align, dict) and align.get("preset") == "paper" and isinstance(fuse, dict):
@@ -101,7 +101,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_control_tokens(cls, values: Any) -> Any:
-        """Every model reads control tokens in documents as the dataset says, where its own section says nothing."""
+        """Copy the dataset's ``control_tokens`` to every model whose own section does not set it."""
         dataset = values.get("dataset") if isinstance(values, dict) else None
         if not isinstance(dataset, dict) or "control_tokens" not in dataset:
             return values
@@ -118,7 +118,7 @@ class RunConfig(Settings):
     @model_validator(mode="before")
     @classmethod
     def _fill_conversations(cls, values: Any) -> Any:
-        """Every model reads conversations where the dataset holds them: the dataset says so, never a model's section."""
+        """Tell every model whether the dataset holds conversations; a model's section cannot say so."""
         if not isinstance(values, dict):
             return values
         reads = _messages_column(values) is not None
@@ -257,12 +257,12 @@ class RunConfig(Settings):
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
-        """The target, then the sources."""
+        """Target, then sources."""
         return (self.target, *self.sources)
 
     @property
     def evaluated_sources(self) -> tuple[SourceConfig, ...]:
-        """The sources that can be evaluated: all but those of a server."""
+        """Sources that can be evaluated: all except those of a server."""
         return tuple(source for source in self.sources if not source.is_served)
 
     @property

@@ -1,4 +1,4 @@
-"""Settings of the evaluation, with the texts that models are evaluated on besides the held-out split."""
+"""Settings of the evaluation, and of the texts other than the held-out split that models are evaluated on."""
 
 from typing import Annotated, Final, Literal, Self
 
@@ -65,7 +65,7 @@ class TextConfig(DatasetConfig):
 
 
 class EvaluationConfig(EvalConfig):
-    """How models are compared on held-out text and on other texts."""
+    """Settings of the evaluation on held-out text and on other texts."""
 
     # Each text has results and fingerprints of its own: those of the held-out split do not depend on it.
     texts: Annotated[tuple[TextConfig, ...], RUNTIME] = Field(

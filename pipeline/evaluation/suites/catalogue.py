@@ -1,4 +1,4 @@
-"""The suites by name: which tasks of the harness they are, how many examples they show, and what is measured."""
+"""Catalogue of suites: their tasks in the harness, their number of examples, and their metrics."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure of a suite.
+    """Metric of a suite.
 
     Attributes:
         key: as the harness names it: the metric, a comma, the filter of the answer.
@@ -101,7 +101,7 @@ SUITES: Final = {
 
 
 def selected(names: tuple[str, ...]) -> dict[str, tuple[str, ...] | None]:
-    """Suite -> its selected sub-tasks, None for all, in the configuration's order.
+    """Map each selected suite to its selected sub-tasks (None: all), in the configuration's order.
 
     Args:
         names: as in ``[eval] suites``: ``"bbh"``, ``"bbh/navigate"``. A suite that is named whole is run whole.

@@ -1,4 +1,4 @@
-"""Runs one program with little to harm: limits, no network, a file system that can be read only; then exits as it did.
+"""Run one program where it can do little harm (limits, no network, a read-only file system), and exit as it did.
 
 Executed as a script by ``sandbox.py``, with the standard library alone: ``python -I -S confine.py SETTINGS COMMAND...``.
 SETTINGS is JSON: ``directory``, ``status_fd``, and the fields of ``sandbox.Limits``. What could be isolated,
@@ -89,7 +89,7 @@ def _set_limits(settings: dict[str, Any]) -> None:
 
 
 def _num_threads(user: int) -> int:
-    """Threads that a user has already; the kernel's limit counts them too."""
+    """Count the threads that a user has already, since the kernel's limit includes them."""
     count = 0
     for path in Path("/proc").glob("[0-9]*/status"):
         try:
@@ -115,7 +115,9 @@ def _enter_namespaces(*, is_root: bool) -> bool:
 
 
 def _make_read_only(directory: str) -> bool:
-    """Every mount but the program's own directory; False where the kernel is too old (before 5.12) or refuses."""
+    """Make every mount read-only except the program's directory; return False if the kernel is too old (before 5.12)
+    or refuses.
+    """
     place = directory.encode()
     if _libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) or _libc.mount(place, place, None, MS_BIND, None):
         return False

@@ -1,4 +1,4 @@
-"""Figures of a suite from its documents' values, with standard errors; sub-tasks are strata of fixed sizes."""
+"""Metrics of a suite from its documents' values, with standard errors; sub-tasks are strata of fixed sizes."""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ Kind = Literal["mean", "perplexity"]
 
 
 def figure(strata: Sequence[np.ndarray], kind: Kind) -> Estimate:
-    """A figure over all documents of all sub-tasks: a sub-task weighs as much as it has documents.
+    """Compute a metric over all documents of all sub-tasks: each sub-task counts by its number of documents.
 
     Args:
         strata: the values of each sub-task, (D_k,): scores, or for a perplexity log-likelihoods in nats.
@@ -27,7 +27,7 @@ def figure(strata: Sequence[np.ndarray], kind: Kind) -> Estimate:
 
 
 def difference(strata: Sequence[np.ndarray], baseline: Sequence[np.ndarray], kind: Kind) -> Estimate:
-    """The figure minus the baseline's on the same documents in the same order, paired by document.
+    """Compute the metric minus the baseline's on the same documents in the same order, paired by document.
 
     Args:
         strata: as for ``figure``.
@@ -57,7 +57,7 @@ def _value(strata: Sequence[np.ndarray], kind: Kind) -> float:
 
 
 def _influence(values: np.ndarray, value: float, kind: Kind) -> np.ndarray:
-    """What each document's value does to the figure, up to a constant: its derivative times D."""
+    """Return the derivative of the metric by each document's value, times D, up to a constant."""
     return values if kind == "mean" else -value * values
 
 

@@ -1,4 +1,6 @@
-"""lm-evaluation-harness, and the one module that imports it: its tasks on our data, its scoring of our models."""
+"""Interface to lm-evaluation-harness, which only this module imports: its tasks on our data, its scoring of our
+models.
+"""
 
 import logging
 import math
@@ -23,7 +25,7 @@ class HarnessMissingError(ImportError):
 
 
 def harness_version() -> str:
-    """The installed version.
+    """Return the installed version of the harness.
 
     Raises:
         HarnessMissingError: it is not installed.
@@ -38,7 +40,7 @@ def harness_version() -> str:
 
 
 def harness_subtasks(suite: Suite) -> tuple[str, ...]:
-    """Every sub-task of a suite that the harness defines."""
+    """List every sub-task of a suite that the harness defines."""
     if suite.tasks:
         return tuple(name.removeprefix(suite.prefix) for name in suite.tasks)
     names = [name for name in _manager(suite).all_subtasks if name.startswith(suite.prefix)]
@@ -46,7 +48,7 @@ def harness_subtasks(suite: Suite) -> tuple[str, ...]:
 
 
 def build_task(suite: Suite, subtask: str, data: Data | None, *, num_fewshot: int) -> Any:
-    """The harness's task.
+    """Build the harness's task.
 
     Args:
         suite: which suite.
@@ -72,7 +74,7 @@ def build_task(suite: Suite, subtask: str, data: Data | None, *, num_fewshot: in
 
 
 def load_harness_model(model: ModelConfig, config: EvalConfig, *, cpus: float) -> Any:
-    """A model as the harness drives it: our weights, precision, device and attention; logprobs in float32."""
+    """Load a model for the harness: our weights, precision, device and attention; logprobs in float32."""
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # prompts that were cut are counted in the result
@@ -101,7 +103,7 @@ def chat_template(model: ModelConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model got in one sub-task.
+    """Scores of a model in one sub-task.
 
     Attributes:
         values: metric's key -> each document's value, in the order of the data.
@@ -159,7 +161,7 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None, as_chat: bo
 
 
 def _is_truncated(model: Any, requests: list[tuple]) -> bool:
-    """Does a prompt of a document exceed what the model can read of it?"""
+    """Return whether a prompt of a document is longer than what the model can read of it."""
     for prompt, rest in requests:
         is_answer = isinstance(rest, str)
         text = prompt + rest if is_answer else prompt
@@ -175,7 +177,7 @@ NUM_SPECIAL: Final = 8
 
 
 def _manager(suite: Suite) -> Any:
-    """An index of the suite's task files alone; the harness has many thousands."""
+    """Build an index of the suite's task files only; the harness has many thousands."""
     import lm_eval.tasks
 
     assert suite.folder is not None
@@ -200,7 +202,7 @@ def _problems_from_hub(language: str) -> list[Document]:
 
 
 def _in_memory(data: Data) -> Callable[..., Any]:
-    """What the harness calls for its data: nothing is looked for on the hub, nothing is cached on disk."""
+    """Return the function that the harness calls for its data: nothing is fetched from the hub or cached on disk."""
     from datasets import Dataset, DatasetDict
 
     def splits(**_: Any) -> Any:

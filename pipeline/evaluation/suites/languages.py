@@ -10,7 +10,7 @@ DEFAULT_LIMITS: Final = Limits()
 
 @dataclass(frozen=True)
 class Language:
-    """How a program of a language is run.
+    """Command and limits for running programs of one language.
 
     Attributes:
         name: as MultiPL-E names it.

@@ -1,4 +1,4 @@
-"""The suites' data from a folder on this machine: which files are expected, and how they become documents."""
+"""Data of the suites in a local folder: which files are expected, and how they become documents."""
 
 import csv
 import gzip
@@ -29,7 +29,7 @@ class LocalTask:
     read: Callable[[], Mapping[str, list[Document]]]
 
     def identity(self) -> str:
-        """What identifies the data: the hash of its files."""
+        """Return the hash of the data's files."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.name}:{cached_file_sha256(file)}\n".encode())
@@ -37,7 +37,7 @@ class LocalTask:
 
 
 def local_tasks(suite: str, folder: Path) -> dict[str, LocalTask]:
-    """Sub-tasks of a suite that a folder has files of, by name.
+    """Find the sub-tasks of a suite that a folder has files for, by name.
 
     Raises:
         FileNotFoundError: it has none; says what was expected.
@@ -135,7 +135,7 @@ def _multipl_e(folder: Path) -> list[LocalTask]:
 
 
 def as_multipl_e(row: Document) -> Document:
-    """A problem of HumanEval in MultiPL-E's columns; what ends a completion is as in the harness's task `humaneval`."""
+    """Convert a HumanEval problem to MultiPL-E's columns; a completion ends as in the harness's task `humaneval`."""
     return {
         "prompt": row["prompt"],
         "tests": f"{row['test']}\ncheck({row['entry_point']})",
@@ -172,7 +172,7 @@ def _mmlu_rows(file: Path) -> list[Document]:
 
 
 def _squad_rows(file: Path) -> list[Document]:
-    """Questions of a file in SQuAD's format, as the harness's own reading leaves them."""
+    """Read the questions of a file in SQuAD's format, in the form that the harness's own reader produces."""
     return [
         {
             "id": question["id"],

@@ -1,4 +1,4 @@
-"""Code generation in MultiPL-E's manner: one greedy completion a problem, then its tests in the sandbox."""
+"""Code generation as in MultiPL-E: one greedy completion per problem, then its tests in the sandbox."""
 
 from typing import Any, Final
 
@@ -12,14 +12,14 @@ NUM_LANGUAGES: Final = 19
 
 
 def hub_dataset(language: str) -> dict[str, str]:
-    """Where the hub has the problems of a language: arguments of ``datasets.load_dataset``."""
+    """Return the arguments of ``datasets.load_dataset`` for the problems of a language."""
     if language == "py":
         return {"path": "openai/openai_humaneval"}
     return {"path": "nuprl/MultiPL-E", "name": f"humaneval-{language}"}
 
 
 def task_config(language: str, stop_tokens: list[str]) -> dict[str, Any]:
-    """The harness's task of one language, without its data.
+    """Build the harness's task of one language, without its data.
 
     Args:
         language: as MultiPL-E names it.
@@ -45,5 +45,5 @@ def task_config(language: str, stop_tokens: list[str]) -> dict[str, Any]:
 
 
 def languages_on_hub() -> tuple[str, ...]:
-    """Languages that are tried when no sub-task is named and the data comes from the hub."""
+    """List the languages that are tried if no sub-task is named and the data comes from the hub."""
     return tuple(LANGUAGES)

@@ -1,4 +1,6 @@
-"""The suites' results in a run directory, as tables: a suite's figure is over all documents of the sub-tasks that ran."""
+"""Results of the suites in a run directory, as tables: a suite's figure is over all documents of the sub-tasks that
+ran.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,7 @@ FEW_SUBTASKS: Final = 4
 
 @dataclass(frozen=True)
 class SuiteRow:
-    """One figure of a model in a suite.
+    """Result of a model for one metric of a suite.
 
     Attributes:
         suite: its name.
@@ -53,7 +55,7 @@ class SuiteRow:
 
 
 def suite_rows(runs: Sequence[ResolvedRun], store: Store) -> list[SuiteRow]:
-    """Every figure of the models of these runs: suites in their order, then models in the runs' order."""
+    """Collect the results of the models of these runs: suites in their order, then models in the runs' order."""
     models = _models(runs)
     order = list(SUITES)
     rows = []
@@ -67,7 +69,7 @@ def suite_rows(runs: Sequence[ResolvedRun], store: Store) -> list[SuiteRow]:
 
 
 def suite_table(rows: Sequence[SuiteRow]) -> ResultTable:
-    """The rows for people."""
+    """Build the table of the rows, for people."""
     return ResultTable(
         "Benchmarks (figure ± standard error over documents; differences paired by document; each document weighs the same)",
         ("suite", "figure", "model", "value", "against target before", "documents", "sub-tasks", "shots"),
@@ -89,7 +91,7 @@ def suite_table(rows: Sequence[SuiteRow]) -> ResultTable:
 
 
 def subtask_table(runs: Sequence[ResolvedRun], store: Store) -> ResultTable:
-    """Every sub-task's headline figure of the models of these runs, and what it was computed with."""
+    """Build the table of every sub-task's headline metric, and of what it was computed with."""
     models = _models(runs)
     results = [result for result in _results(store) if canonical_json(result["model_inputs"]) in models]
     order = list(models)
@@ -129,7 +131,7 @@ class _Model:
 
 
 def _models(runs: Sequence[ResolvedRun]) -> dict[str, _Model]:
-    """What identifies a model -> its label and its target before training; each model once, in the runs' order."""
+    """Map what identifies a model to its label and its target before training; each model once, in the runs' order."""
     found: dict[str, _Model] = {}
     for run in runs:
         target = run.config.target.name
@@ -154,7 +156,7 @@ def _results(store: Store) -> list[dict[str, Any]]:
 
 
 def _grouped(results: Sequence[Result]) -> dict[tuple[str, str, int], dict[str, list[Result]]]:
-    """(suite, settings, number of the data) -> model -> results of sub-tasks.
+    """Group results by (suite, settings, number of the data) -> model -> sub-tasks.
 
     A sub-task that was evaluated on other files later is another row, not the same documents twice.
     """
@@ -171,7 +173,7 @@ def _grouped(results: Sequence[Result]) -> dict[tuple[str, str, int], dict[str, 
 
 
 def _settings(result: Result) -> str:
-    """The settings that results of one suite must share to be one figure."""
+    """Return the settings that results of one suite must share to be combined into one figure."""
     return canonical_json({name: value for name, value in result["settings"].items() if name != "subtask"})
 
 

@@ -1,4 +1,4 @@
-"""``[eval] suites``: runs models through benchmarks; each sub-task of a model is a result of its own, computed once."""
+"""``[eval] suites``: run models through benchmarks. Each sub-task of a model is a separate result, computed once."""
 
 import json
 import logging
@@ -65,7 +65,7 @@ class PlannedTask:
     sandbox: Mapping[str, bool]
 
     def key(self, model: Mapping[str, str]) -> str:
-        """Where the result of a model is.
+        """Return the key of a model's result.
 
         Args:
             model: what identifies it.
@@ -76,7 +76,7 @@ class PlannedTask:
 
 
 def model_inputs(step: Step) -> dict[str, str]:
-    """What identifies the model of an eval step: its weights and tokenizer, or the training that made it."""
+    """Return what identifies the model of an eval step: its weights and tokenizer, or the training that made it."""
     return {name: value for name, value in step.settings["inputs"].items() if name != "shard"}
 
 
@@ -140,7 +140,7 @@ def check_suites(config: RunConfig, console: Console) -> None:
 
 
 def plan_suites(config: EvalConfig, console: Console) -> list[PlannedTask]:
-    """The sub-tasks that the configuration asks for, with their data where that is local.
+    """List the sub-tasks that the configuration selects, with their data if it is local.
 
     Args:
         config: the evaluation's settings.
@@ -162,7 +162,7 @@ def plan_suites(config: EvalConfig, console: Console) -> list[PlannedTask]:
 
 
 def data_folder(config: EvalConfig) -> Path | None:
-    """Where the suites' files are; None for the hub.
+    """Return the folder of the suites' files; None for the hub.
 
     Raises:
         FileNotFoundError: the configured folder is not there.
@@ -199,7 +199,7 @@ def _require_templates(config: RunConfig, names: Sequence[str]) -> None:
 def _subtasks(
     suite: Suite, wanted: tuple[str, ...] | None, folder: Path | None, config: EvalConfig, console: Console
 ) -> dict[str, LocalTask | None]:
-    """Sub-task -> its local data, None for the hub."""
+    """Map each sub-task to its local data, None for the hub."""
     if suite.folder is None and not config.execute_code:
         raise ValueError(
             f"the suite {suite.name} runs programs that models write: allow it with --execute-code, or execute_code = true "
@@ -221,7 +221,7 @@ def _subtasks(
 
 
 def _runnable(languages: Sequence[str], console: Console, *, insists: bool) -> tuple[str, ...]:
-    """The languages whose programs run here; the others are told, or refused where they were named."""
+    """List the languages whose programs run here; others are reported, or refused if they were named."""
     found = []
     for language in languages:
         try:

@@ -1,4 +1,4 @@
-"""Runs a program that a model wrote, where it can do little harm; docs/evaluation.md says what is not isolated."""
+"""Run a program that a model wrote where it can do little harm; docs/evaluation.md says what is not isolated."""
 
 import contextlib
 import json
@@ -19,12 +19,12 @@ SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 
 
 class SandboxError(RuntimeError):
-    """The sandbox itself failed, which says nothing about the program."""
+    """Error of the sandbox itself, which says nothing about the program."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Resource limits of a program.
 
     Attributes:
         seconds: of wall clock, then it is killed with all its children; of CPU for each process, one more.
@@ -43,7 +43,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a program ended.
+    """Outcome of a program.
 
     Attributes:
         exit_code: 128 + the signal's number where a signal ended it; None where the time was up.
@@ -59,7 +59,7 @@ class Execution:
 
 
 def find_interpreter(name: str) -> str | None:
-    """An interpreter's path, None where there is none.
+    """Find an interpreter's path; None if it is not installed.
 
     A process of root's runs the programs as `nobody`, who sees only what is installed for everybody.
     """
@@ -124,7 +124,7 @@ def _run(command: Sequence[str], directory: str, limits: Limits) -> Execution:
 
 @dataclass(frozen=True)
 class _Told:
-    """What ``confine`` reported."""
+    """Report of ``confine``."""
 
     error: str | None = None
     has_started: bool = False

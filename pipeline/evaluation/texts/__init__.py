@@ -1,1 +1,3 @@
-"""Other texts than the held-out split: which documents of a corpus are scored, and none that training has read."""
+"""Texts other than the held-out split: which documents of a corpus are scored, without those that training has
+read.
+"""

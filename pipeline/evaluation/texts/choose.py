@@ -1,4 +1,6 @@
-"""Which documents of a corpus are scored, and how much of each: a function of the corpus and the settings alone."""
+"""Choice of the documents of a corpus that are scored, and how much of each: a function of the corpus and the settings
+alone.
+"""
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b

@@ -1,4 +1,4 @@
-"""How much of a text is scored, in words."""
+"""Description of how much of a text is scored."""
 
 from collections.abc import Mapping
 

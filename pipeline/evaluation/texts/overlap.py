@@ -1,4 +1,4 @@
-"""How much of a document stands in another text: exact equality, and the share of its 13-grams of words."""
+"""Overlap of a document with another text: exact equality, and the share of its 13-grams of words."""
 
 import re
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ _MAX_WORDS_KNOWN: Final = 2_000_000
 
 @dataclass(frozen=True)
 class Overlap:
-    """What of a document another text holds.
+    """Overlap of a document with another text.
 
     Attributes:
         is_equal: one of its documents is the same, up to white space.
@@ -33,7 +33,7 @@ class Overlap:
 
 
 class OverlapIndex:
-    """The n-grams of some documents, against which a text of any length is read once.
+    """Index of the n-grams of some documents, against which a text of any length is read once.
 
     Memory is 9 bytes per n-gram of the documents and what one call of ``read`` holds, however much is read.
     """
@@ -83,13 +83,13 @@ def words(text: str) -> list[str]:
 
 
 class _WordHashes:
-    """64-bit hashes of words, each computed once."""
+    """Cache of 64-bit hashes of words."""
 
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
 
     def __call__(self, found: Sequence[str]) -> np.ndarray:
-        """(N,) uint64."""
+        """Hash words, (N,) uint64."""
         known = self._known
         if len(known) > _MAX_WORDS_KNOWN:
             known.clear()

@@ -137,7 +137,9 @@ def _scored(text: TextConfig, document: _Document) -> str:
 
 
 def _overlap_key(run: Run, text: TextConfig) -> str:
-    """Where is kept what a text shares with the training documents, whatever limit is set to it."""
+    """Return the key of a text's overlap with the training documents, which does not depend on the limit set for
+    it.
+    """
     step = run.resolved.steps[eval_key(run.config.target.name, text.name)]
     settings = {key: value for key, value in step.settings["text"].items() if key not in ("overlap", "max_overlap")}
     inputs = {name: step.settings["inputs"][name] for name in ("documents", "shard")}
@@ -180,7 +182,7 @@ def _measure_overlaps(
 
 
 def _training_documents(run: Run, num_shards: int) -> Iterator[list[str]]:
-    """The training documents, shard by shard, each put together from its segments."""
+    """Yield the training documents, shard by shard, each joined from its segments."""
     manifests = run.store.manifests(run.resolved.steps["shard"].folder)
     for shard in range(num_shards):
         table = run.store.read_table(manifests[shard].data, remake="`make shard`").select(["doc_id", "split", "text"])
