@@ -6,6 +6,7 @@ the manifest), never from Ray's own records, which register late. All nodes see 
 """
 
 import logging
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ray.train
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from stages.contract.environment import DriverEnvironment
+from stages.contract.threads import wait_policy
 from stages.contract.tracebacks import shows_tracebacks
 from stages.models.devices import require_cuda
 from train.job import MANIFEST, TrainJob, TrainResult
@@ -88,6 +90,8 @@ def _trainer(job: TrainJob, output: Path, num_gpus: int) -> TorchTrainer:
             name=f"ptafuse-{job.fingerprint}",
             storage_path=str((output / "ray").resolve()),
             failure_config=ray.train.FailureConfig(max_failures=job.config.max_failures),
+            # Ray's workers import torch before they import this package, which sets these variables otherwise.
+            worker_runtime_env={"env_vars": wait_policy(os.environ)},
         ),
     )
 

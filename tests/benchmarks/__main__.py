@@ -52,6 +52,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     train.loss_vs_dense_32k_float32,
     train.reader_tokens_per_second,
     train.step_vs_gold_only,
+    train.step_beside_busy_process,
 )
 
 

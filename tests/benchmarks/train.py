@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from stages.contract.store import Store
+from stages.contract.threads import USER_VARIABLES
 from stages.models.config import ModelConfig, empty_model, load_model
 from stages.models.tokenizer import SegmentTokenizer
 from tests.benchmarks import align_data, fused_layout
@@ -195,3 +196,23 @@ def _model(target: ModelConfig, config: TrainConfig, workers: Workers) -> LossMo
     root = shard_model(empty_model(target, attention=("sdpa",)), config, workers)
     fill_parameters(root, loaded, workers)
     return root
+
+
+def step_beside_busy_process() -> list[Figure]:
+    """A training step of two threads on two cores beside a busy process, against the same step alone: wall time.
+
+    Three threads that never wait share two cores, so the slower of the two has half a core at worst: twice the time.
+    """
+    command = [sys.executable, "-m", "tests.benchmarks.busy_step"]
+    environment = {
+        name: value for name, value in os.environ.items() if name not in (*USER_VARIABLES, "OMP_NUM_THREADS")
+    }
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    measured = json.loads(done.stdout)
+    alone, beside = (measured[name] for name in ("alone", "beside"))
+    say(
+        f"median of {len(alone)} turns: alone {statistics.median(alone) * 1e3:,.0f} ms a step, beside a busy process "
+        f"{statistics.median(beside) * 1e3:,.0f} ms; load {os.getloadavg()[0]:.1f}"
+    )
+    ratio = statistics.median(two / one for one, two in zip(alone, beside, strict=True))
+    return [_figure("step_beside_busy_process", "step_beside_busy_process", ratio, "of a step alone", "<= 2.5")]

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from stages.contract.threads import DEFAULTS, USER_VARIABLES
 from tests.tiny_run import environment
 from tests.train.conftest import job_in
 from tests.train.test_workers import assert_same_run
@@ -101,6 +102,16 @@ def test_workers_with_gpus_use_nccl_and_compute_on_cuda_whatever_the_cluster_has
     without = trainer_of(tiny_job, tmp_path, monkeypatch, num_gpus=0)
     assert (without["torch_config"].backend, without["scaling_config"].use_gpu) == ("gloo", False)
     assert without["train_loop_config"]["job"].config.device == "cpu"
+
+
+@pytest.mark.parametrize("setting", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_workers_start_with_the_command_s_wait_policy(tiny_job, tmp_path, monkeypatch, setting):
+    for name in USER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (setting or DEFAULTS).items():
+        monkeypatch.setenv(name, value)
+    trainer = trainer_of(tiny_job, tmp_path, monkeypatch, num_gpus=0)
+    assert trainer["run_config"].worker_runtime_env == {"env_vars": setting or DEFAULTS}
 
 
 def test_a_training_worker_without_its_reserved_gpu_trains_nothing(tiny_job, tmp_path, monkeypatch):
