@@ -3,9 +3,10 @@
 import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.evaluation.suites.catalogue import SUITES, Suite, selected
 from pipeline.evaluation.suites.figures import figure
 from pipeline.evaluation.suites.harness import (
     Data,
+    HarnessMissingError,
     build_task,
     chat_template,
     harness_subtasks,
@@ -110,12 +112,13 @@ def run_suites(run: Run, call: Callable[..., Iterator[Any]]) -> None:
 def _run_tasks(run: Run, name: str, inputs: Mapping[str, str], tasks: Sequence[PlannedTask]) -> Iterator[str]:
     """Run a model through sub-tasks; commit each result, then yield its line."""
     model: Any = None
-    for task in tasks:
-        key = task.key(inputs)
+    for planned in tasks:
+        key = planned.key(inputs)
         # Ray calls this again after its worker died, and expects the same values in the same order.
         if run.store.exists(key):
             yield _line(name, json.loads(run.store.read(key)))
             continue
+        task = _checked_here(planned)
         if model is None:
             step = run.resolved.steps[f"eval/{name}"]
             model = load_harness_model(
@@ -124,6 +127,38 @@ def _run_tasks(run: Run, name: str, inputs: Mapping[str, str], tasks: Sequence[P
         result = _evaluate(model, name, inputs, task, limit=run.config.eval.limit)
         run.store.create(key, (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
         yield _line(name, result)
+
+
+def _checked_here(task: PlannedTask) -> PlannedTask:
+    """Return a sub-task as this machine runs it, which may be another one than it was planned on.
+
+    Raises:
+        ImportError: the harness is not installed here.
+        ValueError: it is another version, whose results have other names.
+        LanguageMissingError: programs of the language cannot be run here.
+    """
+    machine, planned = socket.gethostname(), task.settings["harness"]
+    try:
+        found = harness_version()
+    except HarnessMissingError as error:
+        raise HarnessMissingError(f"{machine}: {error}") from None
+    if found != planned:
+        raise ValueError(
+            f"lm-evaluation-harness on {machine} is {found}, and {planned} where the command was started: install the same "
+            "version on all machines"
+        )
+    if task.suite.folder is not None:
+        return task
+    try:
+        return replace(task, sandbox=_sandbox(task.subtask))
+    except LanguageMissingError as error:
+        raise LanguageMissingError(f"{machine}: {error}") from None
+
+
+def _sandbox(language: str) -> dict[str, bool]:
+    """Return how programs of a language are isolated on this machine."""
+    isolation = check_language(language)
+    return {"has_namespaces": isolation.has_namespaces, "is_read_only": isolation.is_read_only}
 
 
 def check_suites(config: RunConfig, console: Console) -> None:
@@ -262,8 +297,7 @@ def _planned(suite: Suite, subtask: str, config: EvalConfig, version: str, local
     sandbox: dict[str, bool] = {}
     num_subtasks = NUM_LANGUAGES
     if suite.folder is None:
-        isolation = check_language(subtask)
-        sandbox = {"has_namespaces": isolation.has_namespaces, "is_read_only": isolation.is_read_only}
+        sandbox = _sandbox(subtask)
     else:
         num_subtasks = len(harness_subtasks(suite))
     return PlannedTask(

@@ -1,11 +1,13 @@
 """``ptafuse eval --suite``: results in the run directory, resumed, refused with reasons, and shown."""
 
+import dataclasses
 import json
 import shutil
 import socket
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +16,13 @@ from rich.console import Console
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (requirements-eval.txt)")
 
 from pipeline.evaluation.suites import run as suites
+from pipeline.evaluation.suites.catalogue import SUITES as SUITES_BY_NAME
 from pipeline.evaluation.suites.figures import difference, figure
+from pipeline.evaluation.suites.languages import LanguageMissingError
 from pipeline.evaluation.suites.results import suite_rows
 from pipeline.report.page.page import report_page
 from pipeline.run.records import recorded_run
-from pipeline.run.session import open_run
+from pipeline.run.session import Run, open_run
 from pipeline.run.steps import Request
 from stages.contract.store import Store
 from tests.pipeline.evaluation.suites.tiny_data import save_data
@@ -101,10 +105,7 @@ def test_a_task_whose_worker_died_says_again_what_it_said(
 ) -> None:
     """Ray calls it from the beginning, and drops as many values as it has had."""
     mine = Path(shutil.copytree(evaluated, tmp_path / "run"))
-    sets = (f"eval.data={str(data)!r}", "eval.suites=['lambada', 'mmlu']")
-    opened = open_run(Request(str(tiny_config), sets), str(mine), Console(quiet=True), local=True)
-    tasks = suites.plan_suites(opened.config.eval, opened.console)
-    inputs = suites.model_inputs(opened.resolved.steps["eval/llama"])
+    opened, tasks, inputs = planned(mine, tiny_config, data)
     loaded = []
     load = suites.load_harness_model
     monkeypatch.setattr(
@@ -121,6 +122,73 @@ def test_a_task_whose_worker_died_says_again_what_it_said(
         (mine / task.key(inputs)).unlink()
     assert list(suites._run_tasks(opened, "llama", inputs, tasks)) == said
     assert loaded == [1]
+
+
+@pytest.mark.parametrize(
+    ("version", "error", "said"),
+    [
+        (None, ImportError, "{host}: [eval] suites need lm-evaluation-harness, which is not installed"),
+        ("0.3", ValueError, "lm-evaluation-harness on {host} is 0.3, and {here} where the command was started"),
+    ],
+)
+def test_a_machine_with_another_harness_is_refused_before_a_model_is_loaded(
+    evaluated: Path,
+    tiny_config: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str | None,
+    error: type[Exception],
+    said: str,
+) -> None:
+    opened, tasks, inputs = planned(evaluated, tiny_config, data)
+    here = metadata.version("lm_eval")
+
+    def other(name: str) -> str:
+        if version is None:
+            raise metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr("pipeline.evaluation.suites.harness.metadata.version", other)
+    monkeypatch.setattr(suites, "load_harness_model", lambda *_, **__: pytest.fail("a model is loaded"))
+    assert len(list(suites._run_tasks(opened, "llama", inputs, tasks))) == 3, "results that are there need no harness"
+    empty = dataclasses.replace(opened, store=Store(str(tmp_path)))
+    with pytest.raises(error) as raised:
+        list(suites._run_tasks(empty, "llama", inputs, tasks))
+    assert str(raised.value).startswith(said.format(host=socket.gethostname(), here=here))
+
+
+def test_the_sandbox_that_is_recorded_is_that_of_the_machine_that_runs_the_programs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task = suites.PlannedTask(
+        suite=SUITES_BY_NAME["multipl-e"],
+        subtask="python",
+        num_subtasks=1,
+        data=None,
+        data_identity="hub",
+        num_fewshot=0,
+        settings={"harness": metadata.version("lm_eval")},
+        sandbox={"has_namespaces": True, "is_read_only": True},
+    )
+    isolation = SimpleNamespace(has_namespaces=False, is_read_only=True)
+    monkeypatch.setattr(suites, "check_language", lambda name: isolation)
+    assert suites._checked_here(task).sandbox == {"has_namespaces": False, "is_read_only": True}
+
+    def missing(name: str) -> SimpleNamespace:
+        raise LanguageMissingError(f"{name}: there is no python3 on this machine")
+
+    monkeypatch.setattr(suites, "check_language", missing)
+    with pytest.raises(LanguageMissingError, match=f"{socket.gethostname()}: python: there is no python3"):
+        suites._checked_here(task)
+
+
+def planned(run: Path, config: Path, data: Path) -> tuple[Run, list[suites.PlannedTask], dict[str, str]]:
+    """Return an opened run, its sub-tasks, and what identifies the target."""
+    sets = (f"eval.data={str(data)!r}", "eval.suites=['lambada', 'mmlu']")
+    opened = open_run(Request(str(config), sets), str(run), Console(quiet=True), local=True)
+    tasks = suites.plan_suites(opened.config.eval, opened.console)
+    return opened, tasks, suites.model_inputs(opened.resolved.steps["eval/llama"])
 
 
 def test_other_data_or_limit_is_another_result(evaluated: Path, tiny_config: Path, data: Path, tmp_path: Path) -> None:
