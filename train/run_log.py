@@ -99,8 +99,9 @@ def check_wandb(config: TrainConfig) -> None:
 
 
 def start_wandb(job: TrainJob) -> WandbRun | None:
-    """Start a Weights & Biases run named by the job's fingerprint, so that a resumed job continues it; None if not
-    requested.
+    """Start a Weights & Biases run named by the job's fingerprint, so that a resumed job continues it.
+
+    Returns None if it was not requested.
 
     Steps that were logged before an interruption and are computed again are not logged there twice: it drops them.
     """

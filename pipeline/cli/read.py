@@ -33,8 +33,9 @@ def plan(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is done, pending and stale, and why; tokens, hours, bytes and money of the rest. Fetches and records
-    nothing.
+    """Show what is done, pending and stale, and why; tokens, hours, bytes and money of the rest.
+
+    Fetches and records nothing.
     """
     from pipeline.forecast.planner import forecast
     from pipeline.forecast.view import forecast_json, print_forecast
@@ -131,8 +132,9 @@ def compare(
     epsilon: Annotated[list[float] | None, typer.Option(help="A further epsilon for both presets; repeat it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the teacher NLL of every way of aligning, on the same positions, from finished logits; writes
-    nothing.
+    """Compare the teacher NLL of every way of aligning, on the same positions, from finished logits.
+
+    Writes nothing.
     """
     from pipeline.analysis.compare import compare as compare_run
     from pipeline.analysis.compare_view import comparison_json, print_comparison

@@ -98,8 +98,9 @@ def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any
 
 
 def file_identity(files: DatasetFiles, path: str) -> str:
-    """Return a string that identifies a file's contents: its sha256; in an object store its size and ETag, without
-    reading it.
+    """Return a string that identifies a file's contents: its sha256, or in an object store its size and ETag.
+
+    A file in an object store is not read for it.
     """
     if files.is_local:
         return cached_file_sha256(Path(path))

@@ -190,8 +190,9 @@ def _one_format(dataset: DatasetConfig, names: dict[str, str], url: str) -> str:
 
 
 def _kind(filesystem: Any, path: str, url: str) -> str | None:
-    """Return ``"file"``, ``"directory"`` or None. fsspec's own ``isfile`` cannot be used: it reports a failing store
-    as "no file".
+    """Return ``"file"``, ``"directory"`` or None.
+
+    The ``isfile`` of fsspec cannot be used: it reports a failing store as "no file".
     """
     try:
         return retry_transient(filesystem.info, path, url=url)["type"]

@@ -35,8 +35,9 @@ class LocalFiles:
 
 
 def walk_files(root: str) -> LocalFiles:
-    """Find the files in a folder and below it, but for hidden ones. Links are followed; every folder is read once, so cycles
-    of links end.
+    """Find the files in a folder and below it, but for hidden ones.
+
+    Links are followed; every folder is read once, so cycles of links end.
 
     Raises:
         FileNotFoundError: there is no such folder.

@@ -27,8 +27,9 @@ class ResultTable:
 
 
 def as_rich(data: ResultTable) -> Table:
-    """Build a table for the terminal, without its notes (see ``print_table``). Brackets in cells are not read as
-    markup.
+    """Build a table for the terminal, without its notes (see ``print_table``).
+
+    Brackets in cells are not read as markup.
     """
     table = Table(title=Text(data.title, style="table.title"), title_justify="left")
     for index, name in enumerate(data.columns):

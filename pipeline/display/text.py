@@ -2,8 +2,9 @@
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Format a number of bytes in powers of 1,000, with two or three digits: ``"120 kB"``, ``"5.9 GB"``; nothing for
-    0.
+    """Format a number of bytes in powers of 1,000, with two or three digits: ``"120 kB"``, ``"5.9 GB"``.
+
+    The text is empty for 0.
     """
     if not num_bytes:
         return ""
@@ -15,8 +16,9 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Return a token's text with visible white space, and everything else that cannot be seen in hexadecimal; see
-    ``printable``.
+    """Return a token's text with visible white space, and everything else that cannot be seen in hexadecimal.
+
+    See ``printable``.
     """
     marks = {"\n": "⏎", "\t": "⇥", "\r": "␍", " ": "·"}
     return "".join(marks.get(char) or printable(char) for char in text) or "∅"

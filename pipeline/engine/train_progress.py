@@ -13,8 +13,9 @@ POLL_SECONDS = 2.0
 
 
 class TrainProgress:
-    """Display of the training steps as they appear in the step log: training may run in another process or on another
-    node.
+    """Display of the training steps as they appear in the step log.
+
+    Training may run in another process or on another node.
 
     A live bar in a terminal, a plain line a step elsewhere.
     """

@@ -1,6 +1,4 @@
-"""Parts of a plan that depend on machines and on the models' code: GPUs that idle for lack of CPUs, attention without
-kernels.
-"""
+"""Parts of a plan that depend on machines and on the models' code: idle GPUs, attention without kernels."""
 
 import json
 from importlib import resources

@@ -126,9 +126,7 @@ def forecast(resolved: ResolvedRun, store: Store) -> Forecast:
 
 
 class _Planner:
-    """Planner of one step after the other, in the order of the pipeline: a step's tokens follow from those before
-    it.
-    """
+    """Planner of the steps in the order of the pipeline, since a step's tokens follow from those before it."""
 
     def __init__(self, resolved: ResolvedRun, store: Store) -> None:
         self._resolved = resolved
@@ -277,8 +275,9 @@ class _Planner:
 
 
 def _has_same_rate(step: Step, other: Step | None) -> bool:
-    """Return whether another configuration's results predict this step's speed: if models run, only with the same
-    weights.
+    """Return whether another configuration's results predict this step's speed.
+
+    If models run, they do so only with the same weights.
     """
     return other is not None and step.settings.get("weights") == other.settings.get("weights")
 

@@ -110,8 +110,9 @@ def _surviving_share(rounding: Mapping[str, int] | None) -> float | None:
 def _untrained_once(
     runs: Sequence[ResolvedRun], read: Callable[[Step], _Result], text: str | None
 ) -> list[tuple[str, ResolvedRun, Step]]:
-    """List what the runs evaluate without training, each result once; for missing results, ask the latest run of each
-    name.
+    """List what the runs evaluate without training, each result once.
+
+    For missing results, ask the latest run of each name.
 
     Returns:
         (label, the first run that has it, its step); two results of one label are told apart by their runs.

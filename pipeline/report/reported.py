@@ -125,8 +125,9 @@ def _settings(run: ResolvedRun, runs: Sequence[ResolvedRun], *, everything: bool
 
 
 def _flat(settings: Settings, prefix: str, *, everything: bool) -> Iterator[tuple[str, Any]]:
-    """Yield dotted keys and values, without the configuration's name; with ``everything``, also those that change no
-    result.
+    """Yield dotted keys and values, without the configuration's name.
+
+    Settings that change no result are included only with ``everything``.
     """
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)

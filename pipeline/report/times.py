@@ -11,8 +11,9 @@ from stages.contract.store import Store
 
 
 def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], store: Store) -> ResultTable:
-    """Build the table of seconds and tokens of every step that computed something; ``statuses`` by the runs'
-    labels.
+    """Build the table of seconds and tokens of every step that computed something.
+
+    Keys of ``statuses`` are the runs' labels.
     """
     rows, shown = [], set()
     for run in runs:

@@ -1,5 +1,4 @@
-"""STAGES, the only list of stages: inputs, settings that shape the results, and everything else the pipeline asks of a
-stage.
+"""STAGES, the only list of stages, with everything that the pipeline asks of a stage.
 
 A *step* is one folder of the run directory: a stage, and its model where the stage runs once per model. A stage is sharded
 (a step computes one file per shard: ``ShardedStage``) or a job (a step computes one result: ``JobStage``).

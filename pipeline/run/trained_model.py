@@ -49,8 +49,9 @@ def folder_here(store: Store, folder: str, scratch: Path | None) -> Path:
 
 
 def checkpoint_store(run: Run, step: Step) -> str | None:
-    """Return the URL that checkpoints are copied to: the step's folder in a remote run directory; None for a local
-    one.
+    """Return the URL that checkpoints are copied to: the step's folder in a remote run directory.
+
+    Returns None for a local run directory.
     """
     return None if run.store.is_local else run.store.full_url(step.folder)
 

@@ -21,8 +21,9 @@ class PricesConfig(Settings):
 
 
 class AssumptionsConfig(Settings):
-    """Assumptions of ``plan`` until the run has measured better values; each one that is used is printed with its
-    source.
+    """Assumptions of ``plan`` until the run has measured better values.
+
+    Each one that is used is printed with its source.
     """
 
     num_documents: int | None = Field(

@@ -1,4 +1,4 @@
-"""Positions inside a source token: the source's distribution, given the bytes that the target has seen of that token.
+"""Positions inside a source token: the source's distribution, given the bytes of that token that the target has read.
 
 The source's last boundary before the position is at byte e, and the target has read the bytes ``seen`` since. Of the source's
 candidates at e only those that begin with ``seen`` and go on can still come. Their mass, rescaled, sits on what is left of
@@ -22,7 +22,7 @@ MIN_AGREEING_MASS: Final = 0.05
 
 
 class Inner(IntEnum):
-    """What became of a target position inside a source token."""
+    """Outcome of a target position inside a source token."""
 
     NOT_INNER = 0
     CONDITIONED = 1
@@ -38,7 +38,7 @@ class Inner(IntEnum):
 
 @dataclass(frozen=True)
 class SeenBytes:
-    """What the target has read of a source token.
+    """Bytes of a source token that the target has read.
 
     Attributes:
         position: the target position.
@@ -71,7 +71,7 @@ class ConditionedCandidates:
 
     @classmethod
     def none(cls) -> Self:
-        """Candidates at no position."""
+        """Return candidates at no position."""
         no_position = np.empty(0, np.int32)
         return cls(no_position.astype(np.int64), no_position, np.empty((0, 0), np.int32), np.empty((0, 0)), ())
 

@@ -56,7 +56,7 @@ _SINKHORN_SETTINGS: Final = ("tolerance", "max_iterations")
 
 
 class AlignConfig(Settings):
-    """How a source's distributions move into the target's vocabulary (algorithm: pairing, transport, projection).
+    """Settings for moving a source's distributions into the target's vocabulary (pairing, transport, projection).
 
     Pairing, ``inexact``, the window (``top_k``, ``top_p``) and ``tail`` mean the same for every method. The settings of
     ``TRANSPORT_SETTINGS`` are read by ``method = "transport"`` alone; beside another method a preset does not fill them.
@@ -131,7 +131,10 @@ class AlignConfig(Settings):
 
     @model_validator(mode="after")
     def _refuse_conditioning_without_its_transport(self) -> Self:
-        """Rests of tokens move by the prefix cost, and where the source's marginal alone binds."""
+        """Refuse settings with which rests of tokens cannot be moved.
+
+        Rests move by the prefix cost, and where only the source's marginal binds.
+        """
         needed = {"method": "transport", "pairing": "boundary", "marginals": "source", "cost": "prefix"}
         wrong = [f"{name} = {value!r}" for name, value in needed.items() if getattr(self, name) != value]
         if self.inexact == "condition" and wrong:
@@ -160,7 +163,7 @@ class AlignConfig(Settings):
         return self
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that change results with this method and these marginals.
+        """Return the settings that change results with this method and these marginals.
 
         What another method alone reads is left out; of Sinkhorn's settings, which the closed form of
         ``marginals = "source"`` does not read, the defaults are given.

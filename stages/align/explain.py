@@ -1,4 +1,4 @@
-"""One aligned position as text, for people: ``ptafuse inspect``."""
+"""Explanation of one aligned position, as text for people: ``ptafuse inspect``."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -44,7 +44,7 @@ class PairedToken:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """How a target position got its distribution; lists are empty where there was nothing to compute.
+    """Derivation of a target position's distribution; lists are empty where there was nothing to compute.
 
     Texts can be printed: bytes that are no UTF-8 are written in hexadecimal.
 
@@ -89,7 +89,7 @@ class Explanation:
 
 
 def printable(vocabulary: Vocabulary, token_id: int) -> str:
-    """The token's text with bytes that are no UTF-8 escaped."""
+    """Return the token's text with escaped bytes where it is not UTF-8."""
     return _printable(vocabulary.token_bytes[token_id])
 
 

@@ -1,4 +1,4 @@
-"""How a tokenizer begins a text: where its first cut is."""
+"""Position of a tokenizer's first cut in a text."""
 
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -47,7 +47,7 @@ def _behind(encoding: Encoding, start: int) -> Encoding:
 
 
 class FirstCuts:
-    """Finds the first token that a tokenizer cuts off a text that another tokenizer's token stands for.
+    """Finder of the first token that a tokenizer cuts off a text, which is the text of another tokenizer's token.
 
     In the middle of a text, the first of ``CONTEXTS`` counts after which a token begins where the text begins and spells
     the text's beginning. Texts of which a tokenizer makes something else (lower case, NFKC), or which it always merges with
@@ -72,7 +72,10 @@ class FirstCuts:
         self._longest = max(map(len, self._ordinary), default=0)
 
     def of_vocabulary(self, other: Vocabulary) -> np.ndarray:
-        """(V of the other,) int32; ``lengths`` of all its ordinary tokens, ``UNKNOWN`` at special ones."""
+        """Return ``lengths`` of all ordinary tokens of another vocabulary, (V of the other,) int32.
+
+        Special tokens get ``UNKNOWN``.
+        """
         ordinary = np.flatnonzero(~other.is_special)
         lengths = np.full(other.size, UNKNOWN, np.int32)
         lengths[ordinary] = self.lengths([other.token_bytes[token_id] for token_id in ordinary.tolist()])
@@ -120,7 +123,7 @@ class FirstCuts:
                 lengths[index] = len(first)
 
     def _after(self, encoding: Encoding, num_context_bytes: int, text: bytes) -> int:
-        """Length of the token that begins where the context ends, if it spells the text's beginning."""
+        """Return the length of the token that begins where the context ends, if it spells the text's beginning."""
         start = 0
         for token_id, end in zip(encoding.ids.tolist(), encoding.byte_end.tolist(), strict=True):
             if end > num_context_bytes:

@@ -1,4 +1,4 @@
-"""The align stage's health figures, added up segment by segment."""
+"""Health metrics of the align stage, accumulated segment by segment."""
 
 from typing import Final
 
@@ -52,7 +52,7 @@ _MEANS: Final[tuple[str, ...]] = (
 
 
 class AlignHealth:
-    """Counts and means of a shard; ``AlignStage`` says what each is.
+    """Counts and means of a shard; ``AlignStage`` describes each of them.
 
     Args:
         config: the settings.
@@ -67,7 +67,7 @@ class AlignHealth:
 
     @property
     def missing_source_segments(self) -> int:
-        """Segments that the target has and the source has not, so far."""
+        """Number of segments so far that the target has and the source does not."""
         return self._counts["missing_source_segments"]
 
     def add(
@@ -108,7 +108,10 @@ class AlignHealth:
             self._add_mean("marginal_error", aligned.problems.marginal_error)
 
     def figures(self) -> dict[str, int | Mean]:
-        """The figures for the manifest; those of positions inside source tokens only where these are conditioned."""
+        """Return the metrics for the manifest.
+
+        Metrics of positions inside source tokens are left out unless these are conditioned.
+        """
         figures: dict[str, int | Mean] = {
             **self._counts,
             **self._means,
@@ -175,7 +178,7 @@ class AlignHealth:
             self._counts[name] += count
 
     def _window(self, rows: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A model's candidates at these positions, with probabilities that sum to 1."""
+        """Return a model's candidates at these positions, with probabilities that sum to 1."""
         config = self._config
         ids, probs = narrow(
             rows.topk_ids[positions], rows.topk_probs[positions], top_k=config.top_k, top_p=config.top_p
@@ -198,5 +201,5 @@ def _renormalised(probs: np.ndarray) -> np.ndarray:
 
 
 def _entropy(probs: np.ndarray) -> np.ndarray:
-    """(P,) nats; zeros count nothing."""
+    """Compute the entropy, (P,) nats; zeros count nothing."""
     return -(probs * np.log(np.where(probs > 0, probs, 1.0))).sum(axis=1)

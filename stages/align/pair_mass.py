@@ -1,4 +1,4 @@
-"""Which source token's mass went to which target token, summed over many positions."""
+"""Mass that moved from each source token to each target token, summed over many positions."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -35,7 +35,7 @@ class PairMass:
 
 
 class PairSums:
-    """Adds up the mass of pairs of tokens.
+    """Accumulator of the mass of pairs of tokens.
 
     Args:
         target: the target's vocabulary.
@@ -65,7 +65,7 @@ class PairSums:
         self._add(ids, ids, np.ones(ids.shape, np.bool_), mass, len(ids))
 
     def result(self) -> PairMass:
-        """What was added so far."""
+        """Return the sums so far."""
         self._merge()
         pairs, is_same = self._keys >> 1, (self._keys & 1).astype(np.bool_)
         source, target = np.divmod(pairs, self._size)

@@ -1,4 +1,4 @@
-"""What the align stage reads of a model: its rows for a segment, and its tokenizer."""
+"""Inputs of the align stage from one model: its rows for a segment, and its tokenizer."""
 
 from dataclasses import dataclass, replace
 
@@ -13,7 +13,7 @@ from stages.models.tokenizer import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class ModelRows:
-    """What one model says about a segment of N tokens.
+    """Predictions of one model for a segment of N tokens.
 
     Attributes:
         token_ids: (N,) int32.
@@ -63,7 +63,7 @@ class ModelRows:
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One model's tokenizer, as far as aligning needs it.
+    """Tokenizer of one model, as far as aligning needs it.
 
     Attributes:
         name: of the model, for messages.
@@ -174,7 +174,7 @@ class Side:
 
 
 def narrow(ids: np.ndarray, probs: np.ndarray, *, top_k: int, top_p: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``top_k`` entries of each row, or fewer: the smallest prefix of them that holds ``top_p``.
+    """Return the first ``top_k`` entries of each row, or fewer: the smallest prefix of them that holds ``top_p``.
 
     A row has at least one entry, and all ``top_k`` where together they hold less than ``top_p``.
 

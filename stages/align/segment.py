@@ -1,4 +1,4 @@
-"""One segment: from the two models' rows to a distribution over the target's vocabulary at each target position."""
+"""Align one segment: from the two models' rows to a distribution over the target's vocabulary at each target position."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -40,7 +40,7 @@ _TARGET_MARKED: Final = 2
 
 @dataclass(frozen=True, eq=False)
 class AlignedSegment:
-    """The result, for M target positions.
+    """Result of aligning a segment, for M target positions.
 
     Attributes:
         pairing: each position's span of source positions.
@@ -78,7 +78,7 @@ class AlignedSegment:
 
 
 class SegmentAligner:
-    """Aligns segments of one pair of models; holds what does not change from one to the next.
+    """Aligner of the segments of one pair of models; holds everything that segments share.
 
     Args:
         config: the settings.
@@ -254,11 +254,11 @@ class SegmentAligner:
         return self._start_transporters[target_marked]
 
     def landed(self, problems: TransportBatch) -> np.ndarray:
-        """(P, n, m) which candidate's mass lands on which, see ``landed_mass``."""
+        """Return which candidate's mass lands on which, (P, n, m); see ``landed_mass``."""
         return landed_mass(problems.plan, self._transporter.projection)
 
     def unpaired(self, target: ModelRows) -> AlignedSegment:
-        """The result for a segment of which the source has no row: no distribution anywhere."""
+        """Return the result for a segment that the source has no row for: no distribution anywhere."""
         self._target.check(target)
         nothing = np.full(len(target), NO_POSITION, np.int32)
         pairing = Pairing(nothing, nothing.copy(), 0)
@@ -339,7 +339,7 @@ def _writes_mark(encode: Encode, vocabulary: Vocabulary) -> bool:
 
 
 def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:
-    """Every id stands for the same in both, so that distributions need no transport."""
+    """Return whether every id means the same in both vocabularies, so that distributions need no transport."""
     return (
         first.token_bytes == second.token_bytes
         and (first.bos_id, first.eos_id) == (second.bos_id, second.eos_id)

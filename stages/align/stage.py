@@ -1,4 +1,4 @@
-"""The align stage: a source's logits and the target's in, the source's distributions over the target's vocabulary out."""
+"""Align stage: from the logits of source and target to the source's distributions over the target's vocabulary."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class AlignStage:
-    """Aligns one source model with the target.
+    """Stage that aligns one source model with the target.
 
     ``run`` takes the inputs ``"target"`` and ``"source"`` (tables of ``logits_schema``) and gives ``aligned_schema``: one
     row for every target row. Rows are joined by document and segment; where the source has no such row (it was
@@ -144,7 +144,7 @@ class AlignStage:
         return self._aligner.align(target, source)
 
     def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
-        """What ``run`` does at one position.
+        """Explain what ``run`` does at one position.
 
         Args:
             inputs: as for ``run``.
@@ -157,12 +157,12 @@ class AlignStage:
         return self._explain(inputs, row)(position)
 
     def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
-        """What ``run`` does at every position of a row of the target table; see ``explain``."""
+        """Explain what ``run`` does at every position of a row of the target table; see ``explain``."""
         explain = self._explain(inputs, row)
         return [explain(position) for position in range(len(inputs["target"]["token_ids"][row]))]
 
     def pair_mass(self, inputs: Mapping[str, pa.Table], rows: Sequence[int]) -> PairMass:
-        """Which source token's mass ``run`` moves to which target token, in some rows.
+        """Sum the mass that ``run`` moves from each source token to each target token, in some rows.
 
         Args:
             inputs: as for ``run``.
@@ -202,7 +202,9 @@ class AlignStage:
     def _align_row(
         self, inputs: Mapping[str, pa.Table]
     ) -> Callable[[int], tuple[tuple[int, int], ModelRows, ModelRows | None, AlignedSegment]]:
-        """What aligns a row of the target table: its key, the target's and the source's rows, and what comes of them."""
+        """Return a function that aligns a row of the target table: its key, the target's and the source's rows, and
+        the result.
+        """
         target_table, source_table = inputs["target"], inputs["source"]
         keys = segment_keys(target_table)
         source_row = rows_by_segment(source_table)
@@ -222,7 +224,7 @@ class AlignStage:
 
 
 class _OutputRows:
-    """Collects the columns of the aligned table.
+    """Collector of the columns of the aligned table.
 
     A segment's columns are taken at once and the rest of it is let go: its plans in float64 are twenty times what is
     stored. Every ``_BATCH_POSITIONS`` become Arrow arrays, so that no more than one batch is in memory twice.

@@ -1,4 +1,4 @@
-"""Fair comparisons of several ways to get distributions over the target's vocabulary, by their teacher NLL.
+"""Fair comparisons, by teacher NLL, of several ways to get distributions over the target's vocabulary.
 
 Ways of aligning cover different positions, and easy positions are the first to be covered: a comparison is of the
 positions that all of them have.
@@ -19,7 +19,7 @@ _SHARES: Final = np.linspace(0, 1, 41)
 
 
 def window_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray, *, top_k: int, top_p: float | None) -> np.ndarray:
-    """``floored_nll`` of a model's own window, as narrow as an aligned row's.
+    """Compute ``floored_nll`` of a model's own window, as narrow as an aligned row's.
 
     Args:
         ids: (P, k) the model's largest entries, descending; -1 at pads.
@@ -32,7 +32,7 @@ def window_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray, *, top_k: i
 
 
 def mixture_nll(nll: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray]:
-    """The NLL of the mixture of two distributions that knows the gold tokens best, one share for all positions.
+    """Mix two distributions with the share that predicts the gold tokens best, the same at all positions.
 
     Args:
         nll: (P,) nats, finite.
@@ -50,7 +50,7 @@ def mixture_nll(nll: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray]:
 
 @dataclass(frozen=True)
 class ComparedNll:
-    """One entry of a comparison; means in nats, with standard errors over documents.
+    """Result of one entry of a comparison; means in nats, with standard errors over documents.
 
     Attributes:
         nll: on the shared positions.

@@ -94,17 +94,17 @@ class ModelPair:
 
     @cached_property
     def preferred(self) -> dict[bytes, int]:
-        """Of several target tokens with the same bytes, the one that the tokenizer itself gives the text."""
+        """Token that the tokenizer itself gives a text, for texts that are the bytes of several target tokens."""
         return preferred_tokens(self.target, self.encode)
 
     @cached_property
     def exact(self) -> np.ndarray:
-        """(V of the source,) the target token of the same bytes; see ``exact_map``."""
+        """Target token with the same bytes as each source token, (V of the source,); see ``exact_map``."""
         return exact_map(self.source, self.target, self.preferred)
 
     @cached_property
     def special_counterpart(self) -> np.ndarray:
-        """(V of the source,) the target's special token of the same role or name; -1 without, and for text."""
+        """Target's special token of the same role or name, (V of the source,); -1 if none, and for text."""
         specials = special_ids(self.target)
         return np.array(
             [
@@ -128,7 +128,7 @@ class ModelPair:
 
     @cached_property
     def first_token(self) -> np.ndarray:
-        """(V of the source,) the target token that begins the text; see ``prefix_map``."""
+        """Target token that begins each source token's text, (V of the source,); see ``prefix_map``."""
         return prefix_map(self.source, self.target, self.preferred)
 
 
@@ -154,7 +154,7 @@ def preferred_tokens(vocabulary: Vocabulary, encode: Encode) -> dict[bytes, int]
 
 
 def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, int]) -> np.ndarray:
-    """For each source token the target token that begins its text.
+    """Map each source token to the target token that begins its text.
 
     That is the token itself where the target vocabulary has it, else its longest prefix there, compared in bytes with a
     word-boundary marker as one space. BOS and EOS go by role; any other special token only to a special token of the
@@ -184,7 +184,9 @@ def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes,
 
 
 def text_ids(vocabulary: Vocabulary, preferred: Mapping[bytes, int]) -> dict[bytes, int]:
-    """Each text of a vocabulary's ordinary tokens, as bytes, with one id: the preferred one where several have the text."""
+    """Map each text of a vocabulary's ordinary tokens, as bytes, to one id: the preferred one if several have the
+    text.
+    """
     texts = {
         token: token_id
         for token_id, token in enumerate(vocabulary.token_bytes)
@@ -194,7 +196,7 @@ def text_ids(vocabulary: Vocabulary, preferred: Mapping[bytes, int]) -> dict[byt
 
 
 def special_ids(vocabulary: Vocabulary) -> dict[bytes, int]:
-    """Each special token's name (BOS's and EOS's role) with its id."""
+    """Map each special token's name (the role for BOS and EOS) to its id."""
     return {
         token: token_id
         for token_id, token in enumerate(vocabulary.token_bytes)
@@ -203,7 +205,7 @@ def special_ids(vocabulary: Vocabulary) -> dict[bytes, int]:
 
 
 def same_bytes(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
-    """Texts that several tokens of a vocabulary stand for, with their ids: most often a piece and its byte token."""
+    """Map each text that several tokens stand for to their ids: usually a piece and its byte token."""
     ids = defaultdict(list)
     for token_id, token in enumerate(vocabulary.token_bytes):
         if token and not vocabulary.is_special[token_id]:
@@ -212,7 +214,7 @@ def same_bytes(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
 
 
 def exact_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, int]) -> np.ndarray:
-    """For each source token the target token of the same bytes.
+    """Map each source token to the target token with the same bytes.
 
     BOS and EOS go by role; any other special token only to a special token of the same name.
 

@@ -1,1 +1,1 @@
-"""What a stage's result is on disk, and the few things on which all stages agree."""
+"""On-disk form of a stage's result, and the few conventions that all stages share."""

@@ -13,7 +13,7 @@ class BusyTime:
     """
 
     def __init__(self) -> None:
-        """Nothing is counted yet."""
+        """Start with nothing counted."""
         self._lock = threading.Lock()
         self._counted_until = float("-inf")
 

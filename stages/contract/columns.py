@@ -1,4 +1,4 @@
-"""Between numpy arrays and the nested columns of our Parquet files.
+"""Conversion between numpy arrays and the nested columns of our Parquet files.
 
 A row of a table is a segment (or a block); a list column holds one entry a position; a nested list column holds one
 sparse distribution a position: ids, and natural logs of probabilities, both in descending order of probability.
@@ -30,7 +30,7 @@ class SparseRows:
 
     @property
     def present(self) -> np.ndarray:
-        """(N,) bool: the position has a distribution."""
+        """Whether each position has a distribution, (N,) bool."""
         return (self.ids != PAD_ID).any(axis=1)
 
 
@@ -61,7 +61,7 @@ def find_row(table: pa.Table, doc_id: int, segment: int) -> int:
 
 
 def list_column(rows: Sequence[np.ndarray], element: pa.DataType) -> pa.ListArray:
-    """A list column: one 1-D array a row. NaN in an array becomes null when ``element`` is a float."""
+    """Build a list column from one 1-D array per row. NaN in an array becomes null if ``element`` is a float type."""
     offsets = np.zeros(len(rows) + 1, np.int32)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     flat = np.concatenate([np.asarray(row) for row in rows]) if rows else np.empty(0)
@@ -70,12 +70,12 @@ def list_column(rows: Sequence[np.ndarray], element: pa.DataType) -> pa.ListArra
 
 
 def list_row(table: pa.Table, name: str, row: int) -> np.ndarray:
-    """One row of a list column as an array; null in a float column comes back as NaN."""
+    """Return one row of a list column as an array; null in a float column becomes NaN."""
     return table[name][row].values.to_numpy(zero_copy_only=False)
 
 
 def sparse_columns(rows: Sequence[SparseRows], id_type: pa.DataType) -> tuple[pa.ListArray, pa.ListArray]:
-    """The two nested list columns (ids, logprobs) of one ``SparseRows`` a table row; pads are not stored."""
+    """Build the two nested list columns (ids, logprobs) from one ``SparseRows`` per table row; pads are not stored."""
     keep = [part.ids != PAD_ID for part in rows]
     ids = _nested_column([part.ids for part in rows], keep, id_type)
     logprobs = _nested_column([part.logprobs for part in rows], keep, pa.float32())
@@ -111,7 +111,9 @@ def padded_ids(table: pa.Table, name: str, row: int) -> np.ndarray:
 
 
 def sparse_row(table: pa.Table, row: int) -> SparseRows:
-    """The distributions of one table row (columns ``topk_ids`` and ``topk_logprobs``), padded to the longest."""
+    """Return the distributions of one table row (columns ``topk_ids`` and ``topk_logprobs``), padded to the
+    longest.
+    """
     ids_lists = table["topk_ids"][row].values
     logprob_lists = table["topk_logprobs"][row].values
     offsets = ids_lists.offsets.to_numpy()

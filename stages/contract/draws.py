@@ -1,4 +1,4 @@
-"""Tokens drawn from what a window leaves out: how a row of a logits table with draws becomes one distribution.
+"""Tokens drawn from the tail of a window, and how a row of a logits table with draws becomes one distribution.
 
 A position keeps its k largest entries exactly, and m tokens drawn from the other ids in proportion to their probability. Each
 draw stands for tail / m, tail being what the entries lack of 1. The expected row is the full distribution, whatever k and m.

@@ -1,4 +1,4 @@
-"""What the workers of a cluster need of the environment of the command that started them.
+"""Environment variables that a command passes on to the workers of a cluster.
 
 A worker on another machine has that machine's environment: without the token of a gated model, the address of a server, or
 the word that the hub cannot be reached. Ray's ``runtime_env`` could carry them, but Ray's agents write it into a log file on
@@ -34,7 +34,7 @@ FORWARDED_PREFIXES: Final = ("PTAFUSE_SERVER_URL", "PTAFUSE_SERVER_KEY")
 
 
 class DriverEnvironment:
-    """The forwarded variables of a process; picklable, and safe to print."""
+    """Variables of a process that are passed on to workers; picklable, and safe to print."""
 
     def __init__(self, variables: Mapping[str, str]) -> None:
         """Keep those of ``variables`` that are forwarded."""

@@ -1,4 +1,4 @@
-"""Storage behind fsspec: how a URL is opened, which failures pass by themselves, and what the others mean.
+"""Storage behind fsspec: opening URLs, retrying transient failures, and explaining permanent ones.
 
 An object store answers 503 when it is asked too often, drops connections, and is restarted. Such failures are waited
 out with growing pauses; everything else becomes a ``StoreError`` that says what to set or to mend.
@@ -69,7 +69,7 @@ class StoreUnreachableError(StoreError):
 
 
 def open_filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL or local path, and the path in it.
+    """Open the fsspec filesystem of a URL or local path; also return the path in it.
 
     Endpoint and credentials of S3 come from the usual environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``,
     ``AWS_PROFILE``...). Listings are never cached: other machines write too.
@@ -89,7 +89,7 @@ def open_filesystem(url: str) -> tuple[Any, str]:
 
 
 def refuse_secrets(url: str) -> str:
-    """The URL, if it holds no secret: URLs are recorded in the run directory and shown.
+    """Return the URL unless it holds a secret: URLs are recorded in the run directory and shown.
 
     Raises:
         ValueError: it holds a password, or the signature or token of a signed URL.
@@ -167,7 +167,7 @@ def retry_transient(
 
 
 def is_transient(error: BaseException) -> bool:
-    """May the same request succeed a little later?"""
+    """Return whether retrying the request may succeed."""
     code, status = _http_answer(error)
     if code is not None or status is not None:
         return code in _TRANSIENT_CODES or status in _TRANSIENT_STATUS
@@ -177,7 +177,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def local_error(error: OSError, where: str) -> OSError:
-    """A failure of the local disk as the user should read it; others as they are."""
+    """Explain a failure of the local disk to the user; return other errors unchanged."""
     cause = _LOCAL_CAUSES.get(error.errno or 0)
     if isinstance(error, StoreError) or cause is None:
         return error
@@ -189,7 +189,9 @@ def _s3_endpoint() -> str | None:
 
 
 def _s3_options() -> dict[str, Any]:
-    """One attempt a request (``retry_transient`` repeats them); no checksum trailers for stores that are not AWS."""
+    """Return options for one attempt per request (``retry_transient`` repeats them), without checksum trailers outside
+    AWS.
+    """
     config: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "read_timeout": 60}
     endpoint = _s3_endpoint()
     if endpoint is None:
@@ -199,7 +201,7 @@ def _s3_options() -> dict[str, Any]:
 
 
 def _http_answer(error: BaseException) -> tuple[str | None, int | None]:
-    """Error code and HTTP status of a backend's exception or of its cause, where it has any."""
+    """Return the error code and HTTP status of a backend's exception or of its cause, if it has any."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)  # botocore.exceptions.ClientError
         if isinstance(response, dict):
@@ -211,7 +213,7 @@ def _http_answer(error: BaseException) -> tuple[str | None, int | None]:
 
 
 def _network_errors() -> tuple[type[BaseException], ...]:
-    """The network failures of s3fs' and other backends' HTTP clients, which are not of Python's own classes."""
+    """Return the network errors of s3fs' and other backends' HTTP clients that are not Python's own classes."""
     import aiohttp
     from botocore import exceptions, parsers
 
@@ -241,7 +243,7 @@ def _unreachable(error: BaseException, url: str, waited: float) -> str:
 
 
 def _explained(error: Exception, url: str) -> Exception:
-    """What a lasting failure of a backend means to the user."""
+    """Explain a permanent failure of a backend to the user."""
     if "://" not in url:
         return local_error(error, url) if isinstance(error, OSError) else error
     if isinstance(error, PermissionError):

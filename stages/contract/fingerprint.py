@@ -1,4 +1,4 @@
-"""What of a configuration changes a result.
+"""Fingerprints: which settings of a configuration change a result.
 
 A stage's folder in the run directory is named by its fingerprint: the hash of its result-changing settings, its
 algorithm version and its inputs' fingerprints. A setting that only says how to run (workers, batch sizes, paths) is
@@ -16,7 +16,7 @@ FINGERPRINT_LENGTH: Final = 12
 
 
 class _Runtime:
-    """Marks a setting that does not change results."""
+    """Marker of a setting that does not change results."""
 
     def __repr__(self) -> str:
         return "RUNTIME"
@@ -27,7 +27,7 @@ RUNTIME: Final = _Runtime()
 
 
 class _Added:
-    """Marks a setting that earlier versions did not have."""
+    """Marker of a setting that earlier versions did not have."""
 
     def __repr__(self) -> str:
         return "ADDED"
@@ -46,7 +46,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _refuse_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Python takes true for 1: ``max_documents = true`` would be one document."""
+        """Refuse true and false for numbers: Python would read ``max_documents = true`` as one document."""
         if isinstance(value, bool) and info.field_name is not None:
             annotation = cls.model_fields[info.field_name].annotation
             kinds = {annotation, *get_args(annotation)}
@@ -55,7 +55,7 @@ class Settings(BaseModel):
         return value
 
     def result_settings(self) -> dict[str, Any]:
-        """The settings that change results, as JSON values; nested settings included.
+        """Return the settings that change results, as JSON values; nested settings included.
 
         ``RUNTIME`` fields are left out, and ``ADDED`` ones at their default.
         """
@@ -79,7 +79,7 @@ def _json_value(value: Any) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no white space, no NaN."""
+    """Serialise to JSON such that equal values give equal texts: sorted keys, no white space, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
 
 

@@ -1,4 +1,4 @@
-"""The manifest: the only proof that a shard is done; and where the files of a stage lie in a run directory."""
+"""Manifest, the only proof that a shard is done; and the paths of a stage's files in a run directory."""
 
 from collections.abc import Mapping
 from typing import Final, Literal
@@ -9,7 +9,7 @@ MANIFEST_VERSION: Final = 1
 
 
 class InputRef(BaseModel):
-    """Which version of an input a shard was computed from."""
+    """Version of an input that a shard was computed from."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,7 +28,7 @@ class Mean(BaseModel):
 
     @property
     def value(self) -> float:
-        """The mean, NaN when nothing was counted."""
+        """Mean; NaN if nothing was counted."""
         return self.total / self.count if self.count else float("nan")
 
     def __add__(self, other: "Mean") -> "Mean":
@@ -56,7 +56,7 @@ class DataFile(BaseModel):
 
 
 class Manifest(BaseModel):
-    """The proof that a shard is done, published once, never changed."""
+    """Proof that a shard is done; published once, never changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -82,7 +82,7 @@ class Manifest(BaseModel):
     versions: dict[str, str]
 
     def to_bytes(self) -> bytes:
-        """The manifest file."""
+        """Serialise to the manifest file."""
         return (self.model_dump_json(indent=1) + "\n").encode()
 
     @classmethod
@@ -104,30 +104,36 @@ class Manifest(BaseModel):
 
 
 def stage_folder(stage: str, fingerprint: str) -> str:
-    """``logits/gemma3/<fp>``."""
+    """Return ``logits/gemma3/<fp>``."""
     return f"{stage}/{fingerprint}"
 
 
 def manifest_key(folder: str, shard: int) -> str:
-    """``<folder>/manifests/shard-00017.json``."""
+    """Return ``<folder>/manifests/shard-00017.json``."""
     return f"{folder}/manifests/shard-{shard:05d}.json"
 
 
 def data_key(folder: str, shard: int, num_shards: int, attempt: str) -> str:
-    """``<folder>/data/shard-00017-of-00256.<attempt>.parquet``; the attempt makes it unique."""
+    """Return ``<folder>/data/shard-00017-of-00256.<attempt>.parquet``; the attempt makes it unique."""
     return f"{folder}/data/shard-{shard:05d}-of-{num_shards:05d}.{attempt}.parquet"
 
 
 def quarantine_key(folder: str, shard: int, attempt: str) -> str:
-    """``<folder>/quarantine/shard-00017.<attempt>.parquet``."""
+    """Return ``<folder>/quarantine/shard-00017.<attempt>.parquet``."""
     return f"{folder}/quarantine/shard-{shard:05d}.{attempt}.parquet"
 
 
 def choices_key(folder: str) -> str:
-    """``<folder>/choices.json``: what "auto" settings came to for the whole folder; see ``pipeline.engine.worker``."""
+    """Return ``<folder>/choices.json``: values of "auto" settings for the whole folder.
+
+    See ``pipeline.engine.worker``.
+    """
     return f"{folder}/choices.json"
 
 
 def attempts_folder(folder: str, shard: int) -> str:
-    """``<folder>/attempts/shard-00017``: one file an attempt, written before it computes; see ``pipeline.engine.worker``."""
+    """Return ``<folder>/attempts/shard-00017``: one file per attempt, written before it computes.
+
+    See ``pipeline.engine.worker``.
+    """
     return f"{folder}/attempts/shard-{shard:05d}"

@@ -1,4 +1,4 @@
-"""Names that a user gives, and that become names of folders: of models, texts, runs and sweeps."""
+"""Names that a user gives to models, texts, runs and sweeps, and that become names of folders."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What each token of a segment is, whether the segment is plain text or a conversation.
+"""Roles of the tokens of a segment, whether the segment is plain text or a conversation.
 
 ``shard`` and what shows text to people know of messages. All other stages know columns: where a token ends, which role it
 has and whether it is to be learnt. This module is the only place that reads those columns, or derives them where a plain
@@ -19,7 +19,7 @@ TURN_END: Final = "\u0003"
 
 
 class Role(IntEnum):
-    """What a token is to its segment.
+    """Role of a token in its segment.
 
     In plain text, special tokens have no bytes and pair by role: BOS is whatever stands before the text, EOS ends a document.
     A conversation has a BOS and an EOS for every message. Together with ``byte_end`` the role says which bytes of which
@@ -44,7 +44,7 @@ CONTEXT_ROLES: Final = (Role.TEXT, Role.START, Role.EOS)
 
 @dataclass(frozen=True, eq=False)
 class TokenRoles:
-    """What the N tokens of a segment are.
+    """Roles of the N tokens of a segment, and which of them are learnt.
 
     Attributes:
         role: (N,) uint8, values of ``Role``.

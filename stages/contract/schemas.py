@@ -1,4 +1,4 @@
-"""Every Parquet schema of a run: columns, units, who writes them and who reads them.
+"""Parquet schemas of a run: columns, units, which stage writes and which stages read them.
 
 A row is a segment of text (``fuse``: a training block). Shard 17 of every stage speaks of the same text, in the same
 order: the rows of ``logits/*`` and ``align/*`` are the train rows of ``shard``, less what went to quarantine.
@@ -68,7 +68,7 @@ QUARANTINE: Final = pa.schema(
 
 
 def id_type(vocab_size: int) -> pa.DataType:
-    """The narrowest unsigned type that holds every id of a vocabulary."""
+    """Return the narrowest unsigned type that holds every id of a vocabulary."""
     return pa.uint16() if vocab_size <= 2**16 else pa.uint32()
 
 
@@ -84,7 +84,8 @@ _KEYS: Final = [SHARD.field("doc_id"), SHARD.field("segment")]
 
 
 def logits_schema(vocab_size: int, *, has_draws: bool = False, conversations: bool = False) -> pa.Schema:
-    """What ``logits/<model>`` writes and ``align`` and ``fuse`` read: one row a train segment, N tokens each.
+    """Return the schema that ``logits/<model>`` writes and ``align`` and ``fuse`` read: one row per train segment of N
+    tokens.
 
     - ``token_ids`` (N): the segment's tokens, special tokens included.
     - ``byte_end`` (N): where each token ends in the segment, bytes; BOS ends at 0; nondecreasing; the last is the length.
@@ -123,7 +124,8 @@ source token, transported from what is left of the source's candidates after the
 
 
 def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> pa.Schema:
-    """What ``align/<source>`` writes and ``fuse`` reads: one row a train segment, N *target* positions each.
+    """Return the schema that ``align/<source>`` writes and ``fuse`` reads: one row per train segment of N *target*
+    positions.
 
     - ``source_position`` (N): the source position whose distribution was taken, -1 where none.
     - ``pair_start``, ``pair_end`` (N): the source positions paired with the target position, half-open; -1, -1 if none.
@@ -159,7 +161,8 @@ def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> p
 
 
 def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...], *, conversations: bool = False) -> pa.Schema:
-    """What ``fuse`` writes and ``train`` reads: one row a training block of N <= max_length target tokens.
+    """Return the schema that ``fuse`` writes and ``train`` reads: one row per training block of N <= max_length target
+    tokens.
 
     - ``block``: index of the block in its shard.
     - ``token_ids`` (N): the target's tokens, segments end to end.
@@ -194,7 +197,7 @@ def _tail_field(tail: Tail) -> list[pa.Field]:
 
 
 def tail_of(schema: pa.Schema) -> Tail:
-    """Which tail an aligned or a fused table has."""
+    """Return the kind of tail of an aligned or a fused table."""
     return "bucket" if "tail_mass" in schema.names else "renormalise"
 
 
@@ -209,7 +212,7 @@ level 12. The stages after them write as fast as they compute. No reader is slow
 
 
 def parquet_options(schema: pa.Schema) -> dict[str, Any]:
-    """How a table of this schema is written: zstd over the encoding that suits each column.
+    """Return the options to write a table of this schema: zstd over the encoding that suits each column.
 
     - numbers of 32 bits and more: byte-stream-split. Floats hold values rounded to 16 bits, so two of their four streams
       are nearly empty; the high bytes of ids and positions compress. A dictionary would pack its indices at odd widths,

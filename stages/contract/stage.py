@@ -1,4 +1,4 @@
-"""The interface of a sharded stage: ``setup()`` once a worker, then ``run(inputs)`` once a shard.
+"""Interface of a sharded stage: ``setup()`` once per worker, then ``run(inputs)`` once per shard.
 
 A stage is a pure function of its inputs; the runner reads them, and commits what comes back.
 """
@@ -31,7 +31,7 @@ class BadRecord:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What one shard gives.
+    """Result of one shard.
 
     Attributes:
         table: the rows, in the stage's schema (see ``schemas``).

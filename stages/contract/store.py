@@ -95,7 +95,7 @@ class Store:
             check_reachable(self._fs, self._root, self.url)
 
     def path(self, key: str) -> str:
-        """The full path of a key, as its filesystem names it.
+        """Return the full path of a key, as its filesystem names it.
 
         Raises:
             ValueError: the key would leave the run directory.
@@ -107,15 +107,15 @@ class Store:
         return f"{self._root}/{key}"
 
     def full_url(self, key: str) -> str:
-        """The full URL of a key (on local disk its path), for programs that open it by themselves."""
+        """Return the full URL of a key (on local disk its path), for programs that open it themselves."""
         return self.path(key) if self.is_local else self._fs.unstrip_protocol(self.path(key))
 
     def exists(self, key: str) -> bool:
-        """Is there such a file or folder?"""
+        """Return whether the file or folder exists."""
         return bool(self._ask(self._fs.exists, self.path(key)))
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files and folders directly in a folder, sorted; empty when there is no such folder."""
+        """List the names directly in a folder, sorted; empty if there is no such folder."""
         path = self.path(folder) if folder else self._root
         try:
             found = self._ask(self._fs.ls, path, detail=False, **self._no_cache())
@@ -125,7 +125,9 @@ class Store:
         return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
 
     def files(self, folder: str) -> list[FileEntry]:
-        """Every file in a folder and the folders in it, by key; in an object store one paged listing, no request a file.
+        """List every file in and below a folder, by key.
+
+        An object store is listed in pages, without a request per file.
 
         Symbolic links are not followed.
         """
@@ -142,7 +144,7 @@ class Store:
         ]
 
     def read_all(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]:
-        """The bytes of many small files, in order; those that are gone are left out."""
+        """Yield the bytes of many small files, in order; files that no longer exist are left out."""
         with contextlib.nullcontext() if self.is_local else ThreadPoolExecutor(REMOTE_READS) as pool:
             found = (pool.map if pool else map)(self._read_if_there, keys)
             yield from ((key, raw) for key, raw in zip(keys, found, strict=True) if raw is not None)
@@ -154,7 +156,7 @@ class Store:
             return None
 
     def read(self, key: str) -> bytes:
-        """The bytes of a file.
+        """Read the bytes of a file.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -162,7 +164,9 @@ class Store:
         return self._ask(self._fs.cat_file, self.path(key), **self._read_options)
 
     def read_file(self, file: DataFile) -> bytes:
-        """The bytes of a file that a manifest names, unchecked; read in another run directory where the manifest says so.
+        """Read the bytes of a file that a manifest names, unchecked.
+
+        The file is in another run directory if the manifest says so.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -171,7 +175,8 @@ class Store:
         return self.home_of(file).read(file.key)
 
     def home_of(self, file: DataFile) -> "Store":
-        """The run directory that holds a file which a manifest names: this one, or one that a configuration shares from.
+        """Return the run directory that holds a file named by a manifest: this one, or one that a configuration shares
+        from.
 
         Raises:
             ValueError: no configuration that ran here names that run directory as its ``logits_from``, nor one there.
@@ -331,7 +336,7 @@ class Store:
             temporary.unlink(missing_ok=True)
 
     def read_manifest(self, folder: str, shard: int) -> Manifest | None:
-        """The manifest of a shard, None when it is not done."""
+        """Read the manifest of a shard; None if it is not done."""
         try:
             raw = self.read(manifest_key(folder, shard))
         except FileNotFoundError:
@@ -339,13 +344,13 @@ class Store:
         return Manifest.from_bytes(raw)
 
     def manifests(self, folder: str) -> dict[int, Manifest]:
-        """All manifests of a stage's folder, by shard."""
+        """Read all manifests of a stage's folder, by shard."""
         keys = [f"{folder}/manifests/{name}" for name in self.manifest_names(folder)]
         manifests = (Manifest.from_bytes(raw) for _, raw in self.read_all(keys))
         return {manifest.shard: manifest for manifest in manifests}
 
     def manifest_names(self, folder: str) -> list[str]:
-        """Names of the manifest files of a stage's folder; what a killed process left beside them is no manifest."""
+        """List the manifest files of a stage's folder; a killed process may leave other files there."""
         names = self.names(f"{folder}/manifests")
         return [name for name in names if name.startswith("shard-") and name.endswith(".json")]
 
@@ -364,7 +369,7 @@ class Store:
 
     @contextlib.contextmanager
     def _local_temporary(self, key: str) -> Iterator[Path]:
-        """A temporary local file, in the destination folder where that is local (so that a rename is atomic)."""
+        """Create a temporary local file, in the destination folder if that is local (so that a rename is atomic)."""
         if not self.is_local:
             with tempfile.TemporaryDirectory(prefix="ptafuse-") as folder:
                 yield Path(folder) / "file"
@@ -409,7 +414,7 @@ def _local_files(path: str, key: str) -> Iterator[FileEntry]:
 
 
 def _remote_entry(key: str, info: dict[str, Any]) -> FileEntry:
-    """Filesystems name the time of change differently: s3fs, gcsfs and adlfs, the others."""
+    """Build the entry of a remote file: s3fs, gcsfs, adlfs and others name the time of modification differently."""
     modified = next(
         (info[name] for name in ("LastModified", "last_modified", "mtime", "created") if name in info), None
     )

@@ -1,4 +1,4 @@
-"""Whether tracebacks are shown: an error that the user can do something about is a message."""
+"""Switch for tracebacks: by default, an error that the user can act on is shown as a message only."""
 
 import os
 from typing import Final

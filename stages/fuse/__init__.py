@@ -1,1 +1,1 @@
-"""The fuse stage: one distribution a position, and training blocks."""
+"""Fuse stage: one distribution per position, and training blocks."""

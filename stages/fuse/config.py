@@ -16,7 +16,7 @@ of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4
 
 
 class FuseConfig(Settings):
-    """How the candidates at each position become one distribution, and how segments become training blocks."""
+    """Settings for mixing the candidates at each position, and for packing segments into training blocks."""
 
     function: Literal["min-ce", "avg-ce", "fitted"] = Field(
         "min-ce",

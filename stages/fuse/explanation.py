@@ -1,11 +1,11 @@
-"""What `ptafuse inspect` shows of a fused position."""
+"""Explanation of a fused position for `ptafuse inspect`."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ExplainedCandidate:
-    """One model's say at a position.
+    """Contribution of one model at a position.
 
     Attributes:
         name: the model's.
@@ -24,7 +24,7 @@ class ExplainedCandidate:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How the fused distribution of one position came about.
+    """Derivation of the fused distribution of one position.
 
     Attributes:
         gold: text of the gold next token, None at a segment's last position.

@@ -1,4 +1,4 @@
-"""The weights of a linear mixture of the candidates, fitted by expectation maximisation (``function = "fitted"``).
+"""Weights of a linear mixture of the candidates, fitted by expectation maximisation (``function = "fitted"``).
 
 With p_c(g) the completed probability (``stages.measures.teacher``) that candidate c gives the gold token g of position t,
 the weights maximise sum_t ln sum_c w_c p_c(g_t). The objective is concave, and each iteration raises it:
@@ -60,7 +60,7 @@ def shrunk(weights: np.ndarray, num_positions: int, whole: np.ndarray) -> np.nda
 
 
 def mixture_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(T,) -ln sum_c w_c p_c(g_t), nats.
+    """Compute -ln sum_c w_c p_c(g_t), (T,) nats.
 
     Args:
         nll: (T, C) as for ``fit_weights``.
@@ -71,7 +71,7 @@ def mixture_nll(nll: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def fixed_weights(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """The candidates' weights at each position: where one is missing, the others are rescaled.
+    """Compute the candidates' weights at each position: if one is missing, the others are rescaled.
 
     Args:
         weights: (C,), sum 1.

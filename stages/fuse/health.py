@@ -1,4 +1,4 @@
-"""What a fused shard's manifest reports."""
+"""Health metrics in the manifest of a fused shard."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from stages.measures.teacher import completed_nll, exact_nll, floored_nll
 
 
 class HealthCounts:
-    """Adds up the health figures of a shard, segment by segment.
+    """Accumulator of the health metrics of a shard, segment by segment.
 
     Args:
         names: of the candidates, the target's own first.
@@ -79,7 +79,7 @@ class HealthCounts:
         self._chosen_by_gold.add(figures, present & chosen_by_gold)
 
     def figures(self) -> dict[str, int | Mean]:
-        """By name.
+        """Return the metrics by name.
 
         ``positions``: target positions with a next token in their segment; ``fused``: those with a fused distribution;
         ``chosen/<name>``: how often each candidate has the largest weight; ``cut_mass``: what top_k cut off.

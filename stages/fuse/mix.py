@@ -1,4 +1,4 @@
-"""The weighted union of sparse distributions."""
+"""Weighted union of sparse distributions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from stages.contract.draws import add_draws
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model's distributions over the target vocabulary.
+    """Distributions of one model over the target vocabulary.
 
     Attributes:
         rows: N positions.
@@ -48,7 +48,7 @@ def with_draws(rows: SparseRows, draws: np.ndarray) -> SparseRows:
 
 
 def as_candidate(rows: SparseRows, *, renormalise: bool) -> Candidate:
-    """A model's own rows as a candidate: rescaled to 1, or as they are with their tail."""
+    """Turn a model's own rows into a candidate: rescaled to 1, or unchanged with their tail."""
     mass = np.exp(rows.logprobs.astype(np.float64)).sum(axis=1)
     if not renormalise:
         return Candidate(rows, np.where(rows.present, np.clip(1 - mass, 0, 1), 0.0))
@@ -57,7 +57,7 @@ def as_candidate(rows: SparseRows, *, renormalise: bool) -> Candidate:
 
 
 def without(candidate: Candidate, positions: np.ndarray) -> Candidate:
-    """The candidate with no distribution at ``positions`` ((N,) bool)."""
+    """Remove the candidate's distributions at ``positions`` ((N,) bool)."""
     ids, logprobs = candidate.rows.ids.copy(), candidate.rows.logprobs.copy()
     ids[positions], logprobs[positions] = PAD_ID, -np.inf
     gold_logprob = None if candidate.gold_logprob is None else np.where(positions, np.nan, candidate.gold_logprob)

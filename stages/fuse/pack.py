@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Packing:
-    """Where each segment's tokens lie in the blocks; P pieces, block by block.
+    """Layout of each segment's tokens in the blocks; P pieces, block by block.
 
     Attributes:
         num_blocks: number of blocks.

@@ -1,4 +1,4 @@
-"""The fuse stage: one distribution a position from the target's and the sources', and the training blocks."""
+"""Fuse stage: one distribution per position from the target's and the sources', and the training blocks."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 
 @dataclass(frozen=True)
 class _Shard:
-    """The input tables, and the rows of one segment in each: -1 where a source's table does not have it."""
+    """Input tables, and the row of each segment in each of them: -1 if a source's table does not have it."""
 
     target: pa.Table
     logits: tuple[pa.Table, ...]
@@ -59,7 +59,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class FusedSegment:
-    """One segment: N positions, C candidates, the target's own first.
+    """Fused distributions of one segment: N positions, C candidates, the target's own first.
 
     Attributes:
         candidates: C; none has a distribution where the next token is not learnt, as at the last position.
@@ -86,18 +86,18 @@ class FusedSegment:
 
     @property
     def present(self) -> np.ndarray:
-        """(N,) bool: the position has a fused distribution."""
+        """Whether each position has a fused distribution, (N,) bool."""
         return self.mixture.rows.present
 
     @property
     def chosen(self) -> np.ndarray:
-        """(N,) int8 index of the candidate with the largest weight, -1 where there is no fused distribution."""
+        """Index of the candidate with the largest weight, (N,) int8; -1 where there is no fused distribution."""
         return np.where(self.present, self.weights.argmax(axis=1), -1).astype(np.int8)
 
 
 @dataclass(frozen=True)
 class _Output:
-    """What is written of one segment."""
+    """Columns that are written for one segment."""
 
     rows: SparseRows
     tail_mass: np.ndarray
@@ -105,7 +105,7 @@ class _Output:
 
 
 class GoldNll(NamedTuple):
-    """What the candidates give the gold tokens of T positions.
+    """Negative log-probabilities that the candidates give the gold tokens of T positions.
 
     Attributes:
         nll: (T, C) float32, completed, nats.
@@ -117,7 +117,7 @@ class GoldNll(NamedTuple):
 
 
 class FuseStage:
-    """Chooses or mixes the candidates at each position, and packs segments into blocks.
+    """Stage that chooses or mixes the candidates at each position, and packs segments into blocks.
 
     Inputs: ``"logits/<name>"`` of the target and of every source, ``"align/<name>"`` of every source. With
     ``function = "fitted"`` also ``"fit"``, the weights (``kind``, null for the whole text, and ``weights``, a list in the
@@ -182,7 +182,7 @@ class FuseStage:
         )
 
     def gold_nll(self, inputs: Mapping[str, pa.Table]) -> GoldNll:
-        """How well each candidate knows the gold tokens of a shard: what weights are fitted on.
+        """Compute how well each candidate predicts the gold tokens of a shard, which weights are fitted on.
 
         Args:
             inputs: the logits and the aligned tables, as for ``run``.
@@ -222,7 +222,7 @@ class FuseStage:
         return nll[own.present[:-1] & np.isfinite(nll).all(axis=1) & ~is_gold]
 
     def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
-        """How the fused distribution of one position came about; for ``ptafuse inspect``.
+        """Explain the fused distribution of one position, for ``ptafuse inspect``.
 
         Args:
             inputs: as for ``run``.
@@ -239,7 +239,7 @@ class FuseStage:
         return self._explained(self._fuse_row(shard, row), position)
 
     def fused_segments(self, inputs: Mapping[str, pa.Table], rows: Sequence[int]) -> Iterator[FusedSegment]:
-        """The candidates of some segments and what ``run`` makes of them, one segment at a time.
+        """Yield the candidates of some segments and the fused result of ``run``, one segment at a time.
 
         Args:
             inputs: as for ``run``; the whole shard, since candidates are judged on documents or blocks of it.
@@ -249,7 +249,7 @@ class FuseStage:
         yield from self._fuse_rows(shard, self._pack(shard), rows)
 
     def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
-        """How the fused distributions of a segment came about, position by position; see ``explain``."""
+        """Explain the fused distributions of a segment, position by position; see ``explain``."""
         shard = self._read(inputs)
         fused = self._fuse_row(shard, row)
         return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
@@ -335,7 +335,10 @@ class FuseStage:
         ]
 
     def _piece_cross_entropy(self, shard: _Shard, packing: Packing) -> np.ndarray:
-        """(P, C) the models' cross-entropy, in the configured unit and span, at each piece; NaN where unknown."""
+        """Compute the models' cross-entropy, in the configured unit and span, at each piece, (P, C).
+
+        Unknown values are NaN.
+        """
         if self.config.granularity == "token":  # judged at each position from the candidates themselves
             return np.full((len(packing.segment), len(self.names)), np.nan)
         first_byte = _first_bytes(shard)
@@ -347,7 +350,9 @@ class FuseStage:
         return values[packing.segment]
 
     def _segment_values(self, shard: _Shard, column: int, first_byte: np.ndarray) -> np.ndarray:
-        """(S,) one model's cross-entropy, in the configured unit, on each segment or on its whole document."""
+        """Compute one model's cross-entropy, in the configured unit, on each segment or on its whole document,
+        (S,).
+        """
         table = shard.target if column == 0 else shard.logits[column - 1]
         rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
         is_special = self._vocabularies[column].is_special
@@ -392,7 +397,9 @@ class FuseStage:
         return FusedSegment(candidates, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
 
     def _gold_rows(self, shard: _Shard, row: int) -> np.ndarray:
-        """(N, C) bool: the candidate has all its mass on the gold next token, as ``inexact = "gold"`` asks for."""
+        """Find where a candidate has all its mass on the gold next token, as ``inexact = "gold"`` produces it, (N, C)
+        bool.
+        """
         is_gold = np.zeros((int(shard.lengths[row]), len(self.names)), bool)
         for column, (table, aligned_row) in enumerate(zip(shard.aligned, shard.aligned_rows[row], strict=True), 1):
             if aligned_row >= 0:
@@ -400,7 +407,7 @@ class FuseStage:
         return is_gold
 
     def _short_context(self, packing: Packing, pieces: np.ndarray, length: int) -> np.ndarray:
-        """(N,) bool: positions of a segment that begin a block inside it, nearer to the cut than ``min_context``."""
+        """Mark positions of a segment that begin a block inside it, nearer to the cut than ``min_context``, (N,) bool."""
         offset = np.repeat(packing.offset[pieces], packing.length[pieces])
         return (offset > 0) & (np.arange(length) - offset < self.config.min_context)
 
@@ -435,7 +442,7 @@ class FuseStage:
 
 
 def locate(fused: pa.Table, block: int, position: int) -> Place:
-    """Which position of which segment a position of a training block is.
+    """Find the segment, and the position in it, of a position of a training block.
 
     Args:
         fused: the shard's fuse table.
@@ -460,7 +467,7 @@ def locate(fused: pa.Table, block: int, position: int) -> Place:
 
 
 def _weights_of(doc_ids: np.ndarray, fit: pa.Table, kinds: pa.Table | None) -> np.ndarray:
-    """(S, C) the fitted weights of each segment's document: its kind's, or where that has none, the whole text's."""
+    """Return the fitted weights of each segment's document, (S, C): its kind's, or the whole text's if it has none."""
     weights = dict(zip(fit["kind"].to_pylist(), fit["weights"].to_pylist(), strict=True))
     kind_of = {} if kinds is None else dict(zip(kinds["doc_id"].to_pylist(), kinds["kind"].to_pylist(), strict=True))
     found = [weights.get(kind_of.get(doc_id), weights[None]) for doc_id in doc_ids.tolist()]
@@ -468,7 +475,7 @@ def _weights_of(doc_ids: np.ndarray, fit: pa.Table, kinds: pa.Table | None) -> n
 
 
 def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
-    """(S, others) each target row's row in the other tables by (doc_id, segment); -1 where there is none."""
+    """Find each target row's row in the other tables by (doc_id, segment), (S, others); -1 if there is none."""
     found = np.full((target.num_rows, len(others)), -1, np.int64)
     keys = segment_keys(target)
     for column, table in enumerate(others):
@@ -478,7 +485,10 @@ def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
 
 
 def _first_bytes(shard: _Shard) -> np.ndarray:
-    """(S,) the byte of each segment from which on all models that have it predict: they are judged on the same bytes."""
+    """Return the byte of each segment from which all models that have it predict, (S,).
+
+    Models are judged on the same bytes.
+    """
     tables = (shard.target, *shard.logits)
     rows = np.column_stack([np.arange(len(shard.lengths)), shard.logits_rows])
     return np.array(
@@ -499,7 +509,7 @@ def _has_label(table: pa.Table, row: int) -> np.ndarray:
 
 
 def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray, *, first_byte: int) -> CrossEntropy:
-    """Of one row of a logits table; nothing is counted where ``row`` is -1."""
+    """Compute the cross-entropy of one row of a logits table; nothing is counted if ``row`` is -1."""
     if row < 0:
         return _NO_CROSS_ENTROPY
     token_ids = list_row(table, "token_ids", row)
@@ -522,7 +532,7 @@ def _as_text(rows: SparseRows, position: int, vocabulary: Vocabulary) -> tuple[t
 
 
 def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.Schema) -> pa.Table:
-    """The blocks as a table: tokens, pieces, and the fused distributions."""
+    """Build the table of blocks: tokens, pieces, and the fused distributions."""
     borders = np.flatnonzero(packing.start == 0)[1:]
 
     def pieces(values: np.ndarray) -> list[np.ndarray]:
@@ -563,7 +573,7 @@ def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.
 
 
 def _stack_rows(parts: list[SparseRows], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of all segments one below the other, padded to the widest."""
+    """Stack the rows of all segments, padded to the widest."""
     width = max((part.ids.shape[1] for part in parts), default=0)
     ids = np.full((num_rows, width), PAD_ID, np.int32)
     logprobs = np.full((num_rows, width), -np.inf, np.float32)

@@ -1,4 +1,4 @@
-"""MinCE and AvgCE: how much each candidate's distribution counts at each position.
+"""MinCE and AvgCE: weights of the candidates at each position.
 
 Source: PTA-LLM, "Fusion Strategy"; FuseLLM, section 3.3 (Wan et al. 2024).
 """
@@ -16,7 +16,7 @@ Function = Literal["min-ce", "avg-ce"]
 
 
 def candidate_weights(cross_entropy: np.ndarray, present: np.ndarray, *, function: Function) -> np.ndarray:
-    """The candidates' weights at each position.
+    """Compute the candidates' weights at each position.
 
     A candidate whose cross-entropy is unknown (NaN: its span has no counted token) stands behind all others; where it
     is unknown for all that have a distribution, they tie. Of tied candidates MinCE takes the first.
@@ -68,7 +68,7 @@ def _behind_the_best(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarr
 
 
 def gold_probability(rows: SparseRows, gold: np.ndarray) -> np.ndarray:
-    """The probability each row gives its gold token, at least ``TEACHER_FLOOR``.
+    """Return the probability that each row gives its gold token, at least ``TEACHER_FLOOR``.
 
     A gold token outside the row counts as the floor whether or not the row has a tail: the tail is the mass of all
     tokens outside together, and to credit it to one of them would favour a row for what it does not say.

@@ -1,1 +1,1 @@
-"""The logits stage: each model's top-k logprobs at every position of the train segments."""
+"""Logits stage: each model's top-k logprobs at every position of the train segments."""

@@ -11,7 +11,7 @@ VERSION: Final = 3
 
 
 class LogitsConfig(Settings):
-    """How each model's top-k logprobs are computed."""
+    """Settings for computing each model's top-k logprobs."""
 
     top_k: int = Field(10, ge=1, le=256, description="Entries kept at each position, at most.")
     top_p: float = Field(

@@ -1,4 +1,4 @@
-"""The logits stage: one model's top-k logprobs at every position of the train segments, and draws from the rest."""
+"""Logits stage: one model's top-k logprobs at every position of the train segments, and draws from the rest."""
 
 import logging
 import threading
@@ -51,14 +51,14 @@ class _Segment:
 
 
 class LogitsStage:
-    """What one model predicts at each position of the train segments; see ``schemas.logits_schema``.
+    """Predictions of one model at each position of the train segments; see ``schemas.logits_schema``.
 
     ``run`` may be called from several threads: one of them at a time has the model, while the others tokenize a shard before
     its forward pass, or build its table after it.
     """
 
     def __init__(self, config: LogitsConfig, model: ModelConfig) -> None:
-        """Nothing is loaded before ``setup``."""
+        """Remember the settings; ``setup`` loads the model."""
         self._config = config
         self._model = model
         # Backends are not made for two callers: they share a token budget, which shrinks when memory runs out, and a device.
@@ -174,7 +174,7 @@ class LogitsStage:
         return (np.arange(num_samples) + np.concatenate([np.empty((0, num_samples)), *random])) / num_samples
 
     def _not_finite(self, segment: _Segment, position: int) -> str:
-        """What to say of a position without finite logprobs."""
+        """Describe a position without finite logprobs."""
         return (
             f"model {self._model.name}: logprobs are not finite at doc_id {segment.doc_id}, segment {segment.index}, "
             f"position {position} of {len(segment)}; the weights hold NaN, or {self._config.dtype} overflows: "

@@ -1,1 +1,1 @@
-"""What the stages and the trainer know of language models: loading, tokenizers, heads, embeddings, devices, batches."""
+"""Language models as the stages and the trainer use them: loading, tokenizers, heads, embeddings, devices, batches."""

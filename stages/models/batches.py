@@ -37,7 +37,7 @@ def token_batches(lengths: Sequence[int] | np.ndarray, *, max_tokens: int) -> li
 
 @dataclass(frozen=True)
 class PaddedBatch:
-    """B windows as one model input of T positions, padded on the right, and the P positions that are taken from it.
+    """Model input of B windows and T positions, padded on the right, and the P positions that are taken from it.
 
     Attributes:
         input_ids: (B, T) int64.

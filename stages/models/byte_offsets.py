@@ -1,4 +1,4 @@
-"""Where each token of a text ends, in UTF-8 bytes: exact for every family of tokenizers.
+"""Byte position at which each token of a text ends, in UTF-8: exact for every family of tokenizers.
 
 Two ways. Where the tokens' bytes, end to end, are the text (byte-level BPE, SentencePiece with byte fallback: nearly
 always), the answer is their running sum. Where a normaliser changed the text (NFC, NFKC, lower-casing, white space
@@ -15,7 +15,7 @@ METASPACE = "▁"
 
 
 def character_positions(raw: bytes) -> np.ndarray:
-    """Where each character begins.
+    """Return the byte position at which each character begins.
 
     Args:
         raw: UTF-8.
@@ -28,7 +28,7 @@ def character_positions(raw: bytes) -> np.ndarray:
 
 
 def ends_by_bytes(raw: bytes, pieces: Sequence[bytes]) -> np.ndarray | None:
-    """Token ends as the running sum of the tokens' lengths, if the tokens spell the text.
+    """Compute token ends as the running sum of the tokens' lengths, if the tokens spell the text.
 
     Args:
         raw: the text, UTF-8.
@@ -46,7 +46,7 @@ def ends_by_bytes(raw: bytes, pieces: Sequence[bytes]) -> np.ndarray | None:
 
 
 def ends_by_offsets(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Token ends from the tokenizer's character offsets.
+    """Compute token ends from the tokenizer's character offsets.
 
     Args:
         text: the text.
@@ -99,7 +99,7 @@ def _claim_dropped_characters(text: str, starts: np.ndarray, ends: np.ndarray) -
 def _spread(
     text: str, pieces: Sequence[bytes], starts: np.ndarray, ends: np.ndarray, position: np.ndarray
 ) -> np.ndarray:
-    """Ends of tokens that share characters which a normaliser changed: spread evenly *inside* the shared character.
+    """Spread the ends of tokens that share a character changed by a normaliser evenly *inside* that character.
 
     Any place strictly inside is right (no text boundary is there), but neither of the character's borders is.
     """

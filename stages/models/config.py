@@ -1,4 +1,4 @@
-"""What a model is: where its weights and its tokenizer come from, and what identifies them."""
+"""Configuration of a model: where its weights and its tokenizer come from, and what identifies them."""
 
 import hashlib
 import json
@@ -47,7 +47,7 @@ def check_place(*, hub: str | None, revision: str | None, path: object) -> None:
 
 
 def absolute_path(path: Path | None) -> Path | None:
-    """A relative path means this process's folder; a worker may run in another one."""
+    """Make a path absolute: a relative one refers to this process's folder, and a worker may run in another one."""
     return None if path is None else path.expanduser().absolute()
 
 
@@ -57,7 +57,7 @@ def absolute_template(template: str | None) -> str | None:
 
 
 class PretrainedFiles(Settings):
-    """Where files come from: a hub id with its revision, a local folder, or a GGUF file."""
+    """Location of a model's files: a hub id with its revision, a local folder, or a GGUF file."""
 
     hub: str | None = Field(None, description="Hugging Face hub id, e.g. 'meta-llama/Llama-2-7b-hf'.")
     revision: str | None = Field(
@@ -74,11 +74,11 @@ class PretrainedFiles(Settings):
 
     @property
     def is_gguf(self) -> bool:
-        """The files are one GGUF file."""
+        """Whether the files are one GGUF file."""
         return self.path is not None and self.path.suffix == ".gguf"
 
     def pretrained_arguments(self) -> dict[str, Any]:
-        """Arguments of transformers' ``from_pretrained``."""
+        """Return the arguments of transformers' ``from_pretrained``."""
         if self.path is None:
             return {"pretrained_model_name_or_path": self.hub, "revision": self.revision}
         # Without `local_files_only` transformers would ask the hub for a folder that it does not find.
@@ -88,7 +88,7 @@ class PretrainedFiles(Settings):
         return {"pretrained_model_name_or_path": str(self.path), "local_files_only": True}
 
     def identity(self, patterns: tuple[str, ...]) -> str:
-        """What identifies the files: hub id and revision, or the hash of the local files that match ``patterns``."""
+        """Identify the files: by hub id and revision, or by the hash of the local files that match ``patterns``."""
         if self.path is None:
             return f"{self.hub}@{self.revision}"
         files = (
@@ -133,7 +133,7 @@ class PretrainedFiles(Settings):
 
 
 class ModelConfig(PretrainedFiles):
-    """One model of the run: the target, or a source."""
+    """Model of the run: the target, or a source."""
 
     name: Annotated[Name, RUNTIME] = Field(description="Its folder's name in the run directory: letters, digits, . _ -")
     tokenizer: PretrainedFiles | None = Field(None, description="Where the tokenizer is, if not with the weights.")
@@ -158,21 +158,21 @@ class ModelConfig(PretrainedFiles):
 
     @property
     def tokenizer_files(self) -> PretrainedFiles:
-        """Where the tokenizer comes from."""
+        """Location of the tokenizer's files."""
         return self.tokenizer or PretrainedFiles(hub=self.hub, revision=self.revision, path=self.path)
 
     def weights_identity(self) -> str:
-        """What identifies the weights."""
+        """Identify the weights."""
         return self.identity(WEIGHT_FILES)
 
     def tokenizer_identity(self) -> str:
-        """What identifies the tokenizer and how the run uses it: its files, BOS, control tokens, and the chat template."""
+        """Identify the tokenizer and how the run uses it: its files, BOS, control tokens, and the chat template."""
         parsed = ";control_tokens=parse" if self.control_tokens == "parse" else ""
         template = f";chat_template={self._template_identity()}" if self.reads_conversations else ""
         return f"{self.tokenizer_files.identity(TOKENIZER_FILES)};bos={self.bos}{parsed}{template}"
 
     def _template_identity(self) -> str:
-        """What identifies the chat template: that of the generic one, of a file, or of the tokenizer's files."""
+        """Identify the chat template: the generic one, a file, or the one in the tokenizer's files."""
         if self.chat_template is None:
             return self.tokenizer_files.identity(TEMPLATE_FILES)
         if self.chat_template == PLAIN:
@@ -206,7 +206,7 @@ class ModelConfig(PretrainedFiles):
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """The model's transformers tokenizer, fast (Rust) backend.
+    """Load the model's transformers tokenizer, with its fast (Rust) backend.
 
     A tokenizer that draws at random how it splits a word (BPE dropout, Unigram sampling) is made to always split it in the
     most likely way: a text has to have the same tokens in every stage.
@@ -271,7 +271,7 @@ def _switch_off_sampling(model: ModelConfig, tokenizer: Any) -> None:
 
 
 def load_model(model: ModelConfig, *, dtype: str, attention: tuple[str, ...], device: str) -> Any:
-    """The model's weights as a transformers causal language model, in eval mode on ``device``.
+    """Load the model's weights as a transformers causal language model, in eval mode on ``device``.
 
     Args:
         model: which model.
@@ -286,7 +286,7 @@ def load_model(model: ModelConfig, *, dtype: str, attention: tuple[str, ...], de
 
 
 def empty_model(model: ModelConfig, *, attention: tuple[str, ...]) -> Any:
-    """The model on the meta device, as float32: its parameters have shapes and no values, and take no memory.
+    """Build the model on the meta device, as float32: its parameters have shapes but no values, and take no memory.
 
     Args:
         model: which model.
@@ -310,7 +310,7 @@ def empty_model(model: ModelConfig, *, attention: tuple[str, ...]) -> Any:
 
 
 def _first_supported(model: ModelConfig, attention: tuple[str, ...], make: Callable[[str], Any]) -> Any:
-    """What ``make`` gives for the first attention implementation that the architecture supports."""
+    """Return what ``make`` returns for the first attention implementation that the architecture supports."""
     for choice in attention[:-1]:
         try:
             return make(choice)
@@ -322,14 +322,14 @@ def _first_supported(model: ModelConfig, attention: tuple[str, ...], make: Calla
 
 
 def load_config(model: ModelConfig) -> Any:
-    """The model's transformers configuration, without its weights."""
+    """Load the model's transformers configuration, without its weights."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(**model.pretrained_arguments(), trust_remote_code=model.trust_remote_code)
 
 
 def num_positions(loaded: Any, wanted: int) -> int:
-    """``wanted``, or the model's own number of positions where that is smaller.
+    """Return ``wanted``, or the model's own number of positions if that is smaller.
 
     Args:
         loaded: a transformers model, or its configuration.
@@ -366,7 +366,9 @@ def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) 
 
 
 def _unpacked_weights(model: ModelConfig, device: str) -> dict[str, Any]:
-    """Arguments that make transformers unpack quantised weights, where the model runs on a CPU or is trained."""
+    """Return the arguments that make transformers unpack quantised weights, for a model that runs on a CPU or is
+    trained.
+    """
     if model.is_gguf or device != "cpu":
         return {}
     method = quantization_method(load_config(model).to_dict())
@@ -375,7 +377,7 @@ def _unpacked_weights(model: ModelConfig, device: str) -> dict[str, Any]:
 
 
 def _unpacked_gguf() -> dict[str, Any]:
-    """Arguments that make transformers turn GGUF weights into plain ones; older versions always do."""
+    """Return the arguments that make transformers unpack GGUF weights; older versions always do."""
     import transformers
 
     config = getattr(transformers, "GgufConfig", None)

@@ -11,7 +11,7 @@ _SHAPE: Final = re.compile(r"<\|[^\s<>|]{1,60}\|>|<[A-Za-z/_][\w/:-]{0,60}>|\[/?
 
 
 class ControlTokens:
-    """The control tokens of some tokenizers, as text.
+    """Control tokens of several tokenizers, as text.
 
     Args:
         contents: of the tokens that the tokenizers declare special.

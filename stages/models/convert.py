@@ -31,7 +31,7 @@ _WEIGHT_INDEXES: Final = (".bin.index.json", ".safetensors.index.json")
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote.
+    """Result of a conversion.
 
     Attributes:
         folder: where.

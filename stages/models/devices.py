@@ -1,4 +1,4 @@
-"""Where a model runs, and with which attention: one answer for logits, training and evaluation."""
+"""Device and attention implementation of a model, decided in one place for logits, training and evaluation."""
 
 import importlib
 import importlib.util
@@ -24,7 +24,7 @@ _OLDEST_DRIVER: Final = {"12": 525, "13": 580}
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is a GPU if there is one.
+    """Resolve ``auto`` to a GPU if there is one, else to the CPU.
 
     Raises:
         ValueError: a GPU is asked for and there is none.
@@ -81,7 +81,7 @@ def no_cuda_reason() -> str:
 
 
 def attention_choices(attention: str, device: torch.device, *, half_precision: bool) -> tuple[str, ...]:
-    """Attention implementations to try, best first; ``auto`` begins with FlashAttention 2 where it can be used.
+    """List the attention implementations to try, best first; ``auto`` begins with FlashAttention 2 if it can be used.
 
     Args:
         attention: as configured.
@@ -123,18 +123,18 @@ def attention_in_use(loaded: Any) -> str:
 
 
 def set_threads(device: torch.device, cpus: float) -> None:
-    """On a CPU, compute with as many threads as the process has CPUs."""
+    """Compute with as many threads as the process has CPUs, if it computes on a CPU."""
     if device.type == "cpu":
         torch.set_num_threads(max(1, int(cpus)))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held so far: of its GPU, or of the machine where it computes on a CPU."""
+    """Return the peak memory of this process: of its GPU, or of the machine if it computes on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_bytes()
 
 
 def peak_resident_bytes() -> int:
-    """The most of the machine's memory that this process has held so far."""
+    """Return the peak resident memory of this process."""
     try:
         return resident_bytes("VmHWM")
     except LookupError:  # this figure is inherited: it begins at the peak of the process that forked this one
@@ -143,7 +143,7 @@ def peak_resident_bytes() -> int:
 
 
 def resident_bytes(field: str) -> int:
-    """What Linux tells of this process's memory: ``VmRSS``, held now, or ``VmHWM``, the most that was held.
+    """Read this process's memory from Linux: ``VmRSS``, resident now, or ``VmHWM``, the peak.
 
     Raises:
         LookupError: it is not told: on other systems, and in sandboxes that imitate Linux.

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def load_input_embeddings(model: ModelConfig) -> np.ndarray:
-    """The rows that the model's input layer looks up.
+    """Load the rows that the model's input layer looks up.
 
     Only that tensor is read where it stands in safetensors under its own name; weights of another form (GGUF, names that
     transformers changes as it loads) are loaded whole, once, and let go.
@@ -53,7 +53,7 @@ def _read_tensor(model: ModelConfig) -> "torch.Tensor | None":
 
 
 def _skeleton(model: ModelConfig) -> Any:
-    """The model's modules without weights."""
+    """Build the model's modules without weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -73,13 +73,13 @@ def _embedding_name(skeleton: Any) -> "tuple[str, torch.Size]":
 
 
 def _checkpoint_names(name: str, skeleton: Any) -> list[str]:
-    """Names under which the tensor may be stored: some checkpoints hold the body alone, without its prefix."""
+    """List the names under which the tensor may be stored: some checkpoints hold only the body, without its prefix."""
     prefix = f"{skeleton.base_model_prefix}."
     return [name, name.removeprefix(prefix)] if name.startswith(prefix) else [name]
 
 
 def _file_of(model: ModelConfig, names: list[str]) -> tuple[Path, str] | None:
-    """The safetensors file that holds one of these tensors, and the tensor's name there."""
+    """Find the safetensors file that holds one of these tensors; also return the tensor's name there."""
     files = tensor_files(model)
     stored = next((name for name in names if name in files), None)
     file = None if stored is None else model_file(model, files[stored])

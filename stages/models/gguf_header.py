@@ -1,4 +1,4 @@
-"""What a GGUF file holds, from its header: no tensor is read.
+"""Read the header of a GGUF file, without its tensors.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -51,7 +51,7 @@ def check_gguf(file: Path) -> None:
 
 
 class _Header:
-    """Reads a header from its beginning to its end."""
+    """Reader of a header, from its beginning to its end."""
 
     def __init__(self, raw: mmap.mmap) -> None:
         self._raw = raw

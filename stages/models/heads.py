@@ -1,4 +1,4 @@
-"""A causal language model in two halves: the body, and the head that makes logits of its hidden states.
+"""Split of a causal language model into its body, and the head that computes logits from hidden states.
 
 Logits of a whole batch, [tokens, vocabulary], are the largest tensor of a run; with the halves apart, the head is
 applied to chunks of positions. What a model does around its LM head (Gemma's soft cap, Cohere's and Granite's scales,
@@ -22,7 +22,7 @@ _HALF_TOLERANCE = 2e-2
 
 
 class _BodyOutput:
-    """What a body returns to its model's forward: the hidden states; any other output is absent (None)."""
+    """Result of a body for its model's forward: the hidden states; every other output is absent (None)."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
@@ -38,7 +38,7 @@ class _BodyOutput:
 
 
 class _PassThrough(nn.Module):
-    """Stands in for a body: its output is the ``inputs_embeds`` it gets; its settings are the real body's."""
+    """Stand-in for a body: its output is the ``inputs_embeds`` that it gets; its settings are the real body's."""
 
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
@@ -52,7 +52,9 @@ class _PassThrough(nn.Module):
 
 
 def _body_path(model: Any) -> list[str]:
-    """Names that lead from the model to the module its forward calls: ``model``, or ``model.decoder`` (OPT, BART)."""
+    """Return the names that lead from the model to the module its forward calls: ``model``, or ``model.decoder`` (OPT,
+    BART).
+    """
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
         raise ValueError(
@@ -65,7 +67,7 @@ def _body_path(model: Any) -> list[str]:
 
 
 def _with_pass_through(module: nn.Module, path: list[str]) -> nn.Module:
-    """A shallow copy of ``module`` (all parameters shared) whose submodule at ``path`` is a ``_PassThrough``."""
+    """Copy ``module`` shallowly (all parameters shared), with a ``_PassThrough`` as the submodule at ``path``."""
     inner = module.get_submodule(path[0])
     shell = copy.copy(module)
     shell.__dict__["_modules"] = dict(module._modules)
@@ -74,7 +76,7 @@ def _with_pass_through(module: nn.Module, path: list[str]) -> nn.Module:
 
 
 class ModelHead:
-    """The head of a model: what ``split_head`` returns as one."""
+    """Head of a model, as ``split_head`` returns it."""
 
     def __init__(self, shell: nn.Module) -> None:
         self._shell = shell
@@ -85,12 +87,12 @@ class ModelHead:
         return self._shell(inputs_embeds=hidden, use_cache=False).logits
 
     def modules(self) -> Iterator[nn.Module]:
-        """The modules that the head computes with; their weights are the model's own."""
+        """Return the modules that the head computes with; their weights are the model's own."""
         return self._shell.modules()
 
 
 def split_head(model: Any) -> tuple[Body, ModelHead]:
-    """The two halves of a transformers causal language model; parameters stay shared with it.
+    """Split a transformers causal language model into two halves; parameters stay shared with it.
 
     Call ``check_head`` once after loading: an architecture whose forward is laid out differently is refused there.
 

@@ -1,4 +1,4 @@
-"""Checkpoints of quantised weights: what they need, and which can be unpacked into plain weights as they are loaded."""
+"""Quantised checkpoints: what they need, and which can be unpacked into plain weights while they are loaded."""
 
 import importlib.util
 from collections.abc import Mapping

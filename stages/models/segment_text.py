@@ -12,7 +12,7 @@ from stages.contract.schemas import has_conversations
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation.
+    """Message of a conversation.
 
     Attributes:
         role: "system", "user" or "assistant".

@@ -1,4 +1,4 @@
-"""Where a model's tokens lie to one another: directions of its input embeddings."""
+"""Geometry of a model's tokens: directions of its input embeddings."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ BLOCK_VALUES: Final = 2**22
 
 
 class TokenSpace:
-    """The directions in which a vocabulary's tokens lie from their common centre.
+    """Directions of a vocabulary's tokens from their common centre.
 
     The embeddings are centred first: language models share a large common direction in which all tokens look alike. Then
     they are scaled to unit length: norms say how often a token is met, and some models scale their embeddings.
@@ -42,22 +42,27 @@ class TokenSpace:
 
     @property
     def num_dimensions(self) -> int:
-        """H."""
+        """Width H of the embeddings."""
         return self.rows.shape[1]
 
     def directions(self, ids: np.ndarray) -> np.ndarray:
-        """Of tokens: (Q,) ids to (Q, H) float32 of unit length."""
+        """Compute the directions of tokens: (Q,) ids to (Q, H) float32 of unit length."""
         return self.directions_of(self.rows[ids])
 
     def directions_of(self, rows: np.ndarray) -> np.ndarray:
-        """Of embeddings, or means of some, (Q, H): float32, of unit length; zeros for one that is the centre itself."""
+        """Compute the directions of embeddings, or of means of some, (Q, H) float32 of unit length.
+
+        The direction of the centre itself is zeros.
+        """
         centred = rows.astype(np.float32) - self.mean
         length = np.linalg.norm(centred, axis=1, keepdims=True)
         return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
 
 
 def _ordinary_mean(rows: np.ndarray, is_ordinary: np.ndarray) -> np.ndarray:
-    """(H,) float32; block by block, since the whole matrix in float32 is twice its size."""
+    """Compute the mean of the ordinary rows, (H,) float32, block by block: the whole matrix in float32 is twice its
+    size.
+    """
     total = np.zeros(rows.shape[1])
     step = max(1, BLOCK_VALUES // rows.shape[1])
     for start in range(0, len(rows), step):

@@ -1,4 +1,4 @@
-"""A model's tokenizer as every stage uses it: what its tokens say in bytes, and where each token of a text ends.
+"""Tokenizer of a model as every stage uses it: the bytes of each token, and where each token of a text ends.
 
 What a tokenizer writes for a space (``▁he``, ``Ġhe``), for a raw byte (``<0x0A>``, ``Ċ``) or for the inside of a word
 (``##ing``) is read from the tokenizer's own description, once; after that a token is its bytes.
@@ -26,7 +26,7 @@ _BATCH_CHARACTERS: Final = 4_000_000
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """What a tokenizer's ids stand for.
+    """Meaning of a tokenizer's ids.
 
     Attributes:
         token_bytes: id -> the token's bytes. A word boundary is one leading space, however the tokenizer writes it; a
@@ -51,13 +51,13 @@ class Vocabulary:
         return len(self.token_bytes)
 
     def text(self, token_id: int) -> str:
-        """The token decoded; bytes that are no UTF-8 become lone surrogates, so that nothing is lost."""
+        """Decode a token; bytes that are not UTF-8 become lone surrogates, so that nothing is lost."""
         return self.token_bytes[token_id].decode("utf-8", errors="surrogateescape")
 
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """The tokens of one text.
+    """Tokens of one text.
 
     Attributes:
         ids: (N,) int32.
@@ -206,11 +206,11 @@ class SegmentTokenizer:
         return ids
 
     def count(self, text: str) -> int:
-        """Number of tokens of a text, special ones included as if a document ended there."""
+        """Return the number of tokens of a text, including special ones as if a document ended there."""
         return self.count_batch([text])[0]
 
     def count_batch(self, texts: Sequence[str]) -> list[int]:
-        """``count`` of each text."""
+        """Return ``count`` of each text."""
         num_special = self.num_special
         return [
             len(found) + num_special
@@ -232,12 +232,12 @@ class SegmentTokenizer:
 
     @property
     def num_prefix(self) -> int:
-        """Tokens that stand before every text: 1, or 0 for a model without BOS and EOS."""
+        """Number of tokens before every text: 1, or 0 for a model without BOS and EOS."""
         return int(self.prefix_id is not None)
 
     @property
     def num_special(self) -> int:
-        """Special tokens of a text at which a document ends: the prefix and EOS, as far as the model has them."""
+        """Number of special tokens of a text at which a document ends: prefix and EOS, if the model has them."""
         return self.num_prefix + int(self.vocabulary.eos_id is not None)
 
     def _writes_dummy_prefix(self) -> bool:
@@ -249,7 +249,10 @@ class SegmentTokenizer:
         return list(map(self._spelling.__getitem__, ids))
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
-        """Ids and byte ends of each text's own tokens. Offsets cost as much again: asked for only where needed."""
+        """Compute ids and byte ends of each text's own tokens.
+
+        Offsets double the cost, so they are computed only if needed.
+        """
         done: dict[int, tuple[list[int], np.ndarray]] = {}
         if self.spells_text:
             for index, found in enumerate(self._backend.encode_batch_fast(texts, add_special_tokens=False)):
@@ -282,7 +285,7 @@ class SegmentTokenizer:
 
 
 def _slices(texts: Sequence[str]) -> Iterator[slice]:
-    """Runs of texts of bounded length together; a longer text stands alone."""
+    """Yield slices of texts of bounded total length; a longer text has a slice of its own."""
     start = characters = 0
     for index, text in enumerate(texts):
         if index > start and characters + len(text) > _BATCH_CHARACTERS:
@@ -294,7 +297,7 @@ def _slices(texts: Sequence[str]) -> Iterator[slice]:
 
 
 def _describe(tokenizer: Any) -> str:
-    """The tokenizer's own description of itself: the text of a tokenizer.json."""
+    """Return the tokenizer's description of itself: the text of a tokenizer.json."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise ValueError(
@@ -311,7 +314,7 @@ def _describe(tokenizer: Any) -> str:
 
 
 def _copy_backend(original: Any, description: str) -> Any:
-    """A backend of our own: no truncation, padding or special tokens, and offsets with white space not trimmed."""
+    """Copy the backend for our own use: without truncation, padding or special tokens, and with untrimmed offsets."""
     from tokenizers import Tokenizer
 
     copy = _share_unigram(original) if type(original.model).__name__ == "Unigram" else None
@@ -324,7 +327,9 @@ def _copy_backend(original: Any, description: str) -> Any:
 
 
 def _share_unigram(original: Any) -> Any | None:
-    """A copy around the same model. Scores drift by a bit when a description is read back, and ties then fall otherwise.
+    """Copy a backend around the same Unigram model.
+
+    Reading a description back shifts scores by a bit, which would break ties differently.
 
     None if added tokens cannot be given the same ids again.
     """
@@ -344,12 +349,12 @@ def _share_unigram(original: Any) -> Any | None:
 
 
 def _prepends_bos(tokenizer: Any, bos_id: int | None) -> bool:
-    """Does the tokenizer itself begin a plain text with BOS?"""
+    """Return whether the tokenizer itself begins a plain text with BOS."""
     return bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
 
 
 def _first_id(tokenizer: Any, *names: str) -> int | None:
-    """The id of the first of these special tokens that the tokenizer has."""
+    """Return the id of the first of these special tokens that the tokenizer has."""
     ids = (getattr(tokenizer, f"{name}_token_id", None) for name in names)
     return next((token_id for token_id in ids if token_id is not None), None)
 
@@ -381,7 +386,7 @@ def _read_vocabulary(tokenizer: Any, description: dict[str, Any], num_rows: int 
 
 
 class _Spelling:
-    """How a tokenizer writes bytes, spaces and the inside of words in its tokens."""
+    """Rules by which a tokenizer writes bytes, spaces and the inside of words in its tokens."""
 
     def __init__(self, decoder: Any, description: dict[str, Any]) -> None:
         model = description["model"]
@@ -402,13 +407,13 @@ class _Spelling:
         self._decoder = decoder if "WordPiece" in kinds else None
 
     def with_spaces(self, token: str) -> str:
-        """The token with its word-boundary characters written as spaces."""
+        """Replace the token's word-boundary characters by spaces."""
         for mark in self._spaces:
             token = token.replace(mark, " ")
         return token
 
     def token_bytes(self, token: str) -> bytes:
-        """The bytes of a token of the model's own vocabulary (no added token)."""
+        """Return the bytes of a token of the model's own vocabulary (not an added token)."""
         byte_token = _BYTE_TOKEN.fullmatch(token) if self._has_byte_tokens else None
         if byte_token:
             return bytes([int(byte_token[1], 16)])
@@ -424,7 +429,7 @@ class _Spelling:
 
 
 def _components(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A component of a tokenizer.json, sequences taken apart."""
+    """Yield the components of a tokenizer.json, with sequences flattened."""
     if component is None:
         return
     for name in ("normalizers", "pretokenizers", "decoders"):
@@ -434,7 +439,7 @@ def _components(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters in which byte-level tokenizers write the 256 bytes (GPT-2's bytes_to_unicode)."""
+    """Return the characters in which byte-level tokenizers write the 256 bytes (GPT-2's bytes_to_unicode)."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

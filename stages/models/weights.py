@@ -1,4 +1,4 @@
-"""A model's safetensors files: which are read, which holds which tensor, and what their headers say."""
+"""Safetensors files of a model: which are read, which holds which tensor, and what their headers say."""
 
 import json
 import math
@@ -50,7 +50,7 @@ class StoredTensor:
 
     @property
     def num_elements(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -179,7 +179,7 @@ def tensor_files(model: ModelConfig) -> Mapping[str, str]:
 
 
 def model_file(model: ModelConfig, name: str) -> Path | None:
-    """One of the model's files: in its folder, or fetched from the hub (or its cache); None where it has none."""
+    """Return one of the model's files, from its folder or from the hub (or its cache); None if it has no such file."""
     from transformers.utils.hub import cached_file
 
     if model.path is not None:

@@ -18,16 +18,16 @@ class Window:
     num_repeated: int
 
     def __len__(self) -> int:
-        """Tokens that the model sees."""
+        """Return the number of tokens that the model sees."""
         return self.num_repeated + self.end - self.start
 
     def tokens(self, ids: np.ndarray) -> np.ndarray:
-        """The model's input, (len(self),), out of the whole sequence's ids."""
+        """Return the model's input, (len(self),), from the ids of the whole sequence."""
         return np.concatenate([ids[: self.num_repeated], ids[self.start : self.end]])
 
     @property
     def taken(self) -> slice:
-        """Where the taken positions lie in the model's output."""
+        """Slice of the taken positions in the model's output."""
         return slice(self.num_repeated + self.take_start - self.start, len(self))
 
 

@@ -1,1 +1,1 @@
-"""The shard stage: documents become segments that fit every tokenizer of the run."""
+"""Shard stage: documents become segments that fit every tokenizer of the run."""

@@ -19,7 +19,7 @@ CONTROL_TOKEN: Final = "control_token/"
 
 
 def absolute_or_url(path: str | None) -> str | None:
-    """A relative path means this process's folder; a worker may run in another one. URLs stay as they are.
+    """Make a path absolute, since a worker may run in another folder; URLs are returned unchanged.
 
     Raises:
         ValueError: a URL holds a password, signature or token, which would be recorded.
@@ -30,7 +30,7 @@ def absolute_or_url(path: str | None) -> str | None:
 
 
 class DatasetConfig(Settings):
-    """Where the documents come from."""
+    """Source of the documents."""
 
     hub: str | None = Field(None, description="Hugging Face dataset id, e.g. 'JeanKaddour/minipile'.")
     revision: str | None = Field(None, description="Commit of the dataset on the hub; required with `hub`.")
@@ -70,22 +70,22 @@ class DatasetConfig(Settings):
 
     @property
     def has_conversations(self) -> bool:
-        """Documents are conversations, not texts."""
+        """Whether documents are conversations, not texts."""
         return self.messages_column is not None
 
     @property
     def document_column(self) -> str:
-        """The column that holds a document."""
+        """Column that holds a document."""
         return self.text_column if self.messages_column is None else self.messages_column
 
     @property
     def document_setting(self) -> str:
-        """The setting that names that column, for messages."""
+        """Setting that names that column, for messages."""
         return "text_column" if self.messages_column is None else "messages_column"
 
     @property
     def section(self) -> str:
-        """The section of the configuration that these settings stand in, for messages."""
+        """Section of the configuration that holds these settings, for messages."""
         return "dataset"
 
     def result_settings(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ class DatasetConfig(Settings):
 
 
 class ShardConfig(Settings):
-    """How documents become shards of segments."""
+    """Settings for cutting documents into shards of segments."""
 
     max_length: int = Field(
         2048, ge=8, description="Most tokens of a segment under every tokenizer, special ones included."
@@ -162,6 +162,6 @@ class ShardConfig(Settings):
         return self
 
     def fraction_of(self, split: Literal["train", "validation", "test"]) -> float:
-        """Share of the documents that a split is expected to have."""
+        """Return the share of the documents that a split is expected to have."""
         held_out = {"validation": self.validation_fraction, "test": self.test_fraction}
         return held_out[split] if split in held_out else 1 - sum(held_out.values())

@@ -1,4 +1,4 @@
-"""Cutting a document into segments that fit every tokenizer: the text is cut, token slices are never decoded."""
+"""Cut a document into segments that fit every tokenizer: the text is cut, token slices are never decoded."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ class Cut(NamedTuple):
 
 
 class _Fit(NamedTuple):
-    """How much of a piece of text fits, and its tokens under each tokenizer if all of it does."""
+    """Size of the part of a piece of text that fits, and its tokens under each tokenizer if all of it does."""
 
     size: int
     num_tokens: list[int]
@@ -73,7 +73,7 @@ def cut_document(text: str, measures: Sequence[Measure], max_length: int) -> Cut
 
 
 def _next_segment(text: str, start: int, window: int, measures: Sequence[Measure], max_length: int) -> _Fit:
-    """The segment that begins at ``start``; all of it fits."""
+    """Find the segment that begins at ``start``; all of it fits."""
     while True:
         piece = text[start : start + window]
         fit = _fitting(piece, measures, max_length)
@@ -94,7 +94,7 @@ def _next_segment(text: str, start: int, window: int, measures: Sequence[Measure
 
 
 def _fitting(piece: str, measures: Sequence[Measure], max_length: int) -> _Fit:
-    """How much of a piece has at most ``max_length - 1`` tokens under every tokenizer: EOS has room.
+    """Measure how much of a piece has at most ``max_length - 1`` tokens under every tokenizer: EOS has room.
 
     A size below the whole piece is a guess, since the first part alone may be tokenized otherwise.
     """
@@ -109,7 +109,7 @@ def _fitting(piece: str, measures: Sequence[Measure], max_length: int) -> _Fit:
 
 
 def _preferred_cut(piece: str, limit: int) -> int:
-    """Where to cut a piece, 1..limit; ``limit`` is less than its length."""
+    """Choose where to cut a piece, 1..limit; ``limit`` is less than its length."""
     half = limit // 2
     for marks in (("\n\n", "\n\r\n"), ("\n",)):
         found = max((piece.rfind(mark, half, limit), len(mark)) for mark in marks)

@@ -1,4 +1,4 @@
-"""The shard stage: a range of documents becomes segments that fit every tokenizer of the run."""
+"""Shard stage: a range of documents becomes segments that fit every tokenizer of the run."""
 
 import hashlib
 from collections import Counter
@@ -28,7 +28,7 @@ class _Document:
 
 
 class ShardStage:
-    """Cuts documents; the same documents always give the same rows."""
+    """Stage that cuts documents; the same documents always give the same rows."""
 
     def __init__(self, config: ShardConfig, models: tuple[ModelConfig, ...]) -> None:
         """Keep the settings; tokenizers are loaded by ``setup``.
@@ -103,7 +103,7 @@ class ShardStage:
         return {CONTROL_TOKEN_DOCUMENTS: sum(map(bool, found)), **of_tokens}
 
     def _cut(self, documents: Sequence[_Document], bad: list[BadRecord]) -> tuple[dict[int, list[str]], list[int]]:
-        """Segments by doc_id, and their tokens under each tokenizer together; adds to ``bad``.
+        """Cut documents into segments by doc_id, and count their tokens over all tokenizers; adds to ``bad``.
 
         Documents that fit whole are only counted.
         """
@@ -125,7 +125,7 @@ class ShardStage:
         return segments, counts.tolist()
 
     def _fit_whole(self, documents: Sequence[_Document]) -> tuple[set[int], np.ndarray]:
-        """Doc_ids of the documents that are one segment, and their tokens under each tokenizer together, int64."""
+        """Find the documents that are one segment, by doc_id, and their tokens over all tokenizers, int64."""
         limit = self._config.max_length
         short = [doc for doc in documents if len(doc.text) <= limit * _SHORT_CHARACTERS_PER_TOKEN]
         counts = np.array(
@@ -163,7 +163,7 @@ class ShardStage:
 
 
 def _decode(table: pa.Table, bad: list[BadRecord]) -> list[_Document]:
-    """The documents that are text; the others go to ``bad``."""
+    """Decode the documents that are text; the others go to ``bad``."""
     documents = []
     errors = table["error"].to_pylist() if "error" in table.schema.names else [None] * table.num_rows
     for doc_id, raw, error in zip(table["doc_id"].to_pylist(), table["text"].to_pylist(), errors, strict=True):
@@ -182,7 +182,7 @@ def _decode(table: pa.Table, bad: list[BadRecord]) -> list[_Document]:
 
 
 def _split(raw: bytes, validation_fraction: float, test_fraction: float) -> str:
-    """Which split a document is in: by its bytes alone, so equal documents never stand on both sides."""
+    """Assign a document to a split by its bytes alone, so that equal documents are never in two splits."""
     share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
     if share < validation_fraction:
         return "validation"

@@ -47,8 +47,9 @@ class Schedule:
         return self._order(self.epoch(step))[start : start + self.batch_size]
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Return the order of one epoch; the newest one is cached, since permuting all blocks at every step is too
-        slow.
+        """Return the order of one epoch.
+
+        The newest one is cached, since permuting all blocks at every step is too slow.
         """
         if epoch not in self._orders:
             self._orders.clear()  # first: two orders of many blocks are not held at once

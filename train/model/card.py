@@ -142,8 +142,9 @@ def add_evaluation(
 
 
 def _text_table(text: TextFigures) -> str:
-    """Write the Markdown table of a text: over all bytes, and the average over kinds if there are kinds; empty columns
-    are left out.
+    """Write the Markdown table of a text: over all bytes, and the average over kinds if there are kinds.
+
+    Empty columns are left out.
     """
     has_kinds = any(row.by_kind is not None for row in text.rows)
     columns = ["model", "bits per byte", "against target before", "against gold only"]

@@ -128,8 +128,9 @@ def fusion_losses(logprobs: Tensor, rows: SparseTargets, divergence: Divergence,
 
 
 def _log_targets(rows: SparseTargets, dtype: torch.dtype, *, least_tail: float) -> Tensor:
-    """Compute ln p, (P, k), followed by ln r in column k if there is a tail; a probability rounded to 0 stays
-    finite.
+    """Compute ln p, (P, k), followed by ln r in column k if there is a tail.
+
+    A probability rounded to 0 stays finite.
     """
     log_p = rows.probs.to(dtype).clamp(min=torch.finfo(torch.float32).tiny).log()
     if rows.tail_mass is None:

@@ -115,8 +115,9 @@ def _enter_namespaces(*, is_root: bool) -> bool:
 
 
 def _make_read_only(directory: str) -> bool:
-    """Make every mount read-only except the program's directory; return False if the kernel is too old (before 5.12)
-    or refuses.
+    """Make every mount read-only except the program's directory.
+
+    Returns False if the kernel is too old (before 5.12) or refuses.
     """
     place = directory.encode()
     if _libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None) or _libc.mount(place, place, None, MS_BIND, None):

@@ -56,8 +56,7 @@ class _Segment:
 
 
 def viewer_data(runs: Sequence[ResolvedRun], store: Store, *, max_positions: int) -> dict[str, Any]:
-    """Collect the viewer's data: the same documents for every configuration with a fused shard, and one shared table
-    of texts.
+    """Collect the viewer's data: the same documents for every configuration, and one shared table of texts.
 
     Args:
         runs: recorded configurations; those that share their fused distributions are shown once.
@@ -93,8 +92,9 @@ def _finished_shards(run: ResolvedRun, store: Store) -> list[int]:
 
 
 def _choose(run: ResolvedRun, store: Store, shards: Sequence[int], max_positions: int) -> list[list[_Segment]]:
-    """Choose whole documents: the first of every shard, then the second of every shard, while they fit; at least
-    one.
+    """Choose whole documents: the first of every shard, then the second of every shard, while they fit.
+
+    The first document is always chosen.
     """
     pending = [_segments_by_document(run, store, shard) for shard in _spread(shards)]
     chosen: list[list[_Segment]] = []

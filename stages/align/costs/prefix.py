@@ -15,8 +15,7 @@ EDITS_PER_BYTE: Final = 0.1
 
 
 class PrefixCosts:
-    """Prefix cost: 0.1 per byte of difference where one text begins with the other and is really cut there, else the
-    edit distance.
+    """Edit distance, or 0.1 per byte of difference where one text begins with the other and is really cut there.
 
     A source that says `` inter`` does not contradict `` international``: it has the same text to come, cut elsewhere. But
     that holds only if it really would be cut so. A target token that is shorter must be the one with which the target's

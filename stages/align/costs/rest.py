@@ -73,8 +73,9 @@ class RestCosts:
         return np.array([self._numbers[key] for key in keys], np.int32)
 
     def first_token(self, numbers: np.ndarray) -> np.ndarray:
-        """Return the target token that begins each rest, (R,) int32: the rest itself, else its longest prefix; -1 if
-        none.
+        """Return the target token that begins each rest, (R,) int32: the rest itself, else its longest prefix.
+
+        The entry is -1 if no target token begins the rest.
         """
         return np.array([self._first[number] for number in numbers.tolist()], np.int32)
 

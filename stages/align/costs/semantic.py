@@ -164,8 +164,9 @@ class SemanticCosts:
         return self._space.directions_of(self._space.rows[pieces].astype(np.float32).mean(axis=0, keepdims=True))[0]
 
     def _edits_per_unit(self, ordinary: np.ndarray, texts: Sequence[str]) -> float:
-        """Divide the mean edit distance of random pairs of different tokens by their mean cosine distance; 1 if there
-        are none.
+        """Divide the mean edit distance of random pairs of different tokens by their mean cosine distance.
+
+        Returns 1 if there are no such pairs.
         """
         if len(ordinary) < 2:
             return 1.0

@@ -57,8 +57,9 @@ def _fill_distances(
     column_lengths: np.ndarray,
     distances: np.ndarray,
 ) -> None:
-    """Fill in the distances of every row text to every column text of at most 16 characters; one vector lane per
-    column.
+    """Fill in the distances of every row text to every column text of at most 16 characters.
+
+    Each column is a vector lane.
 
     Bit i of a column's words stands for its character i: in ``rise`` (``fall``) it is set where the distance from what was
     read of the row's text to the column's first i + 1 characters is one more (less) than to its first i. Reading a

@@ -113,8 +113,9 @@ class NearestTokens:
             self._search_group(np.array(group), length)
 
     def _search_group(self, group: np.ndarray, length: int) -> None:
-        """Search for source tokens of one length together: RapidFuzz compares several short texts in one
-        instruction.
+        """Search for source tokens of one length together.
+
+        RapidFuzz compares several short texts in one instruction.
         """
         best = np.full(len(group), np.iinfo(np.int32).max, np.int32)
         ids = np.full(len(group), NO_ID, np.int32)

@@ -11,7 +11,7 @@ UNKNOWN_TEXT: Final = -1
 
 
 def text_numbers(source: Vocabulary, target: Vocabulary) -> tuple[np.ndarray, np.ndarray]:
-    """Number the texts of both vocabularies: two tokens have the same number if they stand for the same text.
+    """Assign a number to each text of both vocabularies: two tokens share it if they stand for the same text.
 
     That is the same bytes, or the same role or name of a special token. Ids without a token have the number -1.
 

@@ -1,1 +1,1 @@
-"""What runs a model over batches of tokens: one file per library."""
+"""Backends that run a model over batches of tokens: one file per library."""

@@ -1,4 +1,4 @@
-"""What runs a model for the logits stage: the interface, what every backend gives back, and what they share.
+"""Interface of the backends that run a model for the logits stage, and the code that they share.
 
 A backend is handed token ids and gives arrays. Text, tokenizers and Arrow are the stage's.
 """
@@ -36,7 +36,7 @@ class NotFiniteError(ValueError):
 
 @dataclass
 class Predictions:
-    """All positions of S sequences, end to end: P in all; and what it took.
+    """Predictions at all positions of S sequences, end to end: P in all; and what computing them took.
 
     Attributes:
         starts: (S + 1,) int64, where each sequence's positions lie.
@@ -71,7 +71,7 @@ class Predictions:
         )
 
     def part(self, sequence: int) -> slice:
-        """Where a sequence's positions lie."""
+        """Return the positions of a sequence."""
         return slice(self.starts[sequence], self.starts[sequence + 1])
 
     def put(
@@ -108,7 +108,7 @@ class Predictions:
 
 
 class Backend(Protocol):
-    """One loaded model.
+    """Loaded model that predicts.
 
     Attributes:
         max_length: most tokens of a window: ``logits.max_length``, or the model's positions where they are fewer.
@@ -160,7 +160,8 @@ def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
 
 
 def descending(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in descending order of logprob, equal ones in ascending order of id: no server or engine promises that.
+    """Sort rows in descending order of logprob, equal ones in ascending order of id: no server or engine promises
+    that.
 
     Args:
         ids: (N, k).
@@ -215,6 +216,9 @@ def _fits(batch: np.ndarray, *, run: Callable[[np.ndarray], None], can_shrink: C
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Torch's own class on a GPU; a plain RuntimeError of the CPU's allocator, and of a process that ran out elsewhere."""
+    """Return whether memory ran out.
+
+    torch has an error class for a GPU; a CPU's allocator and other processes raise a plain RuntimeError.
+    """
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or any(message in text for message in _MEMORY_MESSAGES)

@@ -1,4 +1,4 @@
-"""Which backend runs a model, where the configuration leaves it open."""
+"""Choice of the backend that runs a model, if the configuration leaves it open."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from stages.models.devices import resolve_device
 
 
 def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transformers", "vllm", "server"]:
-    """The backend that a worker on this machine takes: what is configured; ``auto``: vLLM where it can run the model.
+    """Choose the backend for a worker on this machine: the configured one; ``auto``: vLLM if it can run the model.
 
     Raises:
         ValueError: ``device = 'cuda'`` and torch sees no GPU here; or ``auto`` comes to transformers, and
@@ -29,7 +29,7 @@ def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transfo
 
 
 def _obstacle(config: LogitsConfig, model: ModelConfig) -> str | None:
-    """Why vLLM cannot be taken, the cheapest question first; None if it can."""
+    """Explain why vLLM cannot be used, the cheapest check first; None if it can."""
     if config.tail_samples:
         return "logits.tail_samples draws from the full distribution, of which vLLM gives the largest entries alone"
     if resolve_device(config.device).type != "cuda":

@@ -1,4 +1,4 @@
-"""The server backend: prompt logprobs of a model that a server already runs, over HTTP.
+"""Server backend: prompt logprobs of a model that a server already runs, over HTTP.
 
 Any server whose OpenAI-compatible ``/v1/completions`` takes token ids and gives ``prompt_logprobs`` will do: vLLM's does.
 A window is one request, of its tokens and the one behind it: entry i + 1 of the answer holds the k largest logprobs after
@@ -54,7 +54,10 @@ _SHORTEST_WINDOW: Final = 8
 
 
 class ServerError(ValueError):
-    """The server cannot give the logprobs of this model; the message says which server, what it said, and what to do."""
+    """Error of a server that cannot give this model's logprobs.
+
+    The message says which server, what it answered, and what to do.
+    """
 
 
 class ServerBackend:

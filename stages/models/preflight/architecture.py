@@ -1,4 +1,4 @@
-"""What a model's configuration says of its architecture: is it a causal language model that can be read and trained?"""
+"""Check from a model's configuration that it is a causal language model that can be read and trained."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping

@@ -1,11 +1,11 @@
-"""One thing that is wrong with a model's files."""
+"""A problem of a model's files."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What keeps a model from being used, in words.
+    """Reason why a model cannot be used, in words.
 
     Attributes:
         model: the model's name in the configuration.
@@ -23,11 +23,11 @@ class Problem:
 
     @property
     def text(self) -> str:
-        """The problem without its model and file."""
+        """Text of the problem, without its model and file."""
         sentence = f"{self.found}; expected {self.expected}" if self.expected else self.found
         return f"{sentence}. {self.remedy}" if self.remedy else sentence
 
     def __str__(self) -> str:
-        """The problem as one message."""
+        """Return the problem as one message."""
         where = f"{self.file}: " if self.file else ""
         return f"model {self.model}: {where}{self.text}"

@@ -1,4 +1,4 @@
-"""Which tensors an architecture wants that a checkpoint lacks, told from names and shapes alone.
+"""Find the tensors that an architecture needs and a checkpoint lacks, from names and shapes only.
 
 transformers renames, stacks and splits tensors as it loads them, differently for every architecture. So its own loader is
 asked, with a model and tensors on the meta device: shapes without values, for which nothing is read and nothing computed.
@@ -30,7 +30,7 @@ _NAMED: Final = 3
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an architecture wants and a checkpoint holds.
+    """Difference between the tensors of an architecture and of a checkpoint.
 
     Attributes:
         missing: wanted, and neither held nor tied to what is held; transformers would draw them at random.

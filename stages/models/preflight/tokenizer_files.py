@@ -1,4 +1,6 @@
-"""Does a model's tokenizer load, does it tokenize as its own tokenizer.json says, and has the model rows for its tokens?"""
+"""Check that a model's tokenizer loads, agrees with its own tokenizer.json, and that the model has rows for its
+tokens.
+"""
 
 import json
 from collections.abc import Iterator
