@@ -9,6 +9,13 @@ from typing import Final
 
 ROOT: Final = Path(__file__).parents[1]
 PACKAGES: Final = ("stages", "train", "pipeline")
+MOST_NOT_IMPERATIVE: Final = 0.07
+"""Largest share of function docstrings that may begin with a noun phrase, a fragment or a question."""
+LEAST_COMMENTS: Final = 3.0
+"""Smallest number of comments per 100 lines of code in ``COMMENTED``."""
+COMMENTED: Final = ("stages/align", "train")
+"""Packages of numerical kernels and of the training loop, whose lines do not show shapes, invariants and reasons."""
+
 _ARTICLES: Final = ("the", "a", "an", "of", "no", "one", "every", "each", "in", "by", "for", "as", "to")
 _QUESTIONS: Final = (
     "what",
@@ -26,9 +33,9 @@ _QUESTIONS: Final = (
     "can",
     "was",
 )
-NOT_IMPERATIVE: Final = frozenset(_ARTICLES + _QUESTIONS)
-"""First words of noun phrases, fragments and questions."""
+_NOT_IMPERATIVE: Final = frozenset(_ARTICLES + _QUESTIONS)
 _PRAGMAS: Final = ("# type:", "# noqa", "# pragma", "#!")
+_LAYOUT: Final = frozenset({tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER})
 
 
 def python_files(*folders: str) -> list[Path]:
@@ -37,7 +44,7 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def function_docstrings(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield line number and docstring of each function and method that has one; properties name what they return."""
+    """Yield line number and docstring of each function and method that has one, except properties."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -48,13 +55,13 @@ def function_docstrings(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def is_imperative(docstring: str) -> bool:
-    """Return whether the first word may begin an imperative sentence; shapes in front of it are passed over."""
+    """Return whether the first word may be a verb in the imperative; a shape such as "(N,)" is not."""
     first = docstring.split(maxsplit=1)[0]
-    return first.lower().strip("`,.:;") not in NOT_IMPERATIVE and not first.startswith("(")
+    return first.lower().strip("`,.:;") not in _NOT_IMPERATIVE and not first.startswith("(")
 
 
-def other_docstrings(paths: Iterable[Path]) -> tuple[list[str], int]:
-    """Return the places of docstrings that are no imperative sentence, and the number of all."""
+def not_imperative(paths: Iterable[Path]) -> tuple[list[str], int]:
+    """Return the function docstrings that are not imperative sentences, with their places, and the number of all."""
     places, total = [], 0
     for path in paths:
         for line, docstring in function_docstrings(path):
@@ -64,45 +71,41 @@ def other_docstrings(paths: Iterable[Path]) -> tuple[list[str], int]:
     return places, total
 
 
-def count_comments(path: Path) -> tuple[int, int]:
-    """Count the comments of a file and its lines of code: without blank lines, comments alone and docstrings."""
-    source = path.read_text()
+def count_comments(source: str) -> tuple[int, int]:
+    """Count comments, without those for tools, and lines of code, without blank lines, comment lines and docstrings."""
     comments = 0
     code: set[int] = set()
-    previous = tokenize.NEWLINE
+    begins_statement = True
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             comments += not token.string.startswith(_PRAGMAS)
-            continue
-        if token.type in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
-            previous = token.type if token.type != tokenize.NL else previous
-            continue
-        is_text = token.type == tokenize.STRING and previous != tokenize.OP
-        if not (is_text and previous in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)):
-            code.update(range(token.start[0], token.end[0] + 1))
-        previous = token.type
+        elif token.type in _LAYOUT:
+            begins_statement = begins_statement or token.type == tokenize.NEWLINE
+        else:
+            if token.type != tokenize.STRING or not begins_statement:
+                code.update(range(token.start[0], token.end[0] + 1))
+            begins_statement = False
     return comments, len(code)
 
 
 def comments_per_100_lines(*folders: str) -> float:
-    """Return the number of comments for every 100 lines of code."""
-    counts = [count_comments(path) for path in python_files(*folders)]
+    """Return the number of comments per 100 lines of code."""
+    counts = [count_comments(path.read_text()) for path in python_files(*folders)]
     return 100 * sum(comments for comments, _ in counts) / sum(lines for _, lines in counts)
 
 
 def main() -> None:
-    """Print the measurements, package by package."""
-    for package in PACKAGES:
-        for folder in sorted({path.parent for path in python_files(package)}):
-            paths = sorted(folder.glob("*.py"))
-            places, total = other_docstrings(paths)
-            name = str(folder.relative_to(ROOT))
-            counts = [count_comments(path) for path in paths]
-            comments, lines = (sum(column) for column in zip(*counts, strict=True))
-            print(f"{name:36} {len(places):4} of {total:4} docstrings, {100 * comments / max(lines, 1):5.1f} comments")
-    places, total = other_docstrings(python_files(*PACKAGES))
-    print(f"docstrings that are no imperative sentence: {len(places)} of {total}, {len(places) / total:.1%}")
-    for name in ("stages/align", "train", "stages", "pipeline"):
+    """Print the measurements, folder by folder."""
+    for folder in sorted({path.parent for path in python_files(*PACKAGES)}):
+        paths = sorted(folder.glob("*.py"))
+        places, total = not_imperative(paths)
+        counts = [count_comments(path.read_text()) for path in paths]
+        comments, lines = (sum(column) for column in zip(*counts, strict=True))
+        rate = 100 * comments / max(lines, 1)
+        print(f"{folder.relative_to(ROOT)!s:36} {len(places):4} of {total:4} docstrings, {rate:5.1f} comments")
+    places, total = not_imperative(python_files(*PACKAGES))
+    print(f"function docstrings that are not imperative: {len(places)} of {total}, {len(places) / total:.1%}")
+    for name in (*COMMENTED, *PACKAGES):
         print(f"comments per 100 lines of code in {name}: {comments_per_100_lines(name):.1f}")
 
 
