@@ -81,14 +81,14 @@ def test_checkpoint_s_table_of_contents_names_no_other_code(tmp_path: Path) -> N
     load(loaded, storage_reader=CheckpointReader(folder), no_dist=True)
     assert loaded["weight"].tolist() == [[0, 1, 2], [3, 4, 5]]
     (folder / ".metadata").write_bytes(pickle.dumps(Trap(marker)))
-    with pytest.raises(ValueError, match=r"\.metadata is no table of contents of a checkpoint \(it names pathlib"):
+    with pytest.raises(ValueError, match=r"\.metadata is not a checkpoint's table of contents \(it names pathlib"):
         CheckpointReader(folder).read_metadata()
     assert not marker.exists()
     (folder / ".metadata").write_bytes(pickle.dumps([1, 2]))
     with pytest.raises(ValueError, match="holds a list"):
         CheckpointReader(folder).read_metadata()
     (folder / ".metadata").write_bytes(b"")
-    with pytest.raises(ValueError, match="no table of contents"):
+    with pytest.raises(ValueError, match="not a checkpoint's table of contents"):
         CheckpointReader(folder).read_metadata()
 
 

@@ -18,7 +18,7 @@ SUITE_NAMES: Final = ("gsm8k", "bbh", "multipl-e", "mmlu", "toxigen", "tydiqa", 
 
 
 class LoraConfig(Settings):
-    """Low-rank adapters (Hu et al. 2021) in the place of training all weights; merged into them on export."""
+    """Settings of low-rank adapters (Hu et al. 2021), trained instead of all weights and merged into them on export."""
 
     r: int = Field(16, ge=1, description="Rank of the adapters.")
     alpha: float = Field(32, gt=0, description="Their product is scaled by alpha / r.")

@@ -98,7 +98,7 @@ class TrainResult:
         fingerprint: the job's.
         num_steps: optimizer steps.
         num_tokens: tokens trained on.
-        loss: of the last step; ``loss_clm`` and ``loss_fusion`` likewise, None where there was none.
+        loss: loss of the last step; ``loss_clm`` and ``loss_fusion`` are its parts, None if there was none.
         was_done: the job had been finished before; nothing was computed.
     """
 

@@ -99,7 +99,7 @@ def _trainer(job: TrainJob, output: Path, num_gpus: int) -> TorchTrainer:
 def _train_worker(settings: dict[str, Any]) -> None:
     """Train in one Ray worker.
 
-    Steps are not reported to Ray: a report waits until the controller polls, up to a second each, and nobody reads them
+    Steps are not reported to Ray: a report waits until the controller polls, up to one second each, and nobody reads them
     there; they are in the run's own logs.
     """
     settings["environment"].apply()

@@ -147,7 +147,7 @@ def take_steps(
             if notice == Notice.STOP and not is_last:
                 checkpoints.wait()
                 raise StoppedError(
-                    f"stopped as told after step {state.step} of {schedule.num_steps}, whose checkpoint is written"
+                    f"stopped as requested after step {state.step} of {schedule.num_steps}, whose checkpoint is written"
                 )
     if last is None:
         raise ValueError(

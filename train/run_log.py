@@ -154,7 +154,7 @@ class LogFollower:
         """
         self._path = output / "log.jsonl"
         self._digests: list[int] = []  # of the lines that were read
-        self._last = b""  # the last line that was read, and where it ends: a log that has others there was written anew
+        self._last = b""  # the last line that was read, and where it ends: a log with other bytes there was rewritten
         self._end = 0
 
     @property
@@ -165,7 +165,7 @@ class LogFollower:
     def read(self) -> list[StepRecord]:
         """Return the records that were written since the last call, in order.
 
-        Of a log that was written anew these are the records after those that it still has in common with what was read.
+        If the log was rewritten, these are the records after those that it still has in common with what was read.
         """
         begin = self._end - len(self._last)
         try:

@@ -58,9 +58,9 @@ def plan(
 def status(
     run: RunArgument = DEFAULT_RUN,
     as_json: JsonOption = False,
-    watched: Annotated[bool, typer.Option("--watch", help="Show it anew until all is done, or Ctrl-C.")] = False,
+    watched: Annotated[bool, typer.Option("--watch", help="Update until everything is done, or Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of --watch.")] = 5.0,
-    all_figures: Annotated[bool, typer.Option("--all", help="Show every health figure of every step.")] = False,
+    all_figures: Annotated[bool, typer.Option("--all", help="Show every health metric of every step.")] = False,
     config: ConfigNameOption = None,
 ) -> None:
     """Show what is done, pending and failed, and what to run next. Reads storage only."""

@@ -19,14 +19,14 @@ _METADATA: Final = frozenset(
         *("dataset-metadata.json", "datapackage.json", "croissant.json", "readme.json"),
     }
 )
-"""Names of files that tools write beside data, lower case: no documents, whatever the data's format."""
+"""Names of files that tools write next to data, in lower case: never documents, whatever the data's format."""
 _REMARKS: Final = frozenset(
     {
         *("readme.txt", "license.txt", "licence.txt", "copying.txt", "notice.txt", "citation.txt", "changelog.txt"),
         *("sha256sums.txt", "md5sums.txt", "checksums.txt", "requirements.txt"),
     }
 )
-"""Names of texts about the data, lower case: no documents beside files of another format."""
+"""Names of texts about the data, in lower case: not documents if there are files of another format."""
 _ARROW: Final = ".arrow"
 _REMEDIES: Final = {
     _ARROW: "Arrow files, as `Dataset.save_to_disk` writes them, are not read: write Parquet, with "
@@ -80,7 +80,7 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
         _refuse_unreadable(found, setting)
     else:
         link = describe_link(root) if is_on_disk(filesystem) else None
-        what = f"is {link}" if link else "is no file or folder"
+        what = f"is {link}" if link else "is not a file or folder"
         raise FileNotFoundError(
             f"{setting} = {url!r} {what} (looked for {root}): correct it; a dataset of the Hugging Face hub is named by "
             f"{dataset.section}.hub and {dataset.section}.revision"

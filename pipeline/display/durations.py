@@ -15,7 +15,7 @@ def parse_duration(text: str) -> float:
     """
     match = _DURATION.fullmatch(text)
     if match is None:
-        raise ValueError(f"{text!r} is no duration: give a number with s, m, h or d, such as 12h")
+        raise ValueError(f"{text!r} is not a duration: give a number with s, m, h or d, such as 12h")
     return float(match[1]) * _SECONDS[match[2]]
 
 

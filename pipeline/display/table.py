@@ -14,7 +14,7 @@ class ResultTable:
     Attributes:
         title: what it says, in which units.
         columns: their names.
-        rows: cells, one a column.
+        rows: cells, one per column.
         text_columns: indices of the columns that hold words, not numbers.
         notes: sentences that stand below it.
     """

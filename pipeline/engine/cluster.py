@@ -32,7 +32,7 @@ def start_ray(engine: EngineConfig) -> None:
 
     Raises:
         ConnectionError: no cluster answers at that address.
-        ValueError: it is no address.
+        ValueError: the value is not an address.
     """
     if ray.is_initialized():
         return
@@ -173,7 +173,7 @@ def shards_at_once(resources: Resources, num_pending: int, engine: EngineConfig)
     if not can_grow(engine):
         num_actors = min(num_actors, places)  # `num_workers` may ask for more than fit
     elif not resources.num_workers:
-        # The pool has as many actors as shards at most, and nothing tells how many machines will join.
+        # The pool has at most as many actors as there are shards; how many machines will join is unknown.
         num_actors = min(num_actors, max(places, GROWN_WORKERS))
     return 1 if num_pending <= num_actors else resources.shards_per_worker
 
@@ -210,7 +210,7 @@ def require_resources(what: str, cpus: float, gpus: float, engine: EngineConfig,
     Where the cluster can grow, its autoscaler is asked for the machines, for nothing else asks for them meanwhile.
 
     Args:
-        what: who asks, for messages.
+        what: name of what needs the workers, for messages.
         cpus: of each worker.
         gpus: of each worker.
         engine: whether the cluster can grow, and how long to wait.

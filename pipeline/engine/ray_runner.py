@@ -1,4 +1,4 @@
-"""The Ray Data runner: one row a shard, an actor pool of workers. The only file that imports ``ray.data``.
+"""Ray Data runner: one row per shard, an actor pool of workers. The only file that imports ``ray.data``.
 
 The driver passes shard numbers, never data: the worker reads, computes and commits, and returns a small status row.
 """
@@ -65,7 +65,7 @@ class ShardMetrics:
 
         Args:
             stage: becomes a label.
-            model: likewise; empty for a stage without one.
+            model: becomes a label too; empty for a stage without one.
         """
         tags = {"stage": stage, "model": model or ""}
         self._shards = _counter("ptafuse_shards_done", "Shards computed and committed.", tags)

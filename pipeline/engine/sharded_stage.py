@@ -106,7 +106,7 @@ def _run_step(run: Run, step: Step) -> None:
         )
     if failed:
         raise StageError(
-            f"{step.key}: {len(failed)} of {num_shards} shards failed:\n{_failures(failed)}\nMend the cause, then "
+            f"{step.key}: {len(failed)} of {num_shards} shards failed:\n{_failures(failed)}\nFix the cause, then "
             f"`ptafuse retry {run.store.url}` and {command(run, step.stage)} again; the other shards are kept."
         )
 

@@ -17,7 +17,7 @@ class TrainProgress:
 
     Training may run in another process or on another node.
 
-    A live bar in a terminal, a plain line a step elsewhere.
+    A terminal shows a live bar; elsewhere each step is a plain line.
     """
 
     def __init__(self, output: Path, console: Console, label: str = "train") -> None:

@@ -59,7 +59,7 @@ class ShardJob:
         models: fold of the shards -> folder of the step that trained the model which computes them; empty: the step's own
             model computes all.
         cpus: that each worker has, for the manifest.
-        gpus: likewise; None where only the runner knows.
+        gpus: GPUs that each worker has; None if only the runner knows.
     """
 
     run_url: str

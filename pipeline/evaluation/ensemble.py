@@ -113,7 +113,7 @@ def evaluate_ensemble(
     """Compute the bits per byte of the ensemble of a run's target, before training, and its sources.
 
     The target is run twice, for its top-k that alignment needs and for its full distributions; a source once. Held at
-    once: one model, and 170 bytes a position and source (k = 10).
+    once: one model, and 170 bytes per position and source (k = 10).
 
     Args:
         config: models, ``align`` (but for ``pairing`` and ``inexact``: contexts always agree here), ``eval``, ``baselines``.

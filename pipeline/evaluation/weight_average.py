@@ -41,7 +41,7 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
     Args:
         models: two or more; the first is the target.
         weights: of each, with a sum of 1.
-        folder: is made anew, with as many bytes as the first model.
+        folder: is created, with as many bytes as the first model.
 
     Raises:
         AverageRefusedError: the models differ in architecture, vocabulary or tensors, or one is quantized.

@@ -19,7 +19,7 @@ class Cost:
 
     Attributes:
         gpu_hours: GPU-hours.
-        core_hours: hours of CPU cores of workers without a GPU; those beside a GPU come with it.
+        core_hours: hours of CPU cores of workers without a GPU; the price of a GPU includes its worker's cores.
     """
 
     gpu_hours: float = 0.0
@@ -122,7 +122,7 @@ def train_cost(
         tokens: of all epochs.
         parameters: of the target model.
         gpu: train on GPUs.
-        checkpointing: activations are computed twice, which makes of 6 operations a token and parameter 8.
+        checkpointing: activations are computed twice: 8 operations per token and parameter instead of 6.
         eager: the architecture has neither SDPA nor FlashAttention.
         assumed: the rates.
     """

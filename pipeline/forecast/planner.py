@@ -42,7 +42,7 @@ class Work:
         num_bytes: of the step's files when it is done.
         left: what it will still take.
         spent: what its done part took.
-        basis: what ``left`` is reckoned from, in words; empty where nothing is left.
+        basis: what ``left`` is computed from, in words; empty if nothing is left.
     """
 
     num_tokens: float

@@ -33,10 +33,10 @@ def measure_sizes(config: RunConfig, plan: Plan | None, shard: StepStatus, assum
         config: of the run.
         plan: the frozen plan, if there is one.
         shard: where the shard step stands.
-        assumed: what to reckon with where nothing is known.
+        assumed: assumptions that are used where nothing is known.
 
     Raises:
-        ValueError: nothing tells how large the dataset is; says what to set.
+        ValueError: the size of the dataset is unknown; says what to set.
     """
     names = [model.name for model in config.models]
     documents, text_bytes = shard.health.get("documents"), shard.health.get("bytes")

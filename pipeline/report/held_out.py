@@ -115,7 +115,7 @@ def _untrained_once(
     For missing results, ask the latest run of each name.
 
     Returns:
-        (label, the first run that has it, its step); two results of one label are told apart by their runs.
+        (label, the first run that has it, its step); two results of one label are distinguished by their runs.
     """
     latest = {run.config.name: run for run in runs}
     found: dict[str, tuple[str, ResolvedRun, Step]] = {}
@@ -146,7 +146,9 @@ def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], Gold
     """Find the gold-only run to compare an untrained model with: the runs that evaluate the model must train alike."""
     first = gold_training(runs[0], text)
     if any(gold_training(run, text) != first for run in runs):
-        return GoldOnly(None, "stands beside runs that train in different ways: there is no one run to compare it with")
+        return GoldOnly(
+            None, "is evaluated by runs that train differently, so there is no single run to compare it with"
+        )
     return gold_only(runs[0])
 
 

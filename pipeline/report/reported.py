@@ -19,7 +19,7 @@ _TELLING: Final = ("name", "path", "kind_column")
 
 
 def reported_runs(store: Store) -> list[ResolvedRun]:
-    """Return the configurations that reports show, the last used one last, with what tells those of one name apart.
+    """Return the configurations that reports show, the last used one last, with what distinguishes those of one name.
 
     A result stays in sight as long as its file is there: these are the latest configuration of each name, and every older
     one that has a result which no later one of its name shows. Of several interpretations of the same distributions, which
@@ -108,7 +108,7 @@ def _differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _settings(run: ResolvedRun, runs: Sequence[ResolvedRun], *, everything: bool) -> dict[str, Any]:
     """Collect the settings that may distinguish a run: those that change results, or all, and the stages' versions.
 
-    A preset stands in the place of the settings that have its values in every run.
+    A preset replaces the settings that have its values in every run.
     """
     plain = [(other.config.align, AlignConfig(preset=other.config.align.preset)) for other in runs]
     filled = [

@@ -79,11 +79,11 @@ class Attempt:
     def begin(cls, store: Store, folder: str, shard: int, launch: str, max_attempts: int) -> "Attempt | str":
         """Record that an attempt starts.
 
-        Attempts that ended in an error count against the shard for ever; those that just ended (a killed worker) count
+        Attempts that ended in an error count against the shard forever; those that just ended (a killed worker) count
         within the command that started them: a new command after a preemption starts afresh.
 
         Returns:
-            The attempt, or, when there were enough, the reason why there is no further one.
+            The attempt, or the reason why the shard gets no further attempt.
         """
         past = read_attempts(store, folder, shard)
         counted = [record for record in past if record.get("error") or record["launch"] == launch]

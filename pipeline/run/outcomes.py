@@ -40,7 +40,7 @@ def read_rounding(step: Step, store: Store) -> dict[str, int] | None:
 def read_result(store: Store, step: Step) -> dict[str, Any] | None:
     """Read the result of one model; None if it was not evaluated.
 
-    A baseline that these models do not allow has ``refused``, the reason, in the place of figures.
+    A baseline that these models do not allow has ``refused``, the reason, instead of results.
     """
     try:
         return json.loads(store.read(result_key(step)))

@@ -1,6 +1,6 @@
 """The figures of done shards, so that ten thousand of them are read as a few files.
 
-    <step>/rollups/<name>.jsonl     a line a shard: figures from its manifest, under the manifest's name and version
+    <step>/rollups/<name>.jsonl     one line per shard: figures from its manifest, under the manifest's name and version
 
 A rollup proves nothing: a shard is done if its manifest is in the listing, and a line counts only while the listing shows
 the manifest in the version that the line was made from. Other manifests are read themselves. So rollups may be lost,
@@ -39,8 +39,8 @@ class DoneShard:
         num_tokens: tokens processed.
         num_bytes: of the data file.
         seconds: reading, computing and writing.
-        cpus: that its worker had; None in a manifest of a version that did not record them.
-        gpus: likewise.
+        cpus: CPUs of its worker; None in a manifest of a version that did not record them.
+        gpus: GPUs of its worker; None as for ``cpus``.
         attempt: which attempt it was, from 1.
         sha256: of the data file.
         data_key: the data file.
@@ -192,7 +192,7 @@ def write_rollup(store: Store, folder: str, lines: Mapping[str, Line]) -> None:
 def roll_up(store: Store, folder: str) -> None:
     """Write a rollup of the manifests that are in none, if there are enough of them to be worth it.
 
-    A store that refuses is logged, no more: a run does not end for want of a shortcut.
+    An error of the store is only logged: a run does not fail because a shortcut could not be written.
     """
     try:
         entries = manifest_entries(store, folder)

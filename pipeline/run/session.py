@@ -91,7 +91,7 @@ def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
     Args:
         run: the run.
         keys: steps that must be complete.
-        what: who asks, for the message.
+        what: name of what needs them, for the message.
 
     Returns:
         The number of shards.
@@ -165,4 +165,9 @@ def _warn_of_branches(config: RunConfig) -> None:
     places |= {text.section: text.revision for text in config.eval.texts}
     for name, revision in places.items():
         if revision is not None and not re.fullmatch(r"[0-9a-f]{40}", revision):
-            log.warning("%s: revision %r is no commit: a later change on the hub would go unnoticed", name, revision)
+            log.warning(
+                "%s: revision %r is a branch or tag, not a commit: if it moves on the hub, stale results are reused. "
+                "Pin a commit hash",
+                name,
+                revision,
+            )

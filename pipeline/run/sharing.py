@@ -30,7 +30,7 @@ class ImportedShards:
 
 
 def check_shared(url: str) -> None:
-    """Refuse a ``logits_from`` that is no run directory.
+    """Refuse a ``logits_from`` that is not a run directory.
 
     Raises:
         FileNotFoundError: there are no logits; says what to do.
@@ -74,7 +74,7 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
         if (manifest.fingerprint, manifest.num_shards) != (step.fingerprint, num_shards):
             raise ValueError(
                 f"{other.url}/{folder}: shard {shard} is of {manifest.num_shards} shards, fingerprint {manifest.fingerprint}; "
-                f"expected {num_shards}, {step.fingerprint}: leave logits_from out, or mend that run with `ptafuse verify`"
+                f"expected {num_shards}, {step.fingerprint}: leave logits_from out, or repair that run with `ptafuse verify`"
             )
         if not _same_inputs(manifest, step, store):
             other_rows.append(shard)

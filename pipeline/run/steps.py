@@ -60,7 +60,7 @@ class ResolvedRun:
         config: the configuration.
         steps: by their keys, in the order in which they run.
         request: what the user typed.
-        distinction: what tells it from other configurations of its name, where reports show several.
+        distinction: what distinguishes it from other configurations of its name, if reports show several.
     """
 
     config: RunConfig

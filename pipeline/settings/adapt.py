@@ -48,14 +48,14 @@ class AdaptConfig(Settings):
 class SourceConfig(ModelConfig):
     """A source model."""
 
-    # Part of the fingerprint of its logits, in the place of the one under [logits].
+    # Part of the fingerprint of its logits, instead of the setting under [logits].
     backend: Annotated[Literal["transformers", "vllm", "server"] | None, RUNTIME] = Field(
         None,
-        description="What runs this source for its logits, in the place of `logits.backend`. One that a server has is not "
+        description="What runs this source for its logits, instead of `logits.backend`. A source that a server runs is not "
         "evaluated, and its weights need not be here.",
     )
     served_model: Annotated[str | None, RUNTIME] = Field(
-        None, description="What the server calls this source, in the place of `logits.served_model`."
+        None, description="Name of this source on the server, instead of `logits.served_model`."
     )
 
     adapt: Annotated[AdaptConfig | None, ADDED] = Field(

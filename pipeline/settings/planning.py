@@ -67,7 +67,7 @@ class AssumptionsConfig(Settings):
         1.5,
         ge=1,
         description="How much longer a GPU takes with eager attention: at 2,048 tokens the scores of 32 layers of 32 heads, "
-        "read and written in 28 bytes each, take 17 microseconds a token of an H100, beside 35 for the rest of 7 billion "
+        "read and written in 28 bytes each, take 17 microseconds per token on an H100, on top of 35 for the rest of 7 billion "
         "parameters. Not measured.",
     )
     gpu_from_parameters: float = Field(
@@ -90,7 +90,7 @@ class AssumptionsConfig(Settings):
     text_compression: float = Field(
         0.7,
         gt=0,
-        description="Bytes of a shard file a byte of text: measured in the demo's run, whose shards are small.",
+        description="Bytes of a shard file per byte of text: measured in the demo's run, whose shards are small.",
     )
     bytes_per_entry: float = Field(
         4.2, gt=0, description="Bytes a token and kept entry in logits, align and fuse files: 27 to 42 for 10 entries in the "

@@ -122,7 +122,7 @@ def _named_files(store: Store, manifests: Sequence[str]) -> set[str]:
                 store.home_of(file)  # refuses one that no configuration names
         except ValueError as error:
             raise ValueError(
-                f"{store.url}: {key} is no manifest that this ptafuse can go by, so what it names is unknown and nothing was "
+                f"{store.url}: {key} is not a manifest that this ptafuse can read, so what it names is unknown and nothing was "
                 f"removed: {error}\nRun `ptafuse verify {store.url}`."
             ) from error
         named |= {file.key for file in files}

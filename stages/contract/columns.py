@@ -1,7 +1,7 @@
 """Conversion between numpy arrays and the nested columns of our Parquet files.
 
-A row of a table is a segment (or a block); a list column holds one entry a position; a nested list column holds one
-sparse distribution a position: ids, and natural logs of probabilities, both in descending order of probability.
+A row of a table is a segment (or a block); a list column holds one entry per position; a nested list column holds
+one sparse distribution per position: ids, and natural logs of probabilities, both in descending order of probability.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ PAD_ID = -1
 
 @dataclass(frozen=True)
 class SparseRows:
-    """Sparse distributions over a vocabulary, one row a position, padded to a common width.
+    """Sparse distributions over a vocabulary, one row per position, padded to a common width.
 
     Attributes:
         ids: (N, k) int32; ``PAD_ID`` where a row has fewer than k entries. A row of pads is "no distribution".

@@ -26,7 +26,7 @@ def has_draws(table: pa.Table) -> bool:
 def without_draws(table: pa.Table) -> pa.Table:
     """Return a logits table with its exact entries alone: what a comparison of distributions by single tokens reads.
 
-    -ln of a noisy probability is no unbiased estimate of -ln of the probability.
+    -ln of a noisy probability is a biased estimate of -ln of the probability.
     """
     return table.drop_columns([SAMPLE_IDS]) if has_draws(table) else table
 

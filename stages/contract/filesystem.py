@@ -1,7 +1,7 @@
 """Storage behind fsspec: opening URLs, retrying transient failures, and explaining permanent ones.
 
 An object store answers 503 when it is asked too often, drops connections, and is restarted. Such failures are waited
-out with growing pauses; everything else becomes a ``StoreError`` that says what to set or to mend.
+out with growing pauses; everything else becomes a ``StoreError`` that says what to set or to fix.
 """
 
 import errno
@@ -61,7 +61,7 @@ _LOCAL_CAUSES: Final = {
 
 
 class StoreError(OSError):
-    """Storage cannot be used as it is: no fault of a shard. The message says what to mend."""
+    """Error of storage that cannot be used, which is not a shard's fault. The message says what to fix."""
 
 
 class StoreUnreachableError(StoreError):
@@ -140,7 +140,7 @@ def retry_transient(
         **keywords: of the call.
 
     Raises:
-        FileNotFoundError: as the call does; likewise FileExistsError.
+        FileNotFoundError: the call raised it; the same holds for FileExistsError.
         StoreUnreachableError: it failed for so long.
         StoreError: it failed in another way.
     """

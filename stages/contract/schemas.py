@@ -207,7 +207,7 @@ LEVEL: Final = 12
 LOGITS_LEVEL: Final = 17
 LOGITS_FLOAT_LEVEL: Final = 19
 """zstd levels. Top-k lists are alike in ways that only zstd's slow searches find. Logits are the largest files and take the
-longest to compute, so they are searched through: 27.4 bytes a token at k = 10 for 8 us of CPU, against 29.3 for 1.4 us at
+longest to compute, so they are searched through: 27.4 bytes per token at k = 10 for 8 us of CPU, against 29.3 for 1.4 us at
 level 12. The stages after them write as fast as they compute. No reader is slower for a high level."""
 
 

@@ -45,7 +45,7 @@ ROW_GROUP_BYTES = 64 * 2**20
 UPLOAD_PART_BYTES = 32 * 2**20
 """A file of twice this size or more goes to S3 in parts, several at a time."""
 MAX_CREATE_ROUNDS = 5
-"""A file that was found there and is gone when it is read is created anew, so often at most."""
+"""Largest number of times that a file is created again because it was found and then gone when it was read."""
 REMOTE_READS = 32
 """Small files of an object store that are read at once: each costs a round trip, whatever its size."""
 
@@ -216,7 +216,7 @@ class Store:
 
         Args:
             key: its name.
-            raw: its bytes; processes that compete for the name are told apart by them.
+            raw: content; it distinguishes the processes that compete for the name.
 
         Returns:
             False if other bytes stand there; then these are nowhere. (A remote store that knows no conditional create

@@ -12,7 +12,7 @@ FIT_VERSION: Final = 1
 """Of the fit stage's algorithm, which fits the weights of ``function = "fitted"``."""
 ROW_GROUP_BYTES: Final = 2**20
 """Size of a row group of its files in memory: training reads blocks in a random order, and decodes a row group for each. Half
-of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4 M tokens a second instead of 0.6."""
+of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4 M tokens per second instead of 0.6."""
 
 
 class FuseConfig(Settings):
@@ -25,7 +25,7 @@ class FuseConfig(Settings):
     )
     per: Annotated[Literal["run", "kind"], ADDED] = Field(
         "run",
-        description="Of function = 'fitted': one set of weights, or one a kind of document (`dataset.kind_column`).",
+        description="Of function = 'fitted': one set of weights, or one per kind of document (`dataset.kind_column`).",
     )
     fit_shards: Annotated[int, ADDED] = Field(
         64, ge=1, description="Of function = 'fitted': shards that weights are fitted on, evenly spread; all of fewer."
@@ -45,7 +45,7 @@ class FuseConfig(Settings):
     packing: Literal["whole", "cut"] = Field(
         "whole",
         description="`whole`: no segment is cut, blocks are filled by best fit decreasing; `cut`: the concatenation is cut "
-        "every `max_length` tokens (the paper; the default beside align.preset = 'paper').",
+        "every `max_length` tokens (the paper; the default with align.preset = 'paper').",
     )
     min_context: int = Field(
         32,

@@ -97,7 +97,7 @@ def mix(candidates: Sequence[Candidate], weights: np.ndarray, *, top_k: int, ren
     if weights.shape != (len(candidates[0].rows), len(candidates)):
         raise ValueError(
             f"weights have shape {weights.shape}, expected {(len(candidates[0].rows), len(candidates))}: "
-            "one row a position, one column a candidate"
+            "one row per position, one column per candidate"
         )
     ids = np.concatenate([part.rows.ids for part in candidates], axis=1)
     mass = np.concatenate(

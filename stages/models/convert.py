@@ -102,7 +102,7 @@ def convert(
         output: where the new files go: ``folder`` itself, or a folder that is not there or empty, which also gets the
             configuration and the tokenizer.
         max_shard_bytes: tensors of a file, at most.
-        on_file: told the name of each new file when it is written and compared.
+        on_file: called with the name of each new file when it is written and compared.
 
     Returns:
         What was written.

@@ -146,9 +146,9 @@ def resident_bytes(field: str) -> int:
     """Read this process's memory from Linux: ``VmRSS``, resident now, or ``VmHWM``, the peak.
 
     Raises:
-        LookupError: it is not told: on other systems, and in sandboxes that imitate Linux.
+        LookupError: the value is missing: on other systems, and in sandboxes that imitate Linux.
     """
     found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
     if found is None:
-        raise LookupError(f"{_STATUS} has no {field}: it is Linux that tells of a process's memory there")
+        raise LookupError(f"{_STATUS} has no {field}: only Linux reports a process's memory there")
     return int(found[1]) * 1024

@@ -117,7 +117,7 @@ def split_head(model: Any) -> tuple[Body, ModelHead]:
 
 
 def takes_position_ids(model: Any) -> bool:
-    """Return whether a model's body is told where each token stands; recurrent ones are not."""
+    """Return whether a model's body takes position ids; recurrent ones do not."""
     return "position_ids" in inspect.signature(getattr(model, model.base_model_prefix).forward).parameters
 
 

@@ -21,7 +21,7 @@ EOS_TEXT: Final = b"<eos>"
 _BYTE_TOKEN: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PROBE: Final = "The Cat  sat\n\ton 3 mats. 日本 é😀 "
 _BATCH_CHARACTERS: Final = 4_000_000
-"""Characters tokenized at a time: bounds the memory of the tokenizer's own records (about 100 bytes a token)."""
+"""Characters tokenized at a time: bounds the memory of the tokenizer's own records (about 100 bytes per token)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class Measured:
 
     Attributes:
         num_tokens: the prefix among them.
-        keeps_text: there is a token beside the prefix; a tokenizer may keep nothing of a text (white space under
+        keeps_text: there is a token besides the prefix; a tokenizer may keep nothing of a text (white space under
             WordPiece).
         byte_end: () -> (num_tokens,) int32, as in ``Encoding``; computed when it is asked for.
     """

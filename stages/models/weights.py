@@ -55,7 +55,7 @@ class StoredTensor:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a folder that are read, whatever else lies beside them.
+    """Return the safetensors files of a folder that are read, whatever else is there.
 
     transformers reads ``model.safetensors``, and where there is none the files that the index names. A folder may hold the
     same weights once more under other names (``consolidated.safetensors``).
@@ -76,7 +76,7 @@ def read_index(index: Path) -> dict[str, str]:
     """Read an index: each tensor's name with the name of its file.
 
     Raises:
-        WeightFileError: it is no index.
+        WeightFileError: the file is not an index.
     """
     refuse_stand_in(index)
     try:

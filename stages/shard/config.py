@@ -54,7 +54,7 @@ class DatasetConfig(Settings):
     text_column: str = Field("text", description="The column that holds a document's text; .txt files have none.")
     messages_column: Annotated[str | None, ADDED] = Field(
         None,
-        description="The column that holds a conversation, in the place of `text_column`: a list of `role` and `content` (or "
+        description="The column that holds a conversation, instead of `text_column`: a list of `role` and `content` (or "
         "of ShareGPT's `from` and `value`), or a JSON string of such a list. See docs/conversations.md.",
     )
     train_on: Annotated[Literal["assistant", "all"], ADDED] = Field(

@@ -17,7 +17,7 @@ class Cut(NamedTuple):
 
     Attributes:
         segments: end to end they are the text.
-        num_tokens: one a tokenizer: of all segments together, BOS of each among them, without EOS.
+        num_tokens: one per tokenizer: tokens of all segments, including the BOS of each, without EOS.
     """
 
     segments: list[str]
@@ -49,7 +49,7 @@ def cut_document(text: str, measures: Sequence[Measure], max_length: int) -> Cut
 
     Args:
         text: not empty.
-        measures: one a tokenizer.
+        measures: one per tokenizer.
         max_length: tokens, at least 2.
 
     Raises:

@@ -100,7 +100,7 @@ def test_sigterm_to_one_worker_saves_and_stops_all(tiny_job, tmp_path, undisturb
     wait_until(lambda: len(list((tmp_path / "run").glob("paused-*"))) == 2, processes)
     processes[1].terminate()
     assert wait(processes) == [1, 1]
-    assert printed(tmp_path / "before").count("StoppedError: stopped as told after step 3 of 6") == 2
+    assert printed(tmp_path / "before").count("StoppedError: stopped as requested after step 3 of 6") == 2
     assert committed_steps(tmp_path / "run") == [3]
     train_on(job, tmp_path / "after", num_workers=2)
     assert "3 of 6 steps done" in printed(tmp_path / "after")

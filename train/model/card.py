@@ -115,7 +115,7 @@ def add_evaluation(
     dtype: str,
     texts: Sequence[TextFigures] = (),
 ) -> None:
-    """Write held-out figures into the card of a finished model, in the place of what stood there.
+    """Write held-out results into the card of a finished model, replacing earlier ones.
 
     The card is the one file of the folder that its manifest does not hash.
 

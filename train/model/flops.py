@@ -25,7 +25,7 @@ PEAK_TFLOPS = {
 class ModelFlops:
     """Operations per token in the forward and backward pass, without recomputation, as counted in PaLM's appendix B.
 
-    Six operations a weight that is multiplied with (two forward, two for the gradient of its input, two for its own,
+    Six operations per weight that is multiplied with (two forward, two for the gradient of its input, two for its own,
     which a frozen weight goes without), and 12 * layers * width * length for attention, causality not counted.
 
     Attributes:

@@ -14,7 +14,7 @@ from stages.measures.standard_error import Estimate, weighted_mean
 from stages.models.token_space import TokenSpace
 
 MAX_KINDS: Final = 20
-"""Kinds of documents that are told apart: those with the most positions; the others are counted together."""
+"""Kinds of documents that are reported separately: those with the most positions. The others are counted together."""
 ALL: Final = "all"
 
 

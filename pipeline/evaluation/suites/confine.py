@@ -2,7 +2,7 @@
 
 Executed as a script by ``sandbox.py``, with the standard library alone: ``python -I -S confine.py SETTINGS COMMAND...``.
 SETTINGS is JSON: ``directory``, ``status_fd``, and the fields of ``sandbox.Limits``. What could be isolated,
-or why the program could not be started, is written to ``status_fd`` as JSON, a line each.
+or why the program could not be started, is written to ``status_fd`` as JSON, one line each.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ def confine(settings: dict[str, Any], command: list[str]) -> int:
         os.chown(directory, NOBODY, NOBODY)
     has_namespaces = _enter_namespaces(is_root=is_root)
     read_only = has_namespaces and _make_read_only(directory)
-    os.chdir(directory)  # anew: what was mounted over it is another place
+    os.chdir(directory)  # again: the directory has been mounted over since
     _tell(settings, {"namespaces": has_namespaces, "read_only": read_only, "user": NOBODY if is_root else os.geteuid()})
     _libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     first = os.fork()  # the first process of the new PID namespace: when it ends, the kernel kills all others there

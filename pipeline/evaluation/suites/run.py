@@ -179,7 +179,7 @@ def plan_suites(config: EvalConfig, console: Console) -> list[PlannedTask]:
 
     Args:
         config: the evaluation's settings.
-        console: what is left out of a suite, and why, is told there.
+        console: shows what is left out of a suite, and why.
 
     Raises:
         StageError: the harness, a file, or a language is missing, or code would have to be executed without leave.

@@ -101,7 +101,7 @@ def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: s
     """Plot horizontal bars that are divided into parts, the first one on top, with a legend.
 
     Args:
-        rows: label -> its parts, one a name; at least one row.
+        rows: label -> its parts, one per name; at least one row.
         names: of the parts.
         axis: what the parts are shares of.
 

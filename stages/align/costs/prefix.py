@@ -23,7 +23,7 @@ class PrefixCosts:
     begins the target token's text. Otherwise the bare space, which is the beginning of most words and how none of them is
     written, would take mass from all of them.
 
-    A special token is no prefix of anything and nothing is one of it.
+    Special tokens are never prefixes, and have none.
 
     Args:
         source: vocabulary of the source.

@@ -343,7 +343,7 @@ def _solve_laplacians(weights: np.ndarray, values: np.ndarray) -> None:
     """Solve L x = values in place for the Laplacian of each lane's graph.
 
     Only the weights above the diagonal are used, all positive: each pivot is summed from what is left of its row, so
-    nothing is ever subtracted, and links of 1e-13 beside links of 1 keep their digits (Grassmann, Taksar and Heyman's
+    nothing is ever subtracted, and links of 1e-13 next to links of 1 keep their digits (Grassmann, Taksar and Heyman's
     elimination). Such weak links are the rule at small epsilon.
 
     Args:

@@ -26,7 +26,7 @@ class NearestTokens:
     that the target's own window ranks highest is taken, and if none is there, the one with the lowest id; of several
     target tokens with the same text only the preferred one is looked at outside the window.
 
-    A token's nearest is searched when the token is first asked for, and kept: two integers a source token, so memory is
+    A token's nearest is searched when it is first needed, and kept: two integers per source token, so memory is
     bounded by the vocabulary. The search compares texts in order of the difference of lengths, which is a lower bound
     of the distance, and stops when that bound is above the best distance.
 

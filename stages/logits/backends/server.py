@@ -5,7 +5,7 @@ A window is one request, of its tokens and the one behind it: entry i + 1 of the
 token i, and that of token i + 1. So every position is answered in one way, the last one included, and the ids that were
 sent stand in the answer.
 
-Where the server is and what it wants to be told are not part of a configuration that gets recorded: they come from the
+The server's address and key are not part of the configuration, which gets recorded: they come from the
 environment, ``PTAFUSE_SERVER_URL`` and ``PTAFUSE_SERVER_KEY``, or with the model's name behind them for that model alone
 (``PTAFUSE_SERVER_URL_QWEN3_8B`` for ``qwen3-8b``).
 """
@@ -163,7 +163,7 @@ class ServerBackend:
             raise self._wrong(f"no logprob of token {next_token}, which was sent there (is it another tokenizer's?)")
         ids = np.fromiter(found.keys(), np.int64, len(found))
         logprobs = np.fromiter(found.values(), np.float64, len(found))
-        # The next token is there beside the k largest, or one of them. Not finite: first, for whoever looks at the row.
+        # The next token is listed in addition to the k largest, or is one of them. Values that are not finite come first.
         order = np.argsort(-np.nan_to_num(logprobs, nan=np.inf), kind="stable")[: self._width]
         if len(order) < self._width:
             raise self._wrong(f"{len(order)} entries at a position, where {self._width} were asked for")

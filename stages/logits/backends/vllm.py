@@ -31,7 +31,7 @@ LOGPROBS_MODE: Final = "raw_logprobs"
 """Log-softmax of the model's own logits, in float32; what the modes named after logits give changed between versions."""
 
 _ENVIRONMENT: Final = {
-    # In this process an out-of-memory error arrives as such, and the engine can be built anew with a smaller budget.
+    # In this process an out-of-memory error is raised as such, and the engine can be rebuilt with a smaller budget.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     # The engine wants room for a generated token, which is never fed: a full window needs max_model_len one above it.
     "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
@@ -39,7 +39,7 @@ _ENVIRONMENT: Final = {
 }
 _GROUP_BATCHES: Final = 16
 """Engine steps' worth of windows that are handed over at once: enough to keep the engine filled, few enough that their
-logprobs, which vLLM keeps in Python lists, stay small (about 0.3 kB a token at k = 10), and an error loses little."""
+logprobs, which vLLM keeps in Python lists, stay small (about 0.3 kB per token at k = 10), and an error loses little."""
 _MAX_SEQUENCES: Final = 256
 _SMALLEST_BUDGET: Final = 16
 _GOLD_BIAS: Final = 100.0  # the largest that vLLM takes
@@ -209,11 +209,11 @@ class VllmBackend:
         return engine
 
     def _shrink(self, longest: int) -> None:
-        """Build the engine anew with half the tokens a step; longest: tokens of the longest window that is left."""
+        """Rebuild the engine with half the tokens per step; longest: tokens of the longest remaining window."""
         self._batch_tokens = max(_SMALLEST_BUDGET, min(self._batch_tokens, longest) // 2)
         self._engine = None
         self._stop()
-        log.warning("model %s: a new engine with %d tokens a step", self._model.name, self._batch_tokens)
+        log.warning("model %s: a new engine with %d tokens per step", self._model.name, self._batch_tokens)
         self._engine = self._start()
 
     def _run(
@@ -267,7 +267,7 @@ class VllmBackend:
 
 
 def _shield_llvmlite() -> None:
-    """Let vLLM's CPU build start beside numba.
+    """Let vLLM's CPU build start in a process that uses numba.
 
     It asks every object of every loaded module for ``vars()``; llvmlite's library answers to any name with a C function.
     """

@@ -185,7 +185,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _other_files(model: ModelConfig, folder: Path) -> Iterator[Problem]:
-    """Examine what else transformers reads beside config.json and weights."""
+    """Examine the other files that transformers reads besides config.json and weights."""
     if (folder / ADAPTER_FILE).exists():
         yield Problem(
             model.name,

@@ -164,7 +164,7 @@ def test_a_url_may_have_a_query(tmp_path: Path, server: str, name: str, query: s
 
 
 def test_a_url_that_leads_nowhere_is_refused(server: str) -> None:
-    with pytest.raises(FileNotFoundError, match=r"a\.jsonl\?download=1' is no file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"a\.jsonl\?download=1' is not a file or folder"):
         check_dataset(dataset(f"{server}/a.jsonl?download=1"))
 
 

@@ -12,7 +12,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "h", "1 day", "-1d", "1w"])
 def test_no_duration_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is no duration: give a number with s, m, h or d"):
+    with pytest.raises(ValueError, match="is not a duration: give a number with s, m, h or d"):
         parse_duration(text)
 
 

@@ -1,4 +1,4 @@
-"""Configurations: the shipped ones load, and a wrong one is refused with its place and the mend."""
+"""Configurations: the shipped ones load, and a wrong one is refused with its place and the remedy."""
 
 from pathlib import Path
 
