@@ -33,7 +33,7 @@ class TrainJob:
         model: the target model.
         files: the fused files, in the order of their shards.
         output: local folder of this run's checkpoints, logs, model and manifest.
-        fingerprint: of everything that changes the result; checkpoints of another one are refused.
+        fingerprint: hash of everything that changes the result; checkpoints with another fingerprint are refused.
         sources: names of the source models.
         provenance: JSON values for the model card: models, data, and the settings and fingerprint of each stage.
         checkpoint_store: URL of a folder in an object store that committed checkpoints are copied to.
@@ -55,16 +55,16 @@ class StepRecord:
 
     Attributes:
         step: counted from 1.
-        num_steps: of the whole job.
-        epoch: from 0.
+        num_steps: number of steps of the whole job.
+        epoch: number of the epoch, from 0.
         loss: lambda * loss_clm + (1 - lambda) * loss_fusion, nats.
         loss_clm: mean over the step's labelled positions; None if there are none.
         loss_fusion: mean over the step's positions with a fused distribution; None if there are none, or lambda is 1.
-        learning_rate: of this step.
+        learning_rate: learning rate of this step.
         grad_norm: before clipping.
         num_tokens: trained on so far, from the job's beginning.
-        tokens_per_second: of this step, all workers together.
-        data_wait_share: of this step's time, spent waiting for its blocks to be read; the workers' mean.
+        tokens_per_second: tokens per second of this step, all workers together.
+        data_wait_share: share of this step's time spent waiting for its blocks to be read, mean over the workers.
         blocks: indices of the step's blocks in the dataset, in the order of the schedule, all workers together.
         lambda_: weight of loss_clm in this step.
         peak_memory_gb: most memory that a worker has held so far, 10^9 bytes: its GPU's, or the process's on a CPU.

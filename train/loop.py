@@ -161,7 +161,7 @@ def check_job(job: TrainJob, *, num_workers: int) -> Path:
 
     Args:
         job: what to do.
-        num_workers: that will train it.
+        num_workers: number of workers that will train it.
 
     Returns:
         The output folder.

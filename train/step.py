@@ -48,7 +48,7 @@ class Stepper:
         """Train on the feed's next batch.
 
         Args:
-            feed: of this worker.
+            feed: feed of this worker.
             tokens_before: trained on before this step.
 
         Raises:

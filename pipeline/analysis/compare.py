@@ -74,10 +74,10 @@ class Comparison:
     """Result of the comparison for one source.
 
     Attributes:
-        source: its name.
+        source: name of the source.
         shards: those that were read.
-        num_shards: of the run.
-        num_positions: with a next token, in those shards.
+        num_shards: number of shards of the run.
+        num_positions: number of positions with a next token, in those shards.
         variants: what was compared, but the two models themselves.
         completed: the completed NLL by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves, over their full
             vocabularies.

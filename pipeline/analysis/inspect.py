@@ -24,7 +24,7 @@ def show(
         shard: the shard.
         row: row of the shard (a segment; for ``fuse`` a block), None for an overview.
         position: position in the row, None for all of them in short.
-        console: where to.
+        console: console to print on.
 
     Raises:
         StageError: there is no such step, shard, row or position; says which there are.

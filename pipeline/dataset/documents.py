@@ -36,8 +36,8 @@ class ShardRange:
 
     Attributes:
         first_doc_id: the first document's index in the dataset.
-        num_documents: how many there are.
-        files: where they are, in order.
+        num_documents: number of documents.
+        files: ranges of the files that hold them, in order.
     """
 
     first_doc_id: int
@@ -95,8 +95,8 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
     """Divide the documents into shards. Reads row counts of Parquet files, and counts the lines of JSON lines files.
 
     Args:
-        dataset: where the documents are.
-        documents_per_shard: in every shard but the last, which may have fewer.
+        dataset: location of the documents.
+        documents_per_shard: number of documents in every shard but the last, which may have fewer.
 
     Raises:
         FileNotFoundError: there is no such file or folder.

@@ -43,7 +43,7 @@ class DatasetFiles:
     """Files of a dataset on one filesystem.
 
     Attributes:
-        filesystem: of fsspec.
+        filesystem: fsspec filesystem that holds the files.
         paths: name under the dataset's folder -> full path, in the order of the documents.
         format: the name of their format, a key of ``formats.FORMATS``.
         section: the section of the configuration that names them, for messages.
@@ -91,7 +91,10 @@ def is_on_disk(filesystem: Any) -> bool:
 
 
 def reading(dataset: DatasetConfig, read: Callable[..., Result], *arguments: Any) -> Result:
-    """Call what reads a dataset, again while its store fails in a way that may pass; the hub's client repeats by itself."""
+    """Call a function that reads a dataset, and repeat it while its store fails transiently.
+
+    The hub's client repeats requests itself.
+    """
     if dataset.path is None:
         return read(*arguments)
     return retry_transient(read, *arguments, url=dataset.path)

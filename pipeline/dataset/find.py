@@ -166,9 +166,9 @@ def _one_format(dataset: DatasetConfig, names: dict[str, str], url: str) -> str:
     """Return the name of the format of all files.
 
     Args:
-        dataset: whose files they are.
-        names: of the files -> their paths.
-        url: where they are, for messages.
+        dataset: dataset that the files belong to.
+        names: name of each file -> its path.
+        url: location of the files, for messages.
 
     Raises:
         DatasetError: it is unknown, or there are several.

@@ -24,7 +24,7 @@ def splits_of(names: Sequence[str]) -> dict[str, list[str]]:
     name says a split, all files are of ``train``; where some do, the others are of none.
 
     Args:
-        names: of the files, below the dataset's folder.
+        names: names of the files, below the dataset's folder.
 
     Returns:
         split -> its files, in the order of ``names``.

@@ -60,7 +60,7 @@ def require_cluster(address: str, seconds: float) -> None:
     Args:
         address: ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``. Of others (``auto``, a provider's) Ray says soon whether
             they lead anywhere.
-        seconds: how long an answer is waited for.
+        seconds: time to wait for an answer.
 
     Raises:
         ConnectionError: none came; says why, as far as that is known.
@@ -122,7 +122,7 @@ def gpus_per_worker(configured: float | None, device: str, engine: EngineConfig,
         configured: as the section says; None: it does not.
         device: the section's, which decides where nothing is configured.
         engine: whether the cluster can grow.
-        section: of the configuration, for messages.
+        section: section of the configuration, for messages.
 
     Raises:
         ValueError: only the cluster could tell, and its GPUs may not have joined yet.
@@ -183,8 +183,8 @@ def num_places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
 
     Args:
         node: resource -> amount, as Ray names them (``"CPU"``, ``"GPU"``).
-        cpus: of each worker.
-        gpus: of each worker.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker.
     """
     needed = {"CPU": cpus, "GPU": gpus}
     return min((int(node.get(name, 0) / amount) for name, amount in needed.items() if amount), default=1)
@@ -211,8 +211,8 @@ def require_resources(what: str, cpus: float, gpus: float, engine: EngineConfig,
 
     Args:
         what: name of what needs the workers, for messages.
-        cpus: of each worker.
-        gpus: of each worker.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker.
         engine: whether the cluster can grow, and how long to wait.
         count: workers that run at the same time.
 

@@ -20,10 +20,10 @@ class StepProgress:
         """Start counting.
 
         Args:
-            console: where it is shown.
+            console: console to show it on.
             label: the step's key.
             num_shards: shards of the step.
-            num_done: of these, done before this command.
+            num_done: number of shards that were done before this command.
         """
         self._console = console
         self._label = label

@@ -25,8 +25,8 @@ class TrainProgress:
 
         Args:
             output: the job's folder.
-            console: where the steps are shown.
-            label: what is trained: the step's key.
+            console: console to show the steps on.
+            label: key of the step.
         """
         from train.run_log import LogFollower
 

@@ -58,7 +58,7 @@ class ShardJob:
         result_keys: input name -> the result that gives it, for the inputs that are the same for all shards.
         models: fold of the shards -> folder of the step that trained the model which computes them; empty: the step's own
             model computes all.
-        cpus: that each worker has, for the manifest.
+        cpus: CPUs that each worker has, for the manifest.
         gpus: GPUs that each worker has; None if only the runner knows.
     """
 

@@ -68,7 +68,7 @@ class Mixture:
     """``train.evaluate.Scorer`` of the ensemble: ln p_ens of the gold tokens.
 
     Args:
-        weights: of each source; the target has what is left of 1, which is above 0.
+        weights: weight of each source; the target has the rest of 1, which is above 0.
         sources: their distributions.
     """
 
@@ -323,8 +323,8 @@ def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions
 
     Args:
         target: M positions.
-        contexts: of the segment.
-        predictions: of the sequences of several segments.
+        contexts: contexts of the segment.
+        predictions: predictions of the sequences of several segments.
         first: the index of the segment's first sequence among them.
     """
     size, width = len(target), predictions.topk_ids.shape[1]

@@ -30,9 +30,9 @@ class GoldOnly:
     """Evaluation of the same training on the gold tokens alone, or the reason why there is none.
 
     Attributes:
-        figures: of the same training on the gold tokens alone, as ``read_result`` gives them; None where it is not evaluated.
-        missing: why there are no figures, continuing a sentence that begins with the run; None where there are, or where
-            nothing is to be compared.
+        figures: evaluation of the same training on the gold tokens alone, from ``read_result``; None if it is not evaluated.
+        missing: reason why there are no figures, continuing a sentence that begins with the run; None if there are figures,
+            or nothing to compare.
     """
 
     figures: dict[str, Any] | None
@@ -48,8 +48,8 @@ def gold_training(run: ResolvedRun, text: str | None = None) -> dict[str, Any]:
     """Return what decides the figures of a run's training if the gold tokens are all it learns from; see the module's text.
 
     Args:
-        run: which run.
-        text: the figures on a text of it; on the held-out split by default.
+        run: run whose training is described.
+        text: name of the evaluated text; None: the held-out split.
 
     Two runs with equal values and no weight on the fusion loss have the same model and the same figures.
     """

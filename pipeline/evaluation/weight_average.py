@@ -40,7 +40,7 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
 
     Args:
         models: two or more; the first is the target.
-        weights: of each, with a sum of 1.
+        weights: weight of each model; they sum to 1.
         folder: is created, with as many bytes as the first model.
 
     Raises:

@@ -26,9 +26,9 @@ class Amount:
     """Amount of training data.
 
     Attributes:
-        num_blocks: of one epoch.
-        num_tokens: of one epoch.
-        origin: how this is known, for people.
+        num_blocks: number of blocks of one epoch.
+        num_tokens: number of tokens of one epoch.
+        origin: where these numbers are from, for people.
     """
 
     num_blocks: int
@@ -42,7 +42,7 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
     Args:
         config: the run's configuration; of its models only the target's shape is read.
         store: the run directory; fused shards that are there tell the number of tokens.
-        console: where to.
+        console: console to print on.
         tokens: training tokens, where no fused shards are there.
 
     Raises:

@@ -59,7 +59,7 @@ class Sizes:
 
     Attributes:
         num_documents: None: not known before shard has run.
-        text_bytes: of all documents, held-out ones included.
+        text_bytes: size of all documents, held-out ones included.
         tokens: model -> tokens of that text under its tokenizer.
         source: where these figures are from.
     """
@@ -80,7 +80,7 @@ def shard_cost(tokens: Iterable[float], assumed: Assumed) -> Cost:
     """Estimate the cost of tokenizing a text with each of several tokenizers.
 
     Args:
-        tokens: of the text, under each.
+        tokens: number of tokens of the text under each tokenizer.
         assumed: the rates.
     """
     return cost_of(sum(tokens) / assumed.take("shard_rate"), cpus=1.0, gpus=0.0)
@@ -90,8 +90,8 @@ def forward_cost(tokens: float, parameters: float, *, gpu: bool, eager: bool = F
     """Estimate the cost of a model's forward pass over a text: logits, and evaluation.
 
     Args:
-        tokens: of the text.
-        parameters: of the model.
+        tokens: number of tokens of the text.
+        parameters: number of parameters of the model.
         gpu: it runs on GPUs.
         eager: its architecture has neither SDPA nor FlashAttention.
         assumed: the rates.
@@ -119,8 +119,8 @@ def train_cost(
     """Estimate the cost of training on a number of tokens.
 
     Args:
-        tokens: of all epochs.
-        parameters: of the target model.
+        tokens: number of tokens over all epochs.
+        parameters: number of parameters of the target model.
         gpu: train on GPUs.
         checkpointing: activations are computed twice: 8 operations per token and parameter instead of 6.
         eager: the architecture has neither SDPA nor FlashAttention.

@@ -37,11 +37,11 @@ class Work:
     """Amount of work of a step, and its cost.
 
     Attributes:
-        num_tokens: in all.
-        num_tokens_left: of these, those still to do.
-        num_bytes: of the step's files when it is done.
-        left: what it will still take.
-        spent: what its done part took.
+        num_tokens: number of tokens in total.
+        num_tokens_left: number of tokens that are not done yet.
+        num_bytes: size of the step's files when it is done.
+        left: cost of the remaining part.
+        spent: cost of the part that is done.
         basis: what ``left`` is computed from, in words; empty if nothing is left.
     """
 
@@ -59,12 +59,12 @@ class StepPlan:
 
     Attributes:
         key: the step.
-        fingerprint: of its folder.
+        fingerprint: fingerprint of its folder.
         state: ``stale``: nothing is done, and there are results of an earlier version of this configuration.
-        why: why it is not done.
+        why: reasons why it is not done.
         num_shards: None: not known yet, or a step without shards.
         num_done: shards that are done.
-        work: what it takes.
+        work: amount of work, and its cost.
     """
 
     key: str
@@ -82,10 +82,10 @@ class Forecast:
 
     Attributes:
         config: the configuration.
-        url: of the run directory.
-        sizes: how much text there is.
-        parameters: of the models that were asked for, and how they are known.
-        steps: in their order.
+        url: URL of the run directory.
+        sizes: amount of text.
+        parameters: number of parameters of the models that were looked up, and where it is from.
+        steps: steps, in their order.
         assumptions: names of the assumptions that were used.
         warnings: what its documents let expect (none to evaluate on, say), models without fast attention, and GPUs of the
             machines that stay idle.

@@ -30,9 +30,9 @@ def measure_sizes(config: RunConfig, plan: Plan | None, shard: StepStatus, assum
     """Measure the amount of text: from finished shards, else from the dataset's files or its card.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         plan: the frozen plan, if there is one.
-        shard: where the shard step stands.
+        shard: state of the shard step.
         assumed: assumptions that are used where nothing is known.
 
     Raises:

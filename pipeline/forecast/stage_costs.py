@@ -33,7 +33,7 @@ class Outlook:
 
     Attributes:
         config: the configuration.
-        sizes: how much text there is.
+        sizes: amount of text.
         assumed: the assumptions.
         tokens: step key -> tokens that the step goes through, of the steps planned so far.
         parameters: model -> its parameters, of the models that were asked for.
@@ -83,9 +83,9 @@ class StageCost:
     """Costs of a stage by the assumptions.
 
     Attributes:
-        tokens: that a step goes through, all shards together.
-        cost: of so many of them, not 0.
-        num_bytes: of the files that so many of them, not 0, leave.
+        tokens: number of tokens that a step processes, over all shards.
+        cost: cost of a number of tokens above 0.
+        num_bytes: size of the files written for a number of tokens above 0.
     """
 
     tokens: Callable[[Outlook, Step], float]

@@ -25,19 +25,19 @@ class HeldOutRow:
     """Result of one model on the held-out text, or on another text.
 
     Attributes:
-        label: which model.
+        label: display name of the model.
         bits_per_byte: over all documents; None if it was not evaluated.
-        num_bytes: of text.
+        num_bytes: size of the text.
         against_before: difference to the target before training; None for the target itself and for sources.
         against_gold_only: difference to the same training on the gold tokens alone (``gold_only``); None without such a
             run, and for a run on the gold tokens.
-        no_gold_only: why that difference is missing, and how to get it.
-        refused: why there is no such model, of a baseline that these models do not allow.
+        no_gold_only: reason why that difference is missing, and how to get it.
+        refused: reason why a baseline is impossible with these models; None if it is possible.
         dtype: precision of the evaluation; None where there is none.
         surviving_share: share of the weights changed by training that keep a change in bfloat16; None where not recorded.
         kinds: bits per byte by kind of document; None where the documents have no kinds.
-        kinds_against_before: the same of the difference to the target before training.
-        kinds_against_gold_only: the same of the difference to the same training on the gold tokens alone.
+        kinds_against_before: difference to the target before training, by kind of document.
+        kinds_against_gold_only: difference to the same training on the gold tokens alone, by kind of document.
         counts: documents of another text, and what became of them; None for the held-out text.
     """
 
@@ -157,7 +157,7 @@ def untrained(run: ResolvedRun, text: str | None = None) -> list[tuple[str, Step
 
     Args:
         run: which run.
-        text: on which text of it; on the held-out split by default.
+        text: name of the text; None: the held-out split.
     """
     where = _unusual(run, text)
     labels = {model.name: f"source {model.name}{where}" for model in run.config.evaluated_sources}

@@ -47,7 +47,7 @@ def runs_by_folder(runs: Sequence[ResolvedRun], key: str) -> Iterator[tuple[Reso
 
     Args:
         runs: configurations, the last used one last.
-        key: of the step.
+        key: key of the step.
 
     Yields:
         The first run that has it; what all that have it are called, one label a name; whether one is the latest of its name.

@@ -61,7 +61,7 @@ class CellResult:
 
     Attributes:
         name: the cell's.
-        bits_per_byte: of each finished seed.
+        bits_per_byte: bits per byte of each finished seed.
         against_baseline: mean over seeds of the paired difference, its standard error over documents; None for the
             baseline itself, without common seeds, and where other documents were scored.
         not_compared: why figures are there on both sides and no difference.
@@ -172,7 +172,7 @@ def _untrained_result(
         sweep: the sweep.
         label: what was evaluated.
         found: its figures.
-        figures: of the cells; none for a source, whose first tokens, which are left out, are other ones.
+        figures: results of the cells; none for a source, which leaves out other first tokens.
         measure: what is summed up.
     """
     if "refused" in found.result:

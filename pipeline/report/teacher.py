@@ -23,17 +23,17 @@ class TeacherRow:
         run: the configuration's label.
         name: ``aligned <source>``, ``fused``, or ``fused, chosen by the gold token``: positions at which the gold token
             decided what is taught, whose figures are not to be compared with others.
-        completed_nll: of the gold next token under the distribution, what it does not list divided as the target does;
+        completed_nll: NLL of the gold next token under the distribution, whose tail is divided as the target divides it;
             infinite where ``excluded`` is above 0.
         target_exact_nll: under the target at the same positions.
-        source_exact_nll: of the source's own next token under the source; None for fused rows.
+        source_exact_nll: NLL of the source's own next token under the source; None for fused rows.
         excluded: share of the positions at which the distribution, rescaled to 1, does not list the gold token.
         floored_nll: under the distribution rescaled to 1, floor 1e-4.
         target_floored_nll: under the target's own top-k, computed alike.
         coverage: share of positions with a distribution.
         exact_contexts: share of positions where both models condition on the same text.
         mass_moved: share of the mass that landed on a token of another text.
-        source_entropy: of the source's window; ``aligned_entropy``: of what came of it.
+        source_entropy: entropy of the source's window; ``aligned_entropy``: of the row that it was aligned to.
     """
 
     run: str

@@ -22,7 +22,7 @@ def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Probl
     """Examine the target and the sources.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         may_ask_hub: load tokenizers of the hub, and ask it which weights it has.
     """
     problems = []

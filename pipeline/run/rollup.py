@@ -37,7 +37,7 @@ class DoneShard:
         num_rows: rows in the data file.
         num_quarantined: records in quarantine.
         num_tokens: tokens processed.
-        num_bytes: of the data file.
+        num_bytes: size of the data file.
         seconds: reading, computing and writing.
         cpus: CPUs of its worker; None in a manifest of a version that did not record them.
         gpus: GPUs of its worker; None as for ``cpus``.
@@ -66,8 +66,8 @@ class Line:
     """One line of a rollup.
 
     Attributes:
-        version: of the manifest file, as the listing shows it.
-        figures: of the shard.
+        version: version of the manifest file, as the listing shows it.
+        figures: figures of the shard.
         health: the stage's health figures: a number that adds up, or [total, count] of a mean.
     """
 

@@ -71,7 +71,7 @@ def evenly_spread(num_shards: int, wanted: int) -> tuple[int, ...]:
     """Return as many shards as are wanted, or all, at equal distances.
 
     Args:
-        num_shards: of the run.
+        num_shards: number of shards of the run.
         wanted: at least 1.
     """
     count = min(wanted, num_shards)

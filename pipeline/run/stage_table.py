@@ -45,8 +45,8 @@ class Resources:
 
     Attributes:
         num_workers: None: one per GPU where GPUs are used, else one per CPU slot (``models``: one).
-        cpus: of each worker.
-        gpus: of each worker; None: 1 if the cluster has a GPU, otherwise 0; a cluster that can grow refuses to guess.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker; None: 1 if the cluster has a GPU, otherwise 0; a cluster that can grow refuses to guess.
         models: the workers load models: without GPUs one worker takes all the memory there is to give.
         shards_per_worker: shards that a worker computes at the same time where there are more than workers, see
             ``ShardedStage``.
@@ -156,7 +156,7 @@ class JobStage(StageSpec):
         result: the file in a step's folder that is written last: the proof that the step is done.
         is_table: the stages that read the step get a table, the ``rows`` of its result, which is JSON; else they get the models
             in its folders, one for each fold of the shards (``adapt``).
-        figures: from its result to what ``status`` shows of it; None: nothing.
+        figures: function from its result to what ``status`` shows of it; None: nothing.
         keeps_log: a step logs its progress (``outcomes.read_training_log``).
     """
 

@@ -104,7 +104,7 @@ def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
 
     Args:
         store: the run directory.
-        folder: of the step that trained it.
+        folder: folder of the step that trained it.
         scratch: ``engine.scratch``.
 
     Raises:

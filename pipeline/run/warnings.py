@@ -28,8 +28,8 @@ def expected_warnings(config: RunConfig, num_documents: int | None) -> list[str]
     """Say what the number of documents lets expect, before they are split.
 
     Args:
-        config: of the run.
-        num_documents: of the dataset; None: not known.
+        config: config of the run.
+        num_documents: number of documents of the dataset; None: unknown.
     """
     if not num_documents:
         return []
@@ -60,7 +60,7 @@ def shard_warnings(config: RunConfig, health: Mapping[str, Figure]) -> list[str]
     """Say what the health figures of the finished shard stage show.
 
     Args:
-        config: of the run.
+        config: config of the run.
         health: added up over all shards.
     """
     warnings = []

@@ -42,8 +42,8 @@ def other_documents(documents: Mapping[str, Any], baseline: Mapping[str, Any]) -
     """Return what two configurations differ in that decides what text is scored, in words; None where they agree.
 
     Args:
-        documents: of the one, as ``scored_documents`` gives them; more keys may be given to both.
-        baseline: of the one that it is compared with.
+        documents: settings of the first run, from ``scored_documents``; both runs may have further keys.
+        baseline: settings of the run that it is compared with.
     """
     differ = [(key, value, baseline[key]) for key, value in documents.items() if value != baseline[key]]
     return "; ".join(f"{key} is {_shown(value)}, there {_shown(other)}" for key, value, other in differ) or None

@@ -24,7 +24,7 @@ class StepStatus:
 
     Attributes:
         key: the step.
-        fingerprint: of its folder.
+        fingerprint: fingerprint of its folder.
         num_shards: shards in all; 0 while there is no plan, and for train and eval.
         shards: the done shards.
         health: their health figures, added up; for a job, the figures of its result.

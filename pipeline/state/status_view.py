@@ -81,7 +81,7 @@ def print_status(status: RunStatus, console: Console, *, all_figures: bool = Fal
     """Show where a run stands.
 
     Args:
-        status: of the run.
+        status: status of the run.
         console: where it is shown.
         all_figures: show every health figure, not only those that say how a run goes.
     """

@@ -28,7 +28,7 @@ class Speed:
     """Speed of a step.
 
     Attributes:
-        tokens_per_second: of all workers together.
+        tokens_per_second: tokens per second of all workers together.
         seconds_left: until the step is done, at this speed.
     """
 

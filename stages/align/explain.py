@@ -29,9 +29,9 @@ class PairedToken:
 
     Attributes:
         position: the target position.
-        text: of the target token.
+        text: text of the target token.
         source_start: first paired source position; -1 where there is none.
-        source_texts: of the paired source tokens.
+        source_texts: texts of the paired source tokens.
         exact_context: the source position to take from ends at the same byte.
     """
 
@@ -111,7 +111,7 @@ def explain_position(
     """Lay open what ``SegmentAligner.align`` did at one target position.
 
     Args:
-        doc_id: of the segment, handed through.
+        doc_id: document of the segment, copied to the result.
         segment: the segment's number, handed through.
         position: a target position of the segment.
         outcome: the position's outcome in words.

@@ -83,7 +83,7 @@ class AlignHealth:
 
         Args:
             aligned: what was computed.
-            target: from the target's rows.
+            target: rows of the target.
             source: and the source's exact ones; None where the source has none.
             judged: ``aligned``; where the source has draws, what its exact entries alone give.
             distributions: those of ``judged``, as they would be stored.

@@ -66,7 +66,7 @@ class Side:
     """Tokenizer of one model, as far as aligning needs it.
 
     Attributes:
-        name: of the model, for messages.
+        name: name of the model, for messages.
         vocabulary: V tokens.
         prefix_id: the token that stands before every text, None without.
         has_dummy_prefix: it writes a text's first token with a space that the text does not have.

@@ -148,7 +148,7 @@ class AlignStage:
 
         Args:
             inputs: as for ``run``.
-            row: of the target table.
+            row: row of the target table.
             position: the target position in that row.
 
         Raises:
@@ -166,7 +166,7 @@ class AlignStage:
 
         Args:
             inputs: as for ``run``.
-            rows: of the target table.
+            rows: rows of the target table.
 
         Raises:
             ValueError: there is no such row, or one cannot be aligned.
@@ -244,7 +244,7 @@ class _OutputRows:
         """Take one segment.
 
         Args:
-            key: of the segment.
+            key: key of the segment.
             aligned: its M positions.
             stored: their distributions, see ``_as_stored``.
             completed_logprob: (M,) of the gold next tokens; None where the schema does not have it.

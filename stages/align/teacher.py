@@ -53,15 +53,15 @@ class ComparedNll:
     """Result of one entry of a comparison; means in nats, with standard errors over documents.
 
     Attributes:
-        nll: on the shared positions.
-        difference: from the baseline there, paired.
-        mixed_difference: of the best mixture of entry and baseline there from the baseline, paired. An entry that merely
-            leans to a baseline better than itself has a lower NLL, and nothing here: this is what it adds.
+        nll: NLL on the shared positions.
+        difference: difference from the baseline there, paired.
+        mixed_difference: difference of the best mixture of entry and baseline there from the baseline, paired: what the
+            entry adds. An entry that merely leans to a better baseline has a lower NLL, but adds nothing.
         mixed_share: the baseline's share in that mixture.
-        num_positions: that this entry has.
+        num_positions: number of positions that this entry has.
         coverage: as a share of all.
-        own_difference: from the baseline, paired, on all positions that this entry has: what it is worth where the
-            others have nothing is in this figure alone.
+        own_difference: difference from the baseline, paired, on all positions that this entry has. Only this figure includes
+            positions that the other entries lack.
     """
 
     nll: Estimate
@@ -80,7 +80,7 @@ class SharedNll:
     Attributes:
         num_positions: positions that every entry has.
         num_documents: documents that those are in.
-        entries: in the order given; means are NaN where there are no positions.
+        entries: entries, in the order given; means are NaN where there are no positions.
     """
 
     num_positions: int

@@ -31,7 +31,7 @@ class ModelPair:
         encode: the target's tokenizer.
         encode_source: the source's tokenizer.
         load_embeddings: loads the target's input embeddings, (V of the target or more, H).
-        start_mark: at the start of a text, what every written text has before the text itself: the dummy prefix, or
+        start_mark: at the start of a text, the bytes that every written text has before the text itself: the dummy prefix, or
             nothing; None in the middle of texts.
         encode_first: the target's tokenizer at a start of a message that it would not write so by itself; None: it writes the
             start of any text so.

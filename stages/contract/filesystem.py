@@ -130,19 +130,19 @@ def check_reachable(filesystem: Any, root: str, url: str) -> None:
 def retry_transient(
     call: Callable[..., Result], *arguments: Any, url: str, seconds: float | None = None, **keywords: Any
 ) -> Result:
-    """Call a function of a filesystem, again while it fails in a way that may pass.
+    """Call a function of a filesystem, and repeat the call while its failure is transient.
 
     Args:
-        call: what to do; doing it twice must do no harm.
-        *arguments: of the call.
-        url: what is asked, for messages.
-        seconds: how long to go on; ``RETRY_SECONDS`` by default.
-        **keywords: of the call.
+        call: function to call; calling it twice must do no harm.
+        *arguments: positional arguments of the call.
+        url: URL of the store, for messages.
+        seconds: time after which to give up; None: ``RETRY_SECONDS``.
+        **keywords: keyword arguments of the call.
 
     Raises:
         FileNotFoundError: the call raised it; the same holds for FileExistsError.
-        StoreUnreachableError: it failed for so long.
-        StoreError: it failed in another way.
+        StoreUnreachableError: the call kept failing for that time.
+        StoreError: the call failed in another way.
     """
     limit = RETRY_SECONDS if seconds is None else seconds
     started, pause = time.monotonic(), FIRST_PAUSE_SECONDS

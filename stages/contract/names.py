@@ -44,7 +44,7 @@ def refuse_same_folder(what: str, names: Iterable[str]) -> None:
 
     Args:
         what: what has these names, in the plural.
-        names: of all of them.
+        names: all names.
 
     Raises:
         ValueError: two are equal, or differ in the case of letters alone.

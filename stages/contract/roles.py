@@ -65,10 +65,10 @@ def roles_of(table: pa.Table, row: int, *, prefix_id: int | None, eos_id: int | 
     """Return what the tokens of one row of ``logits/<model>`` are.
 
     Args:
-        table: in the schema ``schemas.logits_schema``.
+        table: table in the schema ``schemas.logits_schema``.
         row: which one.
-        prefix_id: of the model's tokenizer: the token before every plain text; None without.
-        eos_id: of its vocabulary; None without.
+        prefix_id: id of the token before every plain text under the model's tokenizer; None without.
+        eos_id: id of its vocabulary's EOS; None without.
     """
     if has_roles(table):
         return TokenRoles(list_row(table, "role", row), list_row(table, "is_trained", row))

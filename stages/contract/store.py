@@ -55,8 +55,8 @@ class FileEntry:
     """A file as a listing shows it, unopened.
 
     Attributes:
-        key: its path in the run directory.
-        num_bytes: its size.
+        key: path of the file in the run directory.
+        num_bytes: size of the file.
         modified: when it was last written, seconds since the epoch; None where the filesystem does not say.
         version: differs where the contents may: the object's ETag, or size and time of change.
     """

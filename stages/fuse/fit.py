@@ -53,7 +53,7 @@ def shrunk(weights: np.ndarray, num_positions: int, whole: np.ndarray) -> np.nda
 
     Args:
         weights: (C,) fitted on the kind's positions.
-        num_positions: that it has.
+        num_positions: number of positions.
         whole: (C,) fitted on all positions.
     """
     return (num_positions * weights + SHRINKAGE * whole) / (num_positions + SHRINKAGE)

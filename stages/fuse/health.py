@@ -14,7 +14,7 @@ class HealthCounts:
     """Accumulator of the health metrics of a shard, segment by segment.
 
     Args:
-        names: of the candidates, the target's own first.
+        names: names of the candidates, the target's own first.
         top_k: entries of a fused row.
         has_tail: fused rows have a tail mass.
     """

@@ -66,7 +66,7 @@ class FusedSegment:
         gold: (N,) the next token; ``PAD_ID`` where there is none or it is not learnt.
         cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
         weights: (N, C), see ``candidate_weights``.
-        mixture: what came of them.
+        mixture: weighted union of the candidates.
         chosen_by_gold: (N,) bool; the gold next token itself decided what the fused distribution is: granularity
             ``"token"`` chose between candidates, or a candidate that counts has all its mass on it (``inexact = "gold"``).
         short_context: (N,) bool; the block begins too shortly before the position: what is predicted there is conditioned
@@ -227,7 +227,7 @@ class FuseStage:
         Args:
             inputs: as for ``run``.
             row: the segment's row in the target's logits table; ``find_row`` gives it.
-            position: of the target's tokens in that segment; ``locate`` gives it for a position of a block.
+            position: position of the target's tokens in that segment; ``locate`` gives it for a position of a block.
 
         Raises:
             IndexError: there is no such row or position.
@@ -243,7 +243,7 @@ class FuseStage:
 
         Args:
             inputs: as for ``run``; the whole shard, since candidates are judged on documents or blocks of it.
-            rows: of the target's logits table.
+            rows: rows of the target's logits table.
         """
         shard = self._read(inputs)
         yield from self._fuse_rows(shard, self._pack(shard), rows)
@@ -447,7 +447,7 @@ def locate(fused: pa.Table, block: int, position: int) -> Place:
     Args:
         fused: the shard's fuse table.
         block: the block's row.
-        position: in the block.
+        position: position in the block.
 
     Raises:
         IndexError: the shard has no such block, or the block no such position.

@@ -97,7 +97,7 @@ def first_common_byte(byte_ends: Sequence[np.ndarray]) -> int:
     has a token that begins there, and predicts it and all that follow.
 
     Args:
-        byte_ends: of each model, where its tokens end, bytes; 0 first where something stands before the text.
+        byte_ends: byte ends of each model's tokens; the first is 0 if a token stands before the text.
 
     Returns:
         0 where all models predict the whole text.

@@ -42,7 +42,7 @@ def kind_figures(figures: np.ndarray, weights: np.ndarray, kinds: Sequence[str])
     Args:
         figures: (D,) each document's own mean.
         weights: (D,) > 0: bytes.
-        kinds: of the D documents.
+        kinds: kind of each of the D documents.
 
     Returns:
         NaN as the error where no kind has two documents; NaN for both without documents.

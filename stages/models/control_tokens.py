@@ -14,7 +14,7 @@ class ControlTokens:
     """Control tokens of several tokenizers, as text.
 
     Args:
-        contents: of the tokens that the tokenizers declare special.
+        contents: texts of the tokens that the tokenizers declare special.
     """
 
     def __init__(self, contents: Iterable[str]) -> None:

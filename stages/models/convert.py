@@ -34,10 +34,10 @@ class Converted:
     """Result of a conversion.
 
     Attributes:
-        folder: where.
+        folder: folder of the new files.
         files: names of the weight files.
-        num_tensors: in them, all compared with the pickled ones.
-        num_bytes: of the tensors.
+        num_tensors: number of tensors, all compared with the pickled ones.
+        num_bytes: size of the tensors.
     """
 
     folder: Path
@@ -51,9 +51,9 @@ class _Pickled:
     """A tensor of a pickled file.
 
     Attributes:
-        file: that holds it.
-        name: of the tensor.
-        num_bytes: its size.
+        file: file that holds the tensor.
+        name: name of the tensor.
+        num_bytes: size of the tensor.
     """
 
     file: Path
@@ -98,7 +98,7 @@ def convert(
     Tensors that share memory (a tied head) are written each by itself: every name stays, whatever a reader ties again.
 
     Args:
-        folder: of the model, with config.json and ``pytorch_model.bin``, or its shards with their index.
+        folder: folder of the model, with config.json and ``pytorch_model.bin``, or its shards with their index.
         output: where the new files go: ``folder`` itself, or a folder that is not there or empty, which also gets the
             configuration and the tokenizer.
         max_shard_bytes: tensors of a file, at most.

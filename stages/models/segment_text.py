@@ -32,7 +32,7 @@ class SegmentText:
     Attributes:
         text: the text; of a conversation, each message's content and ``TURN_END`` after it.
         is_last: its document ends here.
-        messages: of a conversation; none for plain text.
+        messages: messages of a conversation; none for plain text.
     """
 
     text: str

@@ -22,7 +22,7 @@ class TokenSpace:
 
     Args:
         embeddings: (V or more, H) the model's input embeddings.
-        vocabulary: of the same model; special tokens do not count in the mean.
+        vocabulary: vocabulary of the same model; special tokens do not count in the mean.
 
     Raises:
         ValueError: the matrix has too few rows.

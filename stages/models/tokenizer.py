@@ -117,10 +117,10 @@ class SegmentTokenizer:
         """Wrap a transformers tokenizer.
 
         Args:
-            tokenizer: with a fast (Rust) backend; it is copied, not changed.
+            tokenizer: tokenizer with a fast (Rust) backend; it is copied, not changed.
             bos: prepend BOS? None: if the tokenizer does so itself for a plain text.
             parses_control_tokens: a special token's name inside a text is that token.
-            num_rows: of the model's embedding: a token without a row stands for nothing. None where that is not known.
+            num_rows: number of rows of the model's embedding; tokens without a row are never used. None: unknown.
 
         Raises:
             ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none.

@@ -23,9 +23,9 @@ class WeightFileError(ValueError):
     """A weight file cannot be read.
 
     Attributes:
-        file: which.
-        found: what it holds.
-        expected: what it should hold.
+        file: file that is damaged.
+        found: what the file holds.
+        expected: what the file should hold.
         remedy: what to do, a sentence without its full stop.
     """
 
@@ -40,7 +40,7 @@ class StoredTensor:
 
     Attributes:
         dtype: as safetensors writes it, ``"BF16"``.
-        shape: its sizes.
+        shape: size of each dimension.
         file: name of the file that holds it.
     """
 

@@ -43,12 +43,12 @@ class TrainState:
     """Position of a run after an optimizer step.
 
     Attributes:
-        fingerprint: of the job.
+        fingerprint: fingerprint of the job.
         dataset: sha256 over the fused files' hashes.
-        seed: of the blocks' order.
-        num_blocks: in the dataset.
+        seed: seed of the blocks' order.
+        num_blocks: number of blocks in the dataset.
         step: optimizer steps done.
-        epoch: of the next block.
+        epoch: epoch of the next block.
         next_sample: blocks trained on so far, all epochs together: index of the next one in the global order.
         num_tokens: tokens trained on so far.
     """
@@ -118,8 +118,8 @@ class Checkpoints:
         Args:
             output: the run's folder.
             model: sharded.
-            optimizer: of the model's parameters.
-            workers: who share the model.
+            optimizer: optimizer of the model's parameters.
+            workers: processes that share the model.
             keep: newest checkpoints that stay on disk.
             on_commit: called by the first worker's thread with each checkpoint's step, and ``output``, when it is committed.
         """

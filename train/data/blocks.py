@@ -59,7 +59,7 @@ class MicroBatch:
     Attributes:
         ids: (B, T) int64.
         labels: (B, T) int64.
-        targets: of the B * T positions; None when fused distributions are not read.
+        targets: fused distributions of the B * T positions; None if they are not read.
         num_tokens: tokens without padding.
         position_ids: (B, T) int64, which restart with each piece of a document (and with the padding); None where
             documents are not isolated.
@@ -107,7 +107,7 @@ class FusedBlocks:
         """Open the files and check them against their hashes.
 
         Args:
-            files: in the order of their shards. One behind a URL is copied to a temporary folder first.
+            files: files, in the order of their shards. One behind a URL is copied to a temporary folder first.
             prefix_id: the token before every segment of the target (BOS, or EOS); None without.
             eos_id: the target's EOS, which ends a document; None without.
             with_distributions: read the fused distributions, or the tokens alone (lambda = 1).

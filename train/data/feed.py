@@ -31,9 +31,9 @@ class StepBatch:
     """Share of one worker in one optimizer step.
 
     Attributes:
-        step: from 0.
+        step: number of the step, from 0.
         blocks: indices of the whole step's blocks, all workers together, in the schedule's order.
-        names: of this worker's blocks, by micro-batch; empty for one that counts nothing.
+        names: names of this worker's blocks, by micro-batch; empty for a micro-batch that counts nothing.
         micro_batches: this worker's; their number is the same for all workers.
         num_labels: labelled positions of this worker's blocks.
         num_fused: positions with a fused distribution.
@@ -66,9 +66,9 @@ class Feed:
 
         Args:
             blocks: read by the feed's thread alone from now on.
-            schedule: which blocks each step sees.
+            schedule: blocks of each step.
             start: the first step.
-            workers: who shares each step.
+            workers: processes that share each step.
             micro_batch_size: blocks in a forward pass.
             flatten: lay isolated documents end to end in one row (``isolation.wants_one_row``).
         """

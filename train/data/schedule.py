@@ -15,10 +15,10 @@ class Schedule:
     Every epoch sees every block once; its last step is smaller where ``batch_size`` does not divide their number.
 
     Attributes:
-        num_blocks: in the dataset, at least 1.
+        num_blocks: number of blocks in the dataset, at least 1.
         batch_size: blocks in a step.
         num_epochs: passes over the dataset.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     num_blocks: int

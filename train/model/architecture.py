@@ -25,8 +25,8 @@ class Saved:
 
     Attributes:
         outside_layers: embeddings, final norm, mask.
-        layer: of each decoder layer.
-        layer_recomputed: of each decoder layer where activations are recomputed: its input.
+        layer: bytes saved by each decoder layer.
+        layer_recomputed: bytes saved by each decoder layer if activations are recomputed: its input.
     """
 
     outside_layers: int
@@ -44,7 +44,7 @@ class Architecture:
         num_layers: decoder layers.
         layer_parameters: weights of a layer, the largest.
         outside_parameters: weights outside the layers: embeddings, final norm, LM head.
-        hidden_size: of the states that the head reads.
+        hidden_size: width of the states that the head reads.
         vocab_size: rows of the head.
         num_trained_in_layer, num_trained_outside: trained weights in the largest layer, and outside the layers.
         saved: activations of one block.

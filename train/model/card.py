@@ -79,7 +79,7 @@ class TextRow:
     """Result of one model on a text.
 
     Attributes:
-        label: which model.
+        label: display name of the model.
         bits_per_byte: over all bytes.
         by_kind: by kind of document; None where the documents have no kinds.
         against_before: difference to the target before training; None for the target itself and for sources.

@@ -44,8 +44,8 @@ def carry_over(model: ModelConfig, folder: Path) -> None:
     """Copy what is not weights from a model's files, over files of the same name.
 
     Args:
-        model: that was trained.
-        folder: of the exported model; its config.json and model card stay.
+        model: model that was trained.
+        folder: folder of the exported model; its config.json and model card stay.
     """
     original = _folder_of(model)
     if original is not None:

@@ -55,7 +55,7 @@ def estimate_memory(architecture: Architecture, config: TrainConfig, *, block_to
     """Estimate the bytes on one of ``config.num_workers`` workers.
 
     Args:
-        architecture: of the model, read for blocks of the same length.
+        architecture: architecture of the model, measured for blocks of the same length.
         config: batches, precision, recomputation, chunks.
         block_tokens: T.
     """

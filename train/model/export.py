@@ -26,7 +26,7 @@ def export_model(
     """Save the finished model for ``from_pretrained``; the folder appears whole, over an older one.
 
     Args:
-        folder: where to.
+        folder: folder to write to.
         model: the transformers model; its own parameters may be shards or have no values.
         weights: all of its weights.
         tokenizer: its tokenizer.

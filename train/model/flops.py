@@ -29,8 +29,8 @@ class ModelFlops:
     which a frozen weight goes without), and 12 * layers * width * length for attention, causality not counted.
 
     Attributes:
-        per_token: of the weights.
-        per_token_and_length: of attention; times the tokens of a block.
+        per_token: operations per token for the weights.
+        per_token_and_length: operations per token for attention, divided by the number of tokens in the block.
     """
 
     per_token: float

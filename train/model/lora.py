@@ -58,8 +58,8 @@ def merge_adapters(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     layer.
 
     Args:
-        model: with adapters; its weights are not read, so it may be sharded.
-        state: its whole (unsharded) state dict.
+        model: model with adapters; its weights are not read, so it may be sharded.
+        state: whole (unsharded) state dict of the model.
 
     Returns:
         A state dict with the names that the model had before ``add_adapters``.

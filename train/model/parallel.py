@@ -46,9 +46,9 @@ class LossModel(nn.Module):
         """Compute the loss of one micro-batch.
 
         Args:
-            batch: on the model's device.
-            clm_factor: of the sum of the CLM loss: lambda over the labelled positions of the whole step, all workers.
-            fusion_factor: of the sum of the fusion loss.
+            batch: batch on the model's device.
+            clm_factor: weight of the sum of the CLM loss: lambda over the labelled positions of the whole step, all workers.
+            fusion_factor: weight of the sum of the fusion loss.
 
         Returns:
             What is differentiated, then the two sums, without gradient; float32 scalars. A batch in which no position

@@ -262,9 +262,9 @@ def _needed_of(logits: Tensor, labels: Tensor, targets: SparseTargets | None, le
     """Compute what the loss needs of the logits (C, V), in float64.
 
     Args:
-        logits: in the precision of the head.
+        logits: logits in the precision of the head.
         labels: (C,).
-        targets: of the C positions.
+        targets: targets of the C positions.
         left_out: (C, k) ids over which the first result is not taken, ``PAD_ID`` where there are fewer.
 
     Returns:

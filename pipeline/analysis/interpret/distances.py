@@ -35,7 +35,7 @@ def spread(rows: SparseRows, space: TokenSpace) -> Spread:
 
     Args:
         rows: N distributions of at most k tokens; what a row's probabilities lack of 1 is of no known token and left out.
-        space: of the vocabulary that the rows are over.
+        space: token space of the vocabulary that the rows are over.
     """
     num_rows, width = rows.ids.shape
     inner = np.full(num_rows, np.nan)

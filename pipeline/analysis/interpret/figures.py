@@ -23,9 +23,9 @@ class DocumentFigures:
     """Totals over positions of one document; they add up. C candidates, the target's own first.
 
     Attributes:
-        num_positions: with a next token in their segment.
-        num_fused: of those, with a fused distribution.
-        num_contested: of those, where more than one candidate has a distribution.
+        num_positions: number of positions with a next token in their segment.
+        num_fused: number of those with a fused distribution.
+        num_contested: number of those where more than one candidate has a distribution.
         num_tied: (2,) positions with more than one winner: as configured, and judged token by token.
         wins: (2, C) positions won, ties in equal parts: as configured, sums to ``num_fused``; and judged token by token where
             that is contested, sums to ``num_contested``.
@@ -109,7 +109,7 @@ def distance_rows(documents: Sequence[DocumentFigures], names: Sequence[str]) ->
 
     Args:
         documents: their figures.
-        names: of the C + 1 distributions.
+        names: names of the C + 1 distributions.
     """
     totals = np.stack([part.distances for part in documents]) if documents else np.zeros((0, len(names), 4))
     rows = []
@@ -133,8 +133,8 @@ def win_rows(documents: Sequence[DocumentFigures], kinds: Sequence[str], names: 
 
     Args:
         documents: their figures.
-        kinds: of each.
-        names: of the C candidates.
+        kinds: kind of each document.
+        names: names of the C candidates.
 
     Returns:
         JSON values; ``shares`` of fused positions as configured, ``token_shares`` of contested ones judged token by token.

@@ -31,10 +31,10 @@ def most_moved(
     """Find the pairs of different texts with the most mass, and the total mass.
 
     Args:
-        parts: of the shards, from ``part_of``.
+        parts: results of the shards, from ``part_of``.
         source: the source's vocabulary.
         target: the target's vocabulary.
-        num_pairs: how many.
+        num_pairs: number of pairs to return.
 
     Returns:
         JSON values: ``same_mass`` and ``moved_mass``, in positions (a position's distribution has the mass 1, less its

@@ -97,7 +97,7 @@ class _Interpreter:
 
     Args:
         run: the run.
-        max_positions: of each shard, about.
+        max_positions: approximate number of positions read in each shard.
     """
 
     def __init__(self, run: Run, max_positions: int) -> None:

@@ -21,7 +21,7 @@ def choose_rows(doc_ids: np.ndarray, num_positions: np.ndarray, *, max_positions
         doc_ids: (R,) the document of each row.
         num_positions: (R,) positions of each row.
         max_positions: enough; the last document may exceed it.
-        seed: of the draw.
+        seed: seed of the draw.
     """
     size: dict[int, int] = {}
     for doc_id, count in zip(doc_ids.tolist(), num_positions.tolist(), strict=True):

@@ -24,9 +24,9 @@ class Suite:
     """A benchmark.
 
     Attributes:
-        name: in the configuration.
-        folder: of the harness's task files, below ``lm_eval/tasks``; None for a task that is defined here.
-        prefix: of the harness's task names; what follows names the sub-task. Empty where the suite is one task.
+        name: name in the configuration.
+        folder: folder of the harness's task files, below ``lm_eval/tasks``; None for a task that is defined here.
+        prefix: prefix of the harness's task names; what follows names the sub-task. Empty where the suite is one task.
         tasks: the harness's names where they are not all that begin with ``prefix``.
         num_fewshot: examples before each question.
         fewshot_from: where they come from: the harness's task file, or a split of the data.

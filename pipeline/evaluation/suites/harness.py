@@ -107,7 +107,7 @@ class Scores:
 
     Attributes:
         values: metric's key -> each document's value, in the order of the data.
-        num_documents: of the data; ``limit`` may have left some out.
+        num_documents: number of documents in the data; ``limit`` may have left some out.
         num_truncated: documents whose prompt was longer than the model's window and lost its beginning.
         max_length: the model's window, tokens.
     """
@@ -122,9 +122,9 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None, as_chat: bo
     """Run a model through a sub-task.
 
     Args:
-        model: of ``load_harness_model``.
+        model: result of ``load_harness_model``.
         suite: names the metrics.
-        task: of ``build_task``.
+        task: result of ``build_task``.
         limit: documents, the first ones; all of them by default.
         as_chat: the question is a turn of the user, under the model's chat template, and so is each example before it.
 

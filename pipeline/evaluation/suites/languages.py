@@ -15,10 +15,10 @@ class Language:
     Attributes:
         name: as MultiPL-E names it.
         interpreter: a program's name; its arguments follow in ``arguments``.
-        file: what the program's file is called.
+        file: name of the program's file.
         arguments: before the file's name.
         ending: a statement that prints ``{}``: it is reached where all tests before it passed.
-        limits: what a program may use.
+        limits: resource limits of a program.
     """
 
     name: str
@@ -88,8 +88,8 @@ def execute(name: str, program: str) -> tuple[Execution, bool]:
     """Run a program that ends with its tests.
 
     Args:
-        name: of the language.
-        program: its text.
+        name: name of the language.
+        program: source text of the program.
 
     Returns:
         How it ended, and whether it came to its end without a failed test.

@@ -19,8 +19,8 @@ class LocalTask:
     """A sub-task whose data lies here.
 
     Attributes:
-        subtask: its name.
-        files: what is read.
+        subtask: name of the sub-task.
+        files: files that are read.
         read: gives split -> documents, as the harness's task file (or ours) expects them.
     """
 

@@ -29,12 +29,12 @@ class SuiteRow:
     """Result of a model for one metric of a suite.
 
     Attributes:
-        suite: its name.
-        metric: which of its figures.
-        model: as people read it.
+        suite: name of the suite.
+        metric: metric of the suite.
+        model: display name of the model.
         subtasks: the sub-tasks that ran.
-        num_subtasks: of the whole suite.
-        num_documents: that were evaluated, over all sub-tasks.
+        num_subtasks: number of sub-tasks of the whole suite.
+        num_documents: number of documents that were evaluated, over all sub-tasks.
         num_fewshot: examples before each question.
         as_chat: questions were asked under the model's chat template.
         figure: over all those documents.

@@ -47,9 +47,9 @@ class PlannedTask:
     """A sub-task that models are to go through.
 
     Attributes:
-        suite: its suite.
-        subtask: its name.
-        num_subtasks: of the whole suite.
+        suite: suite of the task.
+        subtask: name of the sub-task.
+        num_subtasks: number of sub-tasks of the whole suite.
         data: split -> documents; None where the harness fetches its own from the hub.
         data_identity: what identifies the documents.
         num_fewshot: examples before each question.

@@ -27,11 +27,11 @@ class Limits:
     """Resource limits of a program.
 
     Attributes:
-        seconds: of wall clock, then it is killed with all its children; of CPU for each process, one more.
+        seconds: wall-clock time, after which it is killed with all its children. Each process has one more second of CPU time.
         memory_bytes: address space of each process; None for runtimes that reserve far more than they use.
-        processes: that it may have at once, threads included.
+        processes: largest number of processes at once, threads included.
         file_bytes: size of each file that it writes, its output among them.
-        open_files: at once.
+        open_files: largest number of open files at once.
     """
 
     seconds: float = 10.0
@@ -48,8 +48,8 @@ class Execution:
     Attributes:
         exit_code: 128 + the signal's number where a signal ended it; None where the time was up.
         output: the end of what it wrote to its standard output and error.
-        has_namespaces: it had no network, and processes, IPC and mounts of its own.
-        is_read_only: it could write to its own directory alone.
+        has_namespaces: whether it had no network, and its own processes, IPC and mounts.
+        is_read_only: whether it could write only to its own directory.
     """
 
     exit_code: int | None
@@ -75,7 +75,7 @@ def run_program(command: Sequence[str], files: Mapping[str, str], limits: Limits
     Args:
         command: an interpreter's full path, and its arguments.
         files: name -> text of what lies in the directory.
-        limits: what it may use.
+        limits: resource limits of the program.
 
     Raises:
         SandboxError: the program could not be started.

@@ -13,7 +13,7 @@ def choose_documents(
     """Choose documents, spread over their kinds; within a kind by a hash of their numbers.
 
     Args:
-        kinds: of every document of the corpus, in order.
+        kinds: kind of every document of the corpus, in order.
         num_documents: how many in all; each kind gets an equal share, and what a small kind lacks goes to the others.
         fraction: or this share of each kind, rounded, at least one document.
 

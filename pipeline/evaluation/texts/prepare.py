@@ -34,7 +34,7 @@ class PreparedText:
     """A text as the models of a run are evaluated on it.
 
     Attributes:
-        segments: of the documents that are scored; a document's segments stand together.
+        segments: segments of the documents that are scored; a document's segments stand together.
         kinds: number of a scored document -> its kind; empty without ``kind_column``.
         counts: documents of the corpus, and what became of them (``describe_counts``).
     """
@@ -59,8 +59,8 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
 
     Args:
         run: the run; its shard stage is complete.
-        names: of the texts.
-        num_shards: of the shard stage.
+        names: names of the texts.
+        num_shards: number of shards of the shard stage.
 
     Raises:
         StageError: no document of a text is left, or one shares text with the training documents and ``overlap`` says

@@ -37,10 +37,10 @@ class Bar:
 
     Attributes:
         label: shown at its left.
-        value: its length.
+        value: length of the bar.
         error: half the length of its error bar, one standard error; None draws none.
         group: bars of a group share a colour.
-        signed: its number is a difference and always has a sign.
+        signed: whether the number is a difference, which always has a sign.
     """
 
     label: str
@@ -102,7 +102,7 @@ def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: s
 
     Args:
         rows: label -> its parts, one per name; at least one row.
-        names: of the parts.
+        names: names of the parts.
         axis: what the parts are shares of.
 
     Returns:

@@ -101,7 +101,7 @@ class SemanticCosts:
 
     Args:
         embeddings: (V of the target or more, H) the model's input embeddings; kept as float16.
-        pieces: from ``spell``.
+        pieces: pieces from ``spell``.
         target: the target's vocabulary.
         target_texts: text of each target id.
         num_slots: a power of two.

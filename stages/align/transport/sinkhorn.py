@@ -69,7 +69,7 @@ def semi_relaxed(cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, epsilon: flo
         cost: (B, n, m), finite, >= 0.
         a: source marginals, (B, n); >= 0; the plan's row sums.
         b: prior over the target candidates, (B, m); >= 0, need not sum to 1.
-        epsilon: in units of cost.
+        epsilon: entropic regularisation, in units of cost.
 
     Returns:
         plan, (B, n, m) float64.

@@ -25,7 +25,7 @@ class NotFiniteError(ValueError):
 
     Attributes:
         sequence: index of the sequence.
-        position: in the sequence.
+        position: position in the sequence.
     """
 
     def __init__(self, sequence: int, position: int) -> None:
@@ -46,7 +46,7 @@ class Predictions:
         sample_ids: (P, m) int32, ascending, tokens drawn from what the top-k leave out, in proportion to their probability; all
             m are ``PAD_ID`` where nothing is left out.
         forward_seconds: time inside the model, head and top-k included.
-        oom_retries: how often memory ran out and a smaller budget went on.
+        oom_retries: number of times that memory ran out and a smaller budget was used.
     """
 
     starts: np.ndarray

@@ -205,9 +205,9 @@ class _Connection:
         """Return what ``read`` makes of the server's answer.
 
         Args:
-            path: of the endpoint.
-            body: what is posted; None: nothing, it is a GET.
-            read: from the JSON of an answer to what is wanted of it; raises ``ServerError`` with the message's end.
+            path: path of the endpoint.
+            body: JSON to post; None: send a GET.
+            read: function from the JSON of an answer to the result; raises ``ServerError`` with the message's end.
 
         Raises:
             ServerError: it failed for good, or as often as ``server_attempts`` says.

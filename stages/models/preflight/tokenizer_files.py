@@ -32,7 +32,7 @@ def tokenizer_problems(model: ModelConfig, folder: Path | None, *, num_rows: int
     Args:
         model: whose it is; its tokenizer is loaded once for this process (``SegmentTokenizer.load``).
         folder: where its files are; None for one that a GGUF file holds.
-        num_rows: of the model's embedding; None where that is not known.
+        num_rows: number of rows of the model's embedding; None: unknown.
     """
     place = str(model.tokenizer_files.path or folder)
     file = None if folder is None else folder / TOKENIZER_FILE
