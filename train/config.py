@@ -201,6 +201,15 @@ class EvalConfig(Settings):
     max_documents: int | None = Field(
         None, ge=1, description="Held-out documents used, the first ones; all by default."
     )
+    num_generations: Annotated[int, ADDED] = Field(
+        0,
+        ge=0,
+        description="Held-out conversations of which every model writes the last answer itself, greedily: counted is how often "
+        "it ends its turn. Needs `dataset.messages_column`.",
+    )
+    generation_tokens: Annotated[int, ADDED] = Field(
+        128, ge=1, description="Most tokens of such an answer; one that is cut there has not ended."
+    )
     # What follows is no part of the figure in bits per byte; each result of a suite has a fingerprint of its own.
     suites: Annotated[tuple[str, ...], RUNTIME] = Field(
         (),

@@ -7,14 +7,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from stages.contract.roles import Role
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
 from stages.models.batches import NO_GOLD, padded_batch, token_batches
 from stages.models.config import ModelConfig, load_model, num_positions
 from stages.models.devices import attention_choices, resolve_device, set_threads
 from stages.models.heads import Body, Head, check_head, split_head
+from stages.models.segment_text import Message, SegmentText
 from stages.models.tokenizer import Encoding, SegmentTokenizer
 from stages.models.windows import windows
 from train.config import EvalConfig
+from train.generate import Answer, answer_prompts, prompt_of
 
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """From a model's logits (P, V) float32, the gold next tokens (P,) and the positions' places (P,), counted with all segments
@@ -30,12 +33,19 @@ class Segment:
         text: the segment's text.
         is_last: the document ends here.
         first_byte: tokens that begin before it are not scored, so that all models are on the same bytes.
+        messages: of a conversation; none for plain text.
     """
 
     doc_id: int
     text: str
     is_last: bool
     first_byte: int = 0
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def segment_text(self) -> SegmentText:
+        """The segment as tokenizers receive it."""
+        return SegmentText(self.text, self.is_last, self.messages)
 
 
 @dataclass(frozen=True)
@@ -45,10 +55,12 @@ class Evaluation:
     Attributes:
         total: over all documents.
         documents: (doc_id, its cross-entropy), in the order of the segments: for paired comparisons of models.
+        answers: what the model answers to held-out prompts; None where it was not asked.
     """
 
     total: CrossEntropy
     documents: tuple[tuple[int, CrossEntropy], ...]
+    answers: tuple[Answer, ...] | None = None
 
     @property
     def bits_per_byte(self) -> float:
@@ -72,8 +84,10 @@ def bits_per_byte(
 ) -> Evaluation:
     """Evaluate a model: a configured one, or an exported folder as ``ModelConfig(name=..., path=folder)``.
 
-    Each segment is read on its own, with BOS if the model uses it. Probabilities are normalised over the tokenizer's ids.
-    Special tokens are left out, and so is a first token that nothing predicts, with its bytes (see ``cross_entropy``).
+    Each segment is read on its own, with BOS if the model uses it, a conversation under the model's chat template.
+    Probabilities are normalised over the tokenizer's ids. Special tokens are left out, and so is a first token that nothing
+    predicts, with its bytes (see ``cross_entropy``). Of conversations the contents of the messages that are learnt are scored.
+    With ``config.num_generations`` the model is asked for answers as well, if it scores by itself.
 
     Args:
         model: which model.
@@ -94,7 +108,7 @@ def bits_per_byte(
     device = resolve_device(config.device)
     set_threads(device, cpus)
     tokenizer = SegmentTokenizer.load(model)
-    encodings = tokenizer.encode_batch([part.text for part in segments], is_last=[part.is_last for part in segments])
+    encodings = tokenizer.encode_segments([part.segment_text for part in segments])
     attention = attention_choices(config.attention, device, half_precision=config.dtype == "bfloat16")
     loaded = load_model(model, dtype=config.dtype, attention=attention, device=str(device))
     check_head(loaded)
@@ -111,10 +125,51 @@ def bits_per_byte(
     for segment, encoding, gold in zip(segments, encodings, logprobs, strict=True):
         if not np.isfinite(gold[:-1]).all():
             raise FloatingPointError(f"model {model.name}: a logprob of document {segment.doc_id} is not finite")
-        is_special = tokenizer.vocabulary.is_special[encoding.ids]
-        part = cross_entropy(gold, encoding.byte_end, is_special, first_byte=segment.first_byte)
+        if segment.messages:
+            part = content_cross_entropy(gold, segment.messages, encoding)
+        else:
+            is_special = tokenizer.vocabulary.is_special[encoding.ids]
+            part = cross_entropy(gold, encoding.byte_end, is_special, first_byte=segment.first_byte)
         totals[segment.doc_id] = totals.get(segment.doc_id, CrossEntropy(0.0, 0, 0)) + part
-    return Evaluation(sum(totals.values(), CrossEntropy(0.0, 0, 0)), tuple(totals.items()))
+    answers = None
+    if config.num_generations and score is own_logprob:
+        prompts = last_prompts(segments, encodings, config.num_generations)
+        answers = tuple(answer_prompts(loaded, tokenizer, prompts, config))
+    return Evaluation(sum(totals.values(), CrossEntropy(0.0, 0, 0)), tuple(totals.items()), answers)
+
+
+def content_cross_entropy(gold_logprob: np.ndarray, messages: Sequence[Message], encoding: Encoding) -> CrossEntropy:
+    """Compute the cross-entropy of a conversation: of the contents that are learnt, not of their template.
+
+    The token that ends a turn has no bytes of content and is left out, so that models with other templates compare. The
+    bytes are those of the messages, whichever of them a template trims: every model's figure is of the same bytes.
+
+    Args:
+        gold_logprob: (N,) ln p(token t+1 | tokens <= t); NaN at the last position.
+        messages: of the conversation.
+        encoding: its N tokens, with roles.
+    """
+    assert encoding.role is not None and encoding.is_trained is not None  # noqa: PT018 - both or neither
+    counted = encoding.is_trained[1:] & (encoding.role[1:] == Role.TEXT)
+    return CrossEntropy(
+        nats=float(-gold_logprob[:-1][counted].sum(dtype=np.float64)),
+        num_tokens=int(counted.sum()),
+        num_bytes=sum(len(message.content.encode()) for message in messages if message.is_trained),
+    )
+
+
+def last_prompts(
+    segments: Sequence[Segment], encodings: Sequence[Encoding], num_prompts: int
+) -> list[tuple[int, np.ndarray]]:
+    """Return the prompts of the first conversations that have an answer to give: (document, token ids) each."""
+    prompts: dict[int, np.ndarray] = {}
+    for segment, encoding in zip(segments, encodings, strict=True):
+        if segment.doc_id in prompts or len(prompts) == num_prompts:
+            continue
+        prompt = prompt_of(segment.segment_text, encoding)
+        if prompt is not None:
+            prompts[segment.doc_id] = prompt
+    return list(prompts.items())
 
 
 def _refuse_tokens_without_rows(

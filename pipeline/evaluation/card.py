@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.evaluation.gold_only import find_gold_only, is_gold_only
 from pipeline.evaluation.paired import differences_by_kind, figures_by_kind, paired_difference
 from pipeline.evaluation.texts.describe import describe_counts
-from pipeline.run.outcomes import read_result
+from pipeline.run.outcomes import count_endings, read_result
 from pipeline.run.records import recorded_configurations
 from pipeline.run.session import Run
 from pipeline.run.stage_table import FUSED
@@ -24,8 +24,10 @@ def complete_card(run: Run) -> None:
     labels = {model.name: f"source {model.name}" for model in run.config.sources}
     labels |= {run.config.target.name: f"target {run.config.target.name} before", FUSED: "this model"}
     labels |= BASELINE_LABELS
-    figures = [
-        (labels[model], value["bits_per_byte"], value["num_bytes"]) for model, value in _results(run, None).items()
+    held_out = _results(run, None)
+    figures = [(labels[model], value["bits_per_byte"], value["num_bytes"]) for model, value in held_out.items()]
+    endings = [
+        (labels[model], *found) for model, value in held_out.items() if (found := count_endings(value)) is not None
     ]
     peers = _recorded(run) if run.config.eval.texts else []
     texts = [_text_figures(run, text.name, labels, peers) for text in run.config.eval.texts]
@@ -34,6 +36,7 @@ def complete_card(run: Run) -> None:
         figures,
         dtype=run.config.eval.dtype,
         texts=[text for text in texts if text is not None],
+        endings=endings,
     )
     publish_card(run, target_step(run))
 

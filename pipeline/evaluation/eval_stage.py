@@ -9,6 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
@@ -16,11 +17,13 @@ import pyarrow.compute as pc
 
 from pipeline.evaluation.card import complete_card
 from pipeline.evaluation.texts.prepare import prepare_texts
+from pipeline.run.outcomes import count_endings
 from pipeline.run.session import Run, StageError, command, require_complete
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step, result_key
 from pipeline.run.trained_model import evaluated_model, is_trained, local_folder
 from pipeline.settings.baselines import ENSEMBLE, WEIGHT_AVERAGE, AverageRefusedError
+from stages.models.segment_text import segment_texts
 from train.evaluate import Evaluation, Segment, bits_per_byte
 
 log = logging.getLogger(__name__)
@@ -61,6 +64,9 @@ def run_eval(run: Run, call: Callable[..., Iterator[Any]]) -> None:
         else:
             where = "held-out bytes" if text is None else f"bytes of {step.text}"
             shown = f"{figures['bits_per_byte']:.4f} bits per byte on {figures['num_bytes']:,} {where}"
+            endings = count_endings(figures)
+            if endings is not None:
+                shown += f"; {endings[0]} of {endings[1]} answers end by themselves"
         seconds = round(time.monotonic() - started, 1)
         of_text = {} if text is None else {"text": step.text, "counts": dict(text.counts)}
         value = {"model": step.model, **of_text, **figures, "seconds": seconds, "settings": dict(step.settings)}
@@ -92,7 +98,9 @@ def _evaluate(run: Run, step: Step, segments: list[Segment]) -> tuple[Evaluation
     """
     config = run.config
     if step.text is not None:  # its documents are chosen already
-        config = config.model_copy(update={"eval": config.eval.model_copy(update={"max_documents": None})})
+        config = config.model_copy(
+            update={"eval": config.eval.model_copy(update={"max_documents": None, "num_generations": 0})}
+        )
     cpus = max(1, int(config.eval_cpus))
     if step.model == ENSEMBLE:
         # Imports compilers, which the reports that read results do without.
@@ -129,6 +137,7 @@ def _figures(evaluation: Evaluation, kinds: Mapping[int, str]) -> dict[str, Any]
             for doc_id, part in evaluation.documents
             if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
         ],
+        **({} if evaluation.answers is None else {"answers": [asdict(answer) for answer in evaluation.answers]}),
     }
 
 
@@ -141,11 +150,14 @@ def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
     split, step = run.config.eval.split, run.resolved.steps["shard"]
     manifests = run.store.manifests(step.folder)
     parts = [run.store.read_table(manifests[shard].data, remake="`make shard`") for shard in range(num_shards)]
-    rows = pa.concat_tables([part.filter(pc.equal(part["split"], split)) for part in parts]).to_pylist()
-    if not rows:
+    rows = pa.concat_tables([part.filter(pc.equal(part["split"], split)) for part in parts])
+    if not rows.num_rows:
         fraction = run.config.shard.fraction_of(split)
         raise StageError(
             f"no document is held out: shard.{split}_fraction = {fraction} of few documents; raise it, then run "
             f"{command(run, 'shard')} and the stages after it"
         )
-    return [Segment(doc_id=row["doc_id"], text=row["text"], is_last=row["is_last"]) for row in rows]
+    return [
+        Segment(doc_id, part.text, part.is_last, messages=part.messages)
+        for doc_id, part in zip(rows["doc_id"].to_pylist(), segment_texts(rows), strict=True)
+    ]

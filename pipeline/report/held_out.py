@@ -8,7 +8,7 @@ from pipeline.display.table import ResultTable
 from pipeline.evaluation.gold_only import GoldOnly, find_gold_only, gold_training, is_gold_only
 from pipeline.evaluation.paired import differences_by_kind, figures_by_kind, paired_difference
 from pipeline.report.reported import runs_by_folder
-from pipeline.run.outcomes import evaluation_dtype, read_result, read_rounding
+from pipeline.run.outcomes import count_endings, evaluation_dtype, read_result, read_rounding
 from pipeline.run.stage_table import FUSED, eval_key
 from pipeline.run.steps import ResolvedRun, Step
 from pipeline.settings.baselines import BASELINE_LABELS, ENSEMBLE, Baseline
@@ -39,6 +39,7 @@ class HeldOutRow:
         kinds_against_before: difference to the target before training, by kind of document.
         kinds_against_gold_only: difference to the same training on the gold tokens alone, by kind of document.
         counts: documents of another text, and what became of them; None for the held-out text.
+        endings: answers to held-out prompts that the model itself ended, and all of them; None where it was not asked.
     """
 
     label: str
@@ -54,6 +55,7 @@ class HeldOutRow:
     kinds_against_before: KindFigures | None = None
     kinds_against_gold_only: KindFigures | None = None
     counts: Mapping[str, int] | None = None
+    endings: tuple[int, int] | None = None
 
 
 def held_out(
@@ -169,26 +171,43 @@ def untrained(run: ResolvedRun, text: str | None = None) -> list[tuple[str, Step
 
 def held_out_table(rows: Sequence[HeldOutRow], name: str = "Held-out text") -> ResultTable:
     """Build the table of the rows, for people; ``name`` is the name of the text."""
+    has_endings = any(row.endings is not None for row in rows)
     return ResultTable(
         f"{name}{in_precisions(row.dtype for row in rows)} (differences: over all bytes ± standard error over "
         "documents)",
-        ("model", "bits per byte", "against target before", "against gold only", "bytes"),
-        tuple(
-            (f"{row.label}; refused: {row.refused}", "refused", "", "", "")
-            if row.refused
-            else (row.label, "not evaluated", "", "", "")
-            if row.bits_per_byte is None
-            else (
-                row.label,
-                f"{row.bits_per_byte:.4f}",
-                difference(row.against_before),
-                difference(row.against_gold_only),
-                f"{row.num_bytes:,}",
-            )
-            for row in rows
+        (
+            "model",
+            "bits per byte",
+            "against target before",
+            "against gold only",
+            "bytes",
+            *(("answers that end",) if has_endings else ()),
         ),
+        tuple((*_cells(row), *((_endings(row),) if has_endings else ())) for row in rows),
         notes=_notes(rows),
     )
+
+
+def _cells(row: HeldOutRow) -> tuple[str, ...]:
+    if row.refused:
+        return (f"{row.label}; refused: {row.refused}", "refused", "", "", "")
+    if row.bits_per_byte is None:
+        return (row.label, "not evaluated", "", "", "")
+    return (
+        row.label,
+        f"{row.bits_per_byte:.4f}",
+        difference(row.against_before),
+        difference(row.against_gold_only),
+        f"{row.num_bytes:,}",
+    )
+
+
+def _endings(row: HeldOutRow) -> str:
+    """Return how many answers the model itself ended, for people."""
+    if row.endings is None:
+        return ""
+    num_ended, num_answers = row.endings
+    return f"{num_ended} of {num_answers} ({num_ended / num_answers:.0%})" if num_answers else "no prompt"
 
 
 def in_precisions(dtypes: Iterable[str | None]) -> str:
@@ -224,6 +243,7 @@ def _held_out_row(label: str, result: _Result) -> HeldOutRow:
         dtype=evaluation_dtype(result),
         kinds=figures_by_kind(result),
         counts=result.get("counts"),
+        endings=count_endings(result),
     )
 
 

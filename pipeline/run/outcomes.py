@@ -51,3 +51,12 @@ def read_result(store: Store, step: Step) -> dict[str, Any] | None:
 def evaluation_dtype(result: Mapping[str, Any]) -> str:
     """Return the precision in which a model's figures were computed."""
     return result["settings"]["eval"]["dtype"]
+
+
+def count_endings(result: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return how many held-out prompts a model answered with an end of its own, and how many it answered.
+
+    None where it was not asked (``eval.num_generations``).
+    """
+    answers = result.get("answers")
+    return None if answers is None else (sum(answer["is_ended"] for answer in answers), len(answers))

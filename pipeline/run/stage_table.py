@@ -273,8 +273,8 @@ def _fit_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
     return {"positions": count, "kinds": len(result["rows"]) - 1, **weights, **nll}
 
 
-_HELD_OUT_ONLY: Final = ("split", "max_documents")
-"""Settings of ``[eval]`` that say which held-out documents are scored."""
+_HELD_OUT_ONLY: Final = ("split", "max_documents", "num_generations", "generation_tokens")
+"""Settings of ``[eval]`` that say which held-out documents are scored, and of which a model writes answers."""
 
 
 def _evaluated(config: RunConfig) -> tuple[str, ...]:

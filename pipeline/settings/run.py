@@ -212,6 +212,11 @@ class RunConfig(Settings):
                     "it is true"
                 )
         else:
+            if self.eval.num_generations:
+                raise ValueError(
+                    f"eval.num_generations = {self.eval.num_generations} asks for answers to held-out turns, and the dataset "
+                    "holds texts: set dataset.messages_column, or leave num_generations out"
+                )
             templates = [model.name for model in self.models if model.chat_template is not None]
             if templates:
                 raise ValueError(

@@ -114,6 +114,7 @@ def add_evaluation(
     *,
     dtype: str,
     texts: Sequence[TextFigures] = (),
+    endings: Sequence[tuple[str, int, int]] = (),
 ) -> None:
     """Write held-out results into the card of a finished model, replacing earlier ones.
 
@@ -124,6 +125,7 @@ def add_evaluation(
         figures: (what was evaluated, bits per byte, held-out bytes).
         dtype: the precision of the evaluation.
         texts: figures on other texts, a table each.
+        endings: (what was asked, answers to held-out prompts that it ended by itself, all of its answers).
 
     Raises:
         ValueError: the folder's card has no place for them.
@@ -135,6 +137,9 @@ def add_evaluation(
         raise ValueError(f"{path} is not ptafuse's model card: it has no section {_EVALUATION!r} before another one")
     rows = "\n".join(f"| {name} | {bits:.4f} | {num_bytes:,} |" for name, bits, num_bytes in figures)
     section = f"\n| model | bits per byte, in {dtype} | held-out bytes |\n| --- | --- | --- |\n{rows}\n"
+    if endings:
+        shown = "; ".join(f"{name}: {num_ended} of {num_answers}" for name, num_ended, num_answers in endings)
+        section += f"\nGreedy answers to held-out prompts that end by themselves: {shown}.\n"
     section += "".join(f"\n{_text_table(text)}\n" for text in texts)
     temporary = path.with_name(f".{CARD}.{os.getpid()}")
     temporary.write_text(before + heading + section + next_heading + rest)

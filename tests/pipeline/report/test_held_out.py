@@ -16,7 +16,7 @@ from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Request, result_key
 from pipeline.settings.load import load_config
 from stages.contract.store import Store
-from tests.pipeline.report.finished_runs import evaluation, finish
+from tests.pipeline.report.finished_runs import evaluation, finish, put
 from tests.tiny_run import ptafuse
 
 
@@ -103,6 +103,20 @@ def test_the_precision_and_what_survives_rounding_stand_beside_the_figures(tmp_p
     assert any(row[1] == "not evaluated" for row in table.rows), "the models before training"
     assert table.title.startswith("Held-out text, evaluated in bfloat16 ("), "what has no figure has no precision"
     assert held_out_table([HeldOutRow("x", None)]).title.startswith("Held-out text (")
+
+
+def test_answers_that_end_by_themselves_are_counted_where_models_were_asked(tmp_path: Path, tiny_config: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    run = finish(store, tiny_config)
+    assert "answers that end" not in held_out_table(held_out([run], store)).columns
+    answers = [{"doc_id": number, "text": "", "num_tokens": 1, "is_ended": number < 3} for number in range(4)]
+    put(store, run, FUSED, {**evaluation([1.0], [100]), "answers": answers})
+    put(store, run, "llama", {**evaluation([1.1], [100]), "answers": []})
+    put(store, run, "neox", evaluation([1.2], [100]))
+    table = held_out_table(held_out([run], store))
+    assert table.columns[-1] == "answers that end"
+    shown = {row[0].split(" (")[0]: row[-1] for row in table.rows}
+    assert shown == {"after tiny": "3 of 4 (75%)", "target llama before": "no prompt", "source neox": ""}
 
 
 def _figure(row: HeldOutRow) -> float:

@@ -54,6 +54,12 @@ def test_evaluation_fills_its_section_and_may_do_so_again(tmp_path):
     assert "Not evaluated" not in text
     assert text.split("## Settings")[1] == card().split("## Settings")[1]
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+    assert "end by themselves" not in text
+    add_evaluation(
+        tmp_path, [("fused", 1.02, 5000)], dtype="float32", endings=[("target before", 9, 20), ("fused", 20, 20)]
+    )
+    shown = "Greedy answers to held-out prompts that end by themselves: target before: 9 of 20; fused: 20 of 20."
+    assert shown in (tmp_path / "README.md").read_text()
 
 
 def test_a_card_of_someone_else_is_left_alone(tmp_path):
