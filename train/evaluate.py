@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from stages.contract.roles import Role
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
 from stages.models.batches import NO_GOLD, padded_batch, token_batches
 from stages.models.config import ModelConfig, load_model, num_positions
@@ -86,7 +85,7 @@ def bits_per_byte(
 
     Each segment is read on its own, with BOS if the model uses it, a conversation under the model's chat template.
     Probabilities are normalised over the tokenizer's ids. Special tokens are left out, and so is a first token that nothing
-    predicts, with its bytes (see ``cross_entropy``). Of conversations the contents of the messages that are learnt are scored.
+    predicts, with its bytes (see ``cross_entropy``). Of conversations the messages that are learnt are scored, see ``content_cross_entropy``.
     With ``config.num_generations`` the model is asked for answers as well, if it scores by itself.
 
     Args:
@@ -139,18 +138,19 @@ def bits_per_byte(
 
 
 def content_cross_entropy(gold_logprob: np.ndarray, messages: Sequence[Message], encoding: Encoding) -> CrossEntropy:
-    """Compute the cross-entropy of a conversation: of the contents that are learnt, not of their template.
+    """Compute the cross-entropy of a conversation: of the contents that are learnt and of the ends of their turns.
 
-    The token that ends a turn has no bytes of content and is left out, so that models with other templates compare. The
-    bytes are those of the messages, whichever of them a template trims: every model's figure is of the same bytes.
+    Other tokens of the template are left out, so that models with other templates compare. The end of a turn counts with its
+    loss, since a model is to know when to stop, and without bytes. The bytes are those of the messages, whether a template
+    trims them or not: every model's figure is of the same bytes.
 
     Args:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t); NaN at the last position.
         messages: of the conversation.
         encoding: its N tokens, with roles.
     """
-    assert encoding.role is not None and encoding.is_trained is not None  # noqa: PT018 - both or neither
-    counted = encoding.is_trained[1:] & (encoding.role[1:] == Role.TEXT)
+    assert encoding.is_trained is not None  # it is a conversation's
+    counted = encoding.is_trained[1:]
     return CrossEntropy(
         nats=float(-gold_logprob[:-1][counted].sum(dtype=np.float64)),
         num_tokens=int(counted.sum()),

@@ -1,7 +1,7 @@
 """Answers that a model writes to held-out prompts: do they end by themselves?
 
-A chat model that learns turns without their end goes on for ever, and bits per byte do not show it: they are taken of
-contents. So each prompt is answered greedily, and counted is how often the model itself ends its turn before a limit.
+A chat model that loses the end of its turns goes on until it is stopped, and bits per byte hardly show it: the end is one of
+many tokens. So each prompt is answered greedily, and counted is how often the model itself ends its turn before a limit.
 """
 
 from collections.abc import Sequence

@@ -19,10 +19,12 @@ from stages.align.explain import Candidate, Explanation, PairedToken
 from stages.align.stage import AlignStage
 from stages.contract.columns import PAD_ID, find_row, list_row, sparse_row
 from stages.contract.draws import draws_row, has_draws
-from stages.contract.schemas import PAIRED_BY
+from stages.contract.roles import Role, has_roles
+from stages.contract.schemas import PAIRED_BY, has_conversations
 from stages.contract.store import Store
 from stages.fuse.stage import FuseStage, locate
 from stages.models.config import ModelConfig
+from stages.models.segment_text import segment_texts
 from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 
@@ -46,12 +48,20 @@ class Place:
 
 
 def show_segment(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
-    """Print a segment's text, and what is known of it."""
+    """Print a segment's text, or the messages of a conversation, and what is known of it."""
     del position  # a segment is not split into tokens yet
     values = {name: table[name][place.row].as_py() for name in table.schema.names}
     text = values.pop("text")
-    console.print(", ".join(f"{name} {value}" for name, value in values.items()))
-    console.print(Text(text))
+    if not has_conversations(table.schema):
+        console.print(", ".join(f"{name} {value}" for name, value in values.items()))
+        console.print(Text(text))
+        return
+    known = {name: value for name, value in values.items() if not name.startswith("message_")}
+    [segment] = segment_texts(table.slice(place.row, 1))
+    console.print(", ".join(f"{name} {value}" for name, value in known.items()) + f", {len(segment.messages)} messages")
+    for message in segment.messages:
+        console.print(Text(f"{message.role}{'' if message.is_trained else ' (context)'}:", style="bold"))
+        console.print(Text(message.content))
 
 
 def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
@@ -63,10 +73,16 @@ def show_logits(place: Place, table: pa.Table, position: int | None, console: Co
     rows = sparse_row(table, place.row)
     console.print(_where(table, place.row))
     if position is None:
-        view = Table("position", "token", "byte_end", "gold logprob of the next", "likeliest next")
+        roles = _roles(table, place.row)
+        extra = ("role",) if roles else ()
+        view = Table("position", "token", *extra, "byte_end", "gold logprob of the next", "likeliest next")
         for index, byte_end in enumerate(list_row(table, "byte_end", place.row)):
-            best = f"{visible(vocabulary.text(int(rows.ids[index, 0])))} {np.exp(rows.logprobs[index, 0]):.3f}"
-            view.add_row(str(index), Text(visible(tokens[index])), str(byte_end), _logprob(gold[index]), Text(best))
+            best = ""
+            if rows.present[index]:
+                best = f"{visible(vocabulary.text(int(rows.ids[index, 0])))} {np.exp(rows.logprobs[index, 0]):.3f}"
+            role = (roles[index],) if roles else ()
+            token = Text(visible(tokens[index]))
+            view.add_row(str(index), token, *role, str(byte_end), _logprob(gold[index]), Text(best))
         console.print(view)
         return
     console.print(token_line(tokens, position))
@@ -228,6 +244,18 @@ def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], co
             Text(" ".join(f"{visible(text)} {prob:.3f}" for text, prob in likeliest)),
         )
     console.print(view)
+
+
+def _roles(table: pa.Table, row: int) -> list[str]:
+    """Return what each token of a conversation is, a star where it is learnt; nothing for plain text."""
+    if not has_roles(table):
+        return []
+    names = {Role.TEXT: "content", Role.START: "start", Role.EOS: "end", Role.TEMPLATE: "template"}
+    roles, is_trained = list_row(table, "role", row), list_row(table, "is_trained", row)
+    return [
+        f"{names[Role(role)]}{' *' if trained else ''}"
+        for role, trained in zip(roles.tolist(), is_trained.tolist(), strict=True)
+    ]
 
 
 def _pairs(candidates: tuple[Candidate, ...]) -> list[tuple[str, float]]:

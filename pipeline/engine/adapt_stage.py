@@ -13,8 +13,9 @@ from pipeline.run.steps import Step
 from pipeline.run.trained_model import checkpoint_store, is_trained, local_folder
 from pipeline.settings.adapt import SourceConfig, fold_of
 from stages.contract.columns import list_column
-from stages.contract.schemas import id_type
+from stages.contract.schemas import has_conversations, id_type
 from stages.fuse.pack import Packing, pack
+from stages.models.segment_text import segment_texts
 from stages.models.tokenizer import SegmentTokenizer
 from train.job import FusedFile, TrainJob
 
@@ -66,7 +67,7 @@ def _job(run: Run, step: Step, source: SourceConfig, shards: Sequence[int]) -> T
             f"{step.key}: its {len(shards)} shards hold no training text; see `ptafuse status {run.store.url}`"
         )
     return TrainJob(
-        config=source.adapt.training(run.config.train),
+        config=source.adapt.training(run.config.train, isolate=source.reads_conversations),
         model=source,
         files=tuple(files),
         output=str(local_folder(run, step)),
@@ -92,7 +93,7 @@ def source_blocks(shard: pa.Table, tokenizer: SegmentTokenizer, *, max_length: i
         The columns of ``schemas.fused_schema`` that a training on gold tokens reads.
     """
     rows = shard.filter(pc.equal(shard["split"], "train"))
-    encodings = tokenizer.encode_batch(rows["text"].to_pylist(), is_last=rows["is_last"].to_pylist())
+    encodings = tokenizer.encode_segments(segment_texts(rows))
     lengths = np.array([len(encoding.ids) for encoding in encodings], np.int64)
     packing = pack(lengths, max_length=int(max([max_length, *lengths])), packing="whole")
     flat = np.concatenate([encoding.ids for encoding in encodings]) if encodings else np.empty(0, np.int32)
@@ -107,6 +108,12 @@ def source_blocks(shard: pa.Table, tokenizer: SegmentTokenizer, *, max_length: i
         "piece_segment": list_column(_by_block(packing, segments[packing.segment]), pa.int32()),
         "piece_offset": list_column(_by_block(packing, packing.offset), pa.int32()),
     }
+    if has_conversations(shard.schema):
+        trained = [encoding.is_trained for encoding in encodings if encoding.is_trained is not None]
+        is_trained = np.concatenate([np.empty(0, bool), *trained])
+        columns["is_trained"] = list_column(
+            _by_block(packing, is_trained[packing.tokens(lengths)], tokens=True), pa.bool_()
+        )
     return pa.table(columns)
 
 

@@ -29,7 +29,7 @@ def model_problems(config: RunConfig, *, may_ask_hub: bool = True) -> list[Probl
     for model in config.models:
         training = config.train if model is config.target else None
         if isinstance(model, SourceConfig) and model.adapt is not None:
-            training = model.adapt.training(config.train)
+            training = model.adapt.training(config.train, isolate=model.reads_conversations)
         problems += examine(
             model,
             trained=training is not None,

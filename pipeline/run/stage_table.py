@@ -188,7 +188,7 @@ def _adapt_names(config: RunConfig) -> tuple[str, ...]:
 def _adapt_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
     source, fold = adapted_source(config, name)
     assert source.adapt is not None
-    training = source.adapt.training(config.train).result_settings()
+    training = source.adapt.training(config.train, isolate=source.reads_conversations).result_settings()
     return {
         "adapt": {**training, "max_length": source.adapt.max_length},
         "fold": fold,

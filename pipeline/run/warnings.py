@@ -79,11 +79,19 @@ def shard_warnings(config: RunConfig, health: Mapping[str, Figure]) -> list[str]
                 f"lower shard.{split}_fraction" + _lines_hint(config.dataset, documents)
             )
     control = health.get(CONTROL_TOKEN_DOCUMENTS)
-    if isinstance(documents, int) and isinstance(control, int) and control >= MIN_CONTROL_TOKEN_SHARE * documents:
+    # Messages of a conversation may speak of control tokens: they are text there, and the templates' own are tokens.
+    is_text = not config.dataset.has_conversations
+    if (
+        is_text
+        and isinstance(documents, int)
+        and isinstance(control, int)
+        and control >= MIN_CONTROL_TOKEN_SHARE * documents
+    ):
         warnings.append(
             f"shard: {control:,} of {documents:,} documents hold control tokens of the run's models as text "
             f"({_most_frequent(health)}), and it is split like any other text: were conversations rendered with a chat "
-            'template? Set dataset.control_tokens = "parse" to read them as tokens (docs/bad-input.md)'
+            "template? Give the conversations themselves, with dataset.messages_column, and every model renders them with its "
+            'own template (docs/conversations.md); or set dataset.control_tokens = "parse" to read them as tokens'
         )
     return warnings
 

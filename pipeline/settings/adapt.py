@@ -36,13 +36,18 @@ class AdaptConfig(Settings):
     lora: LoraConfig | None = Field(None, description="Train low-rank adapters alone; all weights by default.")
     seed: int = Field(42, ge=0, description="Of the blocks' order.")
 
-    def training(self, like: TrainConfig) -> TrainConfig:
-        """Return the settings of the trainer: these, and of another training what changes no result (devices, workers)."""
+    def training(self, like: TrainConfig, *, isolate: bool = False) -> TrainConfig:
+        """Return the settings of the trainer: these, and of another training what changes no result (devices, workers).
+
+        Args:
+            like: the other training.
+            isolate: packed segments do not see each other, as conversations must not.
+        """
         runtime = {
             name: getattr(like, name) for name, field in TrainConfig.model_fields.items() if RUNTIME in field.metadata
         }
         own = {name: getattr(self, name) for name in type(self).model_fields if name != "max_length"}
-        return TrainConfig.model_validate({**runtime, **own, "lambda": 1.0})
+        return TrainConfig.model_validate({**runtime, **own, "lambda": 1.0, "isolate_documents": isolate})
 
 
 class SourceConfig(ModelConfig):

@@ -43,17 +43,43 @@
     const keep = positions.findIndex((part) => part.button.hasAttribute("aria-current"));
     positions = [];
     for (const segment of chosen ? chosen.segments : []) {
-      segment.tokens.forEach((token, index) => positions.push({ record: segment.positions[index], token: text(token), index, segment: segment.segment }));
+      const bare = segment.bare ? new Set(segment.bare) : null;
+      segment.tokens.forEach((token, index) => {
+        const isBare = bare ? bare.has(index) : index === 0 && text(token).startsWith("<");
+        positions.push({ record: segment.positions[index], token: text(token), index, segment: segment.segment, isBare });
+      });
     }
     positions.forEach((part, index) => {
-      const bare = part.index === 0 && part.token.startsWith("<");
+      const bare = part.isBare;
       part.button = make("span", { className: `token ${index % 2 ? "odd" : "even"}${bare ? " bare" : ""}`, tabIndex: -1, textContent: part.token || "∅" });
       part.button.setAttribute("role", "button");
       part.button.style.setProperty("--mark", mark(part.record.w));
       part.button.addEventListener("click", () => select(index));
     });
-    element("document").replaceChildren(...positions.map((part) => part.button));
+    element("document").replaceChildren(...laidOut(chosen ? chosen.segments : []));
     if (positions.length) select(keep >= 0 && keep < positions.length ? keep : Math.min(1, positions.length - 1), false);
+  }
+
+  // Tokens as they follow each other; those of a conversation in a bubble for each message.
+  function laidOut(segments) {
+    const buttons = positions.map((part) => part.button);
+    const nodes = [];
+    let at = 0;
+    for (const segment of segments) {
+      const first = at;
+      for (const [role, length, isLearnt] of segment.turns || []) {
+        const label = `${role}${isLearnt ? "" : ", context"}`;
+        const head = make("div", { className: "role", textContent: label });
+        const bubble = make("div", { className: `message ${role === "user" ? "right" : "left"}${isLearnt ? " learnt" : ""}` }, [head, ...buttons.slice(at, at + length)]);
+        bubble.setAttribute("role", "group");
+        bubble.setAttribute("aria-label", label);
+        nodes.push(bubble);
+        at += length;
+      }
+      nodes.push(...buttons.slice(at, first + segment.tokens.length)); // all of them, of a plain text
+      at = first + segment.tokens.length;
+    }
+    return nodes;
   }
 
   function select(index, focus = true) {

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 import pyarrow as pa
 
+from pipeline.analysis.turns import SegmentTurns, segment_turns
 from pipeline.run.session import read_inputs
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun, Step
@@ -119,11 +120,12 @@ def _documents(
         stage.setup()
     vocabulary = SegmentTokenizer.load(target).vocabulary
     found = []
-    shard, inputs = -1, {}
+    shard, inputs, messages = -1, {}, None
     for segments in chosen:
         if segments[0].shard != shard:
             shard = segments[0].shard
             inputs = read_inputs(run, store, run.steps["fuse"], shard)
+            messages = _table(store, run.steps["shard"], shard) if run.config.dataset.has_conversations else None
         own = inputs[f"logits/{target.name}"]
         parts = []
         for segment in segments:
@@ -138,10 +140,21 @@ def _documents(
                     "segment": segment.number,
                     "tokens": [texts(printable(vocabulary, token_id)) for token_id in token_ids],
                     "positions": [_position(place, sources, texts) for place, *sources in positions],
+                    **({} if messages is None else _turns(segment_turns(messages, own, segment.row))),
                 }
             )
         found.append({"doc": segments[0].doc_id, "shard": shard, "segments": parts})
     return found
+
+
+def _turns(found: SegmentTurns | None) -> dict[str, Any]:
+    """The messages of a segment: role, number of tokens, whether it is learnt; and which tokens are the template's."""
+    if found is None:
+        return {}
+    return {
+        "turns": [[turn.role, turn.end - turn.start, int(turn.is_trained)] for turn in found.turns],
+        "bare": np.flatnonzero(found.is_template).tolist(),
+    }
 
 
 MAX_SHARDS: Final = 8
