@@ -85,7 +85,8 @@ def bits_per_byte(
 
     Each segment is read on its own, with BOS if the model uses it, a conversation under the model's chat template.
     Probabilities are normalised over the tokenizer's ids. Special tokens are left out, and so is a first token that nothing
-    predicts, with its bytes (see ``cross_entropy``). Of conversations the messages that are learnt are scored, see ``content_cross_entropy``.
+    predicts, with its bytes (see ``cross_entropy``). Of conversations the messages that are learnt are scored (see
+    ``content_cross_entropy``).
     With ``config.num_generations`` the model is asked for answers as well, if it scores by itself.
 
     Args:
