@@ -186,6 +186,10 @@ class ModelConfig(PretrainedFiles):
         self.check_weights()
         self.tokenizer_files.check()
         self.tokenizer_files.require("tokenizer", TOKENIZER_FILES)
+        if self.chat_template not in (None, PLAIN) and not Path(str(self.chat_template)).is_file():
+            raise FileNotFoundError(
+                f"chat_template = {self.chat_template!r} is no file (expected a Jinja file, or 'plain'): correct the path"
+            )
 
     def check_weights(self) -> None:
         """Refuse a folder without weights.

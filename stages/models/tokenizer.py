@@ -8,13 +8,16 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Self
 
 import numpy as np
 
 from stages.models.byte_offsets import METASPACE, ends_by_bytes, ends_by_offsets
-from stages.models.config import ModelConfig, embedding_rows, load_tokenizer
-from stages.models.segment_text import SegmentText
+from stages.models.config import PLAIN, ModelConfig, embedding_rows, load_tokenizer
+from stages.models.conversations.encoder import ConversationEncoder, EncodedConversation
+from stages.models.conversations.template import ChatTemplate, RenderError, plain_template
+from stages.models.segment_text import Message, SegmentText
 
 BOS_TEXT: Final = b"<bos>"
 EOS_TEXT: Final = b"<eos>"
@@ -112,7 +115,14 @@ class SegmentTokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, bos: bool | None, parses_control_tokens: bool = False, num_rows: int | None = None
+        self,
+        tokenizer: Any,
+        *,
+        bos: bool | None,
+        parses_control_tokens: bool = False,
+        num_rows: int | None = None,
+        chat_template: str | None = None,
+        reads_conversations: bool = False,
     ) -> None:
         """Wrap a transformers tokenizer.
 
@@ -121,9 +131,12 @@ class SegmentTokenizer:
             bos: prepend BOS? None: if the tokenizer does so itself for a plain text.
             parses_control_tokens: a special token's name inside a text is that token.
             num_rows: number of rows of the model's embedding; tokens without a row are never used. None: unknown.
+            chat_template: a Jinja template, or ``"plain"``; None: the tokenizer's own.
+            reads_conversations: segments are conversations.
 
         Raises:
-            ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none.
+            ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none; or conversations cannot
+                be rendered.
         """
         description = _describe(tokenizer)
         self._backend = _copy_backend(tokenizer.backend_tokenizer, description)
@@ -141,6 +154,16 @@ class SegmentTokenizer:
             raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: leave `bos` out")
         uses_bos = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
         self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else self.vocabulary.eos_id
+        self._conversations: ConversationEncoder | None = None
+        if reads_conversations:
+            jinja = plain_template(bos=uses_bos) if chat_template == PLAIN else chat_template
+            self._conversations = ConversationEncoder(
+                ChatTemplate(tokenizer, jinja),
+                lambda: _copy_backend(tokenizer.backend_tokenizer, description),
+                self._spelling,
+            )
+            self.vocabulary = _of_conversations(self.vocabulary, self._spelling, self._conversations.turn_end_id)
+            self.prefix_id = self._conversations.first_id
         self.has_dummy_prefix: bool = self._writes_dummy_prefix()
         probe = self._backend.encode(_PROBE, add_special_tokens=False)
         self.spells_text: bool = ends_by_bytes(_PROBE.encode(), self._pieces(probe.ids)) is not None
@@ -161,6 +184,8 @@ class SegmentTokenizer:
                     bos=model.bos,
                     parses_control_tokens=model.control_tokens == "parse",
                     num_rows=embedding_rows(model),
+                    chat_template=_read_template(model.chat_template),
+                    reads_conversations=model.reads_conversations,
                 )
             except ValueError as error:
                 raise ValueError(f"model {model.name}: {error}") from error
@@ -189,16 +214,41 @@ class SegmentTokenizer:
         return encodings
 
     def encode_segments(self, segments: Sequence[SegmentText]) -> list[Encoding]:
-        """Tokenize segments as ``segment_texts`` reads them; texts as ``encode_batch`` does.
+        """Tokenize segments as ``segment_texts`` reads them: conversations with the chat template, texts as ``encode_batch``.
+
+        Raises:
+            RenderError: the template cannot render a conversation; ``shard`` lets none through.
+            ValueError: a segment is a conversation, and this tokenizer reads texts.
+        """
+        encodings = self.try_encode_segments(segments)
+        failed = next((encoding for encoding in encodings if isinstance(encoding, RenderError)), None)
+        if failed is not None:
+            raise failed
+        return [encoding for encoding in encodings if isinstance(encoding, Encoding)]
+
+    def try_encode_segments(self, segments: Sequence[SegmentText]) -> list[Encoding | RenderError]:
+        """Do as ``encode_segments``; a conversation that cannot be rendered gives the error in its place.
 
         Raises:
             ValueError: a segment is a conversation, and this tokenizer reads texts.
         """
-        if any(segment.messages for segment in segments):
-            raise ValueError("conversations need a tokenizer that renders them (`reads_conversations` of its model)")
-        return self.encode_batch(
-            [segment.text for segment in segments], is_last=[segment.is_last for segment in segments]
+        talks = [index for index, segment in enumerate(segments) if segment.messages]
+        texts = [index for index, segment in enumerate(segments) if not segment.messages]
+        done: dict[int, Encoding | RenderError] = dict(
+            zip(
+                texts,
+                self.encode_batch([segments[i].text for i in texts], is_last=[segments[i].is_last for i in texts]),
+                strict=True,
+            )
         )
+        if talks and self._conversations is None:
+            raise ValueError("conversations need a tokenizer that renders them (`reads_conversations` of its model)")
+        if self._conversations is not None:
+            for index, found in zip(
+                talks, self._conversations.encode([segments[i].messages for i in talks]), strict=True
+            ):
+                done[index] = found if isinstance(found, RenderError) else _encoding(found)
+        return [done[index] for index in range(len(segments))]
 
     def text_ids(self, text: str) -> list[int]:
         """Return the ids of a text's own tokens, without prefix and EOS."""
@@ -241,7 +291,16 @@ class SegmentTokenizer:
         return self.num_prefix + int(self.vocabulary.eos_id is not None)
 
     def _writes_dummy_prefix(self) -> bool:
-        """Return whether a text's first token is written with a space that the text does not have (``▁The``)."""
+        """Return whether a text's first token is written with a space that the text does not have (``▁The``).
+
+        Of conversations: that of the assistant's message. The space may be the template's (``[/INST] The``).
+        """
+        if self._conversations is not None:
+            messages = tuple(Message(role, "a", is_trained=role == "assistant") for role in ("user", "assistant"))
+            (encoding,) = self.encode_segments([SegmentText.conversation(messages)])
+            assert encoding.is_trained is not None
+            first = encoding.ids[int(np.argmax(encoding.is_trained))]
+            return self.vocabulary.token_bytes[first].startswith(b" ")
         ids = self._backend.encode("a", add_special_tokens=False).ids
         return bool(ids) and self.vocabulary.token_bytes[ids[0]].startswith(b" ")
 
@@ -282,6 +341,43 @@ class SegmentTokenizer:
             ids=np.array([*start, *ids, *end], np.int32),
             byte_end=np.concatenate([[0] * len(start), byte_end, [len(text.encode())] * len(end)]).astype(np.int32),
         )
+
+
+def _read_template(chat_template: str | None) -> str | None:
+    """Return the text of a template's file; what is no file stays.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    if chat_template in (None, PLAIN):
+        return chat_template
+    try:
+        return Path(str(chat_template)).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"its chat template cannot be read: {error} (expected chat_template = a Jinja file in UTF-8, or 'plain')"
+        ) from error
+
+
+def _encoding(found: EncodedConversation) -> Encoding:
+    coordinates = found.coordinates
+    return Encoding(np.array(found.ids, np.int32), coordinates.byte_end, coordinates.role, coordinates.is_trained)
+
+
+def _of_conversations(vocabulary: Vocabulary, spelling: Sequence[bytes], turn_end_id: int) -> Vocabulary:
+    """Return the vocabulary of a model that reads conversations.
+
+    EOS is the token that ends the assistant's turns, so that the maps between vocabularies take one model's to the other's.
+    BOS, and what else the tokenizer calls EOS, are special tokens without a counterpart.
+    """
+    token_bytes = list(vocabulary.token_bytes)
+    for token_id in {vocabulary.bos_id, vocabulary.eos_id} - {None}:
+        assert token_id is not None
+        token_bytes[token_id] = spelling[token_id]
+    token_bytes[turn_end_id] = EOS_TEXT
+    is_special, is_marked = vocabulary.is_special.copy(), vocabulary.is_marked.copy()
+    is_special[turn_end_id], is_marked[turn_end_id] = True, False
+    return Vocabulary(tuple(token_bytes), is_marked, is_special, None, turn_end_id)
 
 
 def _slices(texts: Sequence[str]) -> Iterator[slice]:

@@ -1,0 +1,1 @@
+"""How a model renders conversations, and which of its tokens say what of them."""
