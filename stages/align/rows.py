@@ -24,6 +24,8 @@ class ModelRows:
             read it; None: they leave it out.
         num_draws: m, the places that draws from the tail take in a row beside those of the exact entries.
         roles: what the tokens are, in a conversation; None for plain text, whose roles its tokenizer tells (``Side.roles_of``).
+        is_marked: (N,) bool, in a conversation: where a message begins, its first token is written with a space that the
+            message does not have; None: it is read off the tokens. For rows that are not one per token of the model.
     """
 
     token_ids: np.ndarray
@@ -33,6 +35,7 @@ class ModelRows:
     gold_logprob: np.ndarray | None = None
     num_draws: int = 0
     roles: TokenRoles | None = None
+    is_marked: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -96,6 +99,8 @@ class Side:
         if rows.roles is None:
             return self.roles(rows.token_ids)
         roles = rows.roles.role
+        if rows.is_marked is not None:
+            return roles
         before = np.flatnonzero((roles[:-1] == Role.START) & (roles[1:] == Role.TEXT))
         mixed = [position for position in before.tolist() if self._mixes_template_in(rows, position + 1)]
         if mixed:
@@ -117,6 +122,8 @@ class Side:
             return is_start, is_start & self.has_dummy_prefix
         roles = self.roles_of(rows)
         is_start = roles == Role.START
+        if rows.is_marked is not None:
+            return is_start, is_start & rows.is_marked
         is_marked = np.zeros(len(rows), np.bool_)
         for position in np.flatnonzero(is_start[:-1] & (roles[1:] == Role.TEXT)).tolist():
             is_marked[position] = self._has_mark(rows, position + 1)

@@ -220,6 +220,22 @@ def test_the_first_word_of_every_message_is_the_same_text_with_and_without_a_spa
     assert row[INST.token_bytes.index(b" It")] == pytest.approx(0.3, abs=0.02)
 
 
+def test_rows_that_are_not_one_per_token_say_themselves_how_a_message_begins():
+    """What a source expects at the target's positions: its own first token of the message may be longer than the target's."""
+    chatml, inst = chat("chatml"), chat("inst")
+    at = inst.find(b"[/INST]")
+    own = inst.rows({at: {b" The": 0.6, b" It": 0.3}})
+    size, here = len(chatml.ids), chatml.find(b"assistant\n")
+    ids, probs = np.full((size, own.topk_ids.shape[1]), -1, np.int32), np.zeros((size, own.topk_ids.shape[1]))
+    ids[here], probs[here] = own.topk_ids[at], own.topk_probs[at]
+    tokens = np.full(size, inst.ids[at + 1], np.int32)
+    source = replace(chatml.rows(), token_ids=tokens, topk_ids=ids, topk_probs=probs, is_marked=np.ones(size, bool))
+    chosen = {"preset": "semi-relaxed", "cost": "edit-distance", "epsilon": 0.1}
+    aligned = aligner(chatml, inst, **chosen).align(chatml.rows(), source)
+    assert row_of(aligned, here)[CHATML.token_bytes.index(b"The")] == pytest.approx(0.6, abs=0.02)
+    assert row_of(aligned, here)[CHATML.token_bytes.index(b"It")] == pytest.approx(0.3, abs=0.02)
+
+
 def test_the_end_of_turn_moves_to_the_end_of_turn():
     chatml, inst = chat("chatml"), chat("inst")
     end = inst.find(b" cat", b"<eos>") - 1
