@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,6 +20,7 @@ from train.checkpoints.checkpoint import committed_steps
 from train.data.blocks import FusedBlocks
 from train.job import FusedFile, StepRecord, TrainJob
 from train.loop import train
+from train.objective.loss import IGNORED
 from train.run_log import read_log
 
 
@@ -80,8 +83,6 @@ def test_first_loss_is_the_models_own(tiny_job, tmp_path):
 
 def test_lambda_one_needs_no_distributions(tiny_job, tmp_path):
     import hashlib
-
-    import pyarrow.parquet as pq
 
     files = []
     for file in tiny_job.files:
@@ -293,3 +294,39 @@ def test_conversations_that_are_not_isolated_are_refused_before_anything_is_read
     job = replace(job_in(tiny_job, tmp_path), model=model, files=(FusedFile("nowhere", "0"),))
     with pytest.raises(ValueError, match="lets the conversations of a block see each other"):
         train(job)
+
+
+def test_an_interrupted_run_on_conversations_ends_as_an_undisturbed_one(tiny_job, tmp_path):
+    """Blocks of two conversations, of which every third token is learnt."""
+    files = []
+    for number, file in enumerate(tiny_job.files):
+        table = pq.read_table(file.path)
+        sizes = [len(ids) for ids in table["token_ids"]]
+        for name, values in (
+            ("piece_start", [[0, size // 2] for size in sizes]),
+            ("piece_doc_id", [[2 * row, 2 * row + 1] for row in range(len(sizes))]),
+            ("piece_segment", [[0, 0] for _ in sizes]),
+            ("piece_offset", [[0, 0] for _ in sizes]),
+        ):
+            index = table.schema.get_field_index(name)
+            table = table.set_column(index, table.schema.field(name), pa.array(values, table.schema.field(name).type))
+        learnt = pa.array([[token % 3 == 0 for token in range(size)] for size in sizes], pa.list_(pa.bool_()))
+        table = table.append_column(pa.field("is_trained", learnt.type, nullable=False), learnt)
+        files.append(save(table, tmp_path / f"shard-{number}.parquet"))
+    model = tiny_job.model.model_copy(update={"reads_conversations": True})
+    # The tokenizer has no chat template; which tokens are learnt stands in the files alone.
+    model = model.model_copy(update={"chat_template": "plain"})
+    job = replace(tiny_job, model=model, files=tuple(files))
+    whole = train(job_in(job, tmp_path / "whole", isolate_documents=True))
+    disturbed = job_in(job, tmp_path / "disturbed", isolate_documents=True)
+    with pytest.raises(InterruptedError_):
+        train(disturbed, on_step=interrupt_after(3))
+    assert_same_weights(train(disturbed).model_folder, whole.model_folder)
+    # Gold tokens and fused rows count at learnt positions alone, and none is learnt from another conversation.
+    first = read_log(tmp_path / "whole")[0]
+    assert first.loss_clm > 0
+    blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True, isolate_documents=True)
+    labels = [blocks.block(index).labels for index in range(len(blocks))]
+    assert sum(int((part != IGNORED).sum()) for part in labels) == sum(
+        sum(token % 3 == 0 and token not in (0, len(part) // 2) for token in range(len(part))) for part in labels
+    )
