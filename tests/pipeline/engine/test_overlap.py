@@ -288,14 +288,37 @@ def test_a_model_of_another_fold_waits_until_the_first_is_not_used(
     assert set(loaded) == set(FOLDS)
 
 
-def run_two(job: ShardJob, on_run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.mark.parametrize("num_pending", [1, 2, 3])
+def test_in_one_process_as_many_shards_are_under_way_as_are_left_up_to_two(
+    fresh: ShardJob, monkeypatch: pytest.MonkeyPatch, num_pending: int
+) -> None:
+    threads: set[int] = set()
+
+    def note(shard: int) -> None:
+        threads.add(threading.get_ident())
+        if num_pending > 1 and shard < 2:
+            meeting.wait(PATIENCE_SECONDS)
+
+    meeting = threading.Barrier(2)
+    assert list(run_two(fresh, note, monkeypatch, num_pending)) == ["done"] * num_pending
+    if num_pending == 1:
+        assert threads == {threading.get_ident()}, "a single shard needs no other thread"
+    else:
+        assert len(threads) == 2
+        assert threading.get_ident() not in threads
+
+
+def run_two(
+    job: ShardJob, on_run: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, num_pending: int | None = None
+) -> Iterator[str]:
     class Prepared(ShardWorker):
         def __init__(self, job: ShardJob) -> None:
             super().__init__(job)
             MeetingStage(self, on_run)
 
     monkeypatch.setattr(local_runner, "ShardWorker", Prepared)
-    for status in local_runner.run_shards(job, range(job.num_shards), TWO, EngineConfig()):
+    pending = range(job.num_shards if num_pending is None else num_pending)
+    for status in local_runner.run_shards(job, pending, TWO, EngineConfig()):
         yield status.outcome
 
 
