@@ -67,7 +67,7 @@ def fill(run: ResolvedRun, folder: Path, done: Mapping[str, int]) -> None:
 
 
 def manifest_of(run: ResolvedRun, key: str, shard: int, num_shards: int) -> Manifest:
-    """The manifest of a shard that has as many health figures as align's have."""
+    """The manifest of a shard that has as many health metrics as align's have."""
     step = run.steps[key]
     references = {
         name: InputRef(folder=run.steps[source].folder, manifest_sha256="0" * 64, data_sha256="1" * 64)

@@ -60,7 +60,7 @@ def status(
     as_json: JsonOption = False,
     watched: Annotated[bool, typer.Option("--watch", help="Update until everything is done, or Ctrl-C.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of --watch.")] = 5.0,
-    all_figures: Annotated[bool, typer.Option("--all", help="Show every health metric of every step.")] = False,
+    all_metrics: Annotated[bool, typer.Option("--all", help="Show every health metric of every step.")] = False,
     config: ConfigNameOption = None,
 ) -> None:
     """Show what is done, pending and failed, and what to run next. Reads storage only."""
@@ -81,7 +81,7 @@ def status(
     if as_json:
         sys.stdout.write(json.dumps(status_json(found), indent=1) + "\n")
     else:
-        print_status(found, console(), all_figures=all_figures)
+        print_status(found, console(), all_metrics=all_metrics)
 
 
 @app.command()

@@ -9,7 +9,7 @@ from pipeline.display.table import ResultTable
 from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import ResolvedRun
 from pipeline.state.status import RunStatus
-from stages.contract.manifest import Figure, Health, Mean
+from stages.contract.manifest import Health, HealthMetric, Mean
 
 CHOSEN_BY_GOLD: Final = "chosen_by_gold"
 """Fuse's count of positions at which the gold token decided what is taught; their figures have it as a prefix."""
@@ -168,11 +168,11 @@ def _count(health: Health, name: str) -> int:
     return figure if isinstance(figure, int) else 0
 
 
-def _mean(figure: Figure | None) -> float | None:
+def _mean(figure: HealthMetric | None) -> float | None:
     return figure.value if isinstance(figure, Mean) and figure.count else None
 
 
-def _share(part: Figure | None, whole: Figure | None) -> float | None:
+def _share(part: HealthMetric | None, whole: HealthMetric | None) -> float | None:
     return part / whole if isinstance(part, int) and isinstance(whole, int) and whole else None
 
 

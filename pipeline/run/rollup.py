@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stages.contract.manifest import Figure, Manifest, Mean
+from stages.contract.manifest import HealthMetric, Manifest, Mean
 from stages.contract.store import FileEntry, Store
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Line:
     Attributes:
         version: version of the manifest file, as the listing shows it.
         figures: figures of the shard.
-        health: the stage's health figures: a number that adds up, or [total, count] of a mean.
+        health: the stage's health metrics: a number that adds up, or [total, count] of a mean.
     """
 
     version: str
@@ -82,11 +82,11 @@ class StepFigures:
 
     Attributes:
         shards: shard -> its figures.
-        health: health figures, added up over them.
+        health: health metrics, added up over them.
     """
 
     shards: dict[int, DoneShard] = field(default_factory=dict)
-    health: dict[str, Figure] = field(default_factory=dict)
+    health: dict[str, HealthMetric] = field(default_factory=dict)
 
 
 class FiguresReader:
@@ -228,6 +228,6 @@ def _added(before: StepFigures, lines: Iterable[Line]) -> StepFigures:
                 sums[1] += figure[1]
             else:
                 counts[name] = counts.get(name, 0) + figure
-    health: dict[str, Figure] = {**counts}
+    health: dict[str, HealthMetric] = {**counts}
     health |= {name: Mean(total=total, count=int(count)) for name, (total, count) in means.items()}
     return StepFigures(dict(sorted(shards.items())), health)

@@ -21,7 +21,7 @@ from pipeline.settings.run import RunConfig
 from pipeline.settings.texts import TEXT_VERSION
 from stages.align.config import VERSION as ALIGN_VERSION
 from stages.contract.fingerprint import Settings
-from stages.contract.manifest import Figure, Mean
+from stages.contract.manifest import HealthMetric, Mean
 from stages.contract.stage import Stage
 from stages.contract.store import ROW_GROUP_BYTES
 from stages.fuse.config import FIT_VERSION
@@ -156,13 +156,13 @@ class JobStage(StageSpec):
         result: the file in a step's folder that is written last: the proof that the step is done.
         is_table: the stages that read the step get a table, the ``rows`` of its result, which is JSON; else they get the models
             in its folders, one for each fold of the shards (``adapt``).
-        figures: function from its result to what ``status`` shows of it; None: nothing.
+        metrics: function from its result to what ``status`` shows of it; None: nothing.
         keeps_log: a step logs its progress (``outcomes.read_training_log``).
     """
 
     result: str
     is_table: bool = False
-    figures: Callable[[Mapping[str, Any]], dict[str, Figure]] | None = None
+    metrics: Callable[[Mapping[str, Any]], dict[str, HealthMetric]] | None = None
     keeps_log: bool = False
 
 
@@ -261,7 +261,7 @@ def _by_kind(config: RunConfig) -> bool:
     return _is_fitted(config) and config.fuse.per == "kind"
 
 
-def _fit_figures(result: Mapping[str, Any]) -> dict[str, Figure]:
+def _fit_metrics(result: Mapping[str, Any]) -> dict[str, HealthMetric]:
     """Return the weights for the whole text, and what the mixture makes of it."""
     whole = result["rows"][0]
     weights = {f"weight/{name}": weight for name, weight in zip(result["candidates"], whole["weights"], strict=True)}
@@ -429,7 +429,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
         reads_kinds=_by_kind,
         result="weights.json",
         is_table=True,
-        figures=_fit_figures,
+        metrics=_fit_metrics,
     ),
     ShardedStage(
         name="fuse",

@@ -11,7 +11,7 @@ from pipeline.dataset.files import DatasetError
 from pipeline.dataset.find import find_files
 from pipeline.dataset.formats import TEXT
 from pipeline.settings.run import RunConfig
-from stages.contract.manifest import Figure
+from stages.contract.manifest import HealthMetric
 from stages.shard.config import CONTROL_TOKEN, CONTROL_TOKEN_DOCUMENTS, DatasetConfig
 
 MIN_EXPECTED_DOCUMENTS: Final = 3.0
@@ -56,8 +56,8 @@ def expected_warnings(config: RunConfig, num_documents: int | None) -> list[str]
     ]
 
 
-def shard_warnings(config: RunConfig, health: Mapping[str, Figure]) -> list[str]:
-    """Say what the health figures of the finished shard stage show.
+def shard_warnings(config: RunConfig, health: Mapping[str, HealthMetric]) -> list[str]:
+    """Say what the health metrics of the finished shard stage show.
 
     Args:
         config: config of the run.
@@ -119,7 +119,7 @@ def _lines_hint(dataset: DatasetConfig, num_documents: int) -> str:
     )
 
 
-def _most_frequent(health: Mapping[str, Figure]) -> str:
+def _most_frequent(health: Mapping[str, HealthMetric]) -> str:
     counts = {
         name.removeprefix(CONTROL_TOKEN): count
         for name, count in health.items()

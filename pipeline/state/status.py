@@ -11,7 +11,7 @@ from pipeline.run.shard_plan import read_plan
 from pipeline.run.stage_table import job_stage
 from pipeline.run.steps import ResolvedRun, Step, result_key
 from pipeline.run.warnings import shard_warnings
-from stages.contract.manifest import Figure
+from stages.contract.manifest import HealthMetric
 from stages.contract.store import Store
 
 LOW_COVERAGE = 0.5
@@ -27,7 +27,7 @@ class StepStatus:
         fingerprint: fingerprint of its folder.
         num_shards: shards in all; 0 while there is no plan, and for train and eval.
         shards: the done shards.
-        health: their health figures, added up; for a job, the figures of its result.
+        health: their health metrics, added up; for a job, the figures of its result.
         attempts: shard that is not done -> the recorded attempts at it.
         running: shards that a worker computes now.
         is_done: nothing of the step is left to do.
@@ -38,7 +38,7 @@ class StepStatus:
     fingerprint: str
     num_shards: int = 0
     shards: Mapping[int, DoneShard] = field(default_factory=dict)
-    health: Mapping[str, Figure] = field(default_factory=dict)
+    health: Mapping[str, HealthMetric] = field(default_factory=dict)
     attempts: Mapping[int, list[dict[str, Any]]] = field(default_factory=dict)
     running: frozenset[int] = frozenset()
     is_done: bool = False
@@ -75,14 +75,14 @@ class StepStatus:
         return done.attempt if done else len(self.attempts.get(shard, ()))
 
     @property
-    def figures(self) -> dict[str, Figure]:
+    def metrics(self) -> dict[str, HealthMetric]:
         """Health metrics, and for a stage that runs models its speed and the models' share of the time."""
-        figures = dict(self.health)
-        seconds, forward = (figures.get(name) for name in ("stage_seconds", "forward_seconds"))
+        metrics = dict(self.health)
+        seconds, forward = (metrics.get(name) for name in ("stage_seconds", "forward_seconds"))
         if isinstance(seconds, float) and isinstance(forward, float) and seconds:
-            figures["forward_share"] = forward / seconds
-            figures["tokens_per_second_per_worker"] = self.num_tokens / seconds
-        return figures
+            metrics["forward_share"] = forward / seconds
+            metrics["tokens_per_second_per_worker"] = self.num_tokens / seconds
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class StatusReader:
         """Remember the run; nothing is read yet."""
         self._resolved = resolved
         self._store = store
-        self._figures = FiguresReader(store)
+        self._reader = FiguresReader(store)
 
     def read(self) -> RunStatus:
         """Read the current state of the run."""
@@ -129,19 +129,19 @@ class StatusReader:
             is_done = self._store.exists(result_key(step))
             job = job_stage(step.stage)
             training = self._last_training_step(step) if job.keeps_log else None
-            health = job.figures(read_result(self._store, step) or {}) if is_done and job.figures else {}
+            health = job.metrics(read_result(self._store, step) or {}) if is_done and job.metrics else {}
             return StepStatus(step.key, step.fingerprint, health=health, is_done=is_done, training=training)
-        figures = self._figures.read(step.folder)
-        is_done = 0 < num_shards == len(figures.shards)
-        attempts = {} if is_done else unfinished_attempts(self._store, step.folder, figures.shards)
+        done = self._reader.read(step.folder)
+        is_done = 0 < num_shards == len(done.shards)
+        attempts = {} if is_done else unfinished_attempts(self._store, step.folder, done.shards)
         longest = self._resolved.config.engine.no_progress_timeout_seconds
         running = {shard for shard, past in attempts.items() if is_running(past[-1], longest_seconds=longest)}
         return StepStatus(
             key=step.key,
             fingerprint=step.fingerprint,
             num_shards=num_shards,
-            shards=figures.shards,
-            health=figures.health,
+            shards=done.shards,
+            health=done.health,
             attempts=attempts,
             running=frozenset(running),
             is_done=is_done,

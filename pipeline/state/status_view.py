@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.state.status import RunStatus, StepStatus
-from stages.contract.manifest import Figure, Mean
+from stages.contract.manifest import HealthMetric, Mean
 from stages.shard.config import CONTROL_TOKEN_DOCUMENTS
 
 GOLD_EXCLUDED: Final = "gold_excluded"
@@ -48,7 +48,7 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
         "missing_source_segments": "segments without a source",
     },
 }
-"""Stage -> the health figures that say how a run goes, and what each is; a name that ends in a slash begins several. All others
+"""Stage -> the health metrics that say how a run goes, and what each is; a name that ends in a slash begins several. All others
 are shown by ``status --all``."""
 ONLY_IF_ANY: Final = frozenset(
     {
@@ -77,13 +77,13 @@ def status_json(status: RunStatus) -> dict[str, Any]:
     }
 
 
-def print_status(status: RunStatus, console: Console, *, all_figures: bool = False) -> None:
+def print_status(status: RunStatus, console: Console, *, all_metrics: bool = False) -> None:
     """Show where a run stands.
 
     Args:
         status: status of the run.
         console: where it is shown.
-        all_figures: show every health figure, not only those that say how a run goes.
+        all_metrics: show every health metric, not only those that say how a run goes.
     """
     table = Table(title=f"{status.url}  ({status.name})", title_justify="left")
     for column in ("step", "fingerprint", "done", "failed", "tokens", "attempts", "tokens/s"):
@@ -100,7 +100,7 @@ def print_status(status: RunStatus, console: Console, *, all_figures: bool = Fal
             f"{step.num_tokens / step.seconds:,.0f}" if step.seconds and step.num_tokens else "",
         )
     console.print(table)
-    _print_health(status, console, all_figures=all_figures)
+    _print_health(status, console, all_metrics=all_metrics)
     for step in status.steps:
         for shard, error in sorted(step.failed.items()):
             console.print(f"{step.key} shard {shard} failed: {error}", style="red")
@@ -111,45 +111,45 @@ def print_status(status: RunStatus, console: Console, *, all_figures: bool = Fal
     )
 
 
-def _print_health(status: RunStatus, console: Console, *, all_figures: bool) -> None:
+def _print_health(status: RunStatus, console: Console, *, all_metrics: bool) -> None:
     table = Table(title="health", title_justify="left")
-    for column in ("step", "figure", "value", "what it is"):
+    for column in ("step", "metric", "value", "what it is"):
         table.add_column(column, justify="right" if column == "value" else "left")
     num_left_out = 0
     for step in status.steps:
         meanings = _meanings(step)
         first = True
-        for name in (*meanings, *sorted(set(step.figures) - set(meanings))):
-            figure = step.figures[name]
-            if not all_figures and (name not in meanings or (name in ONLY_IF_ANY and not figure)):
+        for name in (*meanings, *sorted(set(step.metrics) - set(meanings))):
+            metric = step.metrics[name]
+            if not all_metrics and (name not in meanings or (name in ONLY_IF_ANY and not metric)):
                 num_left_out += 1
                 continue
-            table.add_row(step.key if first else "", name, _with_share(name, figure, step), meanings.get(name, ""))
+            table.add_row(step.key if first else "", name, _with_share(name, metric, step), meanings.get(name, ""))
             first = False
     if table.row_count:
         console.print(table)
     if num_left_out:
-        console.print(f"{num_left_out} more figures: ptafuse status {status.url} --all", soft_wrap=True)
+        console.print(f"{num_left_out} more metrics: ptafuse status {status.url} --all", soft_wrap=True)
 
 
 def _meanings(step: StepStatus) -> dict[str, str]:
-    """Return the step's figures that say how a run goes, in the order in which they are shown, and what each is."""
+    """Return the step's metrics that say how a run goes, in the order in which they are shown, and what each is."""
     found: dict[str, str] = {}
     for name, meaning in HEADLINES.get(step.stage, {}).items():
-        names = [name] if name in step.figures else []
+        names = [name] if name in step.metrics else []
         if name.endswith("/"):
-            names = sorted(figure for figure in step.figures if figure.startswith(name))
+            names = sorted(metric for metric in step.metrics if metric.startswith(name))
         found |= dict.fromkeys(names, meaning)
     return found
 
 
-def _with_share(name: str, figure: Figure, step: StepStatus) -> str:
-    if name == "completed_nll" and step.figures.get(GOLD_EXCLUDED):
-        return f"inf ({shown_figure(figure)} elsewhere)"
-    whole = step.figures.get(WHOLES.get(name, ""))
-    if isinstance(figure, int) and isinstance(whole, int) and whole:
-        return f"{shown_figure(figure)} ({figure / whole:.0%})"
-    return shown_figure(figure)
+def _with_share(name: str, metric: HealthMetric, step: StepStatus) -> str:
+    if name == "completed_nll" and step.metrics.get(GOLD_EXCLUDED):
+        return f"inf ({shown_metric(metric)} elsewhere)"
+    whole = step.metrics.get(WHOLES.get(name, ""))
+    if isinstance(metric, int) and isinstance(whole, int) and whole:
+        return f"{shown_metric(metric)} ({metric / whole:.0%})"
+    return shown_metric(metric)
 
 
 def _step_json(step: StepStatus) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def _step_json(step: StepStatus) -> dict[str, Any]:
         "is_done": step.is_done,
         "num_shards": step.num_shards,
         "num_done": len(step.shards),
-        "health": {name: _health_json(figure) for name, figure in step.figures.items()},
+        "health": {name: _health_json(metric) for name, metric in step.metrics.items()},
         "shards": shards,
     }
 
@@ -193,19 +193,19 @@ def _state(step: StepStatus, shard: int, failed: Container[int]) -> str:
     return "unfinished" if shard in step.attempts else "pending"
 
 
-def _health_json(figure: Figure) -> float | None:
-    if isinstance(figure, Mean):
-        return figure.value if figure.count else None
-    return figure
+def _health_json(metric: HealthMetric) -> float | None:
+    if isinstance(metric, Mean):
+        return metric.value if metric.count else None
+    return metric
 
 
-def shown_figure(figure: Figure) -> str:
+def shown_metric(metric: HealthMetric) -> str:
     """Format a health metric for people."""
-    if isinstance(figure, Mean):
-        return f"{figure.value:.4g}" if figure.count else "-"
-    if isinstance(figure, float):
-        return f"{figure:,.0f}" if abs(figure) >= 1000 else f"{figure:.4g}"
-    return f"{figure:,}"
+    if isinstance(metric, Mean):
+        return f"{metric.value:.4g}" if metric.count else "-"
+    if isinstance(metric, float):
+        return f"{metric:,.0f}" if abs(metric) >= 1000 else f"{metric:.4g}"
+    return f"{metric:,}"
 
 
 def _yes(step: StepStatus) -> str:

@@ -107,19 +107,19 @@ class AlignHealth:
         if aligned.problems is not None and self._config.method == "transport":
             self._add_mean("marginal_error", aligned.problems.marginal_error)
 
-    def figures(self) -> dict[str, int | Mean]:
+    def metrics(self) -> dict[str, int | Mean]:
         """Return the metrics for the manifest.
 
         Metrics of positions inside source tokens are left out unless these are conditioned.
         """
-        figures: dict[str, int | Mean] = {
+        metrics: dict[str, int | Mean] = {
             **self._counts,
             **self._means,
             "missing_target_segments": self._missing_target_segments,
         }
         if self._config.inexact == "condition":
-            return figures
-        return {name: figure for name, figure in figures.items() if not name.startswith(("inner_", "conditioned_"))}
+            return metrics
+        return {name: metric for name, metric in metrics.items() if not name.startswith(("inner_", "conditioned_"))}
 
     def _add_teacher_nll(
         self, aligned: AlignedSegment, target: ModelRows, distributions: SparseRows, covered: np.ndarray

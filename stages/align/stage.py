@@ -133,7 +133,7 @@ class AlignStage:
             health.add(aligned, target, source, judged=judged, distributions=distributions)
         if health.missing_source_segments:
             logger.warning("%d segments have no row of %s", health.missing_source_segments, self._source.name)
-        return StageOutput(rows.table(), num_tokens, health.figures(), tuple(quarantine))
+        return StageOutput(rows.table(), num_tokens, health.metrics(), tuple(quarantine))
 
     def align_rows(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment as ``run`` does, from arrays and without rounding: for what no table is kept of.

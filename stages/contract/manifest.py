@@ -35,11 +35,11 @@ class Mean(BaseModel):
         return Mean(total=self.total + other.total, count=self.count + other.count)
 
 
-Figure = int | float | Mean
-"""A health figure: a count (int), seconds (float) or a mean; all add up over shards."""
+HealthMetric = int | float | Mean
+"""A health metric: a count (int), seconds (float) or a mean; all add up over shards."""
 
-Health = Mapping[str, Figure]
-"""A stage's health figures, by name."""
+Health = Mapping[str, HealthMetric]
+"""A stage's health metrics, by name."""
 
 
 class DataFile(BaseModel):
@@ -73,7 +73,7 @@ class Manifest(BaseModel):
     num_rows_out: int
     num_quarantined: int
     num_tokens: int
-    health: dict[str, Figure]
+    health: dict[str, HealthMetric]
     seconds: float = Field(description="Reading, computing and writing this shard, without start-up.")
     cpus: float | None = Field(None, description="CPUs that the worker had; None before this was recorded.")
     gpus: float | None = Field(None, description="GPUs that the worker had; None before this was recorded.")

@@ -51,7 +51,7 @@ class HealthCounts:
             chosen: (N,) index of the candidate with the largest weight, -1 where there is no fused distribution.
             chosen_by_gold: (N,) bool; the gold token itself decided what the distribution is.
             mixed_gold_logprob: (N,) what the distributions are judged by where they have draws, see ``mix.mixed_gold_logprob``;
-                None: they themselves. With it there are no floored figures: the exact rows that they are of are not stored.
+                None: they themselves. With it there are no floored metrics: the exact rows that they are of are not stored.
         """
         rows = mixture.rows
         present = rows.present
@@ -60,11 +60,11 @@ class HealthCounts:
         self._chosen += np.bincount(chosen[present], minlength=len(self._names))
         self._cut_mass += float(mixture.cut_mass[present].sum())
         probs, own_probs = (np.exp(part.logprobs.astype(np.float64)) for part in (rows, target))
-        figures = {"target_exact_nll": exact_nll(gold_logprob, np.arange(len(gold)))}
+        metrics = {"target_exact_nll": exact_nll(gold_logprob, np.arange(len(gold)))}
         if mixed_gold_logprob is not None:
-            figures["completed_nll"] = -mixed_gold_logprob
+            metrics["completed_nll"] = -mixed_gold_logprob
         else:
-            figures["completed_nll"] = completed_nll(
+            metrics["completed_nll"] = completed_nll(
                 rows.ids,
                 probs,
                 mixture.tail_mass if self._has_tail else None,
@@ -73,12 +73,12 @@ class HealthCounts:
                 own_probs=own_probs,
                 own_gold_logprob=gold_logprob,
             )
-            figures["floored_nll"] = floored_nll(rows.ids, probs, gold)
-            figures["target_floored_nll"] = floored_nll(target.ids[:, : self._top_k], own_probs[:, : self._top_k], gold)
-        self._teacher.add(figures, present & ~chosen_by_gold)
-        self._chosen_by_gold.add(figures, present & chosen_by_gold)
+            metrics["floored_nll"] = floored_nll(rows.ids, probs, gold)
+            metrics["target_floored_nll"] = floored_nll(target.ids[:, : self._top_k], own_probs[:, : self._top_k], gold)
+        self._teacher.add(metrics, present & ~chosen_by_gold)
+        self._chosen_by_gold.add(metrics, present & chosen_by_gold)
 
-    def figures(self) -> dict[str, int | Mean]:
+    def metrics(self) -> dict[str, int | Mean]:
         """Return the metrics by name.
 
         ``positions``: target positions with a next token in their segment; ``fused``: those with a fused distribution;
@@ -87,16 +87,16 @@ class HealthCounts:
         ``completed_nll``, ``target_exact_nll``, ``floored_nll``, ``target_floored_nll``, ``gold_excluded``: of the fused
         distributions, as align's are of the aligned ones. A distribution that the gold token itself decided (all mass on
         it, or granularity ``"token"`` with a choice) would be judged by what chose it: such positions are left out there,
-        and have the same figures under ``chosen_by_gold/``; ``chosen_by_gold`` counts them. Where rows have draws,
+        and have the same metrics under ``chosen_by_gold/``; ``chosen_by_gold`` counts them. Where rows have draws,
         ``completed_nll`` is of the weighted sum of the candidates' completed probabilities, and nothing is floored.
         """
         return {
             "positions": self._num_positions,
             "fused": self._num_fused,
             **{f"chosen/{name}": int(count) for name, count in zip(self._names, self._chosen, strict=True)},
-            **self._teacher.figures(),
+            **self._teacher.metrics(),
             "chosen_by_gold": self._chosen_by_gold.num_positions,
-            **{f"chosen_by_gold/{name}": figure for name, figure in self._chosen_by_gold.figures().items()},
+            **{f"chosen_by_gold/{name}": metric for name, metric in self._chosen_by_gold.metrics().items()},
             "cut_mass": Mean(total=self._cut_mass, count=self._num_fused),
         }
 
@@ -110,13 +110,13 @@ class _TeacherNll:
         self._num_excluded = 0
         self.num_positions = 0
 
-    def add(self, figures: dict[str, np.ndarray], where: np.ndarray) -> None:
-        """Take in the figures, (N,) each, at the positions ``where``."""
+    def add(self, metrics: dict[str, np.ndarray], where: np.ndarray) -> None:
+        """Take in the metrics, (N,) each, at the positions ``where``."""
         self.num_positions += int(where.sum())
-        self._num_excluded += int(np.isinf(figures["completed_nll"][where]).sum())
-        for name, values in figures.items():
+        self._num_excluded += int(np.isinf(metrics["completed_nll"][where]).sum())
+        for name, values in metrics.items():
             finite = values[where & np.isfinite(values)]
             self._means[name] += Mean(total=float(finite.sum()), count=len(finite))
 
-    def figures(self) -> dict[str, int | Mean]:
+    def metrics(self) -> dict[str, int | Mean]:
         return {**self._means, "gold_excluded": self._num_excluded}

@@ -176,7 +176,7 @@ class FuseStage:
                 "blocks": packing.num_blocks,
                 "block_fill": Mean(total=float(shard.lengths.sum()), count=packing.num_blocks * self.config.max_length),
                 "short_context": num_short,
-                **health.figures(),
+                **health.metrics(),
                 "missing_source_segments": int((shard.aligned_rows < 0).sum()),
             },
         )

@@ -13,9 +13,9 @@ VERSION: Final = 2
 """Of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 CONTROL_TOKEN_DOCUMENTS: Final = "control_token_documents"
-"""Health figure: documents that hold the text of a control token."""
+"""Health metric: documents that hold the text of a control token."""
 CONTROL_TOKEN: Final = "control_token/"
-"""Begins the health figures of single control tokens."""
+"""Begins the health metrics of single control tokens."""
 
 
 def absolute_or_url(path: str | None) -> str | None:

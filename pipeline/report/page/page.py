@@ -26,7 +26,7 @@ from pipeline.run.outcomes import read_training_log
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun, result_key
 from pipeline.state.status import RunStatus, StepStatus, read_status
-from pipeline.state.status_view import shown_figure
+from pipeline.state.status_view import shown_metric
 from pipeline.workflow.sweep import SweepConfig, cells_of, recorded_sweeps, sweep_runs
 from stages.contract.store import Store
 
@@ -222,6 +222,6 @@ def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus
 
 
 def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:
-    rows = [(name, shown_figure(figure)) for name, figure in sorted(step.figures.items())]
+    rows = [(name, shown_metric(metric)) for name, metric in sorted(step.metrics.items())]
     done = f": {len(step.shards)} of {step.num_shards} shards" if run.steps[step.key].is_sharded else ""
-    return ResultTable(f"{step.key} of {run.label}{done}", ("figure", "value"), tuple(rows), text_columns=(0,))
+    return ResultTable(f"{step.key} of {run.label}{done}", ("metric", "value"), tuple(rows), text_columns=(0,))

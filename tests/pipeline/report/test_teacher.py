@@ -1,4 +1,4 @@
-"""The teacher NLL table, from health figures."""
+"""The teacher NLL table, from health metrics."""
 
 import math
 from types import SimpleNamespace

@@ -42,10 +42,10 @@ def test_the_figures_that_matter_are_a_table_and_the_rest_is_asked_for(undisturb
     assert re.search(r"│ align/neox +│ covered +│ +[\d,]+ \(\d+%\) │ positions that got a distribution", shown)
     assert "one_to_one" not in shown
     assert "unconverged" not in shown, "nothing is out of the ordinary"
-    number = int(re.search(rf"(\d+) more figures: ptafuse status {undisturbed_run} --all", shown)[1])  # type: ignore[index]
+    number = int(re.search(rf"(\d+) more metrics: ptafuse status {undisturbed_run} --all", shown)[1])  # type: ignore[index]
     everything = ptafuse("status", str(undisturbed_run), "--all").stdout
     assert "one_to_one" in everything
-    assert "more figures" not in everything
+    assert "more metrics" not in everything
     assert _num_figures(everything) - _num_figures(shown) == number
 
 
@@ -67,7 +67,7 @@ def _num_figures(shown: str) -> int:
 @pytest.mark.slow
 def test_every_figure_that_is_shown_is_one_that_its_stage_gives(undisturbed_run: Path) -> None:
     store = Store(str(undisturbed_run))
-    given = {step.stage: set(step.figures) for step in read_status(recorded_run(store), store).steps}
+    given = {step.stage: set(step.metrics) for step in read_status(recorded_run(store), store).steps}
     wanted = {stage: set(names) for stage, names in HEADLINES.items()}
     assert wanted["shard"] - given["shard"] == {"control_token_documents", "test_segments"}, "where there are any"
     for stage in ("logits", "align", "fuse"):
