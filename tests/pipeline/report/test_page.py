@@ -1,5 +1,6 @@
 """The HTML report: complete, self-contained, true to the shards, and alive in a browser."""
 
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.report.page.page import SECTIONS, _embedded, report_page
 from pipeline.report.page.plots import Bar, bars, curves
@@ -19,18 +21,15 @@ from pipeline.report.page.viewer import UNIT
 from pipeline.run.records import recorded_run
 from stages.contract.columns import PAD_ID, list_row, sparse_row
 from stages.contract.store import Store
-from tests.tiny_run import ptafuse
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-CHROMIUM_FLAGS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+from tests.pipeline.report.browser import (
+    CHROMIUM,
+    MAX_PICTURE_BYTES,
+    PICTURE,
+    PICTURE_SIZE,
+    opened_browser,
+    take_picture,
 )
+from tests.tiny_run import ptafuse
 
 
 @pytest.fixture(scope="module")
@@ -172,11 +171,9 @@ def test_served_page_is_on_loopback_and_made_anew() -> None:
 def browser():
     if CHROMIUM is None:
         pytest.skip("no Chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=CHROMIUM, args=list(CHROMIUM_FLAGS))
+    pytest.importorskip("playwright.sync_api")
+    with opened_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.slow
@@ -211,3 +208,17 @@ def test_page_in_a_browser(browser, page: str, tmp_path: Path, scheme: str, widt
     opened.locator("#doc").select_option(index=1)
     assert tokens.count() > 0
     assert not problems
+
+
+@pytest.mark.slow
+def test_picture_of_the_page_shows_an_opened_token(browser, page: str, tmp_path: Path) -> None:
+    picture = Image.open(io.BytesIO(take_picture(browser, page, tmp_path)))
+    assert picture.size == PICTURE_SIZE
+    colours = picture.convert("RGB").getcolors(maxcolors=256)
+    assert colours is not None
+    assert len(colours) > 16  # bars, text and the plan's heat: an empty page has fewer
+
+
+def test_picture_in_the_documentation_is_small_and_whole() -> None:
+    assert PICTURE.stat().st_size < MAX_PICTURE_BYTES
+    assert Image.open(PICTURE).size == PICTURE_SIZE
