@@ -11,6 +11,8 @@ PTAFUSE := $(BIN)/ptafuse
 PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Importing ray, torch and transformers takes half the time with bytecode, and every Ray worker pays for it.
 export PYTHONDONTWRITEBYTECODE :=
+# As a module: the hook that writes the reference imports the code from this folder.
+MKDOCS    := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 VLLM_VENV := .venv-vllm
 VLLM_PIP  := $(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 # A stage of a demo needs the demos' models and texts.
@@ -20,7 +22,7 @@ DEMO_DATA := $(if $(filter demo %demo.toml demo-chat %demo-chat.toml,$(notdir $(
 STAGES := shard adapt logits align fit fuse train eval
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-chat demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format bench gpu-check chaos clean
+.PHONY: help demo demo-chat demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format docs bench gpu-check chaos clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -115,12 +117,17 @@ test-vllm: $(VLLM_VENV)/.installed  ## the vLLM backend against transformers, in
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 		$(VLLM_VENV)/bin/python -m pytest tests/stages/logits/backends/test_vllm.py tests/stages/logits/backends/test_vllm_server.py $(ARGS)
 
-check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, tests
+check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, spelling, documents, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/codespell
+	$(MKDOCS) build --quiet
 	$(BIN)/python -m pytest tests $(ARGS)
+
+docs: $(VENV)/.installed-dev  ## the documentation as a site in build/site; links that lead nowhere fail
+	$(MKDOCS) build
 
 format: $(VENV)/.installed-dev  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .

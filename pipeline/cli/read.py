@@ -88,7 +88,7 @@ def status(
 def inspect(
     run: RunArgument,
     stage: Annotated[str, typer.Argument(help="shard, logits/MODEL, align/SOURCE or fuse.")],
-    number: Annotated[int, typer.Argument(metavar="SHARD", min=0)],
+    number: Annotated[int, typer.Argument(metavar="SHARD", min=0, help="Number of the shard, from 0.")],
     segment: Annotated[int | None, typer.Option(help="Row of the shard (a segment; for fuse a block), from 0.")] = None,
     position: Annotated[int | None, typer.Option(help="Position in the row, from 0.")] = None,
     config: ConfigNameOption = None,
