@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from stages.models.heads import check_head
 from stages.models.tokenizer import SegmentTokenizer
 from train.checkpoints.checkpoint import Checkpoints, TrainState
 from train.checkpoints.mirror import CheckpointMirror
-from train.data.blocks import FusedBlocks
+from train.data.blocks import FusedBlocks, columns_read
 from train.data.feed import Feed
+from train.data.files import merged, survey
 from train.data.schedule import Schedule
 from train.distributed import Workers, environment_size, join_workers
 from train.job import MANIFEST, StepRecord, TrainJob, TrainResult
@@ -41,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 OnStep = Callable[[StepRecord], None]
 
+FETCHED = "fused"
+"""In the output folder: what was fetched of fused files that are in an object store; goes when the model is finished."""
 _NOT_IN_MANIFEST = ("model_folder", "was_done")  # a run directory can be moved
 
 
@@ -213,6 +217,11 @@ def finished(job: TrainJob) -> TrainResult | None:
 def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
     """Open the training blocks; also return the size of the target's vocabulary."""
     tokenizer = SegmentTokenizer.load(job.model)
+    scratch = Path(job.output) / FETCHED
+    columns = partial(columns_read, with_distributions=job.config.uses_fusion)
+    with workers.fail_together():
+        surveyed = survey(job.files, columns, share=(workers.rank, workers.size), scratch=scratch)
+    facts = merged(workers.gather(surveyed))
     with workers.fail_together():
         blocks = FusedBlocks(
             job.files,
@@ -220,7 +229,8 @@ def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
             eos_id=tokenizer.vocabulary.eos_id,
             with_distributions=job.config.uses_fusion,
             isolate_documents=job.config.isolate_documents,
-            share=(workers.rank, workers.size),
+            facts=facts,
+            scratch=scratch,
         )
     return blocks, tokenizer.vocabulary.size
 

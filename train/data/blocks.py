@@ -1,21 +1,19 @@
 """Training blocks from fused Parquet files, by index, in an order that only seed and epoch determine."""
 
-import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from stages.contract.columns import PAD_ID, SparseRows, list_row, sparse_row
-from stages.contract.digest import file_sha256
-from stages.contract.filesystem import open_filesystem, retry_transient
 from stages.contract.schemas import tail_of
+from train.data.files import FileFacts, RemoteFile, fetch, is_remote, largest_value, open_file, scratch_folder, survey
 from train.job import FusedFile
 from train.objective.divergence import SparseTargets
 from train.objective.loss import IGNORED
@@ -101,19 +99,22 @@ class FusedBlocks:
         prefix_id: int | None,
         eos_id: int | None,
         with_distributions: bool,
-        share: tuple[int, int] = (0, 1),
         isolate_documents: bool = False,
+        facts: Mapping[int, FileFacts] | None = None,
+        scratch: Path | None = None,
     ) -> None:
-        """Open the files and check them against their hashes.
+        """Open the files.
 
         Args:
-            files: files, in the order of their shards. One behind a URL is copied to a temporary folder first.
+            files: files, in the order of their shards. Of those behind a URL the row groups that are needed are fetched.
             prefix_id: the token before every segment of the target (BOS, or EOS); None without.
             eos_id: the target's EOS, which ends a document; None without.
             with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
-            share: (r, n): of every n files the r-th is checked, the others by other workers.
             isolate_documents: give position ids by piece, and no label to a piece's last token. A segment that continues its
                 document is isolated as well: the models that it was dumped from did not see the text before it.
+            facts: what the workers found of each file, by its index, when they checked it; by default all files are checked
+                here.
+            scratch: where fetched row groups stay, for all workers of this machine; by default a temporary folder.
 
         Raises:
             ValueError: a file is not the one its manifest names, or there is no block at all; or the blocks hold
@@ -123,8 +124,12 @@ class FusedBlocks:
         self.eos_id = eos_id
         self.with_distributions = with_distributions
         self.isolate_documents = isolate_documents
-        self._scratch: tempfile.TemporaryDirectory | None = None
-        self._files = [self._open(file, check=number % share[1] == share[0]) for number, file in enumerate(files)]
+        self._temporary = None if scratch or not any(map(is_remote, files)) else scratch_folder()
+        scratch = Path(self._temporary.name) if self._temporary else scratch
+        columns = partial(columns_read, with_distributions=with_distributions)
+        facts = survey(files, columns, scratch=scratch) if facts is None else facts
+        self._longest = max((facts[number].longest for number in range(len(files))), default=0)
+        self._files = [open_file(file, facts[number], columns, scratch=scratch) for number, file in enumerate(files)]
         self._groups = [
             (file, group, opened.metadata.row_group(group).num_rows)
             for file, opened in enumerate(self._files)
@@ -132,7 +137,7 @@ class FusedBlocks:
         ]
         self._ends = np.cumsum([rows for _, _, rows in self._groups], dtype=np.int64)
         self._names = [Path(file.path).name for file in files]
-        self._columns = [_columns(opened, with_distributions=with_distributions) for opened in self._files]
+        self._columns = [columns(opened.schema_arrow) for opened in self._files]
         self._refuse_conversations_together(isolated=isolate_documents)
         self._cache: OrderedDict[int, tuple[pa.Table, int]] = OrderedDict()  # row group -> its rows, and their bytes
         self._cached_bytes = 0
@@ -156,22 +161,43 @@ class FusedBlocks:
     @property
     def max_tokens(self) -> int:
         """Number of tokens of the longest block."""
-        return max(
-            max(pc.list_value_length(self._lengths(file)).to_pylist()) for file in self._files if file.metadata.num_rows
-        )
+        return self._longest
 
     def largest_id(self) -> int:
-        """Return the largest token id of all blocks, of their distributions too where these are read. Reads all files."""
-        names = ["token_ids", "topk_ids"] if self.with_distributions else ["token_ids"]
-        found = -1
-        for file, group, _ in self._groups:
-            table = self._files[file].read_row_group(group, columns=names)
-            found = max(found, *(_largest(table[name]) for name in names))
-        return found
+        """Return the largest token id of all blocks, of their distributions too where these are read.
 
-    @staticmethod
-    def _lengths(file: pq.ParquetFile) -> pa.ChunkedArray:
-        return file.read(columns=["token_ids"], use_threads=False)["token_ids"]
+        The files' statistics say it, except where they were written by something else than this package.
+        """
+        names = ["token_ids", "topk_ids"] if self.with_distributions else ["token_ids"]
+        largest = -1
+        unknown = set()
+        for file, opened in enumerate(self._files):
+            values = [largest_value(opened.metadata, name) for name in names]
+            largest = max(largest, *(value for value in values if value is not None), -1)
+            if None in values:
+                unknown.add(file)
+        for position, (file, _, _) in enumerate(self._groups):
+            if file in unknown:
+                table = self._row_group(position)
+                largest = max(largest, *(_largest(table[name]) for name in names))
+        return largest
+
+    def prepare(self, indices: Sequence[int]) -> None:
+        """Fetch what blocks need from the object store, several requests at a time; nothing for files on disk."""
+        groups = set()
+        for index in indices:
+            position = self._position(index)
+            file, group, _ = self._groups[position]
+            opened = self._files[file]
+            if position not in self._cache and isinstance(opened, RemoteFile):
+                groups.add((opened, group))
+        fetch(groups)
+
+    def _position(self, index: int) -> int:
+        """Return the index of the row group that holds a block."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"no block {index}: the files hold {len(self)}, from 0")
+        return int(np.searchsorted(self._ends, index, side="right"))
 
     def block(self, index: int) -> Block:
         """Return block ``index``, counted over all files in order.
@@ -179,10 +205,8 @@ class FusedBlocks:
         Raises:
             IndexError: there is no such block.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"no block {index}: the files hold {len(self)}, from 0")
         # 1. Find the row group, and the row in it, that holds the block.
-        position = int(np.searchsorted(self._ends, index, side="right"))
+        position = self._position(index)
         file, _, num_rows = self._groups[position]
         row = index - int(self._ends[position]) + num_rows
         # 2. Read the columns that this job needs.
@@ -242,27 +266,6 @@ class FusedBlocks:
             self._cached_bytes -= self._cache.popitem(last=False)[1][1]
         return table
 
-    def _open(self, file: FusedFile, *, check: bool) -> pq.ParquetFile:
-        path = Path(file.path) if "://" not in file.path else self._copy(file.path)
-        if not path.exists():
-            raise ValueError(f"{file.path} is missing: run `ptafuse verify RUN --repair`, then `make fuse`")
-        if check:
-            found = file_sha256(path)
-            if found != file.sha256:
-                raise ValueError(
-                    f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated "
-                    "after fuse committed it. Run `ptafuse verify RUN --repair`, then `make fuse`"
-                )
-        return pq.ParquetFile(path, memory_map=True)
-
-    def _copy(self, url: str) -> Path:
-        if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory(prefix="ptafuse-blocks-")
-        path = Path(self._scratch.name) / f"{len(list(Path(self._scratch.name).iterdir())):05d}.parquet"
-        filesystem, key = open_filesystem(url)
-        retry_transient(filesystem.get_file, key, str(path), url=url)
-        return path
-
 
 def _largest(ids: pa.ChunkedArray) -> int:
     """Return the largest id of a column of lists, or of lists of lists; -1 where there is none."""
@@ -272,12 +275,12 @@ def _largest(ids: pa.ChunkedArray) -> int:
     return -1 if largest is None else int(largest)
 
 
-def _columns(file: pq.ParquetFile, *, with_distributions: bool) -> list[str]:
-    """Return the names of what is read of a file."""
+def columns_read(schema: pa.Schema, *, with_distributions: bool) -> list[str]:
+    """Return the names of the columns that are read of a file with this schema."""
     names = ["block", "token_ids", "piece_start", "piece_doc_id", "piece_segment", "piece_offset"]
     if with_distributions:
-        names += ["topk_ids", "topk_logprobs", *(["tail_mass"] if tail_of(file.schema_arrow) == "bucket" else [])]
-    return [*names, *([_IS_TRAINED] if _IS_TRAINED in file.schema_arrow.names else [])]
+        names += ["topk_ids", "topk_logprobs", *(["tail_mass"] if tail_of(schema) == "bucket" else [])]
+    return [*names, *([_IS_TRAINED] if _IS_TRAINED in schema.names else [])]
 
 
 def epoch_order(num_blocks: int, *, seed: int, epoch: int) -> np.ndarray:

@@ -119,6 +119,7 @@ class Feed:
         # Lengths differ by at most one and the first slices are the longest, so the first gives the number of passes.
         slices = np.array_split(indices, self._size)
         num_micro_batches = -(-len(slices[0]) // self._micro_batch_size)
+        self._blocks.prepare(slices[self._rank].tolist())
         blocks = [self._blocks.block(int(index)) for index in slices[self._rank]]
         parts = [
             blocks[number * self._micro_batch_size : (number + 1) * self._micro_batch_size]
