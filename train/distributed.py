@@ -17,6 +17,37 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 
 @dataclass(frozen=True)
+class Peers:
+    """Those who do one thing together, over a process group that one thread uses at a time.
+
+    Attributes:
+        rank: of this process, from 0.
+        size: how many they are.
+        group: over which they speak; None for one who is alone.
+    """
+
+    rank: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_first(self) -> bool:
+        """This process does what is done once."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every process, in the order of ranks."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+ALONE = Peers(rank=0, size=1, group=None)
+
+
+@dataclass(frozen=True)
 class Workers:
     """The group of training processes, as one of them sees it.
 
@@ -41,6 +72,16 @@ class Workers:
         """Whether this process writes what is written once per job: logs, commit marks, the model."""
         return self.rank == 0
 
+    @property
+    def peers(self) -> Peers:
+        """All workers, for the main thread."""
+        return Peers(self.rank, self.size, self.control)
+
+    @property
+    def storage_peers(self) -> Peers:
+        """All workers, for the thread that writes checkpoints."""
+        return Peers(self.rank, self.size, self.storage)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sum each value over the workers, in float64."""
         total = torch.tensor(values, dtype=torch.float64)
@@ -59,9 +100,7 @@ class Workers:
 
     def gather(self, value: Any) -> list[Any]:
         """Return the value of every worker, in the order of ranks."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        return self.peers.gather(value)
 
     def broadcast(self, value: Any) -> Any:
         """Return the value that the first worker passed; what the others pass is ignored."""

@@ -6,6 +6,7 @@ the weights of an undisturbed one, and losses and gradients are those of the who
 """
 
 import logging
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -21,6 +22,7 @@ from stages.models.devices import attention_choices, attention_in_use, resolve_d
 from stages.models.heads import check_head
 from stages.models.tokenizer import SegmentTokenizer
 from train.checkpoints.checkpoint import Checkpoints, TrainState
+from train.checkpoints.disks import ONE_DISK, Disk, compare_disks
 from train.checkpoints.mirror import CheckpointMirror
 from train.data.blocks import FusedBlocks, columns_read
 from train.data.feed import Feed
@@ -33,6 +35,7 @@ from train.model.export import export_model, read_manifest, write_manifest
 from train.model.isolation import check_isolation, wants_one_row
 from train.model.lora import add_adapters, merge_adapters
 from train.model.parallel import LossModel, fill_parameters, full_state, shard_model
+from train.model.publish import publish_model
 from train.model.rounding import RoundingSurvival, rounding_survival
 from train.optimizer import build_optimizer
 from train.preemption import Notice, StoppedError, Watch, termination_watch
@@ -48,7 +51,9 @@ FETCHED = "fused"
 _NOT_IN_MANIFEST = ("model_folder", "was_done")  # a run directory can be moved
 
 
-def train(job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None = None) -> TrainResult:
+def train(
+    job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None = None, marker: str | None = None
+) -> TrainResult:
     """Train the target model, or resume an interrupted run of the same job.
 
     Every worker calls this with the same job. It runs under an existing process group, under one that the environment
@@ -58,34 +63,47 @@ def train(job: TrainJob, *, on_step: OnStep | None = None, watch: Watch | None =
         job: settings, model and files of the run.
         on_step: called after each optimizer step, when its checkpoint (if one was due) has begun.
         watch: reports that the machine is about to disappear. None: SIGTERM to this process says so.
+        marker: name of a file that the process which started the workers has made in its output folder.
 
     Raises:
-        ValueError: the settings, the files or what lies in the output folder do not fit; says what to do.
+        ValueError: the settings, the files or what lies in the output folder do not fit, or the workers neither share a disk
+            nor have an object store; says what to do.
         FloatingPointError: a loss or a gradient is not finite; names the blocks.
         StoppedError: the job was told to stop; its checkpoint is written.
     """
-    # 1. Refuse or return before anything expensive: no model is loaded, no process group started.
+    # 1. Refuse or return before anything expensive: no model is loaded.
     output = check_job(job, num_workers=environment_size())
-    done = finished(job)
-    if done is not None:
-        logger.info("train %s: nothing to do, %s is finished", job.fingerprint, done.model_folder)
-        return done
-    output.mkdir(parents=True, exist_ok=True)
+    if environment_size() == 1 and (done := finished(job)) is not None:  # before anything is asked of the device
+        return _published(job, done)
     device = resolve_device(job.config.device)
     set_threads(device, job.config.cpus_per_worker)
     with ExitStack() as stack:
         watch = watch or stack.enter_context(termination_watch())
-        # 2. Load data and model, in this order: blocks that do not fit are found before the model is read.
         workers = stack.enter_context(join_workers(device))
+        # Each machine may have a disk of its own: without an object store its checkpoints would be worth nothing.
+        disk = compare_disks(output, workers, store=job.checkpoint_store, marker=marker)
+        with workers.fail_together():
+            done = _published(job, found) if workers.is_first and (found := finished(job)) is not None else None
+        done = workers.broadcast(done)  # other machines may have nothing in their folders
+        if done is not None:
+            return done
+        # 2. Load data and model, in this order: blocks that do not fit are found before the model is read.
         blocks, num_ids = _open_blocks(job, workers)
         root = _load(job, workers, blocks, num_ids=num_ids)
         # 3. Train, from the newest checkpoint on, and export.
-        last = take_steps(job, root, blocks, workers, on_step, watch)
-        return _finish(job, output, root, last, workers)
+        last = take_steps(job, root, blocks, workers, on_step, watch, disk=disk)
+        return _finish(job, output, root, last, workers, disk)
 
 
 def take_steps(
-    job: TrainJob, root: LossModel, blocks: FusedBlocks, workers: Workers, on_step: OnStep | None, watch: Watch
+    job: TrainJob,
+    root: LossModel,
+    blocks: FusedBlocks,
+    workers: Workers,
+    on_step: OnStep | None,
+    watch: Watch,
+    *,
+    disk: Disk = ONE_DISK,
 ) -> StepRecord:
     """Take the remaining steps, from the newest committed checkpoint in the job's output folder on.
 
@@ -96,6 +114,7 @@ def take_steps(
         workers: processes that share the model; all of them call this.
         on_step: called after each optimizer step, when its checkpoint (if one was due) has begun.
         watch: reports that the machine is about to disappear.
+        disk: which workers see this one's output folder.
 
     Returns:
         The record of the job's last step.
@@ -114,7 +133,7 @@ def take_steps(
     copies = CheckpointMirror(job.checkpoint_store, keep=keep) if job.checkpoint_store else None
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(output, root.model, optimizer, workers, keep=keep, on_commit=copies.put if copies else None)
+            Checkpoints(output, root.model, optimizer, workers, keep=keep, copies=copies, disk=disk)
         )
         # 2. Restore the newest checkpoint, then open log and feed at its step: the log drops the records after it.
         state = checkpoints.restore(_first_state(job, schedule))
@@ -150,14 +169,22 @@ def take_steps(
                 on_step(last)
             if notice == Notice.STOP and not is_last:
                 checkpoints.wait()
-                raise StoppedError(
-                    f"stopped as requested after step {state.step} of {schedule.num_steps}, whose checkpoint is written"
-                )
+                raise StoppedError(_stopped(state.step, schedule.num_steps, checkpoints.safe_step))
     if last is None:
         raise ValueError(
             f"{output}/log.jsonl lost its records though the run is at its end: remove {output}, run again"
         )
     return last
+
+
+def _stopped(step: int, num_steps: int, safe_step: int | None) -> str:
+    if safe_step == step:
+        return f"stopped as requested after step {step} of {num_steps}, whose checkpoint is written"
+    goes_on = "from the beginning" if safe_step is None else f"after step {safe_step}"
+    return (
+        f"stopped as requested after step {step} of {num_steps}, whose checkpoint could not be copied to the object store: training "
+        f"will go on {goes_on}"
+    )
 
 
 def check_job(job: TrainJob, *, num_workers: int) -> Path:
@@ -212,6 +239,15 @@ def finished(job: TrainJob) -> TrainResult | None:
             f"{missing[0]}: remove {output}/{MANIFEST} to train again from the newest checkpoint"
         )
     return TrainResult(model_folder=str(output / "model"), was_done=True, **manifest["result"])
+
+
+def _published(job: TrainJob, result: TrainResult) -> TrainResult:
+    """Publish a finished job's model from this machine, if the run is in an object store and does not have it."""
+    if result.was_done:
+        logger.info("train %s: nothing to do, %s is finished", job.fingerprint, result.model_folder)
+    if job.checkpoint_store is not None:
+        publish_model(Path(job.output), job.checkpoint_store)
+    return result
 
 
 def _open_blocks(job: TrainJob, workers: Workers) -> tuple[FusedBlocks, int]:
@@ -301,8 +337,10 @@ def _next_state(state: TrainState, schedule: Schedule, num_tokens: int) -> Train
     )
 
 
-def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, workers: Workers) -> TrainResult:
-    """Export the model, then publish the manifest."""
+def _finish(
+    job: TrainJob, output: Path, root: LossModel, last: StepRecord, workers: Workers, disk: Disk
+) -> TrainResult:
+    """Export the model, write the manifest, and publish both if the run is in an object store."""
     result = TrainResult(
         model_folder=str(output / "model"),
         fingerprint=job.fingerprint,
@@ -324,6 +362,9 @@ def _finish(job: TrainJob, output: Path, root: LossModel, last: StepRecord, work
             files = export_model(output / "model", model, weights, tokenizer, card, original=job.model)
             # Last: a folder with a manifest is finished, whatever else happens.
             write_manifest(output, _manifest(job, result, files, rounding, attention_in_use(root.model)))
+            _published(job, result)
+    if disk.is_first:
+        shutil.rmtree(output / FETCHED, ignore_errors=True)
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result
 

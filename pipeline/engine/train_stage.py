@@ -11,7 +11,6 @@ from pipeline.run.trained_model import (
     fetch_checkpoint,
     is_trained,
     local_folder,
-    publish_training,
     target_step,
 )
 from train.job import FusedFile, TrainJob
@@ -77,11 +76,11 @@ def run_job(run: Run, step: Step, job: TrainJob) -> None:
     Raises:
         StageError: training failed; says why.
     """
-    fetch_checkpoint(run, step)
+    if run.local:  # on a cluster the workers fetch what they need, to their own machines
+        fetch_checkpoint(run, step)
     try:
         with TrainProgress(Path(job.output), run.console, step.key):
             _train(job, run)
-        publish_training(run, step)
     except (RuntimeError, FloatingPointError) as error:
         raise StageError(
             f"{step.key} did not finish: {error}\nFix the cause, then run {command(run, step.stage)}: it goes on from the "

@@ -1,12 +1,11 @@
 """Models that a run trained (the target and adapted sources), on local disk and in an object store.
 
-Training works in a local folder, and publishes what it made at its end. Each committed checkpoint is copied to the store
-(``train.checkpoints.mirror``): a training that was killed goes on from the folder where that outlives the process, and from
-the newest copy where it does not.
+Training works in a local folder, and its workers publish what they made: each checkpoint is copied to the store
+(``train.checkpoints.mirror``), and the finished model at the end (``train.model.publish``). A training that was killed goes on
+from the folder where that outlives the process, and from the newest copy where it does not.
 """
 
 import json
-import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,10 +22,6 @@ from train.model.card import CARD
 
 if TYPE_CHECKING:
     from train.checkpoints.mirror import CheckpointMirror
-
-log = logging.getLogger(__name__)
-
-LOGS = ("log.jsonl",)
 
 
 def target_step(run: Run) -> Step:
@@ -65,27 +60,11 @@ def checkpoint_copies(run: Run, step: Step) -> "CheckpointMirror | None":
 
 
 def fetch_checkpoint(run: Run, step: Step) -> None:
-    """Bring the newest checkpoint from a remote run directory where this machine has none that is as new."""
+    """Bring the newest checkpoint from a remote run directory where this machine, which trains, has none that is as new."""
     copies = checkpoint_copies(run, step)
     fetched = copies and copies.fetch(local_folder(run, step))
     if fetched:
         run.console.print(f"{step.key}: fetched the checkpoint of step {fetched} from {run.store.url}", soft_wrap=True)
-
-
-def publish_training(run: Run, step: Step) -> None:
-    """Put the finished model into a remote run directory, its manifest last: the proof that training is done."""
-    if run.store.is_local:
-        return
-    folder, output = step.folder, local_folder(run, step)
-    raw = (output / MANIFEST).read_bytes()
-    for name in json.loads(raw)["model_files"]:
-        run.store.upload(f"{folder}/model/{name}", output / "model" / name)
-    publish_card(run, step)
-    for name in LOGS:
-        if (output / name).is_file():
-            run.store.upload(f"{folder}/{name}", output / name)
-    run.store.replace(f"{folder}/{MANIFEST}", raw)
-    log.info("the model and its manifest are at %s/%s", run.store.url, folder)
 
 
 def publish_card(run: Run, step: Step) -> None:

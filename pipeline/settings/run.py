@@ -42,8 +42,8 @@ class EngineConfig(Settings):
     node_gpus: int | None = Field(None, ge=1, description="GPUs of such a machine; given together with `node_cpus`.")
     scratch: Path | None = Field(
         None,
-        description="Where training works when the run directory is in an object store, which gets copies of its "
-        "checkpoints: a local folder, on a cluster one that all nodes see; ~/.cache/ptafuse/scratch by default.",
+        description="Where training works when the run directory is in an object store, which gets its checkpoints and the "
+        "model: a folder on the disk of each machine, or one that all share; ~/.cache/ptafuse/scratch by default.",
     )
     no_progress_timeout_seconds: int = Field(
         7200, ge=60, description="Ray Data gives up when no shard ends for this long; must exceed a shard's time."

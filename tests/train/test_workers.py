@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,3 +145,46 @@ def test_workers_that_cannot_share_the_batch_are_refused(tiny_job, tmp_path, mon
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=r"num_workers x micro_batch_size = 3 x 1 = 3.* num_workers to 1, 2, 4"):
         train(job_in(tiny_job, tmp_path))
+
+
+def test_workers_that_share_no_disk_are_refused_before_the_first_step(tiny_job, tmp_path):
+    """Two machines with a folder of the same name each, and no object store."""
+    outputs = [tmp_path / "node-0", tmp_path / "node-1"]
+    job = job_in(tiny_job, tmp_path / "run")
+    assert wait(start_workers(job, tmp_path, num_workers=2, outputs=outputs)) == [1, 1]
+    texts = [path.read_text() for path in sorted(tmp_path.glob("worker-*.txt"))]
+    host = socket.gethostname()
+    for text in texts:
+        assert f"ValueError: worker 1 on {host} does not see what worker 0 on {host} wrote to {tmp_path}" in text
+        assert (
+            "Give a run directory on a disk that all machines share (RUN=/shared/...), or one in an object store"
+            in text
+        )
+    assert [list(output.iterdir()) for output in outputs] == [[], []], "no step was taken, and nothing is left behind"
+
+
+def test_a_worker_that_does_not_see_the_disk_of_the_command_is_refused(tiny_job, tmp_path):
+    (tmp_path / ".started-here").touch()
+    with pytest.raises(ValueError, match=r"worker 0 on .* does not see what the command that started it wrote to"):
+        train(job_in(tiny_job, tmp_path), marker=".started-elsewhere")
+    assert train(job_in(tiny_job, tmp_path), marker=".started-here").num_steps == 6
+
+
+def test_a_folder_that_cannot_be_written_says_what_to_set(tiny_job, tmp_path, monkeypatch):
+    write_text = Path.write_text
+
+    def refused(path: Path, text: str) -> int:
+        if path.name.startswith(".seen-"):
+            raise PermissionError(13, "Permission denied")
+        return write_text(path, text)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    job = job_in(tiny_job, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"Permission denied.: give a run directory that every machine of the cluster can"
+    ):
+        train(job)
+    with pytest.raises(
+        ValueError, match=r"set engine\.scratch to a folder that every machine of the cluster can write"
+    ):
+        train(replace(job, checkpoint_store=f"memory:/{tmp_path}"))

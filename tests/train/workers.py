@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -18,7 +19,13 @@ _CONTEXT.set_forkserver_preload(["train.loop", "transformers.models.llama", "tra
 
 
 def start_workers(
-    job: TrainJob, folder: Path, *, num_workers: int, pause_after: int = 0, pause_seconds: float = 60
+    job: TrainJob,
+    folder: Path,
+    *,
+    num_workers: int,
+    pause_after: int = 0,
+    pause_seconds: float = 60,
+    outputs: Sequence[Path] = (),
 ) -> list[BaseProcess]:
     """Start the workers of a job; each writes to ``<folder>/worker-<rank>.txt``.
 
@@ -28,6 +35,8 @@ def start_workers(
         num_workers: how many; one runs without a process group of its own.
         pause_after: a step after which each waits, having made ``<output>/paused-<rank>``.
         pause_seconds: how long.
+        outputs: each worker's own output folder, as on machines of which each has a disk of its own; by default all have
+            the job's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -35,12 +44,15 @@ def start_workers(
         port = str(free.getsockname()[1])
     processes = []
     for rank in range(num_workers):
-        variables = {"OMP_NUM_THREADS": "1"}
+        # The server that workers fork from has the environment of the first test, and S3 servers come later.
+        aws = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        variables = {"OMP_NUM_THREADS": "1", **aws}
         if num_workers > 1:
             variables |= {"RANK": str(rank), "WORLD_SIZE": str(num_workers), "LOCAL_RANK": str(rank)}
             variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
         output = folder / f"worker-{rank}.txt"
-        process = _CONTEXT.Process(target=_work, args=(job, output, variables, rank, pause_after, pause_seconds))
+        mine = replace(job, output=str(outputs[rank])) if outputs else job
+        process = _CONTEXT.Process(target=_work, args=(mine, output, variables, rank, pause_after, pause_seconds))
         process.start()
         processes.append(process)
     return processes
@@ -80,9 +92,11 @@ def kill(processes: Sequence[BaseProcess]) -> None:
         process.join()
 
 
-def train_on(job: TrainJob, folder: Path, *, num_workers: int) -> None:
+def train_on(
+    job: TrainJob, folder: Path, *, num_workers: int, outputs: Sequence[Path] = (), seconds: float = 60
+) -> None:
     """Train a job to its end."""
-    if any(wait(start_workers(job, folder, num_workers=num_workers))):
+    if any(wait(start_workers(job, folder, num_workers=num_workers, outputs=outputs), seconds=seconds)):
         raise AssertionError(printed(folder))
 
 

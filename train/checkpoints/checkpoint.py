@@ -7,21 +7,25 @@
 
 A folder without COMMITTED is incomplete and is removed when the job starts again. A checkpoint can be read by a different
 number of workers than wrote it. It takes 12 bytes per trained parameter; frozen parameters are left out.
+
+Where each machine has a disk of its own (``train.checkpoints.disks``), such a folder holds the shards of that machine's
+workers alone and never a COMMITTED: the checkpoint is whole in the object store, and the folder saves its machine a part
+of the download.
 """
 
 import json
 import logging
 import re
 import shutil
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -29,12 +33,19 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from stages.contract.store import sync
 from stages.contract.tracebacks import shows_tracebacks
+from train.checkpoints.disks import ONE_DISK, Disk
 from train.checkpoints.reader import CheckpointReader
 from train.distributed import Workers
+
+if TYPE_CHECKING:
+    from train.checkpoints.mirror import CheckpointMirror
 
 logger = logging.getLogger(__name__)
 
 COMMITTED = "COMMITTED"
+STATE = "state.json"
+METADATA = ".metadata"
+LOG = "log.jsonl"
 _FOLDER = re.compile(r"^checkpoint-(\d{6,})$")
 
 
@@ -101,7 +112,11 @@ def remove_old_checkpoints(output: Path, *, keep: int) -> None:
 
 
 class Checkpoints:
-    """Checkpoints of a sharded model and its optimizer; leaving the context waits for the one being written."""
+    """Checkpoints of a sharded model and its optimizer; leaving the context waits for the one being written.
+
+    Attributes:
+        safe_step: the newest step from which training can resume, of those that were saved or restored here.
+    """
 
     def __init__(
         self,
@@ -111,9 +126,10 @@ class Checkpoints:
         workers: Workers,
         *,
         keep: int,
-        on_commit: Callable[[int, Path], None] | None = None,
+        copies: "CheckpointMirror | None" = None,
+        disk: Disk = ONE_DISK,
     ) -> None:
-        """Prepare to read and write checkpoints. All workers do so, with the same folder, which all of them can see.
+        """Prepare to read and write checkpoints. All workers do so.
 
         Args:
             output: the run's folder.
@@ -121,14 +137,17 @@ class Checkpoints:
             optimizer: optimizer of the model's parameters.
             workers: processes that share the model.
             keep: newest checkpoints that stay on disk.
-            on_commit: called by the first worker's thread with each checkpoint's step, and ``output``, when it is committed.
+            copies: in an object store; needed where the workers share no disk.
+            disk: which workers see this one's folder.
         """
         self._output = output
         self._model = model
         self._optimizer = optimizer
         self._workers = workers
         self._keep = keep
-        self._on_commit = on_commit
+        self._copies = copies
+        self._disk = disk
+        self.safe_step: int | None = None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ptafuse-checkpoint")
         self._pending: Future[None] | None = None
 
@@ -144,26 +163,56 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint belongs to another job, or its tensors do not fit the model.
         """
+        restored = self._restore_shared(expected) if self._disk.is_shared else self._restore_scattered(expected)
+        if restored is None:
+            return expected
+        self.safe_step = restored.step
+        return restored
+
+    def _restore_shared(self, expected: TrainState) -> TrainState | None:
+        """Restore from the folder that all workers see, after a newer copy was brought there."""
+        if self._copies is not None:
+            self._copies.fetch(self._output, self._workers.peers)
         if self._workers.is_first:
             remove_torn_checkpoints(self._output)
         step = self._workers.broadcast(max(committed_steps(self._output), default=None))
         if step is None:
-            return expected
+            return None
         folder = checkpoint_folder(self._output, step)
-        state = TrainState(**json.loads((folder / "state.json").read_text()))
-        for name in ("fingerprint", "dataset", "seed", "num_blocks"):
-            found, wanted = getattr(state, name), getattr(expected, name)
-            if found != wanted:
-                raise ValueError(
-                    f"{folder} belongs to another job: its {name} is {found!r}, this job's is {wanted!r}. Train into "
-                    f"another output folder, or remove {self._output}"
-                )
-        # The live tensors are filled in place, so a checkpoint never needs the memory of a second model.
+        state = _read_state(folder, expected)
         tensors, groups = self._tensors()
         _check_tensors(tensors, folder)
+        self._load(tensors, groups, folder)
+        return state
+
+    def _restore_scattered(self, expected: TrainState) -> TrainState | None:
+        """Restore from the object store; each worker brings the files that hold its shards to its machine's disk."""
+        copies, peers = self._copies, self._workers.peers
+        assert copies is not None, "without a shared disk and without a store there are no checkpoints"
+        for copy in copies.copies(peers):
+            folder = checkpoint_folder(self._output, copy.step)
+            small = [STATE, METADATA, *([LOG] if peers.is_first else [])]
+            if not copies.bring(copy, small, self._output, peers):
+                continue
+            with self._workers.fail_together():
+                state = _read_state(folder, expected)
+                tensors, groups = self._tensors()
+                _check_tensors(tensors, folder)
+                needed = _needed_files(tensors, folder)
+            if not copies.bring(copy, needed, self._output, peers):
+                continue
+            self._load(tensors, groups, folder)
+            if peers.is_first:
+                (folder / LOG).replace(self._output / LOG)
+            if self._disk.is_first:
+                _remove_folders(self._output, but=copy.step)
+            return state
+        return None
+
+    def _load(self, tensors: dict[str, dict[str, Any]], groups: list[dict[str, Any]], folder: Path) -> None:
+        # The live tensors are filled in place, so a checkpoint never needs the memory of a second model.
         load(tensors, storage_reader=CheckpointReader(folder), process_group=self._workers.storage)
         set_optimizer_state_dict(self._model, self._optimizer, {"state": tensors["optimizer"], "param_groups": groups})
-        return state
 
     def save(self, state: TrainState) -> None:
         """Begin to write a checkpoint.
@@ -175,7 +224,7 @@ class Checkpoints:
         """
         self.wait()  # one checkpoint at a time: two would hold two copies of the tensors
         folder = checkpoint_folder(self._output, state.step)
-        if self._workers.is_first and folder.exists():
+        if self._disk.is_first and folder.exists():
             shutil.rmtree(folder)  # left over from the same step of the same job
         self._workers.wait_for_all()  # no worker may write before the old folder is gone
         tensors, _ = self._tensors()
@@ -193,20 +242,23 @@ class Checkpoints:
             pending.result()
 
     def _commit(self, written: Future, folder: Path, state: TrainState) -> None:
-        written.result()  # on the first worker: when every worker has written its shards
-        if not self._workers.is_first:
-            return
-        # Each file reaches the disk before the next one is written, so that COMMITTED never precedes what it vouches for.
-        (folder / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
-        sync(folder / "state.json")
-        sync(folder)
-        (folder / COMMITTED).write_text(f"{state.fingerprint}\n")
-        sync(folder / COMMITTED)
-        sync(folder)
-        sync(self._output)
-        remove_old_checkpoints(self._output, keep=self._keep)
-        if self._on_commit is not None:
-            self._on_commit(state.step, self._output)
+        written.result()  # returns when every worker has written its shards
+        if self._workers.is_first:
+            # Each file reaches the disk before the next one is written, so that COMMITTED never precedes what it vouches for.
+            (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+            sync(folder / STATE)
+            sync(folder)
+            if self._disk.is_shared:
+                (folder / COMMITTED).write_text(f"{state.fingerprint}\n")
+                sync(folder / COMMITTED)
+                sync(folder)
+                sync(self._output)
+                remove_old_checkpoints(self._output, keep=self._keep)
+        is_copied = self._copies is not None and self._copies.put(state.step, self._output, self._workers.storage_peers)
+        if self._disk.is_shared or is_copied:
+            self.safe_step = state.step
+        if not self._disk.is_shared and self._disk.is_first:
+            _remove_folders(self._output, but=state.step)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """Return the tensors of a checkpoint, as views of the live ones, and the optimizer's groups, which the
@@ -238,6 +290,39 @@ class Checkpoints:
             )
         finally:
             self._thread.shutdown()
+
+
+def _read_state(folder: Path, expected: TrainState) -> TrainState:
+    """Return where a checkpoint stands.
+
+    Raises:
+        ValueError: it belongs to another job.
+    """
+    state = TrainState(**json.loads((folder / STATE).read_text()))
+    for name in ("fingerprint", "dataset", "seed", "num_blocks"):
+        found, wanted = getattr(state, name), getattr(expected, name)
+        if found != wanted:
+            raise ValueError(
+                f"{folder} belongs to another job: its {name} is {found!r}, this job's is {wanted!r}. Train into "
+                f"another output folder, or remove {folder.parent}"
+            )
+    return state
+
+
+def _needed_files(tensors: dict[str, dict[str, Any]], folder: Path) -> list[str]:
+    """Return the names of the files of a checkpoint that hold what these tensors' local shards are read from."""
+    metadata = CheckpointReader(folder).read_metadata()
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner(tensors, metadata, is_coordinator=False)
+    places = metadata.storage_data
+    return sorted({places[item.storage_index].relative_path for item in planner.create_local_plan().items})
+
+
+def _remove_folders(output: Path, *, but: int) -> None:
+    """Remove what this machine has of other checkpoints than that of one step."""
+    for step, folder in _folders(output):
+        if step != but:
+            shutil.rmtree(folder)
 
 
 def _check_tensors(tensors: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -184,4 +184,10 @@ def test_training_goes_on_from_the_copy_when_its_folder_is_lost(tiny_job, tmp_pa
     assert [(r.step, r.loss, r.blocks) for r in found] == [(r.step, r.loss, r.blocks) for r in expected]
     weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("run", "plain")]
     assert weights[0] == weights[1]
-    assert [name for name in names(url) if Store(url).files(name)] == ["checkpoint-000004", "checkpoint-000006"]
+    published = ["log.jsonl", "manifest.json", "model"]
+    assert [name for name in names(url) if Store(url).files(name)] == [
+        "checkpoint-000004",
+        "checkpoint-000006",
+        *published,
+    ]
+    assert Store(url).read("model/model.safetensors") == weights[0]
