@@ -8,10 +8,12 @@ import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +30,12 @@ from tests.stages.models.preflight.spoil import LFS_POINTER, change_weights, edi
 from tests.tiny_models import save_model, split_weights
 from tests.tiny_run import REPOSITORY, data_hashes, ptafuse, status
 from tests.tiny_tokenizers import save_tokenizer
+from tests.train.fused_files import fused_table, save
+from train.checkpoints.disks import compare_disks
+from train.data.blocks import columns_read
+from train.data.files import open_file, survey
+from train.distributed import join_workers
+from train.job import FusedFile
 
 pytestmark = pytest.mark.slow
 
@@ -539,6 +547,35 @@ def test_gpus_that_may_come_later_are_not_guessed(monkeypatch: pytest.MonkeyPatc
         ValueError, match=said('`device = "auto"` on a cluster that may grow, whose GPUs may come later')
     ):
         cluster.gpus_per_worker(None, "auto", EngineConfig(), section="train")
+
+
+def test_disks_that_training_cannot_use_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A marker that the command has made is not in the folder that the worker sees: another disk."""
+    with join_workers(torch.device("cpu")) as alone:
+        row = said("several machines that train and share no disk, with a run directory that is a folder")
+        with pytest.raises(ValueError, match=row):
+            compare_disks(tmp_path, alone, store=None, marker=".started-elsewhere")
+        assert compare_disks(tmp_path, alone, store="s3://bucket/run", marker=".started-elsewhere").is_shared
+        monkeypatch.setattr(Path, "write_text", refuse_to_write)
+        with pytest.raises(ValueError, match=said("an `engine.scratch` that a machine cannot write")):
+            compare_disks(tmp_path, alone, store="s3://bucket/run")
+
+
+def refuse_to_write(path: Path, text: str) -> int:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_fused_file_that_changes_while_it_is_trained_on_is_refused(tmp_path: Path) -> None:
+    ids = [np.arange(8) + number for number in range(4)]
+    here = [save(fused_table(ids, 50, seed=seed), tmp_path / f"{seed}.parquet") for seed in (0, 1)]
+    files = [FusedFile(f"file://{tmp_path}/0.parquet", here[0].sha256)]
+    columns = partial(columns_read, with_distributions=True)
+    facts = survey(files, columns, scratch=tmp_path / "other-machine")
+    shutil.copy(here[1].path, here[0].path)
+    opened = open_file(files[0], facts[0], columns, scratch=tmp_path / "machine")
+    row = said("a fused file in an object store that is changed while it is trained on")
+    with pytest.raises(ValueError, match=row):
+        opened.read_row_group(0, columns=["token_ids"])
 
 
 def test_a_reserved_gpu_that_torch_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

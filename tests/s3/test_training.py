@@ -2,19 +2,25 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from pipeline.run.records import recorded_run
 from stages.contract.store import Store
 from tests.s3.servers import S3Server
+from tests.tiny_run import REPOSITORY, environment, ptafuse
 from tests.train.conftest import job_in, tiny_job, tiny_model  # noqa: F401 - fixtures
+from tests.train.test_loop import weights
 from tests.train.test_workers import assert_same_run
 from tests.train.workers import kill, printed, start_workers, train_on, wait_until
 from train.checkpoints.checkpoint import COMMITTED, committed_steps
-from train.job import FusedFile, TrainJob
+from train.job import FusedFile, StepRecord, TrainJob
 from train.loop import train
+from train.run_log import read_log
 
 pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
@@ -98,3 +104,42 @@ def test_another_number_of_machines_goes_on_from_the_copies(
     assert "the copy of step 4 cannot be used: __0_0.distcp is missing" in shown
     assert "2 of 6 steps done" in shown
     assert_same_run(nodes[3], tmp_path / "plain", relative=1e-4)
+
+
+@pytest.mark.ray
+def test_ray_trains_on_machines_without_a_shared_disk_and_one_is_lost(
+    s3_client: S3Server, run_url: str, tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    """Two nodes train, one is killed when a checkpoint is committed, another joins; the driver's node trains nothing."""
+    toml = tmp_path / "remote.toml"
+    toml.write_text(f'{tiny_config.read_text()}scratch = "{tmp_path}/scratch"\n')
+    ptafuse("fuse", str(toml), "--run", run_url, "--local", "--upstream")
+    script = [sys.executable, "-m", "tests.s3.two_machines", str(toml), run_url, str(tmp_path)]
+    env = environment(PTAFUSE_FAULT=f"block@data:train:2:{tmp_path}")
+    done = subprocess.run(script, check=False, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "node-killed").exists()
+
+    # The trained run is that of one process on a local disk: steps, losses, weights.
+    store = Store(run_url)
+    folder = recorded_run(store).steps["train"].folder
+    there = undisturbed_run / folder
+    expected = read_log(there)
+    found = [StepRecord(**json.loads(line)) for line in store.read(f"{folder}/log.jsonl").splitlines()]
+    assert [(record.step, record.blocks) for record in found] == [(record.step, record.blocks) for record in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-4)
+    for name in json.loads(store.read(f"{folder}/manifest.json"))["model_files"]:
+        store.download(f"{folder}/model/{name}", tmp_path / "model" / name)
+    last = weights(str(there / "model"))
+    for name, value in weights(str(tmp_path / "model")).items():
+        assert (value - last[name]).abs().mean() < 1e-5, name
+
+    # The driver saw none of it on its own disk, and showed every step.
+    folders = [path for path in tmp_path.glob("scratch/*/train/*") if path.is_dir()]
+    assert len(folders) == 4, "the driver's, and one for each node that trained"
+    assert f"train: step {expected[-1].step}/{expected[-1].num_steps}" in done.stdout
+    assert f"train: the model is at {run_url}/{folder}/model" in done.stdout
+    policies = [path.read_text() for path in tmp_path.glob("scratch/*/train/*/wait-policy.txt")]
+    assert len(policies) == 3
+    assert all("('OMP_WAIT_POLICY', 'PASSIVE')" in policy for policy in policies)
