@@ -54,7 +54,7 @@ def compare_disks(output: Path, workers: Workers, *, store: str | None, marker: 
         _write(output / f"{token}-{workers.rank}", store=store)
     try:
         lowest = next(rank for rank in range(workers.rank + 1) if appears(output / f"{token}-{rank}", waits=not rank))
-        sees_marker = marker is None or (output / marker).exists()
+        sees_marker = marker is None or appears(output / marker, waits=workers.is_first)
         views = workers.gather((lowest, sees_marker, socket.gethostname()))
     finally:
         (output / f"{token}-{workers.rank}").unlink(missing_ok=True)

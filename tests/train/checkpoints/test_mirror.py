@@ -4,8 +4,12 @@ import hashlib
 import json
 import logging
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +18,7 @@ from tests.train.conftest import job_in
 from tests.train.model.test_card import RECORD
 from train.checkpoints.checkpoint import COMMITTED, committed_steps
 from train.checkpoints.mirror import CheckpointMirror
+from train.distributed import Peers
 from train.loop import train
 from train.preemption import Notice, StoppedError
 from train.run_log import RunLog, read_log
@@ -191,3 +196,102 @@ def test_training_goes_on_from_the_copy_when_its_folder_is_lost(tiny_job, tmp_pa
         *published,
     ]
     assert Store(url).read("model/model.safetensors") == weights[0]
+
+
+class ThreadPeers(Peers):
+    """Workers as threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, values: list[Any]) -> None:
+        super().__init__(rank, len(values), None)
+        object.__setattr__(self, "_barrier", barrier)
+        object.__setattr__(self, "_values", values)
+
+    def gather(self, value: Any) -> list[Any]:
+        self._values[self.rank] = value
+        self._barrier.wait()
+        found = list(self._values)
+        self._barrier.wait()
+        return found
+
+
+def together(work: Callable[[Peers], Any], size: int = 2) -> list[Any]:
+    """What each of some workers comes to."""
+    barrier, values = threading.Barrier(size, timeout=30), [None] * size
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(ThreadPeers(rank, barrier, values)), range(size)))
+
+
+def scattered_checkpoint(folder: Path, step: int) -> list[Path]:
+    """The output folders of two machines, each with its own worker's shards."""
+    outputs = [folder / "node-0", folder / "node-1"]
+    for rank, output in enumerate(outputs):
+        there = output / f"checkpoint-{step:06d}"
+        there.mkdir(parents=True)
+        (there / f"__{rank}_0.distcp").write_text(f"shards of worker {rank}")
+    for name in (".metadata", "state.json"):
+        (outputs[0] / f"checkpoint-{step:06d}" / name).write_text(name)
+    (outputs[1] / f"checkpoint-{step:06d}" / ".__1_0.distcp.0a1b2c3d.tmp").write_text("half a file")
+    return outputs
+
+
+def test_each_worker_uploads_its_own_shards_and_all_are_committed_as_one(mirror, url, tmp_path):
+    outputs = scattered_checkpoint(tmp_path, 2)
+    assert together(lambda peers: mirror.put(2, outputs[peers.rank], peers)) == [True, True]
+    files = json.loads(Store(url).read(f"checkpoint-000002/{COMMITTED}"))["files"]
+    assert sorted(files) == [".metadata", "__0_0.distcp", "__1_0.distcp", "log.jsonl", "state.json"]
+    assert mirror.fetch(tmp_path / "one machine") == 2
+    assert (tmp_path / "one machine" / "checkpoint-000002" / "__1_0.distcp").read_text() == "shards of worker 1"
+
+
+def test_upload_that_fails_on_one_worker_commits_nothing(mirror, url, tmp_path, monkeypatch, caplog):
+    outputs = scattered_checkpoint(tmp_path, 2)
+    upload = Store.upload
+
+    def away(self, key, file):
+        if file.name == "__1_0.distcp":
+            raise StoreError("no useful answer for 300 seconds")
+        upload(self, key, file)
+
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(Store, "upload", away)
+        assert together(lambda peers: mirror.put(2, outputs[peers.rank], peers)) == [False, False]
+    assert "the next checkpoint will be tried: worker 1: no useful answer for 300 seconds" in caplog.text
+    assert not Store(url).exists(f"checkpoint-000002/{COMMITTED}")
+    assert mirror.fetch(tmp_path / "there") is None
+    assert together(lambda peers: mirror.put(2, outputs[peers.rank], peers)) == [True, True]
+
+
+def test_workers_bring_what_they_need_and_what_is_on_their_disk_is_not_fetched(mirror, tmp_path, monkeypatch):
+    outputs = scattered_checkpoint(tmp_path, 2)
+    together(lambda peers: mirror.put(2, outputs[peers.rank], peers))
+    (outputs[1] / "checkpoint-000002" / "__1_0.distcp").write_text("damaged")
+    download, fetched = Store.download, []
+
+    def counted(self, key, file):
+        fetched.append((file.parent.parent.name, file.name))
+        download(self, key, file)
+
+    monkeypatch.setattr(Store, "download", counted)
+
+    def bring(peers: Peers) -> bool:
+        (copy,) = mirror.copies(peers)
+        return mirror.bring(copy, ["state.json", f"__{peers.rank}_0.distcp"], outputs[peers.rank], peers)
+
+    assert together(bring) == [True, True]
+    assert sorted(fetched) == [("node-1", "__1_0.distcp"), ("node-1", "state.json")]
+    assert (outputs[1] / "checkpoint-000002" / "__1_0.distcp").read_text() == "shards of worker 1"
+
+
+def test_workers_of_one_disk_share_the_download(mirror, tmp_path, monkeypatch):
+    outputs = scattered_checkpoint(tmp_path, 2)
+    together(lambda peers: mirror.put(2, outputs[peers.rank], peers))
+    download, fetched = Store.download, []
+
+    def counted(self, key, file):
+        fetched.append(file.name)
+        download(self, key, file)
+
+    monkeypatch.setattr(Store, "download", counted)
+    assert together(lambda peers: mirror.fetch(tmp_path / "shared", peers)) == [2, 2]
+    assert sorted(fetched) == [".metadata", "__0_0.distcp", "__1_0.distcp", "log.jsonl", "state.json"], "each once"
+    assert committed_steps(tmp_path / "shared") == [2]
