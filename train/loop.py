@@ -182,8 +182,8 @@ def _stopped(step: int, num_steps: int, safe_step: int | None) -> str:
         return f"stopped as requested after step {step} of {num_steps}, whose checkpoint is written"
     goes_on = "from the beginning" if safe_step is None else f"after step {safe_step}"
     return (
-        f"stopped as requested after step {step} of {num_steps}, whose checkpoint could not be copied to the object store: training "
-        f"will go on {goes_on}"
+        f"stopped as requested after step {step} of {num_steps}, whose checkpoint could not be copied to the object store: "
+        f"training will go on {goes_on}"
     )
 
 
