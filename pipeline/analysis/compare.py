@@ -25,6 +25,7 @@ from stages.align.stage import AlignStage
 from stages.align.teacher import SharedNll, compare_shared, window_nll
 from stages.contract.columns import list_row, rows_by_segment, sparse_row
 from stages.contract.draws import without_draws
+from stages.contract.roles import has_roles
 from stages.contract.store import Store
 from stages.measures.teacher import completed_nll, exact_nll, floored_nll
 from stages.models.config import ModelConfig
@@ -77,7 +78,7 @@ class Comparison:
         source: name of the source.
         shards: those that were read.
         num_shards: number of shards of the run.
-        num_positions: number of positions with a next token, in those shards.
+        num_positions: number of positions with a next token that is learnt, in those shards.
         variants: what was compared, but the two models themselves.
         completed: the completed NLL by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves, over their full
             vocabularies.
@@ -241,7 +242,10 @@ class _TeacherNll(NamedTuple):
 
 
 class _Shard:
-    """A shard's logits, and the NLL of distributions at its positions: target row by target row, all but the last."""
+    """A shard's logits, and the NLL of distributions at its positions, target row by target row.
+
+    The positions are those whose next token is learnt: in plain text all but the last.
+    """
 
     def __init__(self, target: pa.Table, source: pa.Table, config: AlignConfig) -> None:
         self._target, self._source, self._config = target, source, config
@@ -250,37 +254,39 @@ class _Shard:
 
     def documents(self) -> np.ndarray:
         """Return the document of each position."""
-        lengths = [max(len(list_row(self._target, "token_ids", row)) - 1, 0) for row in self._rows.values()]
+        lengths = [len(self._positions(row)) for row in self._rows.values()]
         return np.repeat([key[0] for key in self._rows], lengths)
+
+    def _positions(self, row: int) -> np.ndarray:
+        """Return the positions of a target row whose next token is learnt, ascending."""
+        if not has_roles(self._target):
+            return np.arange(max(len(list_row(self._target, "token_ids", row)) - 1, 0))
+        return np.flatnonzero(list_row(self._target, "is_trained", row)[1:])
 
     def target_nll(self) -> _TeacherNll:
         """Compute the NLL of the target itself."""
-        return _joined(
-            [
-                self._model_nll(self._target, row, np.arange(max(len(list_row(self._target, "token_ids", row)) - 1, 0)))
-                for row in self._rows.values()
-            ]
-        )
+        return _joined([self._model_nll(self._target, row, self._positions(row)) for row in self._rows.values()])
 
     def aligned_nll(self, aligned: pa.Table) -> _TeacherNll:
         """Compute the NLL of aligned distributions; NaN where the row was quarantined."""
         rows = rows_by_segment(aligned)
         parts = []
         for key, row in self._rows.items():
-            token_ids = list_row(self._target, "token_ids", row).astype(np.int64)
+            here = self._positions(row)
             if key not in rows:
-                parts.append(_nothing(len(token_ids) - 1))
+                parts.append(_nothing(len(here)))
                 continue
             found, own = sparse_row(aligned, rows[key]), sparse_row(self._target, row)
-            ids, probs, gold = found.ids[:-1], np.exp(found.logprobs[:-1].astype(np.float64)), token_ids[1:]
+            ids, probs = found.ids[here], np.exp(found.logprobs[here].astype(np.float64))
+            gold = list_row(self._target, "token_ids", row).astype(np.int64)[here + 1]
             completed = completed_nll(
                 ids,
                 probs,
-                list_row(aligned, "tail_mass", rows[key])[:-1].astype(np.float64),
+                list_row(aligned, "tail_mass", rows[key])[here].astype(np.float64),
                 gold,
-                own_ids=own.ids[:-1],
-                own_probs=np.exp(own.logprobs[:-1].astype(np.float64)),
-                own_gold_logprob=list_row(self._target, "gold_logprob", row)[:-1],
+                own_ids=own.ids[here],
+                own_probs=np.exp(own.logprobs[here].astype(np.float64)),
+                own_gold_logprob=list_row(self._target, "gold_logprob", row)[here],
             )
             parts.append(_TeacherNll(completed, floored_nll(ids, probs, gold)))
         return _joined(parts)
@@ -290,9 +296,10 @@ class _Shard:
         rows = rows_by_segment(aligned)
         parts = []
         for key, row in self._rows.items():
-            found = _nothing(len(list_row(self._target, "token_ids", row)) - 1)
+            here = self._positions(row)
+            found = _nothing(len(here))
             if key in rows and key in self._source_rows:
-                taken = list_row(aligned, "source_position", rows[key])[:-1]
+                taken = list_row(aligned, "source_position", rows[key])[here]
                 source_row = self._source_rows[key]
                 has_next = (taken >= 0) & (taken < len(list_row(self._source, "token_ids", source_row)) - 1)
                 completed, floored = self._model_nll(self._source, source_row, taken[has_next])
@@ -315,8 +322,7 @@ class _Shard:
 
 
 def _nothing(num_positions: int) -> _TeacherNll:
-    size = max(num_positions, 0)
-    return _TeacherNll(np.full(size, np.nan), np.full(size, np.nan))
+    return _TeacherNll(np.full(num_positions, np.nan), np.full(num_positions, np.nan))
 
 
 def _joined(parts: list[_TeacherNll]) -> _TeacherNll:

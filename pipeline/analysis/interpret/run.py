@@ -24,6 +24,7 @@ from pipeline.settings.interpret import VERSION
 from stages.align.stage import AlignStage
 from stages.contract.columns import list_row, segment_keys
 from stages.contract.fingerprint import fingerprint
+from stages.contract.roles import has_roles
 from stages.contract.store import Store
 from stages.fuse.stage import FuseStage
 from stages.models.embeddings import load_input_embeddings
@@ -112,8 +113,9 @@ class _Interpreter:
         inputs = read_inputs(run.resolved, run.store, run.resolved.steps["fuse"], shard)
         target = inputs[f"logits/{target_name}"]
         doc_ids = target["doc_id"].to_numpy()
-        num_positions = np.maximum(pc.list_value_length(target["token_ids"]).to_numpy() - 1, 0)
-        rows = choose_rows(doc_ids, num_positions, max_positions=self._max_positions, seed=run.config.interpret.seed)
+        rows = choose_rows(
+            doc_ids, _num_positions(target), max_positions=self._max_positions, seed=run.config.interpret.seed
+        )
         figures: dict[int, DocumentFigures] = {}
         for row, segment in zip(rows, fuse.fused_segments(inputs, rows), strict=True):
             doc_id, found = int(doc_ids[row]), DocumentFigures.of_segment(segment, space)
@@ -166,6 +168,13 @@ class _Interpreter:
                 run.config.dataset.kind_column,
             )
         return {doc_id: "(none)" if kind is None else _shortened(kind) for doc_id, kind in chosen.items()}
+
+
+def _num_positions(target: pa.Table) -> np.ndarray:
+    """(R,) positions of each row whose next token is learnt."""
+    if has_roles(target):
+        return np.array([list_row(target, "is_trained", row)[1:].sum() for row in range(target.num_rows)], np.int64)
+    return np.maximum(pc.list_value_length(target["token_ids"]).to_numpy() - 1, 0)
 
 
 def _shortened(kind: str) -> str:

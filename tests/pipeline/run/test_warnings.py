@@ -75,8 +75,12 @@ def test_control_tokens_are_warned_of_where_they_are_no_exception(tmp_path: Path
     health = {"documents": 1000, "control_token_documents": 10, "control_token/<|a|>": 3, "control_token/<|b|>": 9}
     (warning,) = shard_warnings(config(tmp_path), health)
     assert "10 of 1,000 documents hold control tokens of the run's models as text (<|b|>, <|a|>)" in warning
-    assert 'Set dataset.control_tokens = "parse"' in warning
+    assert "Give the conversations themselves, with dataset.messages_column" in warning
+    assert 'set dataset.control_tokens = "parse"' in warning
     assert shard_warnings(config(tmp_path), {**health, "control_token_documents": 9}) == []
+    text_run = config(tmp_path)
+    dataset = text_run.dataset.model_copy(update={"messages_column": "messages"})
+    assert shard_warnings(text_run.model_copy(update={"dataset": dataset}), health) == [], "messages may speak of them"
 
 
 @pytest.fixture
