@@ -2,14 +2,12 @@
 
 import logging
 import platform
+from functools import cache
 from importlib import metadata
 
 from pipeline.run.session import Run, StageError
 from pipeline.run.steps import Step
-from stages.contract.manifest import (
-    Manifest,
-)
-from stages.logits.backends.vllm import vllm_version
+from stages.contract.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +22,11 @@ def check_library_versions(run: Run, step: Step) -> None:
     if not done:
         return
     then = Manifest.from_bytes(run.store.read(f"{step.folder}/manifests/{done[0]}")).versions
-    here = library_versions() | ({"vllm": vllm_version()} if "vllm" in then else {})
+    here = library_versions()
+    if "vllm" in then:
+        from stages.logits.backends.vllm import vllm_version  # with torch, which takes seconds to import
+
+        here["vllm"] = vllm_version()
     drift = [f"{name} {then[name]} -> {now}" for name, now in here.items() if then.get(name, now) != now]
     if not drift:
         return
@@ -39,6 +41,11 @@ RECORDED_VERSIONS = ("ptafuse", "torch", "transformers", "tokenizers", "pyarrow"
 
 def library_versions() -> dict[str, str]:
     """Versions that every manifest records: a drift of these may change results."""
+    return dict(_library_versions())
+
+
+@cache  # each is read from a file, and parsed
+def _library_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for name in RECORDED_VERSIONS:
         try:

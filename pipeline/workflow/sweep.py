@@ -13,8 +13,6 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from rich.console import Console
 
-from pipeline.engine.model_task import run_with_model
-from pipeline.evaluation.eval_stage import run_eval
 from pipeline.run.outcomes import read_result
 from pipeline.run.records import recorded_configurations
 from pipeline.run.session import open_run
@@ -193,6 +191,9 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
                 console.print(f"{name}: nothing to do")
                 continue
             if FUSED not in missing:  # baselines that are asked for since: they need no trained model
+                from pipeline.engine.model_task import run_with_model
+                from pipeline.evaluation.eval_stage import run_eval  # with torch, which reading a sweep does without
+
                 console.rule(name, align="left")
                 run_eval(run, run_with_model)
                 continue

@@ -6,11 +6,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.measures.kinds import KindFigures
 from stages.measures.standard_error import Estimate
 from train.job import StepRecord, TrainJob
-from train.model.rounding import RoundingSurvival
+
+if TYPE_CHECKING:  # a report reads cards, and does without torch
+    from train.model.rounding import RoundingSurvival
 
 CARD = "README.md"
 _EVALUATION = "## Evaluation"
@@ -18,7 +21,7 @@ _GOLD_ONLY = "The fused distributions were not read: lambda is 1, so the gold to
 _PENDING = "Not evaluated yet: `ptafuse eval` writes held-out bits per byte here."
 
 
-def model_card(job: TrainJob, last: StepRecord, rounding: RoundingSurvival | None = None) -> str:
+def model_card(job: TrainJob, last: StepRecord, rounding: "RoundingSurvival | None" = None) -> str:
     """Write the Markdown of the card: models, data, settings, and the losses of the last step."""
     origin = f"{job.model.hub} (revision {job.model.revision})" if job.model.hub else "a local model"
     sources = "\n".join(f"- {name}" for name in job.sources) or "- none"
@@ -189,7 +192,7 @@ def _json(value: object) -> str:
     return f"```json\n{json.dumps(value, indent=2)}\n```"
 
 
-def _rounded(rounding: RoundingSurvival | None) -> str:
+def _rounded(rounding: "RoundingSurvival | None") -> str:
     """Say how much of the training is left where the model is loaded in bfloat16."""
     if rounding is None:
         return ""

@@ -14,7 +14,6 @@ from pipeline.evaluation.suites.catalogue import Suite
 from pipeline.evaluation.suites.local_data import Document, as_multipl_e
 from pipeline.evaluation.suites.multipl_e import hub_dataset, task_config
 from stages.models.config import ModelConfig, load_model, load_tokenizer
-from stages.models.devices import attention_choices, resolve_device, set_threads
 from train.config import EvalConfig
 
 Data = Mapping[str, list[Document]]
@@ -76,6 +75,8 @@ def build_task(suite: Suite, subtask: str, data: Data | None, *, num_fewshot: in
 def load_harness_model(model: ModelConfig, config: EvalConfig, *, cpus: float) -> Any:
     """Load a model for the harness: our weights, precision, device and attention; logprobs in float32."""
     from lm_eval.models.huggingface import HFLM
+
+    from stages.models.devices import attention_choices, resolve_device, set_threads
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # prompts that were cut are counted in the result
     device = resolve_device(config.device)

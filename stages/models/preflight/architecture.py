@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from stages.models.config import ModelConfig, empty_model
-from stages.models.heads import split_head, takes_position_ids
 from stages.models.preflight.problem import Problem
 from stages.models.quantization import UNPACKED, missing_packages, quantization_method
 
@@ -136,6 +135,8 @@ def architecture_problems(model: ModelConfig, file: Path, skeleton: Any, *, isol
         skeleton: what ``build_skeleton`` gave.
         isolated: whether it is trained on packed documents that do not see each other.
     """
+    from stages.models.heads import split_head, takes_position_ids  # torch takes seconds to import
+
     config = skeleton.config.get_text_config()
     one_way = [getattr(module, "is_causal", True) for module in skeleton.modules()]
     if getattr(config, "is_decoder", None) is False and not all(one_way):

@@ -249,7 +249,7 @@ def test_baselines_that_are_asked_for_later_are_evaluated_without_training_again
 
     monkeypatch.setattr(sweeping, "run_all_stages", compute)
     monkeypatch.setattr(sweeping, "discard_model", lambda run: None)
-    monkeypatch.setattr(sweeping, "run_eval", evaluate)
+    monkeypatch.setattr("pipeline.evaluation.eval_stage.run_eval", evaluate)
     go(sweep_file)
     assert len(trained) == 6
     assert not {"eval/ensemble", "eval/weight-average"} & set(evaluated)
