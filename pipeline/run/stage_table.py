@@ -341,7 +341,7 @@ def _model_identities(model: ModelConfig) -> dict[str, str]:
 def _shard_stage(config: RunConfig, _: str | None) -> Stage:
     from stages.shard.stage import ShardStage
 
-    return ShardStage(config.shard, config.models)
+    return ShardStage(config.shard, config.models, train_on=config.dataset.train_on)
 
 
 def _logits_stage(config: RunConfig, name: str | None) -> Stage:

@@ -170,14 +170,16 @@ class ChatTemplate:
         return rendered
 
     def _shape(self, roles: tuple[str, ...]) -> _Shape:
-        if roles not in self._shapes:
-            while len(self._shapes) >= _MAX_SHAPES:
-                del self._shapes[next(iter(self._shapes))]
+        shape = self._shapes.get(roles)
+        if shape is None:
             try:
-                self._shapes[roles] = self._find_shape(roles)
+                shape = self._find_shape(roles)
             except RenderError as error:
-                self._shapes[roles] = error
-        shape = self._shapes[roles]
+                shape = error
+            # Several shards may be tokenized at once: each step leaves the shapes usable.
+            if len(self._shapes) >= _MAX_SHAPES:
+                self._shapes.pop(next(iter(self._shapes.copy())), None)
+            self._shapes[roles] = shape
         if isinstance(shape, RenderError):
             raise RenderError(str(shape))
         return shape
