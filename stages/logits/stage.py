@@ -21,6 +21,7 @@ from stages.contract.columns import (
     sparse_columns,
 )
 from stages.contract.manifest import Health, Mean
+from stages.contract.roles import Role
 from stages.contract.schemas import id_type, logits_schema
 from stages.contract.stage import BadRecord, StageOutput
 from stages.logits.backends.base import Backend, NotFiniteError, Predictions
@@ -29,9 +30,11 @@ from stages.logits.backends.server import ServerBackend
 from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.backends.vllm import VllmBackend
 from stages.logits.config import LogitsConfig
-from stages.measures.cross_entropy import CrossEntropy, cross_entropy
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy, learnt_cross_entropy
 from stages.measures.nucleus import outside_nucleus
 from stages.models.config import ModelConfig
+from stages.models.conversations.template import RenderError
+from stages.models.segment_text import segment_texts
 from stages.models.tokenizer import Encoding, SegmentTokenizer
 from stages.models.windows import windows
 
@@ -90,7 +93,7 @@ class LogitsStage:
         """Dump one shard.
 
         Args:
-            inputs: ``"shard"``: a table of ``schemas.SHARD``; its train rows are processed, in their order.
+            inputs: ``"shard"``: a table of ``schemas.shard_schema``; its train rows are processed, in their order.
 
         Raises:
             ValueError: the model gave a number that is not finite; names document, segment and position.
@@ -137,10 +140,12 @@ class LogitsStage:
     def _encode(self, rows: pa.Table) -> tuple[list[_Segment], list[BadRecord]]:
         """Tokenize the rows; those that the model cannot be given are set apart."""
         keys = segment_keys(rows)
-        encodings = self._tokenizer.encode_batch(rows["text"].to_pylist(), is_last=rows["is_last"].to_pylist())
+        encodings = self._tokenizer.try_encode_segments(segment_texts(rows))
         segments, bad = [], []
         for (doc_id, index), encoding in zip(keys, encodings, strict=True):
-            if len(encoding.ids) == 0:
+            if isinstance(encoding, RenderError):  # `shard` rendered it: another version of transformers, perhaps
+                bad.append(BadRecord(doc_id, index, "CannotRender", f"model {self._model.name}: {encoding}"))
+            elif len(encoding.ids) == 0:
                 message = f"model {self._model.name}: the tokenizer keeps nothing of the segment's text"
                 bad.append(BadRecord(doc_id, index, "NoTokens", message))
             elif (largest := int(encoding.ids.max())) >= self._backend.num_embeddings:
@@ -193,8 +198,14 @@ class LogitsStage:
         total = CrossEntropy(0.0, 0, 0)
         is_special = self._tokenizer.vocabulary.is_special
         for index, segment in enumerate(segments):
-            ids, byte_end = segment.encoding.ids, segment.encoding.byte_end
-            total += cross_entropy(predictions.gold_logprob[predictions.part(index)], byte_end, is_special[ids])
+            ids, byte_end, role = segment.encoding.ids, segment.encoding.byte_end, segment.encoding.role
+            gold = predictions.gold_logprob[predictions.part(index)]
+            if role is None or segment.encoding.is_trained is None:
+                total += cross_entropy(gold, byte_end, is_special[ids])
+            else:
+                total += learnt_cross_entropy(
+                    gold, byte_end, is_trained=segment.encoding.is_trained, ends_turn=role == Role.EOS
+                )
         row_mass = np.exp(predictions.topk_logprobs.astype(np.float64)).sum(axis=1)
         mass = float(row_mass.sum())
         num_tokens = int(predictions.starts[-1])
@@ -233,6 +244,12 @@ class LogitsStage:
             [SparseRows(predictions.topk_ids[part], rounded[part]) for part in parts], id_type(vocab_size)
         )
         has_draws = self._config.tail_samples > 0
+        known = [(segment.encoding.role, segment.encoding.is_trained) for segment in segments]
+        what_they_are = [
+            list_column([role for role, _ in known if role is not None], pa.uint8()),
+            list_column([trained for _, trained in known if trained is not None], pa.bool_()),
+        ]
+        conversations = self._model.reads_conversations
         draws = [ids_column([predictions.sample_ids[part] for part in parts], id_type(vocab_size))] if has_draws else []
         return pa.Table.from_arrays(
             [
@@ -244,6 +261,7 @@ class LogitsStage:
                 ids,
                 logprobs,
                 *draws,
+                *(what_they_are if conversations else []),
             ],
-            schema=logits_schema(vocab_size, has_draws=has_draws),
+            schema=logits_schema(vocab_size, has_draws=has_draws, conversations=conversations),
         )
