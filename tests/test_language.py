@@ -35,7 +35,7 @@ def test_kernels_and_training_loop_have_comments(package: str) -> None:
         ("(N,) bool: the row is present.", False),
     ],
 )
-def test_imperative_sentences_are_told_by_their_first_word(docstring: str, expected: bool) -> None:
+def test_imperative_sentences_are_recognised_by_their_first_word(docstring: str, expected: bool) -> None:
     assert is_imperative(docstring) is expected
 
 

@@ -68,7 +68,7 @@ def model_folder(tmp_path: Path) -> Path:
     return save_model(tmp_path / "model")
 
 
-def test_trap_would_spring(tmp_path: Path) -> None:
+def test_the_trap_of_these_tests_runs_code_when_it_is_unpickled(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
     assert (tmp_path / "sprung").exists()
 

@@ -140,7 +140,7 @@ def test_a_section_that_fails_does_not_stop_the_next(setup, make_section):
     assert ("works", "after", True) in [(line["section"], line["figure"], line["ok"]) for line in lines]
 
 
-def test_what_cannot_run_is_said_and_fails_only_if_strict(setup, make_section):
+def test_checks_that_cannot_run_are_reported_and_fail_only_if_strict(setup, make_section):
     def lacks_gpu(*_):
         raise UnavailableError("it needs two GPUs")
 
@@ -218,7 +218,7 @@ def llama_alone(setup) -> Setup:
     return setup
 
 
-def test_a_top_k_with_another_id_is_seen(llama_alone, monkeypatch):
+def test_a_top_k_with_a_wrong_id_is_detected(llama_alone, monkeypatch):
     from stages.logits.backends import transformers
 
     original = transformers.topk_logprobs
@@ -233,7 +233,7 @@ def test_a_top_k_with_another_id_is_seen(llama_alone, monkeypatch):
     assert missed(lines) == ["llama_top10_same_float32"]
 
 
-def test_a_gradient_that_is_off_is_seen(llama_alone, monkeypatch):
+def test_a_wrong_gradient_is_detected(llama_alone, monkeypatch):
     from train.objective import loss
 
     original = loss._of_logits

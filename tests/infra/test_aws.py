@@ -30,7 +30,7 @@ def test_ray_accepts_the_file(config: dict[str, Any]) -> None:
     assert found["available_node_types"]["gpu-spot"]["max_workers"] == 8
 
 
-def test_misspelt_setting_would_be_noticed(config: dict[str, Any]) -> None:
+def test_a_misspelt_setting_is_noticed(config: dict[str, Any]) -> None:
     config["available_node_types"]["head"]["resource"] = {}
     with pytest.raises(jsonschema.ValidationError):
         prepared(config)

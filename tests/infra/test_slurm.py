@@ -90,7 +90,7 @@ def test_starts_ray_on_every_node_and_the_driver_on_the_first(job: tuple) -> Non
     ]  # fmt: skip
 
 
-def test_last_stage_is_eval_unless_told(job: tuple) -> None:
+def test_the_last_stage_is_eval_by_default(job: tuple) -> None:
     command, env, log = job
     subprocess.run([*command, "my.toml", "s3://b/r"], check=True, env=env)
     started = ray_command(log)
@@ -121,7 +121,7 @@ def test_exit_code_is_the_drivers(job: tuple, tmp_path: Path) -> None:
     assert subprocess.run([*command, "my.toml", "/runs/my"], check=False, env=env).returncode == 3
 
 
-def test_without_a_run_it_says_how_it_is_used(job: tuple) -> None:
+def test_without_a_run_the_command_shows_its_usage(job: tuple) -> None:
     command, env, _ = job
     done = subprocess.run([*command, "my.toml"], check=False, env=env, capture_output=True, text=True)
     assert done.returncode == 2

@@ -270,7 +270,7 @@ def test_tokenizer_that_changes_while_the_stage_starts_is_noticed(
     assert re.search(said(row), corpus.refused("logits", llama=str(copy)))
 
 
-def test_full_disk_is_said_and_costs_no_attempt(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_costs_no_attempt(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -412,9 +412,7 @@ def test_a_text_of_which_nothing_is_left_is_refused_before_any_model_runs(corpus
 # --- data sets and configurations that users bring -----------------------------------------------------------------------
 
 
-def test_links_are_followed_and_one_that_leads_nowhere_is_refused(
-    corpus: Corpus, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_links_are_followed_and_dangling_links_are_refused(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
     corpus.write(*GOOD)
     data = corpus.folder / "data"
     data.mkdir()
@@ -429,7 +427,7 @@ def test_links_are_followed_and_one_that_leads_nowhere_is_refused(
     assert re.search(said("a link that leads nowhere"), corpus.refused("shard"))
 
 
-def test_files_of_several_splits_are_said(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_of_several_splits_are_reported(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("train-0.jsonl", "train-1.jsonl"):
         (corpus.folder / "data").mkdir(exist_ok=True)
         corpus.file = corpus.folder / "data" / name
@@ -471,7 +469,7 @@ def test_damaged_row_group_is_named(corpus: Corpus) -> None:
     assert f"{corpus.file}: row group 1 of 3 (rows 100 to 200)" in refused
 
 
-def test_texts_that_leave_nothing_to_evaluate_are_said_before_training(
+def test_texts_with_nothing_to_evaluate_are_reported_before_training(
     corpus: Corpus, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus.write(*GOOD).ptafuse("shard", "shard.validation_fraction=0.01")
@@ -505,7 +503,7 @@ def test_rendered_conversations_are_counted(corpus: Corpus, caplog: pytest.LogCa
         ("two names that differ in case only", 'name = "neox"', 'name = "LLAMA"'),
     ],
 )
-def test_wrong_settings_are_said_in_the_words_of_the_file(corpus: Corpus, row: str, old: str, new: str) -> None:
+def test_wrong_settings_are_explained_in_the_words_of_the_file(corpus: Corpus, row: str, old: str, new: str) -> None:
     toml = corpus.config()
     assert old in toml.read_text()
     toml.write_text(toml.read_text().replace(old, new))

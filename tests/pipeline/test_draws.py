@@ -40,7 +40,7 @@ def folder_of(run: Path, key: str, name: str = "draws") -> Path:
     return run / resolved(run, name).steps[key].folder
 
 
-def test_only_steps_that_read_logits_are_computed_anew(run: Path) -> None:
+def test_only_steps_that_read_logits_are_recomputed(run: Path) -> None:
     assert folder_of(run, "shard") == folder_of(run, "shard", "exact")
     for key in ("logits/llama", "logits/neox", "align/neox", "fit", "fuse"):
         assert folder_of(run, key) != folder_of(run, key, "exact")

@@ -176,7 +176,7 @@ def test_finished_stage_says_nothing_to_do(tiny_config: Path, undisturbed_run: P
 
 
 @pytest.mark.slow
-def test_changed_epsilon_recomputes_align_and_fuse_alone(
+def test_changed_epsilon_recomputes_only_align_and_fuse(
     tiny_config: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:
     run = copy_of(undisturbed_run, tmp_path)
@@ -395,7 +395,7 @@ def test_library_drift_warns_and_strict_refuses(
 
 
 @pytest.mark.slow
-def test_set_up_that_fails_is_said_once_and_costs_no_attempt(
+def test_a_failed_set_up_is_reported_once_and_costs_no_attempt(
     tiny_config: Path, undisturbed_run: Path, tmp_path: Path
 ) -> None:
     run = copy_of(undisturbed_run, tmp_path)

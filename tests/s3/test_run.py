@@ -125,7 +125,7 @@ def test_killed_upload_of_the_model_is_repeated_without_training_again(
     assert model_files(store) == expected
 
 
-def test_training_of_a_lost_machine_goes_on_from_the_copied_checkpoint(remote_run: RemoteRun, tmp_path: Path) -> None:
+def test_training_of_a_lost_machine_resumes_from_the_copied_checkpoint(remote_run: RemoteRun, tmp_path: Path) -> None:
     """Another machine has an empty scratch folder; the copy of the last step is taken away, so one step is left."""
     store = Store(RUN)
     expected, folder = model_files(store), recorded_run(store).steps["train"].folder

@@ -162,7 +162,7 @@ def test_store_that_stays_away_ends_the_command_with_advice(
             Store(run_url).read("m.json")
 
 
-def test_address_where_nothing_listens_is_said_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_address_where_nothing_listens_is_reported_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     use(f"http://127.0.0.1:{free_port()}", monkeypatch)
     with pytest.raises(
         StoreUnreachableError, match=r"check that http://127.* \(AWS_ENDPOINT_URL\) is right and running"

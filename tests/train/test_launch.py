@@ -16,7 +16,7 @@ from train.run_log import read_log
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_workers_errors_are_told_once_and_without_their_tracebacks(monkeypatch, shown):
+def test_errors_of_workers_are_reported_once_without_tracebacks(monkeypatch, shown):
     from ray.train import WorkerGroupError
 
     from train import launch

@@ -51,7 +51,7 @@ def test_constant_rate_stays_after_the_warm_up():
     assert [learning_rate(step, 4, config) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
 
 
-def test_warm_up_alone_is_possible():
+def test_training_may_consist_of_warm_up_only():
     config = TrainConfig(learning_rate=1.0, warmup_ratio=1.0)
     assert [learning_rate(step, 2, config) for step in range(2)] == [0.5, 1.0]
 

@@ -20,7 +20,7 @@ def test_sigterm_is_a_notice_and_no_end_while_watched():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_outside_the_main_thread_the_handler_is_left_alone():
+def test_the_signal_handler_is_kept_outside_the_main_thread():
     before = signal.getsignal(signal.SIGTERM)
     seen = []
 
@@ -34,7 +34,7 @@ def test_outside_the_main_thread_the_handler_is_left_alone():
     assert seen == [before]
 
 
-def test_told_to_stop_saves_first_and_goes_on_where_it_was(tiny_job, tmp_path):
+def test_a_request_to_stop_saves_first_and_training_resumes_there(tiny_job, tmp_path):
     train(job_in(tiny_job, tmp_path / "plain"))
     job = job_in(tiny_job, tmp_path / "run", checkpoint_every_steps=100)
     with pytest.raises(StoppedError, match="after step 2 of 6"):
@@ -45,7 +45,7 @@ def test_told_to_stop_saves_first_and_goes_on_where_it_was(tiny_job, tmp_path):
     assert [(r.step, r.loss, r.blocks) for r in found] == [(r.step, r.loss, r.blocks) for r in expected]
 
 
-def test_told_that_a_machine_will_go_saves_once_and_trains_on(tiny_job, tmp_path):
+def test_a_notice_that_a_machine_will_go_saves_once_and_trains_on(tiny_job, tmp_path):
     saved = []
 
     def on_step(record):

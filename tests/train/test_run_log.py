@@ -50,7 +50,7 @@ def test_steps_go_to_wandb_where_asked_for(tiny_job, tmp_path, wandb):
     assert wandb.exit_codes == [0]
 
 
-def test_an_interrupted_run_is_told_to_wandb_as_failed(tmp_path, wandb):
+def test_an_interrupted_run_is_reported_to_wandb_as_failed(tmp_path, wandb):
     log = RunLog(tmp_path, step=0, wandb=wandb)
     log.__exit__(ValueError, ValueError("stop"), None)
     assert wandb.exit_codes == [1]
@@ -63,7 +63,7 @@ def test_wandb_that_is_not_installed_is_refused_before_anything_is_loaded(tiny_j
     check_wandb(TrainConfig(wandb=False))
 
 
-def test_what_is_not_known_is_left_out(tmp_path, wandb):
+def test_values_that_are_none_are_not_logged(tmp_path, wandb):
     with RunLog(tmp_path, step=0, wandb=wandb) as log:
         log.add(RECORD)
         log.add(replace(RECORD, step=4, mfu=0.4))

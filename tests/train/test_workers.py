@@ -83,7 +83,7 @@ def test_a_checkpoint_is_resumed_on_another_number_of_workers(tiny_job, tmp_path
     assert_same_run(tmp_path / "run", undisturbed, relative=1e-4)
 
 
-def test_a_killed_worker_ends_the_others_and_the_job_goes_on(tiny_job, tmp_path, undisturbed):
+def test_a_killed_worker_ends_the_others_and_the_job_resumes(tiny_job, tmp_path, undisturbed):
     job = job_in(tiny_job, tmp_path / "run", checkpoint_every_steps=1)
     processes = start_workers(job, tmp_path / "before", num_workers=2, pause_after=4, pause_seconds=1)
     wait_until(lambda: len(list((tmp_path / "run").glob("paused-*"))) == 2, processes)

@@ -58,7 +58,7 @@ def test_a_model_of_the_hub_is_written_to_a_folder_and_the_cache_is_left(
         (("some/llama", "--revision", "main"), "--revision names a model of the hub: give --output too"),
     ],
 )
-def test_arguments_that_say_too_little_are_refused(arguments: tuple[str, ...], message: str) -> None:
+def test_incomplete_arguments_are_refused(arguments: tuple[str, ...], message: str) -> None:
     done = ptafuse("convert", *arguments, check=False)
     assert done.returncode == 1
     assert message in done.stderr

@@ -270,7 +270,7 @@ def test_nulls_in_parquet_stay_null(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(found=st.lists(texts, min_size=1, max_size=12), per_shard=st.integers(1, 13), escape=st.booleans())
-def test_any_text_comes_back_whatever_the_shards(
+def test_any_text_is_read_back_for_every_number_of_shards(
     found: list[str], per_shard: int, escape: bool, tmp_path: Path
 ) -> None:
     raw = b"".join(json.dumps({"text": text}, ensure_ascii=escape).encode() + b"\n" for text in found)
@@ -343,7 +343,7 @@ def test_identity_is_of_names_and_contents(tmp_path: Path) -> None:
         ({"a.jsonl.zst": b"no zstd at all"}, "a.jsonl.zst", DatasetError, "cannot be read to its end"),
     ],
 )
-def test_what_cannot_be_read_is_refused(
+def test_unreadable_files_are_refused(
     files: dict[str, bytes], path: str, error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     _write(tmp_path, files)

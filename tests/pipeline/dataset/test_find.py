@@ -102,7 +102,7 @@ def test_a_glob_that_names_a_linked_folder_finds_what_has_another_name_as_well(t
 
 @pytest.mark.parametrize("path", ["", "*.jsonl", "b.jsonl"])
 @pytest.mark.parametrize("target", ["gone.jsonl", "b.jsonl"], ids=["broken", "to itself"])
-def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path, path: str, target: str) -> None:
+def test_a_dangling_link_is_refused(tmp_path: Path, path: str, target: str) -> None:
     write(tmp_path / "a.jsonl", "text")
     (tmp_path / "b.jsonl").symlink_to(target)
     with pytest.raises((DatasetError, FileNotFoundError), match=rf"b\.jsonl.* is a link (to {target}|that leads)"):
@@ -188,7 +188,7 @@ def splits(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", ["", "*.parquet"])
-def test_the_split_beside_a_path_chooses_its_files(splits: Path, path: str) -> None:
+def test_the_split_setting_selects_files_of_a_path(splits: Path, path: str) -> None:
     found = {split: documents(dataset(splits / path, split=split)) for split in ("train", "validation", "dev", "test")}
     assert found == {
         "train": ["train-00000-of-00002", "train-00001-of-00002"],
@@ -215,7 +215,7 @@ def test_a_split_that_no_name_says_is_refused(splits: Path, tmp_path_factory: py
         check_dataset(dataset(unnamed, split="test"))
 
 
-def test_files_of_no_split_are_left_out_beside_those_of_one(splits: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_files_without_a_split_are_left_out_if_others_have_one(splits: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(splits / "more.parquet", "more")
     assert documents(dataset(splits, split="test")) == ["test-00000-of-00001"]
     assert "1 of 5 files are of no split by their names" in caplog.text
@@ -268,14 +268,14 @@ def test_texts_about_the_data_are_documents_where_all_are_texts(tmp_path: Path) 
         ("corpus.pdf", r"expected \.parquet"),
     ],
 )
-def test_what_to_do_with_files_that_are_not_read_is_said(tmp_path: Path, name: str, remedy: str) -> None:
+def test_the_remedy_for_files_that_are_not_read_is_named(tmp_path: Path, name: str, remedy: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     for path in (tmp_path / name, tmp_path):
         with pytest.raises(DatasetError, match=f"(?i){remedy}"):
             check_dataset(dataset(path))
 
 
-def test_data_of_other_formats_beside_what_is_read_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_data_of_other_formats_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path / "a.jsonl", "text")
     for name in ("b.csv", "c.csv", "README.md", ".d.csv"):
         (tmp_path / name).write_text("x")

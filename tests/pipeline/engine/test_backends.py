@@ -26,7 +26,7 @@ def manifests(run: Path, model: str) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_what_auto_came_to_stands_for_the_whole_folder(
+def test_the_value_chosen_for_auto_holds_for_the_whole_folder(
     undisturbed_run: Path, tiny_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(shutil.copytree(undisturbed_run, tmp_path / "run"))

@@ -76,7 +76,7 @@ def computed(job: ShardJob, folder: str, resources: Resources) -> tuple[ShardJob
     return job, {status.shard for status in statuses if status.outcome == "done"}
 
 
-def test_logits_alone_overlap(tiny_config: Path) -> None:
+def test_only_logits_overlap(tiny_config: Path) -> None:
     overlapping = {
         spec.name: spec.shards_per_worker
         for spec in STAGES
@@ -147,7 +147,7 @@ def at_once(worker: ShardWorker, *shards: int) -> list[str]:
         return [f"{status.outcome} {status.message}".strip() for status in pool.map(worker.run, shards)]
 
 
-def test_a_failing_shard_leaves_the_one_beside_it(fresh: ShardJob) -> None:
+def test_a_failing_shard_does_not_disturb_a_shard_computed_at_the_same_time(fresh: ShardJob) -> None:
     worker = ShardWorker(fresh)
     has_failed = threading.Event()
 

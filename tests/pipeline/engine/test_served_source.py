@@ -51,7 +51,7 @@ def test_a_served_source_asks_for_no_gpu(inputs: Path) -> None:
     assert stage_spec("logits").resources(config, "llama").gpus is None
 
 
-def test_the_backend_of_a_source_names_its_logits_alone(inputs: Path) -> None:
+def test_the_backend_of_a_source_changes_only_the_fingerprint_of_its_logits(inputs: Path) -> None:
     plain, served = load_config(inputs), load_config(inputs, (SERVED, "sources.neox.served_model=x"))
     settings = stage_spec("logits").settings
     assert settings(plain, "llama") == settings(served, "llama")

@@ -81,7 +81,7 @@ def test_worker_deaths_are_counted_within_a_command(tmp_path: Path) -> None:
     assert isinstance(Attempt.begin(store, "f", 0, "launch-2", 3), Attempt), "a new command starts afresh"
 
 
-def test_errors_are_counted_for_ever(tmp_path: Path) -> None:
+def test_errors_are_counted_forever(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     for launch in ("a", "b", "c"):
         attempt = Attempt.begin(store, "f", 0, launch, 3)
@@ -91,7 +91,7 @@ def test_errors_are_counted_for_ever(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_a_failing_shard_is_told_of_once_and_without_traceback_unless_that_is_asked_for(
+def test_a_failing_shard_is_reported_once_without_traceback_unless_requested(
     tiny_config: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -108,7 +108,7 @@ def test_a_failing_shard_is_told_of_once_and_without_traceback_unless_that_is_as
 
 
 @pytest.mark.parametrize("shown", [False, True])
-def test_a_failed_set_up_is_told_without_traceback_unless_that_is_asked_for(
+def test_a_failed_set_up_is_reported_without_traceback_unless_requested(
     tiny_config: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -28,9 +28,7 @@ def evaluated(tiny_config: Path, undisturbed_run: Path, tmp_path_factory: pytest
 
 
 @pytest.mark.slow
-def test_baselines_are_evaluated_beside_the_models_and_leave_their_figures_alone(
-    evaluated: Path, undisturbed_run: Path
-) -> None:
+def test_baselines_are_evaluated_without_changing_the_models_results(evaluated: Path, undisturbed_run: Path) -> None:
     found, before = results(evaluated), results(undisturbed_run)
     assert found.keys() - before.keys() == {"ensemble", "weight-average"}
     assert all(found[name] == before[name] for name in before)

@@ -81,7 +81,7 @@ def test_the_mixture_is_the_dense_one_and_sums_to_1(tail: str, weights: tuple[fl
     np.testing.assert_allclose(found[7], own[7], rtol=1e-6)  # no source has a distribution there
 
 
-def test_places_say_which_rows_are_meant() -> None:
+def test_the_scorer_finds_its_rows_by_place() -> None:
     rng = np.random.default_rng(2)
     logits = torch.from_numpy(rng.normal(0, 3, (POSITIONS, VOCABULARY))).float()
     gold = torch.from_numpy(rng.integers(0, VOCABULARY, POSITIONS))
@@ -162,7 +162,7 @@ def test_what_a_source_reads_does_not_depend_on_the_text_to_come(
     assert Reader(folder, target, source).changes(text, by="prefix") == 0
 
 
-def test_the_tokens_of_the_whole_segment_do_tell_of_the_text_to_come(folder: Path) -> None:
+def test_tokens_of_the_whole_segment_depend_on_later_text(folder: Path) -> None:
     assert Reader(folder, "neox", "llama").changes(TEXTS[1], by="segment") > 0
 
 

@@ -93,7 +93,7 @@ def test_a_run_on_gold_tokens_that_differs_in_what_they_teach_is_no_reference(
         "logits.dtype=bfloat16",
     ],
 )
-def test_a_run_that_differs_in_the_fused_distributions_alone_is_compared(
+def test_a_run_that_differs_only_in_the_fused_distributions_is_compared(
     store: Store, tiny_config: Path, setting: str
 ) -> None:
     runs = [

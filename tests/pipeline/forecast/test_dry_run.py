@@ -6,7 +6,7 @@ from tests.pipeline.report.finished_runs import begin
 from tests.tiny_run import ptafuse
 
 
-def test_the_paper_s_run_is_told_without_weights_or_network(tmp_path):
+def test_the_papers_run_is_estimated_without_weights_or_network(tmp_path):
     done = ptafuse(
         "train", "--dry-run", "pipeline/configs/llama2_7b.toml", "--run", str(tmp_path), "--tokens", "1500000000"
     )

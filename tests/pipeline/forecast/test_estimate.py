@@ -67,7 +67,7 @@ def test_bytes(assumed: Assumed) -> None:
     assert train_bytes(7e9, keep_checkpoints=2) == pytest.approx(7e9 * 28)
 
 
-def test_cores_beside_a_gpu_come_with_it() -> None:
+def test_the_price_of_a_gpu_includes_its_workers_cores() -> None:
     assert cost_of(7200, cpus=4, gpus=0) == Cost(core_hours=8)
     assert cost_of(7200, cpus=4, gpus=2) == Cost(gpu_hours=4)
 

@@ -28,7 +28,7 @@ def test_machines_with_few_cpus_leave_gpus_idle_and_the_warning_says_which_numbe
     )
 
 
-def test_machines_that_fit_are_not_spoken_of() -> None:
+def test_machines_that_fit_cause_no_warning() -> None:
     assert idle_gpu_warnings(llama(node_cpus=64, node_gpus=8)) == []
     assert idle_gpu_warnings(llama()) == []
     with pytest.raises(ValueError, match="give both or neither"):
@@ -42,7 +42,7 @@ def test_more_gpus_a_worker_than_a_machine_has_are_named() -> None:
     assert "a machine has 4 GPUs: no worker fits. Lower logits.gpus_per_worker" in warning
 
 
-def test_models_with_eager_attention_alone_are_told_and_others_are_not(tmp_path: Path) -> None:
+def test_only_models_without_fast_attention_cause_a_warning(tmp_path: Path) -> None:
     config = load_config("llama2_7b")
     assert [is_eager_only(model) for model in config.models] == [False, False, True]
     [warning] = attention_warnings(config)

@@ -132,7 +132,7 @@ def test_changed_setting_makes_a_step_stale_and_is_named(partly_done: tuple[Reso
     assert found["train"].state == "pending"
 
 
-def test_results_of_another_configuration_are_told_but_not_stale(partly_done: tuple[ResolvedRun, Store]) -> None:
+def test_results_of_another_configuration_are_mentioned_but_not_stale(partly_done: tuple[ResolvedRun, Store]) -> None:
     run, store = partly_done
     found = {step.key: step for step in again(run, store, "name=other", "logits.top_k=12").steps}
     assert found["logits/llama"].state == "pending"
@@ -159,7 +159,7 @@ def test_closest_of_the_others_comes_first() -> None:
     assert [other.fingerprint for other in found] == ["late", "near", "far"]
 
 
-def test_failed_shards_are_told(partly_done: tuple[ResolvedRun, Store]) -> None:
+def test_failed_shards_are_reported(partly_done: tuple[ResolvedRun, Store]) -> None:
     run, store = partly_done
     record = {"attempt": 2, "launch": "x", "host": "elsewhere", "pid": 1, "started": 2.0, "error": "ValueError: bad"}
     store.create(f"{run.steps['logits/neox'].folder}/attempts/shard-00004/2-00000000.json", json.dumps(record).encode())

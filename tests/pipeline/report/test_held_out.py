@@ -88,7 +88,7 @@ def test_runs_are_compared_with_runs_of_the_same_target(tmp_path: Path, tiny_con
     assert gold_only.mean == pytest.approx(-0.1)
 
 
-def test_the_precision_and_what_survives_rounding_stand_beside_the_figures(tmp_path: Path, tiny_config: Path) -> None:
+def test_precision_and_rounding_survival_are_shown_with_the_figures(tmp_path: Path, tiny_config: Path) -> None:
     store = Store(str(tmp_path / "run"))
     run = finish(store, tiny_config)
     counts = {"bfloat16": {"num_changed": 200, "num_surviving": 62}}

@@ -152,7 +152,7 @@ def test_a_run_directory_without_results_is_refused(tmp_path: Path) -> None:
     assert "no configuration has run here" in refused.stderr
 
 
-def test_served_page_is_on_loopback_and_made_anew() -> None:
+def test_the_page_is_served_on_loopback_and_rendered_at_every_load() -> None:
     counter = iter(range(10))
     with page_server(lambda: f"page {next(counter)}", port=0) as server:
         host, port = server.server_address[:2]

@@ -47,7 +47,7 @@ def after(store: Store) -> dict[str, float | None]:
     return {row.label: row.bits_per_byte for row in rows if row.label.startswith("after")}
 
 
-def test_a_finished_configuration_stays_beside_the_one_that_took_its_name(store: Store, tiny_config: Path) -> None:
+def test_a_finished_configuration_stays_when_another_takes_its_name(store: Store, tiny_config: Path) -> None:
     finish(store, tiny_config, figure=0.9)
     begin(store, tiny_config, "align.epsilon=0.25")
     assert after(store) == {
@@ -104,7 +104,7 @@ def test_a_result_is_shown_once(store: Store, tiny_config: Path) -> None:
         ((), ("target.name=other",), ("target.name llama", "target.name other")),
     ],
 )
-def test_configurations_of_a_name_are_told_apart_by_the_settings_in_which_they_differ(
+def test_configurations_of_one_name_are_distinguished_by_their_differing_settings(
     store: Store, tiny_config: Path, first: tuple, second: tuple, expected: tuple
 ) -> None:
     for overrides in (first, second):
@@ -112,7 +112,7 @@ def test_configurations_of_a_name_are_told_apart_by_the_settings_in_which_they_d
     assert labels(store) == [f"tiny ({words})" for words in expected]
 
 
-def test_what_differs_in_nothing_but_how_it_ran_is_still_told_apart(store: Store, tiny_config: Path) -> None:
+def test_configurations_that_differ_only_in_runtime_settings_are_distinguished(store: Store, tiny_config: Path) -> None:
     with_ensemble = finish(store, tiny_config, "baselines.ensemble=true")
     put(store, with_ensemble, "ensemble", evaluation([0.7], [100]))
     finish(store, tiny_config)
@@ -122,7 +122,7 @@ def test_what_differs_in_nothing_but_how_it_ran_is_still_told_apart(store: Store
     assert list(after(store)) == ["after tiny (lambda 0.8, semi-relaxed)"], "what differs does not matter to it"
 
 
-def test_targets_that_differ_are_told_apart_in_the_table(store: Store, tiny_config: Path) -> None:
+def test_different_targets_are_distinguished_in_the_table(store: Store, tiny_config: Path) -> None:
     for setting, figure in (("eval.max_length=64", 1.0), ("eval.max_length=32", 2.0)):
         put(store, finish(store, tiny_config, setting), "llama", evaluation([figure], [100]))
     rows = held_out(reported_runs(store), store)
@@ -153,7 +153,7 @@ def test_teacher_and_time_tables_keep_what_was_computed(changed_run: Store) -> N
     assert {"train", "align/neox"} <= {row[0] for row in times.rows}
 
 
-def test_the_page_keeps_what_was_computed(changed_run: Store) -> None:
+def test_the_page_shows_results_under_changed_settings(changed_run: Store) -> None:
     page = report_page(changed_run, max_positions=200)
     assert page.count("tiny (align.epsilon 0.2)") > 3
     assert "tiny (align.epsilon 0.7)" in page

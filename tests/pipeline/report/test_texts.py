@@ -103,7 +103,7 @@ def test_a_text_has_a_table_over_bytes_and_one_over_kinds(store: Store, finished
 
 
 @pytest.mark.usefixtures("finished")
-def test_what_can_be_compared_has_a_sentence(store: Store) -> None:
+def test_every_comparable_result_has_a_sentence(store: Store) -> None:
     (essays,) = verdicts(store)
     assert essays.startswith("text essays: after fused-run (")
     assert "and gold tokens only are equal within two standard errors (apart by 0.0200 ± " in essays
@@ -123,7 +123,7 @@ def test_texts_of_one_name_that_are_other_texts_have_tables_of_their_own(
     assert row.against_gold_only is None
 
 
-def test_configurations_that_differ_in_their_texts_alone_are_told_apart(store: Store, config: Path) -> None:
+def test_configurations_that_differ_only_in_their_texts_are_distinguished(store: Store, config: Path) -> None:
     shorter = config.with_name("shorter.toml")
     shorter.write_text(config.read_text().replace('name = "essays"', 'name = "essays"\nmax_characters = 5'))
     for path in (config, shorter):

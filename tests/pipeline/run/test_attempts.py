@@ -34,7 +34,7 @@ def test_process_that_has_ended_is_not_running() -> None:
     assert not is_running(record(pid=process.pid), longest_seconds=60)
 
 
-def test_attempt_elsewhere_is_running_for_as_long_as_one_may() -> None:
+def test_an_attempt_on_another_machine_counts_as_running_until_the_longest_time() -> None:
     assert is_running(record(host="elsewhere", pid=1, started=time.time() - 50), longest_seconds=60)
     assert not is_running(record(host="elsewhere", pid=1, started=time.time() - 70), longest_seconds=60)
 

@@ -150,7 +150,7 @@ def test_rollup_of_another_version_is_not_read(run: tuple[ResolvedRun, Store], m
 
 
 @pytest.mark.usefixtures("few")
-def test_refusing_store_costs_the_rollup_alone(
+def test_a_refusing_store_costs_only_the_rollup(
     run: tuple[ResolvedRun, Store], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(self, key, raw):

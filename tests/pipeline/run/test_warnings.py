@@ -61,7 +61,7 @@ def test_one_text_file_is_one_document_and_lines_are_offered(tmp_path: Path) -> 
     assert warning.endswith("evaluated on: split it into documents")
 
 
-def test_what_the_shards_show_is_exact(tmp_path: Path) -> None:
+def test_shards_that_leave_one_split_empty_cause_a_warning(tmp_path: Path) -> None:
     health = {"documents": 40, "train_segments": 40, "validation_segments": 0}
     (warning,) = shard_warnings(config(tmp_path), health)
     assert "shard: none of 40 documents is held out (shard.validation_fraction = 0.01)" in warning

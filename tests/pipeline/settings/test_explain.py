@@ -50,7 +50,7 @@ TOP = MINIMAL.replace("[[sources]]", "[sources]")
         (MINIMAL.replace('name = "x"', 'name = "My run!"'), r"name: 'My run!' cannot name a folder: .*, e\.g\. 'My-run'"),
     ],
 )  # fmt: skip
-def test_a_wrong_setting_is_said_with_what_to_write(tmp_path: Path, text: str, message: str) -> None:
+def test_a_wrong_setting_is_explained_with_what_to_write(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         load_config(write(tmp_path, text))
     assert "Input should" not in str(raised.value)
@@ -103,7 +103,7 @@ def refused(values: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("keys", list(_fields(RunConfig)), ids=".".join)
-def test_no_message_is_a_librarys(keys: tuple[str, ...]) -> None:
+def test_every_message_is_ours_not_a_librarys(keys: tuple[str, ...]) -> None:
     """Whatever value a setting has, what is said of it is about the setting and in our words."""
     for wrong in WRONG:
         values: dict[str, Any] = {

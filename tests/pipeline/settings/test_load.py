@@ -161,7 +161,7 @@ def test_broken_toml_is_shown_with_what_to_write(tmp_path: Path, text: str, mess
         load_config(write(tmp_path, text))
 
 
-def test_a_byte_order_mark_is_passed_over_and_utf_16_is_said(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_skipped_and_utf_16_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_bytes(b"\xef\xbb\xbf" + MINIMAL.encode())
     assert load_config(path).name == "x"

@@ -36,7 +36,7 @@ def test_low_coverage_and_quarantine_are_warned_of(undisturbed_run: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_figures_that_matter_are_a_table_and_the_rest_is_asked_for(undisturbed_run: Path) -> None:
+def test_status_shows_important_metrics_and_the_others_with_all(undisturbed_run: Path) -> None:
     shown = ptafuse("status", str(undisturbed_run)).stdout
     assert re.search(r"│ shard +│ documents +│ +23 │ documents that became segments", shown)
     assert re.search(r"│ align/neox +│ covered +│ +[\d,]+ \(\d+%\) │ positions that got a distribution", shown)
@@ -50,7 +50,7 @@ def test_the_figures_that_matter_are_a_table_and_the_rest_is_asked_for(undisturb
 
 
 @pytest.mark.parametrize(("excluded", "value"), [(0, "1.5"), (3, "inf (1.5 elsewhere)")])
-def test_a_mean_that_leaves_out_infinite_surprise_is_not_shown_as_the_whole(excluded: int, value: str) -> None:
+def test_a_mean_without_infinite_values_is_marked_as_partial(excluded: int, value: str) -> None:
     health = {"positions": 10, "covered": 10, "gold_excluded": excluded, "completed_nll": Mean(total=1.5 * 7, count=7)}
     console = Console(file=io.StringIO(), width=120)
     print_status(RunStatus("run", "x", (StepStatus("align/a", "0", health=health),), None), console)

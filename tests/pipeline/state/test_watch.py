@@ -32,7 +32,7 @@ def step(finished: list[float | None], *, num_shards: int = 10, **changes: objec
     return replace(StepStatus("align/x", "fp", num_shards, shards), **changes)
 
 
-def test_speed_is_that_of_the_shards_done_of_late() -> None:
+def test_speed_is_computed_from_recently_finished_shards() -> None:
     recent = step([NOW - 5000, NOW - 80, NOW - 30, NOW])
     assert step_speed(recent, NOW) == Speed(3 * 3000 / 100, 6 * 100 / 3)
 

@@ -50,7 +50,7 @@ def test_texts_of_python_are_of_two_kinds_and_long_enough(tmp_path):
     assert any("import argparse" in document["text"] for document in documents)
 
 
-def test_what_is_there_is_left_alone(tmp_path, lee_wheel):
+def test_existing_files_are_left_alone(tmp_path, lee_wheel):
     demo_data._prepare_lee(tmp_path)
     (tmp_path / "python.jsonl").write_text("{}\n")
     for model in (demo_data.SMOLLM2, demo_data.GEMMA3):

@@ -102,7 +102,7 @@ def test_names_of_a_sweep_may_have_upper_case_and_must_differ_without_it(sweep_f
         load_sweep(sweep_file)
 
 
-def test_a_sweep_whose_record_is_one_file_with_anothers_is_refused(sweep_file: Path, tmp_path: Path) -> None:
+def test_sweeps_whose_names_differ_only_in_case_are_refused(sweep_file: Path, tmp_path: Path) -> None:
     Store(str(tmp_path / "run")).replace("sweeps/Lambda.json", b"{}")
     with pytest.raises(
         ConfigError, match=r"sweep 'lambda': .* holds the sweep 'Lambda'.*more than the case of letters"
@@ -181,7 +181,7 @@ def test_a_check_lists_the_cells_and_runs_nothing(sweep_file: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_stopped_sweep_goes_on_and_computes_nothing_twice(sweep_file: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_stopped_sweep_resumes_and_computes_nothing_twice(sweep_file: Path, tmp_path: Path, monkeypatch) -> None:
     run = tmp_path / "run"
     whole = sweep_file.read_text()
     sweep_file.write_text(whole.replace("seeds = [1, 2]", "seeds = [1]"))

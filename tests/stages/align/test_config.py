@@ -62,7 +62,7 @@ def test_a_preset_lends_another_method_what_all_methods_read(preset, method):
 
 
 @pytest.mark.parametrize("method", ["min-edit", "exact"])
-def test_a_cost_beside_a_method_that_moves_nothing_by_it_is_refused(method):
+def test_a_cost_is_refused_with_a_method_that_does_not_use_it(method):
     with pytest.raises(ValidationError, match=f"method = '{method}' moves nothing by it"):
         AlignConfig(method=method, cost="semantic")
 

@@ -315,7 +315,7 @@ def test_one_vocabulary_under_two_templates_copies_what_is_written_alike():
     assert aligned.outcome[first + 1] == IDENTITY
 
 
-def test_gold_stands_at_learnt_positions_alone():
+def test_gold_is_taken_only_at_learnt_positions():
     target, source = chat("chatml"), chat("inst")
     aligned = align(target, source, preset="semi-relaxed", inexact="gold")
     inner = target.find(b"assistant\n", b"Th")
@@ -412,7 +412,7 @@ def test_a_paired_position_has_read_bytes_of_the_same_message(both):
         assert edit.is_paired[position] == (int(target.message[position]) in with_text[0] & with_text[1])
 
 
-def test_edits_are_those_of_each_message_alone():
+def test_edits_are_counted_per_message():
     """A cheaper path through the whole conversation would pair the end of one message with the start of the next."""
     texts = (["<t>", "a", "b", "<t>", "c"], ["<t>", "ab", "<t>", "b", "c"])
     roles = [np.array([3, *([0] * (split - 1)), 3, *([0] * (4 - split))], np.uint8) for split in (3, 2)]

@@ -104,7 +104,7 @@ def test_the_target_s_draws_are_not_read(models, tables):
     assert "completed_logprob" not in only_target.schema.names
 
 
-def test_draws_without_a_tail_to_stand_for_are_refused(models, tables):
+def test_draws_are_refused_without_a_tail(models, tables):
     stage = make_stage(models, "spm-bpe", "coarse", preset="paper")
     with pytest.raises(ValueError, match=r"coarse have draws from the tail .* set align.tail = 'bucket'"):
         stage.run({"target": tables["spm-bpe"], "source": tables["coarse"]})

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from stages.align.rows import narrow
 
 
-def test_top_k_alone_takes_the_first():
+def test_top_k_without_top_p_takes_the_first_entries():
     ids, probs = narrow(np.array([[7, 3, 5]], np.int32), np.array([[0.5, 0.3, 0.1]]), top_k=2, top_p=None)
     assert ids.tolist() == [[7, 3]]
     assert probs.tolist() == [[0.5, 0.3]]

@@ -117,7 +117,7 @@ def test_groups_of_either_kind_take_the_distribution_of_the_position_they_name(a
     ("target", "source"),
     [("spm-bpe", "wordpiece"), ("wordpiece", "spm-bpe"), ("byte-bpe", "spm-bpe"), ("spm-bpe", "unigram")],
 )
-def test_special_tokens_pair_by_role_whatever_their_names(align, sides, target, source, pairing):
+def test_special_tokens_of_different_names_pair_by_role(align, sides, target, source, pairing):
     output, target_table, source_table = align(target, source, list(TEXTS[:6]), pairing=pairing)
     for row in range(output.table.num_rows):
         starts, ends, exact = columns(output.table, row, "pair_start", "pair_end", "exact_context")

@@ -122,7 +122,7 @@ def test_a_special_candidate_without_counterpart_is_left_out_and_counted(support
 
 
 @pytest.mark.parametrize(("support", "is_moved"), [("union", True), ("target", False)])
-def test_eos_goes_to_eos_or_nowhere(support: str, is_moved: bool) -> None:
+def test_eos_is_mapped_to_eos_or_to_nothing(support: str, is_moved: bool) -> None:
     source = Model(PLAIN, False, [0, 2, 4], [0, 3, 7], {0: {2: 0.9}, 1: {1: 0.7, 4: 0.2}})
     target = Model(DUMMY, False, [0, 2, 4], [0, 3, 7], {0: {2: 0.9}, 1: {4: 0.8, 2: 0.1}})
     aligned = align(target, source, preset="semi-relaxed", support=support, epsilon=0.05)

@@ -37,7 +37,7 @@ def test_preset_and_its_settings_spelled_out_are_the_same_result() -> None:
     assert preset.tail == "bucket"
 
 
-def test_setting_given_beside_a_preset_wins() -> None:
+def test_a_given_setting_overrides_the_preset() -> None:
     assert AlignConfig(preset="paper", epsilon=0.5).epsilon == 0.5
 
 

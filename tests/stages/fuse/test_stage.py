@@ -359,7 +359,7 @@ def test_one_source_works_and_where_it_has_nothing_the_target_is_taken(inputs):
 
 
 @pytest.mark.parametrize("function", ["min-ce", "avg-ce"])
-def test_where_no_source_has_anything_the_gold_token_alone_can_be_learnt(inputs, function):
+def test_only_the_gold_token_is_learnt_where_no_source_has_a_distribution(inputs, function):
     own, none = (
         list(
             inputs.stage(packing="whole", max_length=64, function=function, uncovered=uncovered).fused_segments(

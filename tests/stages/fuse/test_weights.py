@@ -39,7 +39,7 @@ def test_candidates_without_a_distribution_do_not_compete(function):
     assert candidate_weights(ce, present, function=function).tolist() == [[0, 1], [0, 0]]
 
 
-def test_unknown_cross_entropy_stands_behind_known_ones_and_ties_with_its_like():
+def test_unknown_cross_entropy_ranks_last_and_ties_with_other_unknown_ones():
     ce = np.array([[np.nan, 900.0], [np.nan, np.nan]])
     present = np.ones((2, 2), bool)
     assert candidate_weights(ce, present, function="min-ce").tolist() == [[0, 1], [1, 0]]

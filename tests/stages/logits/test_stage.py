@@ -356,7 +356,7 @@ def test_shards_that_overlap_have_the_rows_of_shards_one_after_the_other(llama):
     assert stage._backend.most_callers == 1
 
 
-def test_a_shard_holds_the_model_during_its_forward_pass_alone(llama, monkeypatch):
+def test_a_shard_holds_the_model_only_during_its_forward_pass(llama, monkeypatch):
     """Each forward pass lasts until the other shard's host work is done: before its own pass, or after it."""
     stage = make_stage(llama)
     stage._backend = watched = WatchedBackend(stage._backend)
@@ -385,7 +385,7 @@ def test_a_shard_holds_the_model_during_its_forward_pass_alone(llama, monkeypatc
     assert (watched.num_calls, watched.most_callers) == (2, 1)
 
 
-def test_a_shard_that_fails_leaves_the_shard_beside_it(llama, monkeypatch):
+def test_a_shard_that_fails_does_not_disturb_a_shard_computed_at_the_same_time(llama, monkeypatch):
     stage = make_stage(llama)
     shards = shards_of_texts()[:2]
     expected = [stage.run(shard).table for shard in shards]

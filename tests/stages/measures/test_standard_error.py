@@ -13,7 +13,7 @@ def test_documents_of_one_position_have_the_usual_standard_error():
     assert found.error == pytest.approx(values.std(ddof=1) / math.sqrt(50))
 
 
-def test_repeating_a_document_s_positions_tells_nothing_new():
+def test_repeating_a_documents_positions_adds_no_information():
     values = np.random.default_rng(1).normal(3, 1, 20)
     once = clustered_mean(values, np.arange(20))
     assert clustered_mean(np.repeat(values, 5), np.repeat(np.arange(20), 5)) == pytest.approx(once)

@@ -16,7 +16,7 @@ CHAT = "<|im_start|>user\nHi, déjà vu?<|im_end|>\n<|im_start|>assistant\nThe d
 ADDED = ("<|im_start|>", "<|im_end|>")
 
 
-def test_control_tokens_are_found_whatever_they_look_like() -> None:
+def test_control_tokens_of_unusual_forms_are_found() -> None:
     contents = (
         *ADDED,
         "<start_of_turn>",

@@ -159,7 +159,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(pickled: Path, tmp_path: Path, 
     assert listing(pickled) == before
 
 
-def test_a_trap_in_a_later_file_leaves_no_file(pickled: Path, tmp_path: Path) -> None:
+def test_code_in_a_later_pickle_leaves_no_converted_file(pickled: Path, tmp_path: Path) -> None:
     in_two_files(pickled)
     torch.save(Trap(tmp_path / "sprung"), pickled / "pytorch_model-00002-of-00002.bin")
     with pytest.raises(WeightFileError, match=r"00002-of-00002\.bin: asks for \S+, which could run anything"):

@@ -33,7 +33,7 @@ def test_peak_memory_is_the_process_s_own_and_not_that_of_its_parent() -> None:
 
 
 @pytest.mark.parametrize("told", [None, "Name:\tpython\nVmRSS:\t  4096 kB\n"])
-def test_peak_memory_is_known_where_the_kernel_does_not_tell_it(tmp_path: Path, monkeypatch, told: str | None) -> None:
+def test_peak_memory_is_known_if_the_kernel_does_not_report_it(tmp_path: Path, monkeypatch, told: str | None) -> None:
     status = tmp_path / "status"
     if told is not None:
         status.write_text(told)
@@ -68,7 +68,7 @@ def test_a_reserved_gpu_whose_driver_is_too_old_is_an_error_that_names_both_vers
     assert "for CUDA 13.0 needs 580 or newer; update the driver" in str(refused.value)
 
 
-def test_a_new_driver_is_not_blamed(cuda_build: Path, monkeypatch) -> None:
+def test_a_driver_that_is_new_enough_is_not_reported_as_the_cause(cuda_build: Path, monkeypatch) -> None:
     def broken() -> None:
         raise RuntimeError("CUDA driver initialization failed, you might not have a CUDA gpu.")
 
@@ -80,7 +80,7 @@ def test_a_new_driver_is_not_blamed(cuda_build: Path, monkeypatch) -> None:
         require_cuda("train")
 
 
-def test_other_causes_of_a_missing_gpu_are_told_apart(cuda_build: Path, monkeypatch) -> None:
+def test_other_causes_of_a_missing_gpu_are_distinguished(cuda_build: Path, monkeypatch) -> None:
     with pytest.raises(ValueError, match="there is no NVIDIA driver"):
         require_cuda("train")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

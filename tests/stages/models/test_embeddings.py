@@ -52,7 +52,7 @@ def test_embeddings_are_found_in_one_of_several_files(tmp_path):
 
 
 @pytest.mark.usefixtures("no_whole_model")
-def test_a_checkpoint_of_the_body_alone_has_names_without_prefix(tmp_path):
+def test_a_checkpoint_of_only_the_body_has_names_without_prefix(tmp_path):
     folder = save_model(tmp_path / "model", architecture="gemma3")
     expected = stored(folder)
     tensors = load_file(folder / "model.safetensors")

@@ -141,7 +141,7 @@ def test_composed_characters_end_where_the_original_text_does(
 
 @EXAMPLES
 @given(text=texts)
-def test_a_batch_is_the_loop(text: str, tokenizers: dict[str, SegmentTokenizer]) -> None:
+def test_a_batch_equals_a_loop(text: str, tokenizers: dict[str, SegmentTokenizer]) -> None:
     batch = [text, "", "plain", text + "e\u0301", " " + text]
     is_last = [True, False, True, False, True]
     for tokenizer in tokenizers.values():

@@ -95,7 +95,7 @@ def test_health_adds_up(output: StageOutput) -> None:
     assert output.quarantine == ()
 
 
-def test_the_split_is_a_hash_of_the_document_alone(models: tuple[ModelConfig, ...]) -> None:
+def test_the_split_depends_only_on_a_hash_of_the_document(models: tuple[ModelConfig, ...]) -> None:
     documents = [f"document number {index}".encode() for index in range(300)]
     rows = _run(models, documents, validation_fraction=0.2).table.to_pylist()
     for row in rows:
@@ -106,7 +106,7 @@ def test_the_split_is_a_hash_of_the_document_alone(models: tuple[ModelConfig, ..
     assert set(none) == {"train"}
 
 
-def test_a_test_split_lies_beside_the_validation_split(models: tuple[ModelConfig, ...]) -> None:
+def test_a_test_split_leaves_the_validation_split_unchanged(models: tuple[ModelConfig, ...]) -> None:
     documents = [f"document number {index}".encode() for index in range(300)]
     before = _run(models, documents, validation_fraction=0.2).table["split"].to_pylist()
     output = _run(models, documents, validation_fraction=0.2, test_fraction=0.3)

@@ -94,7 +94,7 @@ def test_a_checkpoint_restores_weights_buffers_and_optimizer(tmp_path, alone):
         assert name.startswith("frozen") or torch.equal(value, whole(model)[name])
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, alone):
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, alone):
     model, optimizer = trained(alone, 1)
     expected = whole(model)
     with checkpoints(tmp_path, (model, optimizer), alone) as saved:

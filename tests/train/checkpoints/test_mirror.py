@@ -174,7 +174,7 @@ def test_copy_may_not_write_outside_its_folder(mirror, url, tmp_path, kind):
     assert not (tmp_path / "outside").exists()
 
 
-def test_training_goes_on_from_the_copy_when_its_folder_is_lost(tiny_job, tmp_path, url):
+def test_training_resumes_from_the_copy_when_its_folder_is_lost(tiny_job, tmp_path, url):
     train(job_in(tiny_job, tmp_path / "plain"))
     job = replace(job_in(tiny_job, tmp_path / "run"), checkpoint_store=url)
     answers = iter([Notice.NONE, Notice.NONE, Notice.NONE, Notice.STOP])

@@ -54,7 +54,7 @@ def test_tail_mass_is_read_where_the_table_has_it(tmp_path, blocks_of_ids):
     assert collate([opened.block(0), opened.block(6)]).targets.tail_mass.shape == (16,)
 
 
-def test_tokens_alone_are_read_when_distributions_are_not_needed(tmp_path, blocks_of_ids):
+def test_only_tokens_are_read_when_distributions_are_not_needed(tmp_path, blocks_of_ids):
     table = fused_table(blocks_of_ids, V).drop_columns(["topk_ids", "topk_logprobs"])
     opened = open_files(save(table, tmp_path / "a.parquet"), with_distributions=False)
     assert opened.block(0).fused is None

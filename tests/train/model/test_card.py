@@ -36,7 +36,7 @@ def test_the_card_states_what_the_model_was_made_of():
     assert "`ptafuse eval`" in text
 
 
-def test_a_model_trained_on_gold_tokens_alone_is_not_said_to_have_read_fused_distributions():
+def test_the_card_of_a_model_trained_only_on_gold_tokens_mentions_no_fused_distributions():
     words = "The fused distributions were not read"
     assert words in card_of(TrainConfig.model_validate({"lambda": 1.0}))
     falling = {"lambda": 1.0, "lambda_schedule": "linear", "lambda_end": 0.0}
@@ -62,7 +62,7 @@ def test_evaluation_fills_its_section_and_may_do_so_again(tmp_path):
     assert shown in (tmp_path / "README.md").read_text()
 
 
-def test_a_card_of_someone_else_is_left_alone(tmp_path):
+def test_a_model_card_that_is_not_ours_is_left_alone(tmp_path):
     (tmp_path / "README.md").write_text("# my own\n")
     with pytest.raises(ValueError, match="not ptafuse's model card"):
         add_evaluation(tmp_path, [("fused", 1.0, 1)], dtype="float32")

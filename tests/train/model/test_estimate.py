@@ -24,7 +24,7 @@ def memory(**settings):
     return estimate_memory(MODEL, TrainConfig(**settings), block_tokens=16)
 
 
-def test_the_formulae():
+def test_the_memory_estimate_equals_its_formulas():
     found = memory(chunk_positions=4, micro_batch_size=2)
     assert (found.weights, found.gradients, found.optimizer) == (4000, 4000, 8000)
     assert found.gathered == 2 * (200 + 2 * 100) + 6 * 200

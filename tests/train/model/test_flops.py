@@ -31,6 +31,6 @@ def test_operations_of_a_model_without_attention_are_not_known():
     assert ModelFlops.of(real_model(config)) is None
 
 
-def test_a_peak_is_never_invented():
+def test_the_peak_of_a_cpu_is_unknown_unless_it_is_configured():
     assert peak_flops(TrainConfig(), torch.device("cpu")) is None
     assert peak_flops(TrainConfig(peak_tflops=100), torch.device("cpu")) == 1e14

@@ -80,7 +80,7 @@ def test_the_last_token_of_a_piece_predicts_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_packed_piece_has_the_loss_of_the_piece_alone(architecture, tmp_path, attention):
+def test_a_packed_piece_has_the_same_loss_as_on_its_own(architecture, tmp_path, attention):
     model = load(architecture, attention)
     block = opened(packed_file(tmp_path / "a.parquet", documents())).block(0)
     batch = collate([block])

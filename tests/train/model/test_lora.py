@@ -76,7 +76,7 @@ def test_merged_weights_are_peft_s_own():
         torch.testing.assert_close(found[name], value)
 
 
-def test_named_layers_alone_get_adapters():
+def test_only_named_layers_get_adapters():
     adapted = add_adapters(plain_model("llama", tied=True), LoraConfig(r=2, target_modules=("q_proj", "v_proj")))
     layers = {name.split(".lora_")[0].rsplit(".", 1)[1] for name, _ in adapted.named_parameters() if ".lora_" in name}
     assert layers == {"q_proj", "v_proj"}

@@ -21,7 +21,7 @@ def segment_of(cross_entropy, target_rows, source_rows, gold) -> FusedSegment:
     return FusedSegment(candidates, np.array(gold), np.array(cross_entropy), weights, mixture, nowhere, nowhere)
 
 
-def test_a_segment_by_hand():
+def test_figures_of_a_segment_equal_those_computed_by_hand():
     target = sparse({0: 1.0}, {0: 0.5, 1: 0.5}, {2: 0.5, 0: 0.1}, {1: 1.0}, {})
     source = sparse({0: 1.0}, {2: 1.0}, {2: 0.5}, {}, {})
     segment = segment_of([[1.0, 2.0]] * 2 + [[1.0, 1.0]] * 3, target, source, [3, 2, 2, 1, PAD_ID])
@@ -88,7 +88,7 @@ def pair_mass(*pairs: tuple[int, int, float, bool]) -> PairMass:
     return PairMass(source, target, mass, is_same, len(pairs))
 
 
-def test_pairs_of_shards_add_up_and_what_is_cut_is_told():
+def test_pairs_of_shards_add_up_and_the_cut_mass_is_reported():
     first = part_of(pair_mass((1, 1, 3.0, True), (1, 2, 2.0, False), (2, 3, 1.0, False)), kept=1)
     second = part_of(pair_mass((2, 3, 5.0, False), (1, 2, 1.0, False)))
     names = vocabulary(5)

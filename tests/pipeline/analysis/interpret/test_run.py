@@ -122,7 +122,7 @@ def test_a_second_command_computes_nothing(interpreted_run, figures, monkeypatch
     assert interpreted_run.figures() == figures
 
 
-def test_a_killed_command_goes_on_with_the_next_shard(interpreted_run, figures, monkeypatch):
+def test_a_killed_command_resumes_with_the_next_shard(interpreted_run, figures, monkeypatch):
     real, computed = interpreting._Interpreter.part, []
     arguments = ("--set", "interpret.seed=99")
 
@@ -173,7 +173,7 @@ def test_a_page_without_figures_says_how_to_get_them(undisturbed_run):
     assert "Not computed: run <code>ptafuse interpret CONFIG --run" in page
 
 
-def test_texts_of_the_data_are_no_markup(interpreted_run, figures):
+def test_texts_of_the_data_are_not_read_as_markup(interpreted_run, figures):
     interpreted_run.interpret()
     store, run = Store(str(interpreted_run.folder)), recorded_run(Store(str(interpreted_run.folder)))
     key = f"{interpreting.folder_of(run)}/figures.json"

@@ -211,7 +211,7 @@ def test_tydiqa_is_the_best_f1_over_the_answers(data: Path) -> None:
     assert found.values["exact_match,none"] == [1, 1]
 
 
-def test_toxigen_is_yes_or_no(data: Path) -> None:
+def test_toxigen_is_scored_as_a_yes_or_no_question(data: Path) -> None:
     found = scores(answering(lambda prompt: " Yes" if "go away" in prompt else " No"), data, "toxigen", "toxigen")
     assert found.values["acc,none"] == [1, 1]
     found = scores(answering(lambda _: " Yes"), data, "toxigen", "toxigen")

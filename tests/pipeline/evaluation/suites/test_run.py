@@ -100,7 +100,7 @@ def test_finished_results_are_not_computed_again(evaluated: Path, tiny_config: P
     }
 
 
-def test_a_task_whose_worker_died_says_again_what_it_said(
+def test_a_task_whose_worker_died_repeats_its_output(
     evaluated: Path, tiny_config: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ray calls it from the beginning, and drops as many values as it has had."""

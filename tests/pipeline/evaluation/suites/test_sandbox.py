@@ -47,7 +47,7 @@ def test_program_sees_its_own_files_and_no_environment() -> None:
     assert not {"PTAFUSE_DATA", "USER", "VIRTUAL_ENV"} & set(done.output.split("'"))
 
 
-def test_exit_codes_and_signals_are_told() -> None:
+def test_exit_codes_and_signals_are_reported() -> None:
     assert run("raise SystemExit(3)").exit_code == 3
     assert run("import os; os.kill(os.getpid(), 11)").exit_code == 128 + 11
 

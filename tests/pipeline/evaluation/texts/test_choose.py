@@ -15,7 +15,7 @@ def by_kind(chosen: list[int]) -> Counter:
     return Counter(KINDS[number] for number in chosen)
 
 
-def test_every_document_is_chosen_where_nothing_is_said() -> None:
+def test_every_document_is_chosen_by_default() -> None:
     assert choose_documents(KINDS) == list(range(100))
 
 

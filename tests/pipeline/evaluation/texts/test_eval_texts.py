@@ -191,7 +191,7 @@ def test_a_choice_spreads_over_kinds_and_is_the_same_in_every_run(
     assert other.result("llama", "some")["documents"] == found["documents"]
 
 
-def test_adding_a_text_leaves_every_fingerprint_of_the_held_out_split_alone(tiny_config: Path, tmp_path: Path) -> None:
+def test_adding_a_text_changes_no_fingerprint_of_the_held_out_split(tiny_config: Path, tmp_path: Path) -> None:
     path = tmp_path / "news.txt"
     path.write_text(new_document(0))
     given = f'eval.texts=[{{name="news", path="{path}"}}]'

@@ -20,7 +20,7 @@ def overlaps(documents: list[str], *training: list[str]) -> list[Overlap]:
     return index.overlaps()
 
 
-def test_a_copy_is_equal_whatever_its_white_space() -> None:
+def test_a_copy_with_other_white_space_is_equal() -> None:
     copy = "\n".join(NUMBERS) + "\n"
     assert overlaps([" ".join(NUMBERS)], ["something else", copy]) == [Overlap(is_equal=True, share=1.0)]
     assert overlaps(["Too short"], ["Too  short\n"]) == [Overlap(is_equal=True, share=0.0)]
@@ -89,7 +89,7 @@ def ngrams(text: str) -> list[str]:
     return [" ".join(found[start : start + NGRAM]) for start in range(len(found) - NGRAM + 1)]
 
 
-def test_the_oracle_counts_as_it_should() -> None:
+def test_the_reference_count_is_right_on_an_example() -> None:
     grams = ngrams(" ".join(NUMBERS))
     assert len(grams) == 28
     assert all(one.split()[1:] == other.split()[:-1] for one, other in pairwise(grams))

@@ -51,7 +51,7 @@ def test_matrix_equals_rapidfuzz_on_texts_shorter_and_longer_than_a_word(rows, c
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 64, 65])
-def test_matrix_at_a_words_last_bit(length):
+def test_distances_are_right_for_texts_that_fill_a_word(length):
     columns = ["a" * length, "b" * length, "ab" * (length // 2) + "a" * (length % 2), "a" * (length - 1), "", "x"]
     rows = [*columns, "\U0010ffff" * length, "b" + "a" * length]
     assert levenshtein_matrix(rows, columns).tolist() == [[levenshtein(a, b) for b in columns] for a in rows]

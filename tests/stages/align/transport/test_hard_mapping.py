@@ -79,7 +79,7 @@ def test_special_tokens_are_never_nearest_to_text():
     assert nearest.nearest(np.array([0]))[1].tolist() == [4]
 
 
-def test_pads_and_special_tokens_without_counterpart_map_nowhere():
+def test_pads_and_special_tokens_without_counterpart_are_not_mapped():
     source = vocabulary(b"<bos>", b"<eos>", b"", b"x")
     nearest = nearest_tokens(source, vocabulary(b"y", b"<eos>"))
     ids, distances = nearest.nearest(np.array([[0, 1, 2, 3, -1]]))
@@ -123,7 +123,7 @@ def test_nearest_equals_a_loop_over_the_vocabulary(source_tokens, target_tokens,
         assert found[token_id] == brute_force(source, target, token_id, window.tolist())[0]
 
 
-def test_what_was_asked_before_and_how_much_at_once_changes_nothing(monkeypatch):
+def test_earlier_lookups_and_block_sizes_do_not_change_the_nearest_tokens(monkeypatch):
     rng = np.random.default_rng(1)
     words = {bytes(rng.choice(list(b"abcd "), size=rng.integers(1, 7))) for _ in range(300)}
     words = sorted(words)

@@ -60,7 +60,7 @@ def test_nothing_to_keep_is_no_distribution():
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**32 - 1))
-def test_what_is_kept_equals_a_sort(m, top_k, seed):
+def test_the_kept_entries_equal_those_of_a_sort(m, top_k, seed):
     rng = np.random.default_rng(seed)
     ids = np.array([rng.permutation(50)[:m] for _ in range(3)])
     mass = rng.integers(0, 4, (3, m)) / (4 * m)  # many ties and zeros

@@ -151,7 +151,7 @@ def test_marginals_of_any_equal_sum_scale_the_plan():
     )
 
 
-def test_the_cap_on_iterations_is_kept_and_told():
+def test_the_iteration_limit_is_kept_and_reported():
     cost, a, b = problems(20, 10, 10, seed=9)
     found = solve(cost, a, b, max_iterations=2, tolerance=1e-12)
     assert (found.iterations <= 2).all()

@@ -44,7 +44,7 @@ def test_special_tokens_go_by_role():
     assert mapped(source, target) == [b"<bos>", b"<eos>", b"<pad>", None, b"<"]
 
 
-def test_a_role_that_the_target_lacks_goes_nowhere():
+def test_a_role_that_the_target_lacks_is_not_mapped():
     assert mapped(vocabulary(b"<bos>", b"<eos>"), vocabulary(b"<", b"<eos>")) == [None, b"<eos>"]
 
 

@@ -138,7 +138,7 @@ def no_json(exchange):
 @pytest.mark.parametrize(
     "fault", [fail(503), fail(429, **{"Retry-After": "0.01"}), fail(500), break_off, no_json], ids=range(5)
 )
-def test_what_may_pass_is_tried_again(server, folder, expected, fault):
+def test_transient_failures_are_retried(server, folder, expected, fault):
     backend = make_backend(folder, server_concurrency=2)
     server.faults = [fault, fault]
     assert_equal(predict(backend, sequences(folder)), expected)

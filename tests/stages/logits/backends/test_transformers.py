@@ -41,7 +41,7 @@ def predict(backend, ids):
     return backend.predict(ids, [windows(len(part), max_length=backend.max_length) for part in ids])
 
 
-def test_out_of_memory_halves_the_budget_and_goes_on(llama):
+def test_out_of_memory_halves_the_budget(llama):
     ids = sequences(60, 130, 1, 17, 64, 90, 33, 8)
     expected = predict(load(llama), ids)
     backend = load(llama)
@@ -63,7 +63,7 @@ def test_out_of_memory_halves_the_budget_and_goes_on(llama):
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), RuntimeError("shapes do not fit")])
-def test_what_halving_does_not_help_is_raised(llama, error):
+def test_an_error_that_halving_does_not_help_is_raised(llama, error):
     backend = load(llama)
 
     def body(*_, **__):

@@ -169,7 +169,7 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_is(tmp_path):
     assert_same_ids(expected, found, gap=4 * max(error.max() for error in errors))
 
 
-def test_out_of_memory_builds_a_smaller_engine_and_goes_on(tmp_path):
+def test_out_of_memory_rebuilds_a_smaller_engine(tmp_path):
     folder = save(tmp_path)
     shard = {"shard": shard_table(TEXTS)}
     arguments = {"backend": "vllm", "max_length": MAX_LENGTH, "gpu_memory_utilization": 0.1, "batch_tokens": 4096}

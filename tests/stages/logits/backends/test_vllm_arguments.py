@@ -18,7 +18,7 @@ def arguments(model: ModelConfig, **changes):
 
 
 @pytest.mark.parametrize("model", [LOCAL, REMOTE])
-def test_weights_are_read_from_safetensors_alone_and_no_code_with_them(model):
+def test_vllm_reads_only_safetensors_and_no_code(model):
     found = arguments(model)
     assert found["load_format"] == "safetensors"
     assert found["trust_remote_code"] is False

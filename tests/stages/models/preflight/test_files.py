@@ -36,7 +36,7 @@ from tests.tiny_models import save_model, split_weights
         ("tokenizer_config.json", b"{", "not JSON"),
     ],
 )
-def test_files_that_stand_for_others_are_named(llama: Path, name: str, content: bytes, said: str) -> None:
+def test_damaged_model_files_are_named(llama: Path, name: str, content: bytes, said: str) -> None:
     (llama / name).write_bytes(content)
     (found,) = messages(llama)
     assert found.startswith(f"model m: {llama}")
@@ -56,7 +56,7 @@ def test_a_file_cut_short_is_named_with_what_is_there(llama: Path, num_bytes: in
         assert f"cut short: {whole - 1:,} of {whole:,} bytes; expected a whole file" in found
 
 
-def test_a_link_to_nothing_is_named(llama: Path) -> None:
+def test_a_dangling_link_is_named(llama: Path) -> None:
     """As git-annex leaves it, or a hub's cache whose blobs were removed."""
     (llama / SINGLE_FILE).unlink()
     (llama / SINGLE_FILE).symlink_to(llama / "gone")
@@ -78,7 +78,7 @@ def test_shards_without_an_index_are_named(llama: Path) -> None:
     assert f"there is neither model.safetensors nor an index, only {first}" in found
 
 
-def test_an_index_that_is_none_is_named(llama: Path) -> None:
+def test_a_file_that_is_not_an_index_is_named(llama: Path) -> None:
     split_weights(llama)
     (llama / INDEX_FILE).write_text("{}")
     (found,) = messages(llama)
@@ -172,7 +172,7 @@ def test_an_encoder_is_refused_unless_it_is_a_decoder(tmp_path: Path, architectu
     assert problems(folder) == []
 
 
-def test_biogpt_is_a_decoder_whatever_its_configuration_says(tmp_path: Path) -> None:
+def test_biogpt_is_accepted_as_a_decoder(tmp_path: Path) -> None:
     assert problems(save_configured(tmp_path / "model", "biogpt", **SMALL)) == []
 
 
@@ -223,7 +223,7 @@ def test_quantised_weights_are_not_trained(llama: Path, monkeypatch: pytest.Monk
     assert "the weights are quantised (gptq), and this model is trained; expected plain weights" in found
 
 
-def test_an_adapter_beside_the_weights_is_refused(llama: Path) -> None:
+def test_an_adapter_next_to_the_weights_is_refused(llama: Path) -> None:
     """transformers would apply it where peft is installed, and leave it out where it is not."""
     (llama / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (found,) = messages(llama)

@@ -45,7 +45,7 @@ def test_a_sound_model_in_the_cache_is_accepted(snapshot: Path, revision: str) -
 
 
 @pytest.mark.parametrize("revision", [REVISION, "main"])
-def test_what_is_wrong_with_it_is_named(snapshot: Path, revision: str) -> None:
+def test_the_problem_of_a_cached_hub_model_is_named(snapshot: Path, revision: str) -> None:
     change_weights(snapshot, lambda tensors: {name: tensors[name] for name in tensors if name != "lm_head.weight"})
     edit_json(snapshot / "config.json", pad_token_id=9000)
     (found,) = problems(revision)
@@ -69,7 +69,7 @@ def test_what_is_not_in_the_cache_is_not_missed_and_is_said(snapshot: Path) -> N
     assert embedding_rows(ModelConfig(name="m", hub="some/other", revision=REVISION)) is None
 
 
-def test_a_configuration_that_is_in_the_cache_alone_is_examined(snapshot: Path) -> None:
+def test_a_configuration_that_is_only_in_the_cache_is_examined(snapshot: Path) -> None:
     (snapshot / "model.safetensors").unlink()
     edit_json(snapshot / "config.json", is_encoder_decoder=True)
     (found,) = problems()
@@ -112,7 +112,7 @@ PICKLED = ("config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model-000
 
 
 @pytest.mark.parametrize("is_cached", [False, True])
-def test_pickled_weights_alone_are_named_before_they_are_fetched(
+def test_a_model_with_only_pickled_weights_is_named_before_they_are_fetched(
     snapshot: Path, monkeypatch: pytest.MonkeyPatch, is_cached: bool
 ) -> None:
     hub = Hub(*PICKLED).answer(monkeypatch)

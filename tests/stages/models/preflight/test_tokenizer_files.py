@@ -70,7 +70,7 @@ def test_a_tokenizer_of_another_class_than_its_file_is_refused(llama3_as_qwen2: 
     assert "copy the tokenizer's files into a folder of their own" in found[0]
 
 
-def test_the_remedy_mends_it(llama3_as_qwen2: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_of_its_own_remedies_the_mismatch(llama3_as_qwen2: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -116,7 +116,7 @@ def test_dropout_is_switched_off_with_a_warning(llama: Path, caplog: pytest.LogC
     assert all(SegmentTokenizer.load(model).text_ids(text) == expected for _ in range(5))
 
 
-def test_dropout_of_zero_is_not_worth_a_word(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_dropout_of_zero_is_not_reported(llama: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit_tokenizer(llama, dropout=0.0)
     assert problems(llama) == []
     assert "at random" not in caplog.text
