@@ -9,9 +9,9 @@ from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.models.config import absolute_path
 
 TRAIN_VERSION: Final = 3
-"""Of the train stage; raised when the same settings and blocks give another model."""
+"""Version of the train stage; raised when the same settings and blocks give another model."""
 EVAL_VERSION: Final = 2
-"""Of the eval stage; raised when the same model and text give another figure."""
+"""Version of the eval stage; raised when the same model and text give another figure."""
 
 SUITE_NAMES: Final = ("gsm8k", "bbh", "multipl-e", "mmlu", "toxigen", "tydiqa", "lambada")
 """Benchmarks that ``[eval] suites`` may name."""

@@ -19,8 +19,8 @@ from train.config import EvalConfig
 from train.generate import Answer, answer_prompts, prompt_of
 
 Scorer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From a model's logits (P, V) float32, the gold next tokens (P,) and the positions' places (P,), counted with all segments
-end to end, to ln p(gold token) (P,)."""
+"""Function from a model's logits (P, V) float32, the gold next tokens (P,) and the positions' places (P,), counted over all
+segments end to end, to ln p(gold token) (P,)."""
 
 
 @dataclass(frozen=True)

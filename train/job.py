@@ -8,7 +8,7 @@ from stages.models.config import ModelConfig
 from train.config import TrainConfig
 
 MANIFEST: Final = "manifest.json"
-"""In the folder of a job, written last: the proof that training is done."""
+"""File in a job's folder that is written last: the proof that training is done."""
 
 
 @dataclass(frozen=True)

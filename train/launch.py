@@ -34,7 +34,7 @@ from train.run_log import RunLog
 logger = logging.getLogger(__name__)
 
 STOP_REQUEST = "stop-requested"
-"""The driver makes this file in the output folder when it gets SIGTERM; the first worker sees it after its step."""
+"""File that the driver creates in the output folder on SIGTERM; the first worker sees it after its step."""
 DESK_SECONDS = 30.0
 """How long the first worker waits for an answer of the driver's machine."""
 

@@ -210,7 +210,7 @@ VIEWS: Final[dict[str, Callable[[Place, pa.Table, int | None, Console], None]]] 
     "align": show_aligned,
     "fuse": show_fused,
 }
-"""What shows a row of a sharded stage, or a position of it; a test compares the keys with ``STAGES``."""
+"""View of a row of each sharded stage, or of a position in it; a test compares the keys with ``STAGES``."""
 
 
 def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], console: Console) -> None:

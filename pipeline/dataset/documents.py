@@ -27,7 +27,7 @@ DOCUMENTS: Final = pa.schema(
         pa.field("error", pa.string()),  # why the record could not be read, else null
     ]
 )
-"""What ``read_documents`` gives and the shard stage takes."""
+"""Schema that ``read_documents`` returns and the shard stage reads."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from fsspec.utils import glob_translate
 
 _MAGIC: Final = "*?["
 _LOST_AND_FOUND: Final = "lost+found"
-"""What a disk keeps for itself, and lets nobody list."""
+"""Folder of the file system itself, which only root may list."""
 _MAX_NAMES: Final = 8
 """Names under which a glob looks into one folder: enough to match a name that a link gives it, and cycles of links end."""
 

@@ -22,7 +22,7 @@ from pipeline.run.stage_table import FUSED, eval_key
 from pipeline.run.steps import Request, ResolvedRun, Step
 
 FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_loss", "temperature", "tail_loss")
-"""The settings of ``[train]`` that say how much the fusion loss weighs, and those that it alone reads."""
+"""Settings of ``[train]`` that weight the fusion loss, and those that only the fusion loss reads."""
 
 
 @dataclass(frozen=True)

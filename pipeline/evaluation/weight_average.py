@@ -27,7 +27,7 @@ _NOT_COMPUTED: Final = frozenset({
 compared token by token, and the sizes of embeddings and of learned positions with the tensors."""
 
 _SHAPE: Final = ("model_type", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads")
-"""What is named first of all that differs."""
+"""Settings that are named first if several differ."""
 
 _NAMED_DIFFERENCES: Final = 5
 

@@ -8,9 +8,9 @@ from pipeline.settings.run import RunConfig
 
 HOUR_SECONDS = 3600.0
 WEIGHT_BYTES = 4
-"""Of a parameter in a trained model: float32."""
+"""Bytes per parameter in a trained model: float32."""
 CHECKPOINT_BYTES = 12
-"""Of a parameter in a checkpoint: float32 weights and AdamW's two moments."""
+"""Bytes per parameter in a checkpoint: float32 weights and AdamW's two moments."""
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ log = logging.getLogger(__name__)
 ROLLUP_VERSION = 1
 """Rollups of another version are not read."""
 SHARDS_PER_ROLLUP = 1000
-"""The driver writes a rollup about each time that this many shards are done."""
+"""Number of newly finished shards after which the driver writes a rollup."""
 MIN_SHARDS_TO_ROLL_UP = 100
-"""Fewer manifests than this are read as fast as a rollup of them would be."""
+"""Reading fewer manifests than this takes no longer than reading a rollup of them."""
 MAX_ROLLUPS_PER_STEP = 64
-"""A step with more of them (a run that was restarted often) gets one in their place."""
+"""A step with more rollups (a run that was restarted often) has them merged into one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,9 +34,9 @@ from train.config import EVAL_VERSION, TRAIN_VERSION
 from train.job import MANIFEST
 
 ADAPT_VERSION: Final = 1
-"""Of the adapt stage; raised when the same settings, model and text give another model."""
+"""Version of the adapt stage; raised when the same settings, model and text give another model."""
 FUSED: Final = "fused"
-"""The trained model's name among the evaluated ones."""
+"""Name of the trained model among the evaluated ones."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ BASELINE_LABELS: Final[dict[str, str]] = {
 
 ENSEMBLE_VERSION: Final = 1
 WEIGHT_AVERAGE_VERSION: Final = 1
-"""Of the two algorithms; raised when the code gives another figure for the same settings."""
+"""Version of each algorithm; raised when the code gives another figure for the same settings."""
 
 
 class AverageRefusedError(ValueError):

@@ -6,7 +6,7 @@ from typing import Any, Final
 from pipeline.settings.run import RunConfig
 
 PLACE: Final = ("dataset.hub", "dataset.revision", "dataset.subset", "dataset.split", "dataset.path")
-"""Where the documents come from."""
+"""Settings that say where the documents come from."""
 DECIDES: Final = (
     *PLACE,
     "dataset.documents",

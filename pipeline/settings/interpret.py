@@ -7,7 +7,7 @@ from pydantic import Field
 from stages.contract.fingerprint import Settings
 
 VERSION: Final = 1
-"""Of the figures; raised when the code gives others for the same settings."""
+"""Version of the figures; raised when the code gives others for the same settings."""
 
 
 class InterpretConfig(Settings):

@@ -16,7 +16,7 @@ _SHIPPED: Final = Path(str(resources.files("pipeline"))) / "configs"
 
 
 FILL_IN: Final = "FILL IN"
-"""What stands in a configuration of ``ptafuse init`` where a value is needed."""
+"""Placeholder in a configuration of ``ptafuse init`` where a value is needed."""
 
 
 class ConfigError(ValueError):

@@ -10,10 +10,10 @@ from stages.shard.config import DatasetConfig
 from train.config import EvalConfig
 
 HELD_OUT: Final = "heldout"
-"""What the held-out split is called where a setting names it or a text."""
+"""Name of the held-out split in settings that name it or a text."""
 
 TEXT_VERSION: Final = 1
-"""Of the preparation of a text (choice, cut, overlap, segments); raised when the same settings and files give other ones."""
+"""Version of the preparation of a text (choice, cut, overlap, segments); raised when its code gives other segments."""
 
 
 class TextConfig(DatasetConfig):

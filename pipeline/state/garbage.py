@@ -22,7 +22,7 @@ from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store
 
 FOLDERS = (*(spec.name for spec in SHARDED_STAGES), "interpret", "configs")
-"""Where attempts write. Not ``train`` and ``eval``."""
+"""Folders that attempts write to, without ``train`` and ``eval``."""
 
 _STAGES = "|".join(spec.name if spec.names is None else f"{spec.name}/[^/]+" for spec in SHARDED_STAGES)
 _STEP = rf"(?P<folder>(?:{_STAGES})/[0-9a-f]{{12}})"

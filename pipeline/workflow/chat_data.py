@@ -23,7 +23,7 @@ GEMMA_TEMPLATE: Final = "gemma.jinja"
 """Base models have no chat template, and the demo's source is one."""
 MIN_CHARACTERS: Final = 60
 MAX_CHARACTERS: Final = 500
-"""Of an answer. A docstring's paragraphs are taken as long as they fit; one whose first paragraph does not is left out."""
+"""Largest size of an answer. Paragraphs of a docstring are taken while they fit; if the first does not, it is left out."""
 MAX_METHODS: Final = 2
 """Further questions about a class, so that some conversations have several turns."""
 _LEFT_OUT: Final = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"})

@@ -90,4 +90,4 @@ def _fit(run: "Run") -> None:
 
 
 JOBS: Final[dict[str, Callable[["Run"], None]]] = {"adapt": _adapt, "fit": _fit, "train": _train, "eval": _evaluate}
-"""How each stage that is not sharded is run; a test compares the keys with ``STAGES``."""
+"""Function that runs each stage that is not sharded; a test compares the keys with ``STAGES``."""

@@ -7,8 +7,9 @@ from pydantic import Field, model_validator
 from stages.contract.fingerprint import RUNTIME, Settings
 
 VERSION: Final = 4
-"""Of the stage's algorithm; raised when its code gives other rows for the same settings. 4: the prefix cost holds between
-texts that the tokenizers would really cut so, and no longer between the bare space and every word."""
+"""Version of the stage's algorithm; raised when its code gives other rows for the same settings.
+
+4: the prefix cost holds between texts that the tokenizers really cut there, not between the bare space and every word."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -32,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epsilon": 0.2,
     },
 }
-"""What a preset fills in where the configuration says nothing.
+"""Settings that a preset fills in if the configuration does not give them.
 
 ``paper``: PTA-LLM as published: every position of the edit-distance pairing, balanced transport into the target's own
 top-k, each source candidate to one column. Good for reproducing the paper's figures. A token that is not in the target's
@@ -50,7 +51,7 @@ eight. ``edit-distance`` charges 4 between a line break and the same with four b
 """
 
 TRANSPORT_SETTINGS: Final = ("cost", "marginals", "support", "projection", "epsilon", "tolerance", "max_iterations")
-"""What ``method = "transport"`` alone reads."""
+"""Settings that only ``method = "transport"`` reads."""
 
 _SINKHORN_SETTINGS: Final = ("tolerance", "max_iterations")
 

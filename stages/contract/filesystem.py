@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 RETRY_SECONDS = 300.0
-"""How long a store that fails in a way that may pass is asked again."""
+"""Time for which requests that fail transiently are repeated."""
 FIRST_PAUSE_SECONDS = 0.2
 LONGEST_PAUSE_SECONDS: Final = 15.0
 PROBE_RETRY_SECONDS: Final = 3.0
-"""The same for the first question of a command: a wrong address should be said soon."""
+"""The same for the first request of a command: a wrong address should be reported soon."""
 
 S3_PROTOCOLS: Final = ("s3", "s3a")
 _S3_ENDPOINT_VARIABLES: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")

@@ -7,9 +7,9 @@ from pydantic import Field
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
 VERSION: Final = 3
-"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
+"""Version of the stage's algorithm; raised when its code gives other rows for the same settings."""
 FIT_VERSION: Final = 1
-"""Of the fit stage's algorithm, which fits the weights of ``function = "fitted"``."""
+"""Version of the fit stage's algorithm, which fits the weights of ``function = "fitted"``."""
 ROW_GROUP_BYTES: Final = 2**20
 """Size of a row group of its files in memory: training reads blocks in a random order, and decodes a row group for each. Half
 of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4 M tokens per second instead of 0.6."""

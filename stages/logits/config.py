@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
 VERSION: Final = 3
-"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
+"""Version of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 
 class LogitsConfig(Settings):

@@ -9,7 +9,7 @@ import numpy as np
 from stages.models.windows import Window
 
 NO_GOLD: Final = -1
-"""In the place of a gold token where there is none."""
+"""Value where there is no gold token."""
 
 
 def token_batches(lengths: Sequence[int] | np.ndarray, *, max_tokens: int) -> list[np.ndarray]:

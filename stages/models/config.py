@@ -26,9 +26,9 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 TEMPLATE_FILES = ("chat_template*", "additional_chat_templates/*", "tokenizer_config.json")
-"""Where a tokenizer's own chat template may stand."""
+"""Files that may hold a tokenizer's own chat template."""
 PLAIN: Final = "plain"
-"""The value of ``chat_template`` that stands for the generic template."""
+"""Value of ``chat_template`` for the generic template."""
 PLAIN_TEMPLATE_VERSION: Final = 1
 """Raised when the generic template changes."""
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")

@@ -7,7 +7,7 @@ from typing import Final
 _MARKUP: Final = re.compile(r"</?[a-z]{1,4}>")
 """``<s>``, ``</s>``, ``<pad>``, ``<unk>``: markup of web pages looks the same, so their text says nothing."""
 _SHAPE: Final = re.compile(r"<\|[^\s<>|]{1,60}\|>|<[A-Za-z/_][\w/:-]{0,60}>|\[/?[A-Z_]{2,30}\]")
-"""How nearly all control tokens look; a text is searched for the shape, and what is found is looked up."""
+"""Form of nearly all control tokens; a text is searched for the shape, and what is found is looked up."""
 
 
 class ControlTokens:

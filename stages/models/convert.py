@@ -21,10 +21,10 @@ from stages.models.weights import INDEX_FILE, SINGLE_FILE, WeightFileError, read
 PICKLED_FILE: Final = "pytorch_model.bin"
 PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES: Final = 5 * 10**9
-"""Of a file's tensors; a larger tensor has a file of its own. As transformers itself shards a model."""
+"""Largest size of a file's tensors; a larger tensor has a file of its own. As transformers itself shards a model."""
 
 _FUNCTION: Final = re.compile(r"GLOBAL (\S+)")
-"""How torch names what a pickle asks for and may not have."""
+"""Name of a forbidden function in torch's message about a pickle."""
 _WEIGHT_SUFFIXES: Final = (".bin", ".pt", ".pth", ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf")
 _WEIGHT_INDEXES: Final = (".bin.index.json", ".safetensors.index.json")
 

@@ -10,7 +10,7 @@ from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.models.config import check_place
 
 VERSION: Final = 2
-"""Of the stage's algorithm; raised when its code gives other rows for the same settings."""
+"""Version of the stage's algorithm; raised when its code gives other rows for the same settings."""
 
 CONTROL_TOKEN_DOCUMENTS: Final = "control_token_documents"
 """Health metric: documents that hold the text of a control token."""

@@ -9,7 +9,7 @@ import numpy as np
 from stages.models.tokenizer import Measured
 
 Measure = Callable[[str], Measured]
-"""How a tokenizer reads a text in which no document ends."""
+"""Function that tokenizes a text in which no document ends."""
 
 
 class Cut(NamedTuple):

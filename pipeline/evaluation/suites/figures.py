@@ -69,4 +69,4 @@ def _error(influences: Sequence[np.ndarray]) -> float:
 
 
 MIN_DOCUMENTS: Final = 2
-"""Of each sub-task, for a standard error."""
+"""Smallest number of documents of a sub-task for a standard error."""

@@ -73,7 +73,7 @@ TYDIQA_LANGUAGES: Final = {
     "swahili": "sw",
     "telugu": "te",
 }
-"""Of the gold passage task: as its files name them, and as the harness does."""
+"""Languages of the gold passage task: their names in its files -> in the harness."""
 
 
 # --- one function a format ------------------------------------------------------------------------------------------

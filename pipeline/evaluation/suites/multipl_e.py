@@ -5,7 +5,7 @@ from typing import Any, Final
 from pipeline.evaluation.suites.languages import LANGUAGES, execute
 
 MAX_NEW_TOKENS: Final = 512
-"""Of a completion; MultiPL-E's problems are HumanEval's, whose solutions have a few dozen lines."""
+"""Largest number of tokens of a completion; solutions of HumanEval's problems have a few dozen lines."""
 
 NUM_LANGUAGES: Final = 19
 """MultiPL-E's 18, and Python, from which it translates."""

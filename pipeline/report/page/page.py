@@ -33,7 +33,7 @@ from stages.contract.store import Store
 DEFAULT_POSITIONS: Final = 6000
 """Positions in the document viewer, about 0.8 kB each."""
 MAX_CELLS_SHOWN: Final = 4
-"""The configurations of a sweep that has no more are shown like any other configuration."""
+"""Largest number of cells of a sweep whose configurations are shown like any other."""
 SECTIONS: Final = (
     "Summary",
     "Benchmarks",

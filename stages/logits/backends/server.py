@@ -46,7 +46,7 @@ _PASSING: Final = frozenset(
         HTTPStatus.GATEWAY_TIMEOUT,
     }
 )
-"""What a server answers that may answer otherwise in a moment."""
+"""Status codes of transient failures of a server."""
 _NUM_EXTRA: Final = 2
 """Tokens of the server's context that a window leaves free: the one behind it, and the one that must be generated."""
 _SHORTEST_WINDOW: Final = 8

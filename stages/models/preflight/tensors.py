@@ -19,7 +19,7 @@ WRAPPERS: Final[dict[str, str]] = {
     "_forward_module": "Lightning",
     "base_model.model": "PEFT",
 }
-"""What wrappers put before the names of a model's tensors -> whose it is."""
+"""Prefix that a wrapper puts before the names of a model's tensors -> the wrapper."""
 
 _PACKED: Final = re.compile(r"^(I\d+|U\d+|F8_.*|F4|F6_.*|BOOL)$")
 """Types of packed weights, which are no numbers by themselves."""

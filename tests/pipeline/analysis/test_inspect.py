@@ -54,7 +54,9 @@ def test_every_stage_has_an_overview_rows_and_positions(undisturbed_run: Path) -
         (("align", "0", "--segment", "0", "--position", "9999"), "has positions 0 to"),
     ],
 )
-def test_a_missing_step_shard_row_or_position_is_named(undisturbed_run: Path, arguments: tuple[str, ...], message: str) -> None:
+def test_a_missing_step_shard_row_or_position_is_named(
+    undisturbed_run: Path, arguments: tuple[str, ...], message: str
+) -> None:
     refused = ptafuse("inspect", str(undisturbed_run), *arguments, check=False)
     assert refused.returncode == 1
     assert message in refused.stderr
