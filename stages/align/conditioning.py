@@ -95,8 +95,10 @@ def inner_positions(
     ends = target.byte_end[:size]
     if not size:
         return np.empty(0, np.int64), np.empty(0, np.int32)
+    # The last source token that ends at or before each target token's end, (M - 1,).
     boundary = np.searchsorted(source.byte_end, ends, side="right") - 1
     is_after = (boundary == NO_POSITION) | (source.byte_end[np.maximum(boundary, 0)] < ends)
+    # The position is inside the source token after the boundary, which must be text: template tokens have no inside.
     has_following = boundary + 1 < len(source)
     following = np.where(has_following, boundary + 1, 0)
     is_inside = is_after & has_following & (source_roles[following] == Role.TEXT)
@@ -151,11 +153,12 @@ def seen_bytes(
 
 
 def _text_before(rows: ModelRows, position: int, start: int, side: Side, is_marked: np.ndarray) -> bytes | None:
-    """Bytes of the text from ``start`` to the end of the token at ``position``; None if the tokens do not spell them.
+    """Return the bytes of the text from ``start`` to the end of the token at ``position``.
 
-    ``is_marked`` is (N,) bool from ``Side.starts``.
+    Returns None if the tokens do not spell them. ``is_marked`` is (N,) bool from ``Side.starts``.
     """
     pieces: list[bytes] = []
+    # Backwards from the position to the first token that ends after ``start``.
     for index in range(position, -1, -1):
         end = int(rows.byte_end[index])
         token_start = int(rows.byte_end[index - 1]) if index else 0
@@ -165,6 +168,7 @@ def _text_before(rows: ModelRows, position: int, start: int, side: Side, is_mark
         has_mark = is_marked[index - 1] if index else side.has_dummy_prefix
         if has_mark and len(piece) == end - token_start + 1:
             piece = piece.removeprefix(b" ")
+        # A token whose bytes are not as long as its piece of the text was changed by a normaliser.
         if len(piece) != end - token_start or side.vocabulary.is_special[rows.token_ids[index]]:
             return None
         pieces.append(piece[max(0, start - token_start) :])
@@ -197,6 +201,7 @@ def condition(
     vocabulary = source.vocabulary
     outcome = np.full(len(seen), Inner.NO_CONTEXT, np.uint8)
     agrees = np.zeros(ids.shape, np.bool_)
+    # 1. Find the candidates that begin with the bytes seen and go on, (Q, n).
     for row, entry in enumerate(seen):
         if entry is None:
             continue
@@ -209,6 +214,7 @@ def condition(
                 agrees[row, column] = True
                 rests.append(token[len(entry.seen) :])
         outcome[row] = _judge(rests, float(probs[row, agrees[row]].sum()))
+    # 2. Rescale their mass at the K positions that are kept.
     kept = np.flatnonzero(outcome == Inner.CONDITIONED)
     agreeing = np.where(agrees[kept], probs[kept], 0.0)
     # Rounded logprobs of a peaked row can sum to a little more than 1.
@@ -228,6 +234,7 @@ def _judge(rests: Sequence[bytes], mass: float) -> Inner:
         return Inner.NO_CANDIDATE
     if mass < MIN_AGREEING_MASS:
         return Inner.LITTLE_MASS
+    # Rests of white space say that a word ends here, not which word the target's next token begins.
     if all(rest.decode("utf-8", errors="replace").isspace() for rest in rests):
         return Inner.WHITE_SPACE
     return Inner.CONDITIONED

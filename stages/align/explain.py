@@ -108,17 +108,17 @@ def explain_position(
     aligned: AlignedSegment,
     config: AlignConfig,
 ) -> Explanation:
-    """Lay open what ``SegmentAligner.align`` did at one target position.
+    """Explain what ``SegmentAligner.align`` did at one target position.
 
     Args:
         doc_id: document of the segment, copied to the result.
-        segment: the segment's number, handed through.
+        segment: number of the segment, copied to the result.
         position: a target position of the segment.
         outcome: the position's outcome in words.
         target: the target's tokenizer and rows.
-        source: the source's; None where the source has no row for the segment.
-        aligned: what was computed from them.
-        config: the settings; its window of candidates is shown.
+        source: the source's tokenizer and rows; None if the source has no row for the segment.
+        aligned: result of ``SegmentAligner.align``.
+        config: settings; candidates are shown as far as their window goes.
 
     Raises:
         ValueError: the segment has no such position.

@@ -95,11 +95,12 @@ class FirstCuts:
         for index, text in enumerate(texts):
             try:
                 decoded[index] = text.decode()
-            except UnicodeDecodeError:
+            except UnicodeDecodeError:  # a part of a character cannot be given to a tokenizer
                 lengths[index] = self._longest_prefix(text)
         if self._start_mark is not None:
             self._cut_at_start(texts, decoded, lengths)
             return lengths
+        # The texts that an earlier context did not settle are tried after the next one.
         for context in CONTEXTS:
             num_context_bytes = len(context.encode())
             encodings = self._encode([context + text for text in decoded.values()])

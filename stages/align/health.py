@@ -82,11 +82,11 @@ class AlignHealth:
         """Take in one segment.
 
         Args:
-            aligned: what was computed.
+            aligned: result of aligning the segment.
             target: rows of the target.
-            source: and the source's exact ones; None where the source has none.
-            judged: ``aligned``; where the source has draws, what its exact entries alone give.
-            distributions: those of ``judged``, as they would be stored.
+            source: rows of the source without draws; None if the source has none.
+            judged: ``aligned``, or if the source has draws, the result for its exact entries alone.
+            distributions: distributions of ``judged``, as they would be stored.
         """
         covered = _covered(aligned)
         self._count(aligned, target.has_label, len(covered), is_missing=source is None)
@@ -94,7 +94,7 @@ class AlignHealth:
         self._add_mean("mass_unmapped", aligned.mass_unmapped[covered])
         self._add_mean("mass_special", aligned.mass_special[covered])
         self._add_mean("cut_mass", aligned.cut_mass[covered])
-        # A draw is an estimate of mass. Logarithms of it estimate nothing: from here on exact entries alone count.
+        # A draw is an unbiased estimate of mass, but its logarithm is not: from here on only exact entries count.
         covered = _covered(judged)
         self._add_teacher_nll(judged, target, distributions, covered)
         self._add_mean("aligned_entropy", _entropy(_renormalised(judged.probs[covered])))
@@ -150,7 +150,7 @@ class AlignHealth:
 
     def _count(self, aligned: AlignedSegment, positions: np.ndarray, num_covered: int, *, is_missing: bool) -> None:
         """Count one segment, of which ``positions`` (M,) bool have a next token that is learnt."""
-        span = (aligned.pairing.end - aligned.pairing.start)[positions]
+        span = (aligned.pairing.end - aligned.pairing.start)[positions]  # (P,), source tokens per target position
         is_paired = aligned.pairing.is_paired[positions]
         shares_source = aligned.pairing.shares_source()[positions]
         problems = aligned.problems if self._config.method == "transport" else None

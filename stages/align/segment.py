@@ -110,16 +110,19 @@ class SegmentAligner:
         Raises:
             ValueError: the two rows are not of the same text, or not of these tokenizers.
         """
+        # 1. Pair tokens, and choose the positions that take their partner's distribution.
         config = self._config
         width = config.top_k + source.num_draws
         self._target.check(target)
         self._source.check(source)
         pairing, partner, exact = self._pair_positions(target, source)
         has_label = target.has_label
-        taken, written = self._positions_to_take(target, source, partner, exact)
+        taken, written = self._positions_to_take(target, source, partner, exact)  # (M,) each
+        # 2. Read the source's candidates there: (P, n), P being the positions taken so far.
         source_ids, source_mass, special = self._source_candidates(
             source, partner[taken], target, np.flatnonzero(taken)
         )
+        # Transport needs mass to move, and a prior to move it to; positions without either are dropped.
         usable = source_mass.sum(axis=1) > 0
         if not self.is_identity and config.method == "transport":
             usable &= target.topk_probs[taken, : config.top_k].sum(axis=1) > 0
@@ -127,6 +130,7 @@ class SegmentAligner:
         source_ids, source_mass = source_ids[usable], source_mass[usable]
         mass_special = np.zeros(len(target))
         mass_special[taken] = special[usable]
+        # 3. Move the mass to target tokens, including that of the Q positions inside source tokens.
         conditioned, inner = self._condition(target, source)
         problems = None
         if self.is_identity:
@@ -135,13 +139,15 @@ class SegmentAligner:
             problems = self._transport(
                 target, np.flatnonzero(taken), written[taken], source_ids, source_mass, conditioned
             )
-            mass = column_mass(problems.plan, self._transporter.projection)
+            mass = column_mass(problems.plan, self._transporter.projection)  # (P + Q, m)
             moved = keep_largest(problems.support_ids, mass, top_k=width, tail=config.tail)
+        # 4. From here on P includes the conditioned positions; rows are in the order of positions, as ``taken`` selects them.
         taken[conditioned.positions] = True
         partner[conditioned.positions] = conditioned.source_position
         # A hard mapping may have no token for any of a position's candidates.
         landed = moved.ids[:, 0] != NO_ID
         taken[taken] = landed
+        # 5. Scatter back to all M positions.
         result = _without_distributions(pairing, exact, width, problems)
         result.source_position[taken] = partner[taken]
         result.outcome[taken] = IDENTITY if self.is_identity else TRANSPORT
@@ -155,8 +161,9 @@ class SegmentAligner:
             result.mass_moved[taken] = problems.mass_moved[landed]
             if config.method != "transport":
                 result.mass_unmapped[taken] = problems.unmapped_share()[landed]
+        # 6. Where contexts differ, teach the gold token. An exact position without a distribution stays without one.
         if config.inexact == "gold":
-            gold = np.flatnonzero(has_label & ~exact)  # an exact position that nothing landed at stays without
+            gold = np.flatnonzero(has_label & ~exact)
             result.outcome[gold] = GOLD
             result.ids[gold, 0] = target.token_ids[gold + 1]  # the next token: never the one the context ends with
             result.probs[gold, 0] = 1.0

@@ -86,6 +86,7 @@ class AlignStage:
         self._source = _side(self._models[1], source_tokenizer)
         pair = _model_pair(target_tokenizer, source_tokenizer, self._models[0])
         self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
+        # Compile the kernels now, so that the first shard's time says what a shard costs.
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
             byte_end=np.arange(1, 3, dtype=np.int32),
@@ -106,6 +107,7 @@ class AlignStage:
                 f"the logits of {self._source.name} have draws from the tail (logits.tail_samples), and align.tail = "
                 f"{self._config.tail!r} leaves a row no tail: set align.tail = 'bucket', or logits.tail_samples = 0"
             )
+        # Rows are joined by (document, segment): either side may have quarantined a segment of the other.
         keys = segment_keys(target_table)
         source_row = rows_by_segment(source_table)
         health = AlignHealth(self._config, missing_target_segments=len(source_row.keys() - set(keys)))
@@ -119,13 +121,15 @@ class AlignStage:
                 source = _model_rows(source_table, source_row[key], self._source) if key in source_row else None
                 judged = self._aligner.unpaired(target) if source is None else self._aligner.align(target, source)
                 aligned = judged
+                # With draws a segment is aligned twice: the row with draws is stored, the exact one is judged.
                 if source is not None and has_draws(source_table):
                     draws = draws_row(source_table, source_row[key])
                     aligned = self._aligner.align(target, source.with_draws(draws))
-            except ValueError as error:
+            except ValueError as error:  # rows of different texts: this segment's fault, not the shard's
                 logger.warning("document %d, segment %d: %s", *key, error)
                 quarantine.append(BadRecord(*key, type(error).__name__, str(error)))
                 continue
+            # Measured after rounding, so that the metrics are those of what fuse will read.
             stored = _as_stored(aligned)
             distributions = stored if judged is aligned else _as_stored(judged)
             completed = _completed_logprob(judged, distributions, target) if has_draws(source_table) else None
@@ -202,8 +206,9 @@ class AlignStage:
     def _align_row(
         self, inputs: Mapping[str, pa.Table]
     ) -> Callable[[int], tuple[tuple[int, int], ModelRows, ModelRows | None, AlignedSegment]]:
-        """Return a function that aligns a row of the target table: its key, the target's and the source's rows, and
-        the result.
+        """Return a function that aligns a row of the target table.
+
+        The function returns the row's key, the target's and the source's rows, and the result.
         """
         target_table, source_table = inputs["target"], inputs["source"]
         keys = segment_keys(target_table)
@@ -301,6 +306,7 @@ def _as_stored(aligned: AlignedSegment) -> SparseRows:
     """Return a segment's distributions with the logprobs that are stored of them."""
     with np.errstate(divide="ignore"):
         logprobs = np.log(aligned.probs)
+    # A probability can exceed 1 by rounding errors, but no stored logprob may exceed 0.
     stored = np.where(aligned.probs > 0, np.minimum(round_to_half(logprobs), 0.0), -np.inf).astype(np.float32)
     return SparseRows(aligned.ids, stored)
 

@@ -110,7 +110,7 @@ def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, base
     if baseline not in nll:
         raise ValueError(f"there is no entry {baseline!r} to compare with, only {', '.join(nll)}")
     present = {name: np.isfinite(values) for name, values in nll.items()}
-    shared = np.logical_and.reduce(list(present.values()))
+    shared = np.logical_and.reduce(list(present.values()))  # (P,) bool
     entries = {}
     for name, values in nll.items():
         own = present[name] & present[baseline]

@@ -80,7 +80,7 @@ class ModelPair:
 
     @cached_property
     def _at_start(self) -> dict[tuple[bool, bool, bool], "ModelPair"]:
-        """What ``at_text_start`` made, so that several aligners of one pair compute its maps once."""
+        """Cache of ``at_text_start``, so that several aligners of one pair compute its maps once."""
         return {}
 
     def _written_at_start(self, *, target_dummy: bool) -> "ModelPair":
@@ -116,13 +116,19 @@ class ModelPair:
 
     @cached_property
     def source_cut(self) -> np.ndarray:
-        """(V of the source,) bytes of the token with which the target's tokenizer begins each text; see ``FirstCuts``."""
+        """Length in bytes of the token with which the target's tokenizer begins each text, (V of the source,).
+
+        See ``FirstCuts``.
+        """
         encode = self.encode_first or self.encode
         return FirstCuts(self.target, encode, start_mark=self.start_mark).of_vocabulary(self.source)
 
     @cached_property
     def target_cut(self) -> np.ndarray:
-        """(V of the target,) bytes of the token with which the source's tokenizer begins each text; see ``FirstCuts``."""
+        """Length in bytes of the token with which the source's tokenizer begins each text, (V of the target,).
+
+        See ``FirstCuts``.
+        """
         encode = self.encode_source_first or self.encode_source
         return FirstCuts(self.source, encode, start_mark=self.start_mark).of_vocabulary(self.target)
 
@@ -184,9 +190,7 @@ def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes,
 
 
 def text_ids(vocabulary: Vocabulary, preferred: Mapping[bytes, int]) -> dict[bytes, int]:
-    """Map each text of a vocabulary's ordinary tokens, as bytes, to one id: the preferred one if several have the
-    text.
-    """
+    """Map the text of each ordinary token, as bytes, to one id: the preferred one if several have the text."""
     texts = {
         token: token_id
         for token_id, token in enumerate(vocabulary.token_bytes)
