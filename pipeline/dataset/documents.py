@@ -11,6 +11,7 @@ from typing import Any, Final, Self
 
 import pyarrow as pa
 
+from pipeline.dataset.columns import Column, document_column
 from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity
 from pipeline.dataset.find import describe_mixed_splits, find_files
 from pipeline.dataset.formats import FORMATS, Chunks, RowCount, changed
@@ -23,7 +24,8 @@ _LARGE_COMPRESSED_BYTES: Final = 2**28
 DOCUMENTS: Final = pa.schema(
     [
         pa.field("doc_id", pa.int64(), nullable=False),  # index of the document in the dataset
-        pa.field("text", pa.large_binary()),  # UTF-8 as it stands in the file, unchecked; null where there is none
+        # UTF-8 as it stands in the file, unchecked; of conversations JSON; null where there is none.
+        pa.field("text", pa.large_binary()),
         pa.field("error", pa.string()),  # why the record could not be read, else null
     ]
 )
@@ -69,7 +71,12 @@ def check_dataset(dataset: DatasetConfig) -> None:
             log.warning("%s", note)
     _check_kinds(dataset, files)
     kind = FORMATS[files.format]
-    if any(kind.has_documents(files, name, dataset.text_column, "text_column") for name in files.paths):
+    if dataset.has_conversations and not kind.has_columns:
+        raise DatasetError(
+            f"{dataset.section}.messages_column = {dataset.messages_column!r}: plain text files have no columns; give "
+            ".parquet or .jsonl files"
+        )
+    if any(kind.has_documents(files, name, document_column(dataset)) for name in files.paths):
         return
     raise DatasetError(f"{_place(dataset)} holds no documents: its {len(files.paths)} file(s) have no rows")
 
@@ -108,7 +115,7 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
         if plan.is_full:
             break
         wanted = RowCount(first_row=plan.num_documents, rows_per_shard=documents_per_shard, max_rows=plan.room)
-        num_rows, byte_starts = FORMATS[files.format].count(files, name, dataset.text_column, wanted)
+        num_rows, byte_starts = FORMATS[files.format].count(files, name, document_column(dataset), wanted)
         plan.add(name, num_rows, byte_starts)
         if num_rows and files.is_compressed(name):
             _warn_of_rereading(name, files)
@@ -126,11 +133,16 @@ def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
         FileNotFoundError: a file of the plan is gone.
         DatasetError: a file has changed since it was planned.
     """
+    return _read_column(dataset, shard_range, document_column(dataset))
+
+
+def _read_column(dataset: DatasetConfig, shard_range: ShardRange, column: Column) -> pa.Table:
+    """Read a column of the documents of one shard; see ``read_documents``."""
     texts: list[pa.Array] = []
     errors: list[pa.Array] = []
     files = find_files(dataset)
     for part in shard_range.files:
-        for text, error in _read_rows(files, part, dataset.text_column):
+        for text, error in _read_rows(files, part, column):
             texts.append(text)
             errors.append(pa.nulls(len(text), pa.string()) if error is None else error)
     ids = pa.array(range(shard_range.first_doc_id, shard_range.first_doc_id + shard_range.num_documents), pa.int64())
@@ -151,7 +163,7 @@ def read_kinds(dataset: DatasetConfig, shard_range: ShardRange) -> dict[int, str
     """
     assert dataset.kind_column is not None
     _check_kinds(dataset, find_files(dataset))
-    table = read_documents(dataset.model_copy(update={"text_column": dataset.kind_column}), shard_range)
+    table = _read_column(dataset, shard_range, Column(dataset.kind_column, "kind_column"))
     kinds = table["text"].to_pylist()
     return {
         doc_id: None if kind is None else kind.decode("utf-8", errors="replace")
@@ -168,11 +180,11 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
             f"{dataset.section}.kind_column = {dataset.kind_column!r}: plain text files have no columns; leave it out"
         )
     for name in files.paths:
-        if kind.has_documents(files, name, dataset.kind_column, "kind_column"):
+        if kind.has_documents(files, name, Column(dataset.kind_column, "kind_column")):
             return
 
 
-def _read_rows(files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+def _read_rows(files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
     """Read a range of a file's rows, exactly as many as were planned."""
     if part.file not in files.paths:
         raise FileNotFoundError(f"{part.file} was in the dataset when it was planned, and is gone: put it back")

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Final, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.dataset.columns import Column, as_binary, as_json, describe_missing, wrong_type, wrong_value
 from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange
 from stages.contract.filesystem import is_transient
 
@@ -19,14 +20,6 @@ Chunks = list[tuple[pa.Array, pa.Array | None]]
 RowStarts = dict[int, int]
 """Row of a file -> byte at which it begins."""
 
-_TEXT_TYPES: Final = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-    pa.types.is_binary_view,
-)
 _MAX_LINES_PROBED: Final = 100
 _UTF_16_MARKS: Final = (
     codecs.BOM_UTF16_LE,
@@ -72,21 +65,20 @@ class Format(Protocol):
     has_columns: bool
     is_compact: bool
 
-    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+    def has_documents(self, files: DatasetFiles, name: str, column: Column) -> bool:
         """Return whether a file has rows with the column.
 
         Args:
             files: the dataset's files.
             name: which one.
             column: the column that is wanted.
-            setting: the setting of ``files.section`` that names it, for messages.
 
         Raises:
             DatasetError: the file is not of this format, or has no such column of text.
         """
         ...
 
-    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: Column, wanted: RowCount) -> tuple[int, RowStarts]:
         """Count a file's rows.
 
         Args:
@@ -103,7 +95,7 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
         """Read a range of a file's rows: their texts, and what is wrong with them.
 
         Raises:
@@ -121,18 +113,39 @@ class Parquet:
     has_columns = True
     is_compact = True
 
-    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+    def has_documents(self, files: DatasetFiles, name: str, column: Column) -> bool:
         """See ``Format``."""
         with files.open(name) as stream:
-            return bool(_open_parquet(stream, files, name, column, setting).metadata.num_rows)
+            parquet = _open_parquet(stream, files, name, column)
+            if not parquet.metadata.num_rows:
+                return False
+            if column.holds_messages:
+                self._refuse_other_values(parquet, files, name, column)
+            return True
 
-    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+    def _refuse_other_values(self, parquet: pq.ParquetFile, files: DatasetFiles, name: str, column: Column) -> None:
+        """Refuse a file whose first value is no conversation: strings may hold anything.
+
+        Raises:
+            DatasetError: says what was found. What is damaged is the shard stage's to tell.
+        """
+        try:
+            batch = next(parquet.iter_batches(batch_size=1, columns=[column.name]), None)
+        except (pa.ArrowException, OSError) as error:
+            if _is_of_storage(error):
+                raise
+            return
+        wrong = None if batch is None else wrong_value(column, batch.column(0)[0].as_py(), files.section)
+        if wrong is not None:
+            raise DatasetError(f"{files.paths[name]}: {wrong}")
+
+    def count(self, files: DatasetFiles, name: str, column: Column, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``."""
         del wanted  # the footer holds the number
         with files.open(name) as stream:
             return _open_parquet(stream, files, name, column).metadata.num_rows, {}
 
-    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
         """See ``Format``."""
         with files.open(part.file) as stream:
             parquet = _open_parquet(stream, files, part.file, column)
@@ -147,10 +160,10 @@ class Parquet:
             for index in groups:
                 row = firsts[index]
                 try:
-                    for batch in parquet.iter_batches(batch_size=1024, row_groups=[index], columns=[column]):
+                    for batch in parquet.iter_batches(batch_size=1024, row_groups=[index], columns=[column.name]):
                         start, end = max(part.start - row, 0), min(part.end - row, len(batch))
                         if start < end:
-                            chunks.append((_as_binary(batch.column(0).slice(start, end - start)), None))
+                            chunks.append((as_binary(batch.column(0).slice(start, end - start)), None))
                         row += len(batch)
                         if row >= part.end:
                             break
@@ -174,7 +187,7 @@ class JsonLines:
     has_columns = True
     is_compact = False
 
-    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+    def has_documents(self, files: DatasetFiles, name: str, column: Column) -> bool:
         """See ``Format``; the first object decides."""
         path = files.paths[name]
         has_lines = False
@@ -192,7 +205,11 @@ class JsonLines:
                 except (ValueError, RecursionError):
                     record = None
                 if isinstance(record, dict):
-                    _require_column(column, list(record), path, f"{files.section}.{setting}")
+                    if column.name not in record:
+                        raise DatasetError(f"{path} {describe_missing(column, list(record), files.section)}")
+                    wrong = wrong_value(column, record[column.name], files.section)
+                    if wrong is not None:
+                        raise DatasetError(f"{path}: {wrong}")
                     return True
                 if number == _MAX_LINES_PROBED:
                     break
@@ -202,12 +219,12 @@ class JsonLines:
             )
         return False
 
-    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: Column, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``: counts the lines in a stream, and stops at ``wanted.max_rows``."""
         del column  # a line without it is a bad record, and is counted
         return _count_lines(files, name, wanted)
 
-    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
         """See ``Format``; a line that cannot be read is a row with an error."""
         records = [_text_of_line(line, column) for line in _read_lines(files, part)]
         texts = pa.array([text for text, _ in records], pa.large_binary())
@@ -223,17 +240,17 @@ class TextFiles:
     has_columns = False
     is_compact = False
 
-    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+    def has_documents(self, files: DatasetFiles, name: str, column: Column) -> bool:
         """See ``Format``."""
-        del files, name, column, setting
+        del files, name, column
         return True
 
-    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: Column, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``."""
         del files, name, column, wanted
         return 1, {}
 
-    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
         """See ``Format``; a file in UTF-16 is a row with an error."""
         del column
         with files.open(part.file) as stream:
@@ -253,21 +270,21 @@ class TextLines:
     has_columns = False
     is_compact = False
 
-    def has_documents(self, files: DatasetFiles, name: str, column: str, setting: str) -> bool:
+    def has_documents(self, files: DatasetFiles, name: str, column: Column) -> bool:
         """See ``Format``."""
-        del column, setting
+        del column
         with files.open(name) as stream:
             line = next(_lines(stream, files.paths[name]), None)
         if line is not None:
             _refuse_utf_16(line, files.paths[name])
         return line is not None
 
-    def count(self, files: DatasetFiles, name: str, column: str, wanted: RowCount) -> tuple[int, RowStarts]:
+    def count(self, files: DatasetFiles, name: str, column: Column, wanted: RowCount) -> tuple[int, RowStarts]:
         """See ``Format``."""
         del column
         return _count_lines(files, name, wanted)
 
-    def read(self, files: DatasetFiles, part: FileRange, column: str) -> Chunks:
+    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
         """See ``Format``."""
         del column
         rows = [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") for line in _read_lines(files, part)]
@@ -301,21 +318,13 @@ def changed(part: FileRange, found: str) -> DatasetError:
     )
 
 
-def _require_column(column: str, found: list[str], where: str, setting: str) -> None:
-    """Refuse data without a column that a setting names."""
-    if column not in found:
-        raise DatasetError(f"{where} has no column {column!r}: set {setting} to one of {', '.join(map(repr, found))}")
-
-
-def _open_parquet(
-    stream: BinaryIO, files: DatasetFiles, name: str, column: str, setting: str = "text_column"
-) -> pq.ParquetFile:
+def _open_parquet(stream: BinaryIO, files: DatasetFiles, name: str, column: Column) -> pq.ParquetFile:
     """Read a Parquet file's footer.
 
     Raises:
-        DatasetError: it is no Parquet file, or has no such column of text.
+        DatasetError: it is no Parquet file, or has no such column of text, or of messages.
     """
-    path, setting = files.paths[name], f"{files.section}.{setting}"
+    path = files.paths[name]
     try:
         parquet = pq.ParquetFile(stream, page_checksum_verification=True)
         schema = parquet.schema_arrow
@@ -326,24 +335,17 @@ def _open_parquet(
         raise DatasetError(
             f"{path} is not a whole Parquet file: {str(error).strip()}. Fetch or write it again, or leave it out"
         ) from error
-    _require_column(column, names, path, setting)
-    kind = schema.field(column).type
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    if not any(test(kind) for test in _TEXT_TYPES):
-        raise DatasetError(f"{path}: column {column!r} is {kind}, not text: set {setting} to a column of strings")
+    if column.name not in names:
+        raise DatasetError(f"{path} {describe_missing(column, names, files.section)}")
+    wrong = wrong_type(column, schema.field(column.name).type, files.section)
+    if wrong is not None:
+        raise DatasetError(f"{path}: {wrong}")
     return parquet
 
 
 def _is_of_storage(error: Exception) -> bool:
     """Return whether the disk or the store failed; else Arrow speaks of what the file holds, with an OSError too."""
     return isinstance(error, OSError) and (error.errno is not None or is_transient(error))
-
-
-def _as_binary(values: pa.Array) -> pa.Array:
-    """Return any column of text as bytes, unchecked."""
-    if pa.types.is_dictionary(values.type):
-        values = values.dictionary_decode()
-    return values.cast(pa.large_binary())
 
 
 def _whole_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
@@ -413,19 +415,25 @@ def _refuse_utf_16(line: bytes, path: str) -> None:
         raise DatasetError(f"{path} {_NOT_UTF_8}")
 
 
-def _text_of_line(line: bytes, column: str) -> tuple[bytes | None, str | None]:
+def _text_of_line(line: bytes, column: Column) -> tuple[bytes | None, str | None]:
     """Return a record's text (None: null), and what is wrong with the record, if anything."""
     try:
         record = _loads(line)
     except (ValueError, RecursionError) as error:
         return None, f"not a JSON line: {error}; it begins {line[:40]!r}"
     if not isinstance(record, dict):
-        return None, f"expected a JSON object with the key {column!r}, found {type(record).__name__}: {line[:40]!r}"
-    if column not in record:
-        return None, f"no key {column!r}; found {', '.join(map(repr, list(record)[:20])) or 'no key'}"
-    text = record[column]
+        return (
+            None,
+            f"expected a JSON object with the key {column.name!r}, found {type(record).__name__}: {line[:40]!r}",
+        )
+    if column.name not in record:
+        return None, f"no key {column.name!r}; found {', '.join(map(repr, list(record)[:20])) or 'no key'}"
+    text = record[column.name]
+    if column.holds_messages and isinstance(text, list):
+        return as_json(text), None
     if text is not None and not isinstance(text, str):
-        return None, f"the value of {column!r} is {type(text).__name__}, expected a string"
+        expected = "a list of messages" if column.holds_messages else "a string"
+        return None, f"the value of {column.name!r} is {type(text).__name__}, expected {expected}"
     # A lone surrogate ("\\ud800") stays visible as bytes that are not UTF-8: the shard stage quarantines it as such.
     return None if text is None else text.encode("utf-8", errors="surrogatepass"), None
 

@@ -1,0 +1,128 @@
+"""Columns of a dataset's files: of texts, or of messages."""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pyarrow as pa
+
+from stages.shard.config import DatasetConfig
+
+_TEXT_TYPES: Final = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
+_LIST_TYPES: Final = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+_MESSAGE_KEYS: Final = ({"role", "content"}, {"from", "value"})
+_LIKELY: Final = ("messages", "conversations", "conversation")
+"""Names under which data sets hold conversations."""
+_MAX_SHOWN: Final = 60
+"""Characters of a value that a message shows."""
+EXPECTED: Final = (
+    "a list of messages with role and content (or ShareGPT's from and value), or JSON strings of such lists"
+)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a dataset's files.
+
+    Attributes:
+        name: the column's name.
+        setting: the setting that names it, for messages.
+        holds_messages: its values are conversations, which are read as JSON; else they are texts.
+    """
+
+    name: str
+    setting: str
+    holds_messages: bool = False
+
+
+def document_column(dataset: DatasetConfig) -> Column:
+    """Return the column that holds a dataset's documents."""
+    return Column(dataset.document_column, dataset.document_setting, dataset.has_conversations)
+
+
+def describe_missing(column: Column, found: list[str], section: str) -> str:
+    """Return what a message says of data without a column: the columns that there are, and how to name one.
+
+    Args:
+        column: the column that is wanted.
+        found: names of the columns that there are.
+        section: the section of the configuration.
+    """
+    likely = [name for name in found if name in _LIKELY and column.setting == "text_column"]
+    hint = f" (conversations: set {section}.messages_column = {likely[0]!r})" if likely else ""
+    return (
+        f"has no column {column.name!r}: set {section}.{column.setting} to one of {', '.join(map(repr, found))}{hint}"
+    )
+
+
+def wrong_type(column: Column, kind: pa.DataType, section: str) -> str | None:
+    """Return what a message says of a column of a type that cannot be read; None where it can be."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if any(test(kind) for test in _TEXT_TYPES):
+        return None
+    setting = f"{section}.{column.setting}"
+    fields = _fields(kind)
+    if not column.holds_messages:
+        is_messages = any(keys <= fields for keys in _MESSAGE_KEYS)
+        remedy = f"; conversations are read with {section}.messages_column = {column.name!r}" if is_messages else ""
+        return f"column {column.name!r} is {kind}, not text: set {setting} to a column of strings{remedy}"
+    if any(keys <= fields for keys in _MESSAGE_KEYS):
+        return None
+    return f"column {column.name!r} is {kind}, not conversations: set {setting} to a column of {EXPECTED}"
+
+
+def wrong_value(column: Column, value: Any, section: str) -> str | None:
+    """Return what a message says of the first value of a column of messages, if it is no conversation; else None.
+
+    Args:
+        column: the column.
+        value: a value as JSON gives it; None where there is none.
+        section: the section of the configuration.
+    """
+    if not column.holds_messages or value is None:
+        return None
+    messages = value
+    if isinstance(value, str | bytes):
+        try:
+            messages = json.loads(value)
+        except (ValueError, RecursionError):
+            messages = None
+    is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+    if is_list and all(not {"role", "from"}.isdisjoint(message) for message in messages):
+        return None
+    found = str(value) if len(str(value)) <= _MAX_SHOWN else f"{str(value)[:_MAX_SHOWN]}..."
+    return f"column {column.name!r} holds {found}: set {section}.{column.setting} to a column of {EXPECTED}"
+
+
+def as_binary(values: pa.Array) -> pa.Array:
+    """Return any column of text as bytes, unchecked; of lists of messages their JSON."""
+    if pa.types.is_dictionary(values.type):
+        values = values.dictionary_decode()
+    if any(test(values.type) for test in _LIST_TYPES):
+        return pa.array([None if value is None else as_json(value) for value in values.to_pylist()], pa.large_binary())
+    return values.cast(pa.large_binary())
+
+
+def as_json(value: Any) -> bytes:
+    """Return a list of messages as JSON; what JSON does not know (a date, bytes of an image) by its type alone."""
+    return json.dumps(value, default=lambda other: f"<{type(other).__name__}>").encode()
+
+
+def _fields(kind: pa.DataType) -> set[str]:
+    """Return the names of the fields of a list of structs; none of another type."""
+    if not any(test(kind) for test in _LIST_TYPES) or not pa.types.is_struct(kind.value_type):
+        return set()
+    return {kind.value_type.field(index).name for index in range(kind.value_type.num_fields)}
