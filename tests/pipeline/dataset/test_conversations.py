@@ -30,7 +30,7 @@ SHAREGPT = [
     for talk in TALKS
 ]
 EXPECTED = [[(turn["role"], turn["content"]) for turn in talk] for talk in TALKS]
-DATED = [[{**turn, "at": dt.datetime(2024, 1, 1), "image": None} for turn in talk] for talk in TALKS]
+DATED = [[{**turn, "at": dt.datetime(2024, 1, 1, tzinfo=dt.UTC), "image": None} for turn in talk] for talk in TALKS]
 
 
 def parquet(folder: Path, column: pa.Array, name: str = "messages") -> DatasetConfig:
@@ -139,8 +139,8 @@ def test_nulls_and_records_without_messages_keep_their_number(tmp_path: Path) ->
                 update={"messages_column": None, "text_column": "messages"}
             ),
             (
-                "not text: set dataset.text_column to a column of strings; conversations are read with dataset.messages_column = "
-                "'messages'"
+                "not text: set dataset.text_column to a column of strings; conversations are read with "
+                "dataset.messages_column = 'messages'"
             ),
         ),
     ],
