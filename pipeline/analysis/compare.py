@@ -29,6 +29,7 @@ from stages.contract.roles import has_roles
 from stages.contract.store import Store
 from stages.measures.teacher import completed_nll, exact_nll, floored_nll
 from stages.models.config import ModelConfig
+from stages.models.token_tables import TokenTables
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def _sample(run: Run, key: str, total: int, wanted: int | None) -> tuple[int, ..
 def _compare_source(
     run: Run, source: ModelConfig, variants: tuple[AlignmentVariant, ...], shards: tuple[int, ...], total: int
 ) -> Comparison:
-    stages = _set_up(run.config.target, source, variants)
+    stages = _set_up(run, source, variants)
     labels = (TARGET_ROW, SOURCE_ROW, *stages)
     completed: dict[str, list[np.ndarray]] = {label: [] for label in labels}
     floored: dict[str, list[np.ndarray]] = {label: [] for label in labels}
@@ -224,11 +225,12 @@ def _compare_source(
     return Comparison(source.name, shards, total, len(place), variants, compared(completed), compared(floored))
 
 
-def _set_up(target: ModelConfig, source: ModelConfig, variants: tuple[AlignmentVariant, ...]) -> dict[str, AlignStage]:
+def _set_up(run: Run, source: ModelConfig, variants: tuple[AlignmentVariant, ...]) -> dict[str, AlignStage]:
     """Set up a stage for each variant."""
+    tables = TokenTables(run.store, may_write=False)
     stages: dict[str, AlignStage] = {}
     for variant in variants:
-        stage = AlignStage(variant.settings, target, source)
+        stage = AlignStage(variant.settings, run.config.target, source, tables)
         stage.setup()
         stages[variant.label] = stage
     return stages

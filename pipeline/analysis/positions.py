@@ -25,7 +25,8 @@ from stages.contract.store import Store
 from stages.fuse.stage import FuseStage, locate
 from stages.models.config import ModelConfig
 from stages.models.segment_text import segment_texts
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.token_tables import TokenTables
+from stages.models.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Place:
     def model(self, name: str | None) -> ModelConfig:
         """Return a model of the run by its name."""
         return self.run.config.find_model(name)
+
+    @property
+    def tables(self) -> TokenTables:
+        """The token tables of the run directory, where nothing is written."""
+        return TokenTables(self.store, may_write=False)
+
+    def vocabulary(self, model: ModelConfig) -> Vocabulary:
+        """What a model's token ids stand for."""
+        return self.tables.read(model).vocabulary
 
     def inputs(self) -> dict[str, pa.Table]:
         """Read what the step reads for this shard, by input name."""
@@ -66,7 +76,7 @@ def show_segment(place: Place, table: pa.Table, position: int | None, console: C
 
 def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
     """Show a segment under one model: every token's surprise, or one position's top-k."""
-    vocabulary = SegmentTokenizer.load(place.model(place.step.model)).vocabulary
+    vocabulary = place.vocabulary(place.model(place.step.model))
     token_ids = list_row(table, "token_ids", place.row)
     gold = list_row(table, "gold_logprob", place.row)
     tokens = [vocabulary.text(int(token)) for token in token_ids]
@@ -106,7 +116,7 @@ def show_aligned(place: Place, table: pa.Table, position: int | None, console: C
     if position is None:
         _show_pairing(place, table, inputs, console)
         return
-    stage = AlignStage(place.run.config.align, target, source)
+    stage = AlignStage(place.run.config.align, target, source, place.tables)
     stage.setup()
     keys = table["doc_id"][place.row].as_py(), table["segment"][place.row].as_py()
     found = stage.explain(inputs, find_row(inputs["target"], *keys), position)
@@ -170,7 +180,7 @@ def _check_against_stored(found: Explanation, table: pa.Table, place: Place, pos
 def show_fused(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
     """Show a training block, or one position's candidates and its fused distribution."""
     config = place.run.config
-    vocabulary = SegmentTokenizer.load(config.target).vocabulary
+    vocabulary = place.vocabulary(config.target)
     tokens = [vocabulary.text(int(token)) for token in list_row(table, "token_ids", place.row)]
     names = table.schema.metadata[b"candidates"].decode().split(",")
     chosen = list_row(table, "chosen", place.row)
@@ -187,7 +197,7 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
         return
     inputs = place.inputs()
     where = locate(table, place.row, position)
-    stage = FuseStage(config.fuse, config.target, config.sources)
+    stage = FuseStage(config.fuse, config.target, config.sources, place.tables)
     stage.setup()
     row = find_row(inputs[f"logits/{config.target.name}"], where.doc_id, where.segment)
     found = stage.explain(inputs, row, where.position)
@@ -214,8 +224,8 @@ VIEWS: Final[dict[str, Callable[[Place, pa.Table, int | None, Console], None]]] 
 
 
 def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], console: Console) -> None:
-    target = SegmentTokenizer.load(place.run.config.target).vocabulary
-    source = SegmentTokenizer.load(place.model(place.step.model)).vocabulary
+    target = place.vocabulary(place.run.config.target)
+    source = place.vocabulary(place.model(place.step.model))
     keys = table["doc_id"][place.row].as_py(), table["segment"][place.row].as_py()
     target_row = find_row(inputs["target"], *keys)
     target_ids = list_row(inputs["target"], "token_ids", target_row)

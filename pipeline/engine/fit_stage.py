@@ -14,6 +14,7 @@ from pipeline.run.session import Run, StageError, read_inputs, require_complete
 from pipeline.run.shard_plan import evenly_spread
 from pipeline.run.steps import Step, result_key
 from stages.fuse.fit import fit_weights, mixture_nll, shrunk
+from stages.models.token_tables import TokenTables
 
 MAX_POSITIONS: Final = 4_000_000
 """Positions that weights are fitted on, taken at equal distances: their standard error is below 0.001 then."""
@@ -94,7 +95,7 @@ def _gold_nll(run: Run, step: Step, shards: Sequence[int]) -> tuple[np.ndarray, 
     from stages.fuse.stage import FuseStage
 
     config = run.config
-    stage = FuseStage(config.fuse, config.target, config.sources)
+    stage = FuseStage(config.fuse, config.target, config.sources, TokenTables(run.store))
     stage.setup()
     parts: list[np.ndarray] = []
     kinds: list[np.ndarray] = []

@@ -21,6 +21,7 @@ from pipeline.run.warnings import expected_warnings, shard_warnings
 from pipeline.settings.adapt import fold_of
 from pipeline.settings.run import EngineConfig
 from stages.contract.store import Store
+from stages.models.token_tables import TokenTables
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,8 @@ def _run_step(run: Run, step: Step) -> None:
             if number % SHARDS_PER_ROLLUP == 0:
                 roll_up(run.store, step.folder)
     roll_up(run.store, step.folder)
+    if spec.reads_documents:
+        _prepare_maps(run)
     run.console.print(progress.summary())
     missing = set(pending_shards(run.store, step, num_shards)) - {status.shard for status in failed}
     if missing:
@@ -149,13 +152,26 @@ def _failures(failed: Sequence[ShardStatus]) -> str:
 def _check_tokenizers(run: Run, step: Step) -> None:
     """Load the tokenizers of a step that reads text here first: one without byte offsets is refused before any worker starts.
 
+    Their token tables are written by the way.
+
     Raises:
         ValueError: names the model, and says what to give instead.
     """
     from stages.models.tokenizer import SegmentTokenizer
 
+    tables = TokenTables(run.store)
     for model in sharded_stage(step.stage).tokenizers(run.config, step.model):
         SegmentTokenizer.load(model)
+        tables.read(model)
+
+
+def _prepare_maps(run: Run) -> None:
+    """Write the maps between the vocabularies that align reads, while the tokenizers which they are made of are loaded here."""
+    from stages.align.stage import AlignStage  # a compiler, which a finished run does without
+
+    tables = TokenTables(run.store)
+    for source in run.config.sources:
+        AlignStage(run.config.align, run.config.target, source, tables).prepare()
 
 
 def _runner(run: Run) -> Runner:

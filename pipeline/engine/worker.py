@@ -37,6 +37,7 @@ from stages.contract.stage import Stage, StageOutput
 from stages.contract.store import Store
 from stages.contract.tracebacks import shows_tracebacks
 from stages.models.config import ModelConfig
+from stages.models.token_tables import TokenTables
 from train.job import MANIFEST
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class ShardWorker:
                 config = self._with_adapted_source(config)
             elif self._spec.runs_model:
                 self._refuse_other_files(config.find_model(self._job.step.model))
-            stage = self._spec.build(config, self._job.step.model)
+            stage = self._spec.build(config, self._job.step.model, TokenTables(self._store))
             stage.setup()
         except Exception as error:  # the same boundary: no shard can be computed, and the user must learn why
             if shows_tracebacks():

@@ -29,6 +29,7 @@ from stages.fuse.config import ROW_GROUP_BYTES as FUSE_ROW_GROUP_BYTES
 from stages.fuse.config import VERSION as FUSE_VERSION
 from stages.logits.config import VERSION as LOGITS_VERSION
 from stages.models.config import ModelConfig
+from stages.models.token_tables import TokenTables
 from stages.shard.config import VERSION as SHARD_VERSION
 from train.config import EVAL_VERSION, TRAIN_VERSION
 from train.job import MANIFEST
@@ -94,7 +95,7 @@ class ShardedStage(StageSpec):
     """A stage that computes one file per shard.
 
     Attributes:
-        build: the stage for one step.
+        build: the stage for one step, which may read the token tables of the run.
         section: the stage's own settings.
         reads_documents: it reads the dataset by the frozen plan, and has no other input.
         train_rows_only: the rows of held-out documents are left out of what it reads.
@@ -111,7 +112,7 @@ class ShardedStage(StageSpec):
             The worker holds the tables of that many shards.
     """
 
-    build: Callable[[RunConfig, str | None], Stage]
+    build: Callable[[RunConfig, str | None, TokenTables], Stage]
     section: Callable[[RunConfig], Settings]
     reads_documents: bool = False
     train_rows_only: bool = False
@@ -338,28 +339,28 @@ def _model_identities(model: ModelConfig) -> dict[str, str]:
     return {"weights": model.weights_identity(), "tokenizer": model.tokenizer_identity()}
 
 
-def _shard_stage(config: RunConfig, _: str | None) -> Stage:
+def _shard_stage(config: RunConfig, _: str | None, __: TokenTables) -> Stage:
     from stages.shard.stage import ShardStage
 
     return ShardStage(config.shard, config.models, train_on=config.dataset.train_on)
 
 
-def _logits_stage(config: RunConfig, name: str | None) -> Stage:
+def _logits_stage(config: RunConfig, name: str | None, _: TokenTables) -> Stage:
     from stages.logits.stage import LogitsStage
 
     return LogitsStage(config.logits_of(name), config.find_model(name))
 
 
-def _align_stage(config: RunConfig, name: str | None) -> Stage:
+def _align_stage(config: RunConfig, name: str | None, tables: TokenTables) -> Stage:
     from stages.align.stage import AlignStage
 
-    return AlignStage(config.align, config.target, config.find_model(name))
+    return AlignStage(config.align, config.target, config.find_model(name), tables)
 
 
-def _fuse_stage(config: RunConfig, _: str | None) -> Stage:
+def _fuse_stage(config: RunConfig, _: str | None, tables: TokenTables) -> Stage:
     from stages.fuse.stage import FuseStage
 
-    return FuseStage(config.fuse, config.target, config.sources)
+    return FuseStage(config.fuse, config.target, config.sources, tables)
 
 
 STAGES: Final[tuple[StageSpec, ...]] = (

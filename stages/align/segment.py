@@ -7,7 +7,6 @@ import numpy as np
 
 from stages.align.conditioning import ConditionedCandidates, Inner, condition, inner_positions, seen_bytes
 from stages.align.config import AlignConfig
-from stages.align.first_cuts import Encode
 from stages.align.pairing.token_pairing import (
     NO_POSITION,
     Pairing,
@@ -250,11 +249,12 @@ class SegmentAligner:
     def _start_transporter(self, *, target_marked: bool) -> Transporter:
         """Return what moves mass at the start of a text where only one model, the target or the source, writes a space."""
         if target_marked not in self._start_transporters:
+            target_writes, source_writes = self._pair.writes_mark
             pair = self._pair.at_text_start(
                 source_dummy=not target_marked,
                 target_dummy=target_marked,
-                source_natural=_writes_mark(self._pair.encode_source, self._source.vocabulary) != target_marked,
-                target_natural=_writes_mark(self._pair.encode, self._target.vocabulary) == target_marked,
+                source_natural=source_writes != target_marked,
+                target_natural=target_writes == target_marked,
             )
             # Few positions per segment: a small table of distances serves them.
             self._start_transporters[target_marked] = Transporter(self._config, pair, cache_slots=START_SLOTS)
@@ -336,13 +336,6 @@ class SegmentAligner:
             special = 1.0 - np.divide(probs.sum(axis=1), window, out=np.ones_like(window), where=window > 0)
         scale = probs.sum(axis=1) if config.tail == "renormalise" else np.maximum(window, 1.0)
         return ids, np.divide(probs, scale[:, None], out=np.zeros_like(probs), where=scale[:, None] > 0), special
-
-
-def _writes_mark(encode: Encode, vocabulary: Vocabulary) -> bool:
-    """Return whether a tokenizer by itself begins a text with a space that the text does not have."""
-    (encoding,) = encode(["a"])
-    written = (vocabulary.token_bytes[i] for i in encoding.ids.tolist() if not vocabulary.is_special[i])
-    return next(written, b"").startswith(b" ")
 
 
 def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:

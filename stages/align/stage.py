@@ -13,7 +13,7 @@ from stages.align.health import AlignHealth
 from stages.align.pair_mass import PairMass, PairSums
 from stages.align.rows import ModelRows, Side
 from stages.align.segment import IDENTITY, AlignedSegment, SegmentAligner
-from stages.align.vocabulary_maps import ModelPair
+from stages.align.vocabulary_maps import MAPS_VERSION, ModelPair
 from stages.contract import schemas
 from stages.contract.columns import (
     PAD_ID,
@@ -33,7 +33,8 @@ from stages.contract.stage import BadRecord, StageOutput
 from stages.measures.teacher import completed_nll
 from stages.models.config import ModelConfig
 from stages.models.embeddings import load_input_embeddings
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.token_tables import IN_MEMORY, TokenTable, TokenTables
+from stages.models.tokenizer import Encoding, SegmentTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +76,24 @@ class AlignStage:
       tokens without a counterpart, which is left out; ``cut_mass``: mass beyond a row's k largest.
     """
 
-    def __init__(self, config: AlignConfig, target: ModelConfig, source: ModelConfig) -> None:
+    def __init__(
+        self, config: AlignConfig, target: ModelConfig, source: ModelConfig, tables: TokenTables = IN_MEMORY
+    ) -> None:
         self._config = config
         self._models = (target, source)
+        self._tables = tables
+
+    def prepare(self) -> None:
+        """Write the token tables of the two models and the maps between them, so that ``setup`` needs no tokenizer."""
+        if self._config.cost == "semantic":  # which reads the target's weights
+            for model in self._models:
+                self._tables.read(model)
+        else:
+            self._load()
 
     def setup(self) -> None:
-        """Load the two tokenizers, map the source's vocabulary onto the target's, compile the kernels."""
-        target_tokenizer, source_tokenizer = (SegmentTokenizer.load(model) for model in self._models)
-        self._target = _side(self._models[0], target_tokenizer)
-        self._source = _side(self._models[1], source_tokenizer)
-        pair = _model_pair(target_tokenizer, source_tokenizer, self._models[0])
-        self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
+        """Read what the two tokenizers' ids stand for and the maps between them, and compile the kernels."""
+        self._load()
         # Compile the kernels now, so that the first shard's time says what a shard costs.
         tiny = ModelRows(
             token_ids=np.zeros(2, np.int32),
@@ -94,6 +102,13 @@ class AlignStage:
             topk_probs=np.ones((2, 1)),
         )
         self._aligner.align(tiny, tiny)
+
+    def _load(self) -> None:
+        target, source = (self._tables.read(model) for model in self._models)
+        self._target = _side(self._models[0], target)
+        self._source = _side(self._models[1], source)
+        pair = _model_pair(target, source, *self._models, self._tables)
+        self._aligner = SegmentAligner(self._config, self._target, self._source, pair)
 
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Align one shard; see the class.
@@ -335,39 +350,43 @@ def _completed_logprob(aligned: AlignedSegment, distributions: SparseRows, targe
 
 
 @lru_cache(maxsize=1)
-def _model_pair(target: SegmentTokenizer, source: SegmentTokenizer, target_model: ModelConfig) -> ModelPair:
+def _model_pair(
+    target: TokenTable, source: TokenTable, target_model: ModelConfig, source_model: ModelConfig, tables: TokenTables
+) -> ModelPair:
     """Return the two models with the maps between their vocabularies, which the stages of a comparison share.
 
     Args:
-        target: the target's tokenizer.
-        source: the source's tokenizer.
-        target_model: the target, for its embeddings.
+        target: the target's token table.
+        source: the source's.
+        target_model: the target, for its tokenizer and its embeddings, which are loaded where they are needed.
+        source_model: the source, for its tokenizer.
+        tables: keep the maps.
     """
     return ModelPair(
         source=source.vocabulary,
         target=target.vocabulary,
-        source_texts=_texts(source.vocabulary),
-        target_texts=_texts(target.vocabulary),
-        encode=lambda texts: target.encode_batch(texts, is_last=[False] * len(texts)),
-        encode_source=lambda texts: source.encode_batch(texts, is_last=[False] * len(texts)),
+        source_texts=source.texts,
+        target_texts=target.texts,
+        encode=lambda texts: _encode(target_model, texts),
+        encode_source=lambda texts: _encode(source_model, texts),
         load_embeddings=lambda: load_input_embeddings(target_model),
+        keep=tables.keep(source_model, target_model, MAPS_VERSION),
     )
 
 
-def _side(model: ModelConfig, tokenizer: SegmentTokenizer) -> Side:
-    vocabulary = tokenizer.vocabulary
+def _encode(model: ModelConfig, texts: list[str]) -> list[Encoding]:
+    return SegmentTokenizer.load(model).encode_batch(texts, is_last=[False] * len(texts))
+
+
+def _side(model: ModelConfig, table: TokenTable) -> Side:
     return Side(
         model.name,
-        vocabulary,
-        tokenizer.prefix_id,
-        tokenizer.has_dummy_prefix,
-        _texts(vocabulary),
-        spells_text=tokenizer.spells_text,
+        table.vocabulary,
+        table.prefix_id,
+        table.has_dummy_prefix,
+        table.texts,
+        spells_text=table.spells_text,
     )
-
-
-def _texts(vocabulary: Vocabulary) -> tuple[str, ...]:
-    return tuple(map(vocabulary.text, range(vocabulary.size)))
 
 
 def _model_rows(table: pa.Table, row: int, side: Side) -> ModelRows:

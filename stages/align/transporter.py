@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Literal, Self
 
 import numpy as np
@@ -98,7 +99,7 @@ class Transporter:
 
     def __init__(self, config: AlignConfig, pair: ModelPair, *, cache_slots: int | None = None) -> None:
         self._config = config
-        self._numbers = text_numbers(pair.source, pair.target)
+        self._numbers = _text_numbers(pair)
         self.projection: Literal["argmax", "plan"] = config.projection if config.method == "transport" else "plan"
         if config.method == "transport":
             self._costs = build_costs(config.cost, pair, num_slots=cache_slots)
@@ -269,3 +270,13 @@ class Transporter:
         return moved_share(
             plan, source_numbers, self._numbers[1][support_ids], largest_only=self.projection == "argmax"
         )
+
+
+def _text_numbers(pair: ModelPair) -> tuple[np.ndarray, np.ndarray]:
+    """Return ``text_numbers`` of a pair, which keeps them."""
+
+    @cache  # both sides are numbered together
+    def computed() -> tuple[np.ndarray, np.ndarray]:
+        return text_numbers(pair.source, pair.target)
+
+    return pair.keep("source-text", lambda: computed()[0]), pair.keep("target-text", lambda: computed()[1])

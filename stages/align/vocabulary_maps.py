@@ -9,9 +9,14 @@ from typing import Final
 import numpy as np
 
 from stages.align.first_cuts import Encode, FirstCuts, after_line_break
+from stages.models.token_tables import Keep, compute_only
 from stages.models.tokenizer import Vocabulary
 
 NO_ID = -1
+
+MAPS_VERSION: Final = 1
+"""Of the algorithms behind the maps that a ``ModelPair`` keeps, here and in ``first_cuts`` and ``transport.moved_mass``;
+raised when the same vocabularies give other maps."""
 
 _PROBE_CONTEXTS: Final = ("", "\n", "a")
 """Texts before a token to see which of several ids its tokenizer gives it."""
@@ -36,6 +41,7 @@ class ModelPair:
         encode_first: the target's tokenizer at a start of a message that it would not write so by itself; None: it writes the
             start of any text so.
         encode_source_first: the source's.
+        keep: finds a map that was computed before, or computes it; by default it is computed.
     """
 
     source: Vocabulary
@@ -48,6 +54,7 @@ class ModelPair:
     start_mark: bytes | None = None
     encode_first: Encode | None = None
     encode_source_first: Encode | None = None
+    keep: Keep = compute_only
 
     def at_text_start(
         self, *, source_dummy: bool, target_dummy: bool, source_natural: bool = True, target_natural: bool = True
@@ -69,8 +76,17 @@ class ModelPair:
         key = (target_dummy, source_natural, target_natural)
         if key not in self._at_start:
             pair = self._written_at_start(target_dummy=target_dummy)
+            place = "-".join(
+                [
+                    "start",
+                    "target" if target_dummy else "source",
+                    *(() if source_natural else ("rendered-source",)),
+                    *(() if target_natural else ("rendered-target",)),
+                ]
+            )
             self._at_start[key] = replace(
                 pair,
+                keep=lambda name, compute: self.keep(f"{place}-{name}", compute),
                 encode_first=None if target_natural else after_line_break(self.encode, has_space=target_dummy),
                 encode_source_first=None
                 if source_natural
@@ -90,29 +106,31 @@ class ModelPair:
         )
         source = replace(self.source, token_bytes=written)
         texts = [source.text(token_id) for token_id in range(source.size)]
-        return replace(self, source=source, source_texts=texts, start_mark=b" " if target_dummy else b"")
+        return replace(
+            self,
+            source=source,
+            source_texts=texts,
+            start_mark=b" " if target_dummy else b"",
+        )
 
     @cached_property
     def preferred(self) -> dict[bytes, int]:
         """Token that the tokenizer itself gives a text, for texts that are the bytes of several target tokens."""
-        return preferred_tokens(self.target, self.encode)
+        ids = self.keep("preferred", self._preferred_ids).tolist()
+        return {self.target.token_bytes[token_id]: token_id for token_id in ids}
+
+    def _preferred_ids(self) -> np.ndarray:
+        return np.array(list(preferred_tokens(self.target, self.encode).values()), np.int32)
 
     @cached_property
     def exact(self) -> np.ndarray:
         """Target token with the same bytes as each source token, (V of the source,); see ``exact_map``."""
-        return exact_map(self.source, self.target, self.preferred)
+        return self.keep("exact", lambda: exact_map(self.source, self.target, self.preferred))
 
     @cached_property
     def special_counterpart(self) -> np.ndarray:
         """Target's special token of the same role or name, (V of the source,); -1 if none, and for text."""
-        specials = special_ids(self.target)
-        return np.array(
-            [
-                specials.get(token, NO_ID) if special else NO_ID
-                for token, special in zip(self.source.token_bytes, self.source.is_special.tolist(), strict=True)
-            ],
-            np.int32,
-        ).reshape(self.source.size)
+        return self.keep("special", lambda: special_map(self.source, self.target))
 
     @cached_property
     def source_cut(self) -> np.ndarray:
@@ -121,7 +139,7 @@ class ModelPair:
         See ``FirstCuts``.
         """
         encode = self.encode_first or self.encode
-        return FirstCuts(self.target, encode, start_mark=self.start_mark).of_vocabulary(self.source)
+        return self.keep("source-cut", lambda: self._cuts(self.target, encode).of_vocabulary(self.source))
 
     @cached_property
     def target_cut(self) -> np.ndarray:
@@ -130,12 +148,25 @@ class ModelPair:
         See ``FirstCuts``.
         """
         encode = self.encode_source_first or self.encode_source
-        return FirstCuts(self.source, encode, start_mark=self.start_mark).of_vocabulary(self.target)
+        return self.keep("target-cut", lambda: self._cuts(self.source, encode).of_vocabulary(self.target))
+
+    def _cuts(self, vocabulary: Vocabulary, encode: Encode) -> FirstCuts:
+        return FirstCuts(vocabulary, encode, start_mark=self.start_mark)
 
     @cached_property
     def first_token(self) -> np.ndarray:
         """Target token that begins each source token's text, (V of the source,); see ``prefix_map``."""
-        return prefix_map(self.source, self.target, self.preferred)
+        return self.keep("prefix", lambda: prefix_map(self.source, self.target, self.preferred))
+
+    @cached_property
+    def writes_mark(self) -> tuple[bool, bool]:
+        """Whether the target's and the source's tokenizer by themselves begin a text with a space that it does not have."""
+        target, source = self.keep("marks", self._marks).tolist()
+        return bool(target), bool(source)
+
+    def _marks(self) -> np.ndarray:
+        sides = ((self.encode, self.target), (self.encode_source, self.source))
+        return np.array([_writes_mark(encode, vocabulary) for encode, vocabulary in sides], np.int32)
 
 
 def preferred_tokens(vocabulary: Vocabulary, encode: Encode) -> dict[bytes, int]:
@@ -238,6 +269,28 @@ def exact_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, 
         ],
         np.int32,
     ).reshape(source.size)
+
+
+def special_map(source: Vocabulary, target: Vocabulary) -> np.ndarray:
+    """For each special token of the source the target's special token of the same role or name.
+
+    Returns:
+        (V of the source,) int32; -1 without, and for text.
+    """
+    specials = special_ids(target)
+    return np.array(
+        [
+            specials.get(token, NO_ID) if special else NO_ID
+            for token, special in zip(source.token_bytes, source.is_special.tolist(), strict=True)
+        ],
+        np.int32,
+    ).reshape(source.size)
+
+
+def _writes_mark(encode: Encode, vocabulary: Vocabulary) -> bool:
+    (encoding,) = encode(["a"])
+    written = (vocabulary.token_bytes[i] for i in encoding.ids.tolist() if not vocabulary.is_special[i])
+    return next(written, b"").startswith(b" ")
 
 
 def _is_utf8(token: bytes) -> bool:

@@ -35,7 +35,8 @@ from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cr
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte, learnt_cross_entropy
 from stages.measures.teacher import completed_nll, exact_nll
 from stages.models.config import ModelConfig
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.token_tables import IN_MEMORY, TokenTables
+from stages.models.tokenizer import Vocabulary
 
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 
@@ -131,16 +132,23 @@ class FuseStage:
     Conversations are packed whole.
     """
 
-    def __init__(self, config: FuseConfig, target: ModelConfig, sources: tuple[ModelConfig, ...]) -> None:
+    def __init__(
+        self,
+        config: FuseConfig,
+        target: ModelConfig,
+        sources: tuple[ModelConfig, ...],
+        tables: TokenTables = IN_MEMORY,
+    ) -> None:
         self.config = config
+        self._tables = tables
         self.target = target
         self.sources = sources
         self.names = (target.name, *(source.name for source in sources))
         self._vocabularies: tuple[Vocabulary, ...] = ()
 
     def setup(self) -> None:
-        """Load the tokenizers: which tokens are special, and the size of the target's vocabulary."""
-        self._vocabularies = tuple(SegmentTokenizer.load(model).vocabulary for model in (self.target, *self.sources))
+        """Read the token tables: which tokens are special, and the size of the target's vocabulary."""
+        self._vocabularies = tuple(self._tables.read(model).vocabulary for model in (self.target, *self.sources))
 
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Fuse one shard.

@@ -29,7 +29,7 @@ from stages.contract.store import Store
 from stages.fuse.stage import FuseStage
 from stages.models.embeddings import load_input_embeddings
 from stages.models.token_space import TokenSpace
-from stages.models.tokenizer import SegmentTokenizer
+from stages.models.token_tables import TokenTables
 
 FUSED: Final = "fused"
 MAX_KIND_LENGTH: Final = 40
@@ -135,12 +135,13 @@ class _Interpreter:
     def _loaded(self) -> tuple[FuseStage, dict[str, AlignStage], TokenSpace]:
         if self._stages is None:
             config = self._run.config
-            fuse = FuseStage(config.fuse, config.target, config.sources)
-            aligns = {model.name: AlignStage(config.align, config.target, model) for model in config.sources}
+            tables = TokenTables(self._run.store)
+            fuse = FuseStage(config.fuse, config.target, config.sources, tables)
+            aligns = {model.name: AlignStage(config.align, config.target, model, tables) for model in config.sources}
             fuse.setup()
             for stage in aligns.values():
                 stage.setup()
-            vocabulary = SegmentTokenizer.load(config.target).vocabulary
+            vocabulary = tables.read(config.target).vocabulary
             self._stages = fuse, aligns, TokenSpace(load_input_embeddings(config.target), vocabulary)
         return self._stages
 
@@ -200,7 +201,8 @@ def _result(run: Run, parts: list[dict[str, Any]], shards: list[int], num_shards
             "--set interpret.max_shards"
         )
     candidates = [model.name for model in config.models]
-    vocabularies = {model.name: SegmentTokenizer.load(model).vocabulary for model in config.models}
+    tables = TokenTables(run.store)
+    vocabularies = {model.name: tables.read(model).vocabulary for model in config.models}
     own = vocabularies[config.target.name]
     return {
         "target": config.target.name,

@@ -22,7 +22,7 @@ from stages.contract.columns import list_row
 from stages.contract.store import Store
 from stages.fuse import explanation as fused
 from stages.fuse.stage import FuseStage
-from stages.models.tokenizer import SegmentTokenizer
+from stages.models.token_tables import TokenTables
 
 UNIT: Final = 10_000
 """A probability of 1 in the JSON; what is smaller than half a unit shows as 0."""
@@ -113,12 +113,13 @@ def _documents(
     run: ResolvedRun, store: Store, chosen: Sequence[Sequence[_Segment]], texts: TextTable
 ) -> list[dict[str, Any]]:
     target = run.config.target
-    fuse = FuseStage(run.config.fuse, target, run.config.sources)
+    tables = TokenTables(store, may_write=False)
+    fuse = FuseStage(run.config.fuse, target, run.config.sources, tables)
     fuse.setup()
-    aligns = {model.name: AlignStage(run.config.align, target, model) for model in run.config.sources}
+    aligns = {model.name: AlignStage(run.config.align, target, model, tables) for model in run.config.sources}
     for stage in aligns.values():
         stage.setup()
-    vocabulary = SegmentTokenizer.load(target).vocabulary
+    vocabulary = tables.read(target).vocabulary
     found = []
     shard, inputs, messages = -1, {}, None
     for segments in chosen:
