@@ -1,9 +1,9 @@
 """``ptafuse gc``: remove what killed and overtaken attempts left in a run directory, and nothing else.
 
-Garbage is a data or quarantine file that no manifest names, and a temporary file of an interrupted write; both by the
-exact names that this program gives them, and older than a day. All else stays: files of others, attempts' records,
-plans, configurations, rollups, everything of train and eval (the next `make train` removes what an interrupted
-checkpoint left), and what a running attempt has written.
+Garbage is a data or quarantine file that no manifest names, a temporary file of an interrupted write, and a token table or a
+map that this version would make again; all by the exact names that this program gives them, and older than a day. All else
+stays: files of others, attempts' records, plans, configurations, rollups, everything of train and eval (the next `make
+train` removes what an interrupted checkpoint left), and what a running attempt has written.
 """
 
 import json
@@ -20,9 +20,11 @@ from pipeline.run.rollup import is_manifest
 from pipeline.run.stage_table import SHARDED_STAGES
 from stages.contract.manifest import Manifest, attempts_folder, manifest_key
 from stages.contract.store import FileEntry, Store
+from stages.models.token_tables import FOLDER as TOKENIZERS
+from stages.models.token_tables import DamagedTableError, check_file, is_of_this_version, is_table_file
 
-FOLDERS = (*(spec.name for spec in SHARDED_STAGES), "interpret", "configs")
-"""Folders that attempts write to, without ``train`` and ``eval``."""
+FOLDERS = (*(spec.name for spec in SHARDED_STAGES), "interpret", "configs", TOKENIZERS)
+"""Folders that attempts and token tables are written to, without ``train`` and ``eval``."""
 
 _STAGES = "|".join(spec.name if spec.names is None else f"{spec.name}/[^/]+" for spec in SHARDED_STAGES)
 _STEP = rf"(?P<folder>(?:{_STAGES})/[0-9a-f]{{12}})"
@@ -40,7 +42,7 @@ class Garbage:
 
     Attributes:
         files: may be removed.
-        kept: no manifest names them either, but they are too young, of unknown age, or of a running attempt.
+        kept: would be removed, but they are too young, of unknown age, or of a running attempt.
     """
 
     files: tuple[FileEntry, ...]
@@ -94,10 +96,25 @@ def find_garbage(store: Store, *, older_than_seconds: float) -> Garbage:
     kept: list[FileEntry] = []
     unnamed = _unnamed(entries, named)
     named |= _named_files(store, sorted(filter(None, (_manifest_of(entry.key) for entry in unnamed))))
-    for entry in _unnamed(unnamed, named):
+    for entry in (*_unnamed(unnamed, named), *_outdated_tables(store, entries)):
         is_old = entry.modified is not None and now - entry.modified > older_than_seconds
         (files if is_old and not _is_being_written(store, entry.key) else kept).append(entry)
     return Garbage(tuple(files), tuple(kept))
+
+
+def _outdated_tables(store: Store, entries: Sequence[FileEntry]) -> list[FileEntry]:
+    """Token tables and maps that are damaged, or of another version."""
+    tables = {entry.key: entry for entry in entries if is_table_file(entry.key)}
+    outdated = []
+    for key, raw in store.read_all(list(tables)):
+        try:
+            check_file(key, raw)
+            is_wanted = is_of_this_version(key, raw)
+        except DamagedTableError:
+            is_wanted = False
+        if not is_wanted:
+            outdated.append(tables[key])
+    return outdated
 
 
 def _unnamed(entries: Sequence[FileEntry], named: set[str]) -> list[FileEntry]:

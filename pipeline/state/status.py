@@ -13,6 +13,7 @@ from pipeline.run.steps import ResolvedRun, Step, result_key
 from pipeline.run.warnings import shard_warnings
 from stages.contract.manifest import HealthMetric
 from stages.contract.store import Store
+from stages.models.token_tables import FOLDER, TABLE_FILE
 
 LOW_COVERAGE = 0.5
 """Share of aligned positions under which status warns: the run would learn from the gold tokens almost alone."""
@@ -87,13 +88,23 @@ class StepStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """State of a run."""
+    """State of a run.
+
+    Attributes:
+        url: the run directory.
+        name: of the configuration.
+        steps: all of its steps, in order.
+        next_command: what to run next; None when all is done.
+        warnings: what a user should look at.
+        token_tables: keys of the Parquet files that say what token ids stand for, of all configurations.
+    """
 
     url: str
     name: str
     steps: tuple[StepStatus, ...]
     next_command: str | None
     warnings: tuple[str, ...] = field(default=())
+    token_tables: tuple[str, ...] = field(default=())
 
 
 class StatusReader:
@@ -118,7 +129,8 @@ class StatusReader:
             if unfinished.failed:
                 following = f"`ptafuse retry {url}`, then {following}"
         warnings = [warning for step in steps for warning in self._shard_warnings(step)]
-        return RunStatus(url, resolved.config.name, steps, following, (*warnings, *_warnings(steps)))
+        tables = tuple(entry.key for entry in self._store.files(FOLDER) if entry.key.endswith(f"/{TABLE_FILE}"))
+        return RunStatus(url, resolved.config.name, steps, following, (*warnings, *_warnings(steps)), tables)
 
     def _shard_warnings(self, step: StepStatus) -> list[str]:
         is_complete = step.stage == "shard" and step.is_done

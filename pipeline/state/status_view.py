@@ -74,6 +74,7 @@ def status_json(status: RunStatus) -> dict[str, Any]:
         "next_command": status.next_command,
         "warnings": list(status.warnings),
         "steps": [_step_json(step) for step in status.steps],
+        "token_tables": list(status.token_tables),
     }
 
 
@@ -101,6 +102,8 @@ def print_status(status: RunStatus, console: Console, *, all_metrics: bool = Fal
         )
     console.print(table)
     _print_health(status, console, all_metrics=all_metrics)
+    if status.token_tables:
+        console.print(f"what token ids stand for: {', '.join(status.token_tables)}", soft_wrap=True)
     for step in status.steps:
         for shard, error in sorted(step.failed.items()):
             console.print(f"{step.key} shard {shard} failed: {error}", style="red")

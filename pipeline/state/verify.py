@@ -8,19 +8,22 @@ from pipeline.run.stage_table import SHARDED_STAGES
 from stages.contract.digest import sha256
 from stages.contract.manifest import Manifest
 from stages.contract.store import Store
+from stages.models.token_tables import FOLDER as TOKENIZERS
+from stages.models.token_tables import DamagedTableError, check_file, is_table_file
 from train.job import MANIFEST
 
 
 def verify_run(store: Store, console: Console, *, repair: bool) -> int:
-    """Check every file that a manifest names: it is there, and its sha256 is the manifest's.
+    """Check every file that a manifest names, and the token tables: it is there, and has the sha256 that was written.
 
     Args:
         store: the run directory.
         console: each bad file is named there.
-        repair: remove the manifest of a shard with a bad file, so that its stage's command computes it again.
+        repair: remove the manifest of a shard with a bad file, so that its stage's command computes it again; and a bad
+            table, which is made again where it is needed.
 
     Returns:
-        How many shards and trained models are bad.
+        How many shards, trained models and token tables are bad.
     """
     num_good, num_bad = 0, 0
     for folder in stage_folders(store):
@@ -50,6 +53,25 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
                 f"{folder}: taken back; run `make {stage}` to write the model again from the newest checkpoint"
             )
     console.print(f"{num_good} shards are as their manifests say; {num_bad} shards or models are not")
+    return num_bad + _verify_tables(store, console, repair=repair)
+
+
+def _verify_tables(store: Store, console: Console, *, repair: bool) -> int:
+    """Return how many token tables and maps between vocabularies are bad."""
+    num_good, num_bad = 0, 0
+    keys = [entry.key for entry in store.files(TOKENIZERS) if is_table_file(entry.key)]
+    for key, raw in store.read_all(keys):
+        try:
+            check_file(key, raw)
+            num_good += 1
+        except DamagedTableError as error:
+            num_bad += 1
+            console.print(f"{key}: {error}", soft_wrap=True)
+            if repair:
+                store.delete(key)
+                console.print(f"{key}: removed; the next command that needs it makes it again", soft_wrap=True)
+    if keys:
+        console.print(f"{num_good} token tables and maps are as they were written; {num_bad} are not")
     return num_bad
 
 
