@@ -25,6 +25,7 @@ from pipeline.engine import cluster
 from pipeline.run.preflight import PreflightError, refuse_unusable_models
 from pipeline.settings.load import load_config
 from pipeline.settings.run import EngineConfig
+from stages.models import token_tables
 from stages.models.devices import require_cuda
 from tests.stages.models.preflight.spoil import LFS_POINTER, change_weights, edit_json
 from tests.tiny_models import save_model, split_weights
@@ -825,6 +826,18 @@ def test_a_pickle_is_converted_without_running_code_and_without_overwriting(corp
     assert re.search(documented, trap.stderr), trap.stderr
     assert not (corpus.folder / "sprung").exists()
     assert not list(folder.glob("*.safetensors"))
+
+
+def test_a_damaged_token_table_is_made_again(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
+    corpus.write(*GOOD).ptafuse("logits")
+    (table,) = corpus.run.glob("tokenizers/llama/*/tokens.parquet")
+    sound = table.read_bytes()
+    table.write_bytes(sound[: len(sound) // 2])
+    token_tables._LOADED.clear()  # as in a new process
+    caplog.clear()
+    corpus.ptafuse("align")
+    assert re.search(said("a damaged or stale file of the folder `tokenizers` of a run directory"), caplog.text)
+    assert table.read_bytes() == sound
 
 
 def test_every_documented_message_is_compared_with_a_real_one() -> None:
