@@ -17,6 +17,7 @@ from tests.benchmarks import (
     logits_files,
     logits_host,
     operate,
+    startup,
     train,
     workers,
 )
@@ -45,6 +46,7 @@ BENCHMARKS: tuple[Callable[[], list[Figure]], ...] = (
     logits_files.bits_per_byte_vs_plain,
     compilation.compile_seconds,
     engine.overhead_per_shard,
+    startup.step_startup_seconds,
     operate.status_and_plan,
     train.loss_vs_dense_32k,
     train.loss_vs_released_32k,
@@ -62,6 +64,7 @@ FAMILIES = {
     "engine": "pipeline",
     "logits_files": "logits",
     "logits_host": "logits",
+    "startup": "pipeline",
 }
 """How figures begin that are made in a file of another name."""
 
