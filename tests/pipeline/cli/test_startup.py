@@ -63,7 +63,6 @@ def test_commands_that_read_import_no_model_library(tiny_config: Path, run: Path
     assert not imported("plan", str(tiny_config), "--run", str(run))
     assert not imported("verify", str(run))
     assert not imported("report", str(run))
-    assert not imported("compare", str(tiny_config), "--run", str(run))
     for stage in ("shard", "logits/neox", "align/neox", "fuse"):
         position = () if stage == "shard" else ("--position", "3")
         assert not imported("inspect", str(run), stage, "0", "--segment", "0", *position)
