@@ -1,7 +1,7 @@
 """The training loop: the same for one process and for many, plain PyTorch.
 
 A job is a pure function of its settings, its files and its seed: the order of blocks and the random numbers of each
-step are computed from the step's number, so a run that was interrupted and goes on from its newest checkpoint ends with
+step are computed from the step's number, so a run that was interrupted and continues from its newest checkpoint ends with
 the weights of an undisturbed one, and losses and gradients are those of the whole step, however many workers share it.
 """
 

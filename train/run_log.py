@@ -31,11 +31,11 @@ _SCALARS = (
 class RunLog:
     """``<output>/log.jsonl`` and ``<output>/tensorboard/``; a step stands in each once, however often it was computed.
 
-    An interrupted run goes on from its newest checkpoint, which may lie before the last step it logged.
+    An interrupted run continues from its newest checkpoint, which may lie before the last step it logged.
     """
 
     def __init__(self, output: Path, *, step: int, wandb: "WandbRun | None" = None) -> None:
-        """Open the logs of a run that goes on after ``step`` steps; records of later steps are taken back.
+        """Open the logs of a run that continues after ``step`` steps; records of later steps are taken back.
 
         Args:
             output: the job's folder.

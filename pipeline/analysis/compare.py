@@ -50,7 +50,7 @@ class AlignmentVariant:
     Attributes:
         name: a preset, a method, ``CONDITIONED``, or ``"as configured"``.
         settings: all of it.
-        is_configured: it is what the configuration says, but for ``tail``, which all rows share, and ``inexact``, which all
+        is_configured: it is what the configuration says, except for ``tail``, which all rows share, and ``inexact``, which all
             share that do not condition. A bucket row and one rescaled to 1 differ by that alone, so all are aligned with
             their tails.
     """

@@ -175,7 +175,7 @@ def sweep(
         bool, typer.Option("--check", help="Check every cell's settings and list them; run nothing.")
     ] = False,
 ) -> None:
-    """Train and evaluate one configuration under many settings and seeds; goes on where it was."""
+    """Train and evaluate one configuration under many settings and seeds; resumes where it stopped."""
     from pipeline.display.table import print_table
     from pipeline.report.sweeps import cells_table, sweep_tables
     from pipeline.workflow.sweep import load_sweep, run_sweep

@@ -35,7 +35,7 @@ class LocalFiles:
 
 
 def walk_files(root: str) -> LocalFiles:
-    """Find the files in a folder and below it, but for hidden ones.
+    """Find the files in a folder and below it, except for hidden ones.
 
     Links are followed; every folder is read once, so cycles of links end.
 

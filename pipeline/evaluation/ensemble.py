@@ -116,7 +116,7 @@ def evaluate_ensemble(
     once: one model, and 170 bytes per position and source (k = 10).
 
     Args:
-        config: models, ``align`` (but for ``pairing`` and ``inexact``: contexts always agree here), ``eval``, ``baselines``.
+        config: models, ``align`` (except for ``pairing`` and ``inexact``: contexts always agree here), ``eval``, ``baselines``.
         segments: held-out text; a document's segments stand together.
         cpus: threads on a CPU.
 

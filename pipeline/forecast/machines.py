@@ -14,7 +14,7 @@ EAGER_ONLY: Final = frozenset({"bloom", "codegen", "mpt"})
 
 
 def is_eager_only(model: ModelConfig) -> bool:
-    """Return whether a model computes attention score by score; False where its architecture is not at hand."""
+    """Return whether a model computes attention score by score; False where its architecture is not available."""
     return _model_type(model) in EAGER_ONLY
 
 

@@ -55,7 +55,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
         run_url: the run directory, a local path or an fsspec URL.
         console: where progress is shown.
         local: compute in this process, without Ray.
-        strict: refuse to go on with other library versions than finished shards were computed with.
+        strict: refuse to continue with other library versions than finished shards were computed with.
 
     Raises:
         ConfigError: a file, key or value of the configuration is wrong.
@@ -86,7 +86,7 @@ def pending_shards(store: Store, step: Step, num_shards: int) -> list[int]:
 
 
 def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
-    """Refuse to go on while an input step is incomplete.
+    """Refuse to continue while an input step is incomplete.
 
     Args:
         run: the run.

@@ -43,7 +43,7 @@ class _Place(NamedTuple):
     """Location of a problem in a configuration.
 
     Attributes:
-        keys: as they stand in the file; a number counts the tables of a kind, from 0.
+        keys: as written in the file; a number counts the tables of a kind, from 0.
         annotation: what is expected there; None: nothing is known of such a key.
         field: the setting's declaration, if it is one.
         section: the class of the section that it stands in.

@@ -21,7 +21,7 @@ def run_named_stage(run: "Run", stage: str) -> None:
 
 
 def run_all_stages(run: "Run") -> None:
-    """Run every stage that a configuration has, in order; what is done is passed over.
+    """Run every stage that a configuration has, in order; what is done is skipped.
 
     Raises:
         StageError: a stage did not finish, or no document is held out: said before any model runs.
@@ -31,7 +31,7 @@ def run_all_stages(run: "Run") -> None:
 
 
 def run_stages_before(run: "Run", stage: str) -> None:
-    """Run the stages of a configuration that come before a stage, in order; what is done is passed over.
+    """Run the stages of a configuration that come before a stage, in order; what is done is skipped.
 
     Raises:
         StageError: a stage did not finish, or the stage is eval, and no document is held out.

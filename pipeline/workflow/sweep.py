@@ -1,7 +1,7 @@
 """``ptafuse sweep``: one configuration under many settings and several seeds, and one table of what they gave.
 
 Every cell of the sweep is an ordinary configuration of the run directory, so cells share whatever stages agree on, and a
-sweep that was killed goes on where it was. What was swept is recorded under ``sweeps/``, for the report.
+sweep that was killed resumes where it stopped. What was swept is recorded under ``sweeps/``, for the report.
 """
 
 import itertools

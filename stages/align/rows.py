@@ -71,7 +71,7 @@ class Side:
     Attributes:
         name: name of the model, for messages.
         vocabulary: V tokens.
-        prefix_id: the token that stands before every text, None without.
+        prefix_id: the token before every text, None without.
         has_dummy_prefix: it writes a text's first token with a space that the text does not have.
         texts: (V,) each token's text, decoded.
         spells_text: its tokens, end to end, are the text's bytes; False where it normalises (lower case, NFKC).
@@ -85,12 +85,12 @@ class Side:
     spells_text: bool = True
 
     def roles(self, token_ids: np.ndarray) -> np.ndarray:
-        """(N,) the role of each token of a segment of plain text."""
+        """Return the role of each token of a segment of plain text, (N,)."""
         vocabulary = self.vocabulary
         return token_roles(token_ids, prefix_id=self.prefix_id, eos_id=vocabulary.eos_id)
 
     def roles_of(self, rows: ModelRows) -> np.ndarray:
-        """(N,) the role of each token of a segment, of plain text or of a conversation.
+        """Return the role of each token of a segment, of plain text or of a conversation, (N,).
 
         A message's first token may hold white space of the chat template, which then stands behind its START. One space is the
         same as a dummy prefix (``▁Hello`` after ``[/INST]``). Anything else, say one token for the template's line break and

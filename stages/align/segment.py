@@ -47,7 +47,7 @@ class AlignedSegment:
         exact_context: (M,) bool, the paired source position conditions on the same text. A position inside a source token
             has no such pair; with ``CONDITION`` its row is conditioned on the same text all the same.
         outcome: (M,) uint8, ``NONE``, ``TRANSPORT``, ``GOLD``, ``IDENTITY`` or ``CONDITION``.
-        inner: (M,) uint8, values of ``conditioning.Inner``; all 0 but for ``inexact = "condition"``.
+        inner: (M,) uint8, values of ``conditioning.Inner``; all 0 except for ``inexact = "condition"``.
         seen: position -> the bytes of the source token that were read, where the outcome is ``CONDITION``.
         ids: (M, k) int32, descending by probability; -1 at pads. k is ``top_k``, plus the number of draws where the source's
             rows have draws.

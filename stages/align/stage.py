@@ -246,7 +246,7 @@ class AlignStage:
 class _OutputRows:
     """Collector of the columns of the aligned table.
 
-    A segment's columns are taken at once and the rest of it is let go: its plans in float64 are twenty times what is
+    A segment's columns are taken at once and the rest of it is freed: its plans in float64 are twenty times what is
     stored. Every ``_BATCH_POSITIONS`` become Arrow arrays, so that no more than one batch is in memory twice.
     """
 

@@ -237,7 +237,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def embedding_rows(model: ModelConfig) -> int | None:
-    """Return how many tokens a model has embeddings of, as its config.json says; None where that is not at hand.
+    """Return how many tokens a model has embeddings of, as its config.json says; None where that is not available.
 
     Nothing is fetched: of a model of the hub, the local cache is asked.
     """

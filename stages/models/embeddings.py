@@ -19,7 +19,7 @@ def load_input_embeddings(model: ModelConfig) -> np.ndarray:
     """Load the rows that the model's input layer looks up.
 
     Only that tensor is read where it stands in safetensors under its own name; weights of another form (GGUF, names that
-    transformers changes as it loads) are loaded whole, once, and let go.
+    transformers changes as it loads) are loaded whole, once, and freed.
 
     Args:
         model: which model.

@@ -17,7 +17,7 @@ class TokenSpace:
     they are scaled to unit length: norms say how often a token is met, and some models scale their embeddings.
 
     Attributes:
-        rows: (V, H) float16, the embeddings as they stand in the model.
+        rows: (V, H) float16, the embeddings as written in the model.
         mean: (H,) float32, over the ordinary tokens.
 
     Args:

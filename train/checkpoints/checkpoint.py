@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: torch.distributed.checkpoint, sharded, written by a thread while training goes on.
+"""Checkpoints of a training run: torch.distributed.checkpoint, sharded, written by a thread while training continues.
 
     <output>/checkpoint-000500/__0_0.distcp ...  every worker's shards: weights and AdamW's state, float32
                                .metadata         which tensor is where

@@ -74,7 +74,7 @@ class CheckpointMirror:
             peers: who have written the checkpoint.
 
         Returns:
-            Whether the copy is complete. A failure is logged: training goes on.
+            Whether the copy is complete. A failure is logged: training continues.
         """
         folder = checkpoint_folder(output, step)
         try:
@@ -168,7 +168,7 @@ class CheckpointMirror:
         return None
 
     def copies(self, peers: Peers, *, above: int = 0) -> Iterator[Copy]:
-        """Yield the complete copies, the newest first; what is damaged is passed over. All peers go on together.
+        """Yield the complete copies, the newest first; what is damaged is skipped. All peers go on together.
 
         Args:
             peers: all of them get the same copies.

@@ -75,7 +75,7 @@ class MicroBatch:
         return self._with(targets, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "MicroBatch":
-        """Copy to pinned memory, from which a GPU copies while the CPU goes on."""
+        """Copy to pinned memory, from which a GPU copies while the CPU continues."""
         targets = None if self.targets is None else self.targets.pin_memory()
         return self._with(targets, torch.Tensor.pin_memory)
 

@@ -76,7 +76,7 @@ class SparseTargets:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "SparseTargets":
-        """Copy to pinned memory, from which a GPU copies while the CPU goes on."""
+        """Copy to pinned memory, from which a GPU copies while the CPU continues."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "SparseTargets":

@@ -8,7 +8,7 @@ counts in L_CLM alone. Both are means over a whole optimizer step: here are the 
 (lambda over the step's number of labels, ...), so that the size of a micro-batch does not change the result.
 
 The forward pass goes through the positions chunk by chunk and computes the gradients of the hidden states and of the
-head's weights on the way, for which everything is at hand: the backward pass only hands them on. A chunk of C positions
+head's weights on the way, for which everything is available: the backward pass only hands them on. A chunk of C positions
 holds its logits and their gradient, two arrays of C x vocabulary in the precision of the head (256 x 32,000 in bfloat16:
 16 MB each), and the head is applied once, not twice as with recomputation. What is computed of the logits is computed in
 float32, block by block of a few positions. Of the loss only one logsumexp and the gathers at the gold and the fused ids

@@ -43,7 +43,7 @@ class OverlapIndex:
 
         Args:
             texts: what is scored of each; its n-grams are looked for.
-            wholes: the documents as they stand in their corpus, compared for equality as well; by default ``texts``.
+            wholes: the documents as written in their corpus, compared for equality as well; by default ``texts``.
         """
         self._words = _WordHashes()
         grams = [_grams(self._words(words(text))) for text in texts]

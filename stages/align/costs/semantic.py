@@ -49,7 +49,7 @@ def spell(source: Vocabulary, target: Vocabulary, *, exact: np.ndarray, encode: 
     cuts it after one of ``CONTEXTS``: the first after which the pieces spell exactly its bytes, else (a tokenizer that
     normalises) the first after which they begin where it begins. Bytes that are no text (part of a character), and a
     token that the tokenizer always merges with its context, are cut into the longest tokens of the vocabulary, left to
-    right, bytes that no token begins with being passed over.
+    right, bytes that no token begins with being skipped.
 
     Args:
         source: V tokens.

@@ -179,7 +179,7 @@ def run_batches(
     can_shrink: Callable[[int], bool],
     shrink: Callable[[np.ndarray], None],
 ) -> int:
-    """Run windows in batches under a token budget; where memory runs out, go on with a smaller one.
+    """Run windows in batches under a token budget; where memory runs out, continue with a smaller one.
 
     Args:
         lengths: (W,) tokens of each window.

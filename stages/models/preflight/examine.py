@@ -87,7 +87,7 @@ def examine(
 
 
 def unexamined(model: ModelConfig, *, has_weights: bool = True) -> str | None:
-    """Say what of a model was not at hand to examine; None where everything was, as for every local model.
+    """Say what of a model was not available to examine; None where everything was, as for every local model.
 
     Args:
         model: which model.
