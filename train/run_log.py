@@ -94,7 +94,7 @@ def check_wandb(config: TrainConfig) -> None:
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "train.wandb is set, but wandb is not installed: install the extra (`pip install ptafuse[wandb]`), or set "
-            "train.wandb = false (TensorBoard and log.jsonl are written all the same)"
+            "train.wandb = false (TensorBoard and log.jsonl are written in any case)"
         )
 
 

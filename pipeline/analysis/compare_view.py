@@ -85,7 +85,7 @@ def print_comparison(config: RunConfig, found: Comparison, console: Console) -> 
         "that only leans to a target better than itself gains in NLL, and nothing here. Floored: every row rescaled to 1, "
         f"the models' own top {config.align.top_k} too, and 1e-4 for a gold token that it does not list; it compares with "
         "the target's floored NLL alone. The conditioned row covers positions inside a source token as well (inexact = "
-        "'condition'). A number is epsilon. * as the configuration says, but for `tail`, which all rows share, "
+        "'condition'). A number is epsilon. * as the configuration says, except for `tail`, which all rows share, "
         "and `inexact`, unless it conditions."
     )
 

@@ -123,7 +123,7 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
         raise DatasetError(
             f"{dataset.section}.hub = {dataset.hub!r} is read on the hub, and HF_HUB_OFFLINE is set: fetch its files where "
             f"there is a network, with `hf download --repo-type dataset {dataset.hub} --local-dir FOLDER`, and give "
-            f"{dataset.section}.path = 'FOLDER/.../*.parquet' in the place of hub and revision; or unset HF_HUB_OFFLINE"
+            f"{dataset.section}.path = 'FOLDER/.../*.parquet' instead of hub and revision; or unset HF_HUB_OFFLINE"
         ) from error
     splits = {str(split): [str(url) for url in urls] for split, urls in (builder.config.data_files or {}).items()}
     if dataset.split not in splits:

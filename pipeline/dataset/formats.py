@@ -198,7 +198,7 @@ class JsonLines:
                     _refuse_utf_16(line, path)
                     if line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                         raise DatasetError(
-                            f"{path} is one JSON array; expected JSON lines, one object a line: convert it"
+                            f"{path} is one JSON array; expected JSON lines, one object per line: convert it"
                         )
                 try:
                     record = _loads(line)
@@ -215,7 +215,7 @@ class JsonLines:
                     break
         if has_lines:
             raise DatasetError(
-                f"{path}: none of its first lines is a JSON object; expected JSON lines, one object a line"
+                f"{path}: none of its first lines is a JSON object; expected JSON lines, one object per line"
             )
         return False
 

@@ -252,8 +252,8 @@ def _shortage(what: str, cpus: float, gpus: float, count: int) -> str | None:
         return None
     largest = max(((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes), default=(0, 0))
     return (
-        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs a worker, {count} worker(s) at once, and there is room for {places}: "
-        f"the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. Lower num_workers, "
+        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs per worker, {count} worker(s) at once, and there is room for {places}"
+        f": the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. Lower num_workers, "
         "cpus_per_worker or gpus_per_worker, or use more or larger machines"
     )
 

@@ -104,8 +104,8 @@ def _run_step(run: Run, step: Step) -> None:
     missing = set(pending_shards(run.store, step, num_shards)) - {status.shard for status in failed}
     if missing:
         raise StageError(
-            f"{step.key}: shards {', '.join(map(str, sorted(missing)))} were computed and have no manifest any more: does "
-            f"another command work in {run.store.url}? Run {command(run, step.stage)} again"
+            f"{step.key}: manifests of shards {', '.join(map(str, sorted(missing)))} disappeared after they were written. Is "
+            f"another process using {run.store.url}? Run {command(run, step.stage)} again"
         )
     if failed:
         raise StageError(

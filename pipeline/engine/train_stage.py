@@ -83,7 +83,7 @@ def run_job(run: Run, step: Step, job: TrainJob) -> None:
             _train(job, run)
     except (RuntimeError, FloatingPointError) as error:
         raise StageError(
-            f"{step.key} did not finish: {error}\nFix the cause, then run {command(run, step.stage)}: it goes on from the "
+            f"{step.key} did not finish: {error}\nFix the cause, then run {command(run, step.stage)}: it continues from the "
             "newest checkpoint."
         ) from error
     run.console.print(f"{step.key}: the model is at {run.store.full_url(step.folder)}/model", soft_wrap=True)

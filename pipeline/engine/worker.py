@@ -178,7 +178,7 @@ class ShardWorker:
                 if shows_tracebacks():
                     log.exception("%s shard %d, attempt %d failed", self._job.step.key, shard, attempt.number)
                 elif (failure := f"{type(error).__name__}: {error}") != reported:
-                    log.warning("%s shard %d failed, and is tried again: %s", self._job.step.key, shard, error)
+                    log.warning("%s shard %d failed and is retried: %s", self._job.step.key, shard, error)
                     reported = failure  # an attempt that fails like the one before says nothing new
                 attempt.fail(self._store, error)
 
@@ -229,8 +229,8 @@ class ShardWorker:
         for what, found in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
             if found != self._job.step.settings[what]:
                 raise ValueError(
-                    f"model {model.name}: the {what} on {socket.gethostname()} are not those that the command began with: they "
-                    "were changed since, or this machine has others; make them the same everywhere and run it again"
+                    f"model {model.name}: the {what} on {socket.gethostname()} differ from those that the command began with: "
+                    "they were changed since, or this machine has others; make them the same everywhere and run it again"
                 )
 
     def _compute(self, stage: Stage, shard: int, attempt: "Attempt") -> ShardStatus:

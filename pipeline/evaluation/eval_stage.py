@@ -75,7 +75,9 @@ def run_eval(run: Run, call: Callable[..., Iterator[Any]]) -> None:
     if trained:
         complete_card(run)
     elif any(step.model == FUSED for step in pending):
-        raise StageError(f"the trained model is not evaluated, for train is not complete: run {command(run, 'train')}")
+        raise StageError(
+            f"the trained model is not evaluated, because train is not complete: run {command(run, 'train')}"
+        )
 
 
 def _compute_figures(

@@ -92,7 +92,7 @@ def _paired_documents(
     lacking = own.keys() ^ before.keys()
     if lacking and not same_documents and not _have_same_documents(result, baseline):
         raise OtherDocumentsError(
-            f"figures of other documents cannot be paired: of {len(own.keys() | before.keys())} documents {len(lacking)} "
+            f"results on different documents cannot be paired: of {len(own.keys() | before.keys())} documents {len(lacking)} "
             "are in one of the two evaluations alone"
         )
     return [(part, before[doc_id]) for doc_id, part in own.items() if doc_id in before]

@@ -101,7 +101,7 @@ class _Tensors:
     def __init__(self, model: ModelConfig, stack: contextlib.ExitStack, *, without: Collection[str]) -> None:
         self.files = {name: file for name, file in tensor_files(model).items() if name not in without}
         if not self.files:
-            raise AverageRefusedError(f"{model.name} has no safetensors whose tensors could be read one by one")
+            raise AverageRefusedError(f"{model.name} has no safetensors whose tensors can be read one by one")
         self._model = model
         self._stack = stack
         self._opened: dict[str, Any] = {}
@@ -134,7 +134,7 @@ def _tied_tensors(model: ModelConfig) -> frozenset[str]:
 def _check_configurations(models: Sequence[ModelConfig]) -> None:
     for model in models:
         if getattr(load_config(model), "quantization_config", None) is not None:
-            raise AverageRefusedError(f"{model.name} is quantized: its tensors are codes, whose mean is no weight")
+            raise AverageRefusedError(f"{model.name} is quantized: its tensors are codes, whose mean is not a weight")
     target, *sources = (_architecture(model) for model in models)
     for model, source in zip(models[1:], sources, strict=True):
         known = [key for key in (*_SHAPE, *sorted(target.keys() - set(_SHAPE))) if key in target and key in source]
@@ -142,7 +142,7 @@ def _check_configurations(models: Sequence[ModelConfig]) -> None:
         if differing:
             more = len(differing) - _NAMED_DIFFERENCES
             named = ", ".join(differing[:_NAMED_DIFFERENCES]) + (f" and {more} more" if more > 0 else "")
-            raise AverageRefusedError(f"{models[0].name} and {model.name} are not of one architecture: {named}")
+            raise AverageRefusedError(f"{models[0].name} and {model.name} have different architectures: {named}")
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

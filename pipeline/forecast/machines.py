@@ -73,7 +73,7 @@ def _idle_gpus(stage: str, cpus: float, gpus: float, node_cpus: float, node_gpus
     wanted, places = int(node_gpus / gpus), int(min(node_gpus / gpus, node_cpus / cpus))
     if places >= wanted > 0:
         return None
-    asked = f"{stage} asks for {cpus:g} CPUs and {gpus:g} GPUs a worker"
+    asked = f"{stage} asks for {cpus:g} CPUs and {gpus:g} GPUs per worker"
     if not wanted:
         return f"{asked}, and a machine has {node_gpus:g} GPUs: no worker fits. Lower {stage}.gpus_per_worker"
     return (

@@ -68,7 +68,7 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
         card = HUB_DATASETS.get((dataset.hub, dataset.split or "train"))
         if card is None:
             raise ValueError(
-                f"how much text {dataset.hub} holds is not known here, and planning fetches nothing: give it with --set "
+                f"the size of {dataset.hub} is unknown, and planning fetches nothing: give it with --set "
                 "assumptions.num_documents=... --set assumptions.text_bytes=... (the dataset's card says both)"
             )
         num_documents, text_bytes = num_documents or card[0], float(card[1])
@@ -114,7 +114,7 @@ def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
         num_bytes = min(num_bytes, float(chosen * text.max_characters))
     if math.isinf(num_bytes):
         raise ValueError(
-            f"how much of {text.section} is scored is not known here, and planning fetches nothing: set num_documents and "
+            f"the size of {text.section} is unknown, and planning fetches nothing: set num_documents and "
             "max_characters there"
         )
     return num_bytes
@@ -145,7 +145,7 @@ def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
     found = _PARAMETERS.findall(name.rsplit("/", 1)[-1])
     if not found:
         raise ValueError(
-            f"how many parameters {name} has is not known here: give it with --set assumptions.parameters.{model.name}=7e9"
+            f"the number of parameters of {name} is unknown: give it with --set assumptions.parameters.{model.name}=7e9"
         )
     number, unit = found[-1]
     return Parameters(float(number) * (1e9 if unit.lower() == "b" else 1e6), "its name")

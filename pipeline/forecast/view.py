@@ -116,7 +116,7 @@ def _cost_json(cost: Cost, found: Forecast) -> dict[str, float | None]:
 def _print_prices(found: Forecast, console: Console) -> None:
     prices = found.config.prices
     if prices.gb_month is not None:
-        console.print(f"storage: {_money(found.num_bytes / 1e9 * prices.gb_month)} a month when all is done")
+        console.print(f"storage: {_money(found.num_bytes / 1e9 * prices.gb_month)} per month when all is done")
     needed = {"gpu_hour": found.left.gpu_hours, "core_hour": found.left.core_hours}
     missing = [name for name, hours in needed.items() if hours and getattr(prices, name) is None]
     if missing:

@@ -77,7 +77,7 @@ class SourceConfig(ModelConfig):
     def _adapt_what_is_here(self) -> Self:
         if self.is_served and self.adapt is not None:
             raise ValueError(
-                "`adapt` trains a source, and backend = 'server' leaves its weights where they are: drop one"
+                "`adapt` trains a source, and backend = 'server' never loads its weights here: remove one of the two"
             )
         return self
 

@@ -296,4 +296,4 @@ class RunConfig(Settings):
         for model in self.models:
             if model.name == name:
                 return model
-        raise KeyError(f"{name!r} is none of this configuration's models: {', '.join(m.name for m in self.models)}")
+        raise KeyError(f"{name!r} is not one of this configuration's models: {', '.join(m.name for m in self.models)}")

@@ -86,4 +86,4 @@ class EvaluationConfig(EvalConfig):
         for text in self.texts:
             if text.name == name:
                 return text
-        raise KeyError(f"{name!r} is none of this configuration's texts: {', '.join(t.name for t in self.texts)}")
+        raise KeyError(f"{name!r} is not one of this configuration's texts: {', '.join(t.name for t in self.texts)}")

@@ -38,7 +38,7 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
             if repair:
                 store.delete(key)
                 console.print(
-                    f"{key}: taken back; run `make {folder.split('/', maxsplit=1)[0]}` to compute the shard again"
+                    f"{key}: its manifest is removed; run `make {folder.split('/', maxsplit=1)[0]}` to compute the shard again"
                 )
     for folder in _training_folders(store):
         problem = _model_problem(store, folder)
@@ -50,7 +50,7 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
             store.delete(f"{folder}/{MANIFEST}")
             stage = folder.split("/", maxsplit=1)[0]
             console.print(
-                f"{folder}: taken back; run `make {stage}` to write the model again from the newest checkpoint"
+                f"{folder}: its manifest is removed; run `make {stage}` to write the model again from the newest checkpoint"
             )
     console.print(f"{num_good} shards are as their manifests say; {num_bad} shards or models are not")
     return num_bad + _verify_tables(store, console, repair=repair)

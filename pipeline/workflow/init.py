@@ -86,7 +86,7 @@ def write_template(path: Path) -> list[str]:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{path} is there already and is not overwritten: give another name, or remove it") from None
+        raise ConfigError(f"{path} exists already and is not overwritten: give another name, or remove it") from None
     except OSError as error:
         raise ConfigError(
             f"{path} cannot be written ({error.strerror}): give a file in a folder that is there, and that this user can "

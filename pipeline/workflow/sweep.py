@@ -68,7 +68,7 @@ class SweepConfig(Settings):
                 f"name_seeds = false leaves {len(self.seeds)} seeds of a cell with the same name: give one seed"
             )
         if self.baseline is not None and self.baseline not in names:
-            raise ValueError(f"baseline = {self.baseline!r} is none of the cells: {', '.join(names)}")
+            raise ValueError(f"baseline = {self.baseline!r} is not one of the cells: {', '.join(names)}")
         if self.average == "kinds" and self.summary == HELD_OUT:
             raise ValueError(
                 f"the documents of summary = {HELD_OUT!r} have no kinds: name one of the texts, or average bytes"
@@ -138,7 +138,7 @@ def _check_summary(sweep: SweepConfig, cell: Cell, config: RunConfig) -> None:
     texts = {text.name: text for text in config.eval.texts}
     if sweep.summary != HELD_OUT and sweep.summary not in texts:
         known = ", ".join([HELD_OUT, *texts])
-        raise ConfigError(f"cell {cell.name}: summary = {sweep.summary!r} is none of its texts; it has: {known}")
+        raise ConfigError(f"cell {cell.name}: summary = {sweep.summary!r} is not one of its texts; it has: {known}")
     if sweep.average == "kinds" and texts[sweep.summary].kind_column is None:
         raise ConfigError(
             f'cell {cell.name}: average = "kinds", and the text {sweep.summary} has no kind_column: set it there, or average '

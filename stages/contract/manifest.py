@@ -99,7 +99,7 @@ class Manifest(BaseModel):
             where = ".".join(str(part) for part in first["loc"])
             raise ValueError(
                 f"not a manifest of version {MANIFEST_VERSION}, which this ptafuse reads ({where}: {first['msg']}): it was "
-                "damaged, or written by another version of ptafuse; go on with that version, or start a new run directory"
+                "damaged, or written by another version of ptafuse; continue with that version, or start a new run directory"
             ) from None
 
 

@@ -188,7 +188,7 @@ class ModelConfig(PretrainedFiles):
         self.tokenizer_files.require("tokenizer", TOKENIZER_FILES)
         if self.chat_template not in (None, PLAIN) and not Path(str(self.chat_template)).is_file():
             raise FileNotFoundError(
-                f"chat_template = {self.chat_template!r} is no file (expected a Jinja file, or 'plain'): correct the path"
+                f"chat_template = {self.chat_template!r} is not a file (expected a Jinja file, or 'plain'): correct the path"
             )
 
     def check_weights(self) -> None:
@@ -216,7 +216,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
     most likely way: a text has to have the same tokens in every stage.
 
     Raises:
-        ValueError: it cannot be loaded, or has no fast backend, so that byte offsets of its tokens cannot be had.
+        ValueError: it cannot be loaded, or has no fast backend, so that byte offsets of its tokens cannot be computed.
     """
     from transformers import AutoTokenizer
 

@@ -81,8 +81,8 @@ def download(hub: str, revision: str) -> Path:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # of the hub's client: not there, gated, no network, not an id
         raise ValueError(
-            f"{hub}@{revision} cannot be had: {str(error).strip().splitlines()[0]}. Give a folder, or the id and revision of a "
-            "model of the hub"
+            f"{hub}@{revision} cannot be fetched: {str(error).strip().splitlines()[0]}. Give a folder, or the id and revision "
+            "of a model of the hub"
         ) from error
 
 

@@ -32,7 +32,9 @@ def load_input_embeddings(model: ModelConfig) -> np.ndarray:
     """
     found = None if model.is_gguf else _read_tensor(model)
     if found is None:
-        logger.info("model %s: its input embeddings do not stand alone in its files; loading the model", model.name)
+        logger.info(
+            "model %s: its input embeddings are not a separate tensor in its files; loading the whole model", model.name
+        )
         whole = load_model(model, dtype="float32", attention=("eager",), device="cpu")
         found = whole.get_input_embeddings().weight.detach()
     return found.half().numpy()

@@ -397,7 +397,7 @@ def _describe(tokenizer: Any) -> str:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise ValueError(
-            f"{type(tokenizer).__name__} has no fast (Rust) backend, so byte offsets of its tokens cannot be had; give "
+            f"{type(tokenizer).__name__} has no fast (Rust) backend, so byte offsets of its tokens cannot be computed; give "
             "`tokenizer` a folder or hub id that holds a tokenizer.json"
         )
     try:

@@ -103,7 +103,7 @@ def run_suites(run: Run, call: Callable[..., Iterator[Any]]) -> None:
             continue
         if name == FUSED and not is_trained(run):
             raise StageError(
-                f"the trained model cannot be evaluated, for train is not complete: {command(run, 'train')}"
+                f"the trained model cannot be evaluated, because train is not complete: {command(run, 'train')}"
             )
         for line in call(run, f"suites of {name}", _run_tasks, name, inputs, pending):
             run.console.print(line, soft_wrap=True)

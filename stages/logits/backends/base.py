@@ -147,7 +147,7 @@ def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
     Args:
         uniforms: (P, m), as given to ``Backend.predict``; None: nothing is to be drawn.
         model: the model's name.
-        who: what gives the largest entries alone.
+        who: what gives only the largest entries.
 
     Raises:
         ValueError: there is something to draw; says what to set.
@@ -155,7 +155,7 @@ def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
     if uniforms is not None:
         raise ValueError(
             f"model {model}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each position, and "
-            f"{who} gives the largest entries alone: set logits.backend = 'transformers', or logits.tail_samples = 0"
+            f"{who} gives only the largest entries: set logits.backend = 'transformers', or logits.tail_samples = 0"
         )
 
 

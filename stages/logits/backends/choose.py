@@ -23,7 +23,7 @@ def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transfo
     if config.tensor_parallel_size > 1:
         raise ValueError(
             f"model {model.name}: logits.tensor_parallel_size = {config.tensor_parallel_size} needs vLLM, which cannot be "
-            f"taken here: {obstacle}"
+            f"used here: {obstacle}"
         )
     return "transformers"
 
@@ -31,7 +31,7 @@ def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transfo
 def _obstacle(config: LogitsConfig, model: ModelConfig) -> str | None:
     """Explain why vLLM cannot be used, the cheapest check first; None if it can."""
     if config.tail_samples:
-        return "logits.tail_samples draws from the full distribution, of which vLLM gives the largest entries alone"
+        return "logits.tail_samples draws from the full distribution, of which vLLM gives only the largest entries"
     if resolve_device(config.device).type != "cuda":
         return "no GPU is used"
     if not is_installed():

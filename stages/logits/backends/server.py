@@ -190,7 +190,7 @@ class _Connection:
         self._url_variable, self.url = _from_environment(URL_VARIABLE, model)
         if not self.url:
             raise ServerError(
-                f"model {model}: logits.backend = 'server', and nothing says where it is: set {URL_VARIABLE}, or "
+                f"model {model}: logits.backend = 'server', and its address is not set: set {URL_VARIABLE}, or "
                 f"{_own_variable(URL_VARIABLE, model)} for this model alone, e.g. to http://127.0.0.1:8000"
             )
         self.url = self.url.rstrip("/").removesuffix("/v1")

@@ -121,7 +121,7 @@ class TransformersBackend:
             gc.collect()
             torch.cuda.empty_cache()
         log.warning(
-            "model %s: going on with batches of %d tokens, chunks of %d positions",
+            "model %s: continuing with batches of %d tokens, chunks of %d positions",
             self._name,
             self._batch_tokens,
             self._chunk_positions,

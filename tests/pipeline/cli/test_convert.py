@@ -48,7 +48,7 @@ def test_a_model_of_the_hub_is_written_to_a_folder_and_the_cache_is_left(
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (pickled / "tokenizer.json").read_bytes()
     done = ptafuse("convert", "some/other", "--revision", REVISION, "--output", str(tmp_path / "other"), check=False)
     assert done.returncode == 1
-    assert f"some/other@{REVISION} cannot be had" in done.stderr
+    assert f"some/other@{REVISION} cannot be fetched" in done.stderr
 
 
 @pytest.mark.parametrize(

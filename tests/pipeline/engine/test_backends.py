@@ -46,7 +46,7 @@ def test_the_value_chosen_for_auto_holds_for_the_whole_folder(
 
 @pytest.mark.slow
 @pytest.mark.skipif(is_installed(), reason="vLLM is installed")
-def test_a_folder_begun_with_vllm_is_not_gone_on_with_without_it(
+def test_a_folder_started_with_vllm_is_refused_without_it(
     undisturbed_run: Path, tiny_config: Path, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(undisturbed_run, tmp_path / "run"))
@@ -56,7 +56,7 @@ def test_a_folder_begun_with_vllm_is_not_gone_on_with_without_it(
     ended = ptafuse("logits", str(tiny_config), "--run", str(run), "--local", check=False)
     assert ended.returncode
     message = " ".join((ended.stdout + ended.stderr).split())
-    assert "as 'auto' came to where this folder was begun" in message
+    assert "as 'auto' chose when this folder was started" in message
     assert "vLLM is not installed here" in message
     assert not lost.exists()
 
@@ -65,7 +65,7 @@ def test_auto_without_a_gpu_is_transformers(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_backend(LogitsConfig(), MODEL) == "transformers"
     assert choose_backend(LogitsConfig(backend="vllm"), MODEL) == "vllm"
-    with pytest.raises(ValueError, match="tensor_parallel_size = 2 needs vLLM, which cannot be taken here: no GPU"):
+    with pytest.raises(ValueError, match="tensor_parallel_size = 2 needs vLLM, which cannot be used here: no GPU"):
         choose_backend(LogitsConfig(tensor_parallel_size=2), MODEL)
 
 

@@ -78,7 +78,9 @@ def test_workers_that_never_fit_a_ray_of_this_machine_are_refused_at_once(monkey
 
 def test_workers_that_never_fit_a_joined_cluster_of_fixed_size_are_refused_at_once(monkeypatch, joined, group):
     monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 8}))
-    with pytest.raises(ValueError, match=r"8 CPUs and 1 GPUs a worker, 2 worker\(s\) at once, and there is room for 0"):
+    with pytest.raises(
+        ValueError, match=r"8 CPUs and 1 GPUs per worker, 2 worker\(s\) at once, and there is room for 0"
+    ):
         cluster.require_resources("train", 8, 1, FIXED, count=2)
     assert not group.bundles
 

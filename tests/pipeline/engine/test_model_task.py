@@ -193,7 +193,7 @@ def test_work_on_ray_is_a_task_with_resources_and_its_errors_arrive_in_words(
     deaths.mkdir()
     assert list(run_with_model(run, "eval/llama", die_twice, deaths)) == [2]
     large = open_tiny(tiny_config, Path(), "eval.cpus_per_worker=64")
-    with pytest.raises(ValueError, match=r"eval/llama asks for 64 CPUs and 0 GPUs a worker"):
+    with pytest.raises(ValueError, match=r"eval/llama asks for 64 CPUs and 0 GPUs per worker"):
         next(run_with_model(large, "eval/llama", work, 0))
 
 

@@ -37,7 +37,7 @@ def test_baselines_are_evaluated_without_changing_the_models_results(evaluated: 
         part["doc_id"] for part in found["llama"]["documents"]
     ]
     assert (
-        "llama and neox are not of one architecture: model_type llama against gpt_neox"
+        "llama and neox have different architectures: model_type llama against gpt_neox"
         in (found["weight-average"]["refused"])
     )
     assert not list(evaluated.glob("eval/weight-average/*/model"))
@@ -64,7 +64,7 @@ def test_reports_show_the_figure_and_the_refusal(evaluated: Path) -> None:
     assert ensemble.against_before is not None
     average = rows["average of the weights (0.5 llama + 0.5 neox)"]
     assert average.bits_per_byte is None
-    assert str(average.refused).startswith("llama and neox are not of one architecture")
+    assert str(average.refused).startswith("llama and neox have different architectures")
     (card,) = evaluated.glob("train/*/model/README.md")
     assert "ensemble of target and sources" in card.read_text()
 

@@ -20,7 +20,9 @@ def llama(**engine: int) -> RunConfig:
 def test_machines_with_few_cpus_leave_gpus_idle_and_the_warning_says_which_numbers_fit() -> None:
     """16 CPUs for 8 GPUs: two training processes of 8 CPUs, four logits workers of 4."""
     logits, train = idle_gpu_warnings(llama(node_cpus=16, node_gpus=8))
-    assert "logits asks for 4 CPUs and 1 GPUs a worker, and a machine with 16 CPUs and 8 GPUs has room for 4" in logits
+    assert (
+        "logits asks for 4 CPUs and 1 GPUs per worker, and a machine with 16 CPUs and 8 GPUs has room for 4" in logits
+    )
     assert "4 GPUs stay idle. Set logits.cpus_per_worker to at most 2, or give each machine 32 CPUs" in logits
     assert (
         "has room for 2: 6 GPUs stay idle. Set train.cpus_per_worker to at most 2, or give each machine 64 CPUs"

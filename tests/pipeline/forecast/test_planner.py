@@ -202,7 +202,7 @@ def test_speed_of_other_weights_is_not_taken_over(tiny_config: Path, undisturbed
 def test_unknown_dataset_asks_for_its_size(tmp_path: Path) -> None:
     refused = ptafuse("plan", LLAMA, "--run", str(tmp_path), "--set", "dataset.hub=a/b", check=False)
     assert refused.returncode == 1
-    assert "how much text a/b holds is not known here" in refused.stderr
+    assert "the size of a/b is unknown" in refused.stderr
     sets = ("dataset.hub=a/b", "assumptions.num_documents=4000", "assumptions.text_bytes=3.93e6")
     plan = plan_json(LLAMA, tmp_path, *sets)
     assert plan["text"]["tokens"]["llama2"] == pytest.approx(1e6)

@@ -46,6 +46,6 @@ def test_a_text_of_the_hub_is_sized_by_what_is_chosen_of_it() -> None:
     sized = TextConfig.model_validate({**hub, "num_documents": 10, "max_characters": 1000})
     assert evaluated_text_bytes(sized, assumed) == 10_000
     with pytest.raises(
-        ValueError, match=r"how much of eval\.texts\.x is scored .* set num_documents and max_characters"
+        ValueError, match=r"the size of eval\.texts\.x is unknown.* set num_documents and max_characters"
     ):
         evaluated_text_bytes(TextConfig.model_validate(hub), assumed)

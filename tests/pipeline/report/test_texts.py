@@ -215,7 +215,7 @@ def test_cells_of_other_texts_are_not_compared(store: Store, config: Path) -> No
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"summary": "poems"}, "cell gold: summary = 'poems' is none of its texts; it has: heldout, essays, code"),
+        ({"summary": "poems"}, "cell gold: summary = 'poems' is not one of its texts; it has: heldout, essays, code"),
         ({"summary": "code", "average": "kinds"}, 'cell gold: average = "kinds", and the text code has no kind_column'),
     ],
 )

@@ -73,7 +73,7 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
     path.write_text("mine")
     refused = ptafuse("init", str(path), check=False)
     assert refused.returncode == 1
-    assert f"{path} is there already and is not overwritten" in refused.stderr
+    assert f"{path} exists already and is not overwritten" in refused.stderr
     assert path.read_text() == "mine"
     refused = ptafuse("init", str(tmp_path / "missing" / "x.toml"), check=False)
     assert (

@@ -75,7 +75,7 @@ def test_lists_of_values_are_combined() -> None:
         (
             'baseline = "gold"',
             'baseline = "silver"',
-            "baseline = 'silver' is none of the cells: gold, fused-lambda-0.8",
+            "baseline = 'silver' is not one of the cells: gold, fused-lambda-0.8",
         ),
         ("[0.8, 0.2]", "[0.8, 0.8]", "names of cells must differ .*'fused-lambda-0.8' is given twice"),
         ("[0.8, 0.2]", "[0.8, 7.5]", "cell fused-lambda-7.5"),

@@ -531,8 +531,8 @@ def test_expected_row_of_many_documents_is_the_model_s_distribution(llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "vllm"}, "'vllm' gives the largest entries alone: set backend = 'transformers'"),
-        ({"backend": "server"}, "'server' gives the largest entries alone: set backend = 'transformers'"),
+        ({"backend": "vllm"}, "'vllm' gives only the largest entries: set backend = 'transformers'"),
+        ({"backend": "server"}, "'server' gives only the largest entries: set backend = 'transformers'"),
         ({"top_p": 0.9}, "top_p = 0.9 would cut entries that no draw stands for"),
     ],
 )

@@ -98,7 +98,7 @@ def test_nothing_is_drawn_from_a_tail_that_the_server_does_not_give(server, fold
     backend = make_backend(folder)
     before = len(server.exchanges)
     with pytest.raises(
-        ValueError, match=r"tiny-1\.b: 4 draws .*a server gives the largest entries alone: set logits\.backend"
+        ValueError, match=r"tiny-1\.b: 4 draws .*a server gives only the largest entries: set logits\.backend"
     ):
         backend.predict([np.arange(3)], [windows(3, max_length=8)], np.zeros((3, 4)))
     assert len(server.exchanges) == before
