@@ -96,8 +96,9 @@ def train_on(
     job: TrainJob, folder: Path, *, num_workers: int, outputs: Sequence[Path] = (), seconds: float = 60
 ) -> None:
     """Train a job to its end."""
-    if any(wait(start_workers(job, folder, num_workers=num_workers, outputs=outputs), seconds=seconds)):
-        raise AssertionError(printed(folder))
+    codes = wait(start_workers(job, folder, num_workers=num_workers, outputs=outputs), seconds=seconds)
+    if any(code != 0 for code in codes):  # None: it took longer
+        raise AssertionError(f"exit codes {codes}, None after {seconds} s:\n{printed(folder)}")
 
 
 def wait_until(condition: Callable[[], bool], processes: Sequence[BaseProcess], *, seconds: float = 60) -> None:
