@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from tests.chat_tokenizers import Chat, save_chat_tokenizer
 from tests.tiny_tokenizers import save_tokenizer
 
 Architecture = Literal[
@@ -64,6 +65,7 @@ def save_model(
     max_positions: int = 2048,
     final_logit_softcapping: float | None = None,
     settings: Mapping[str, Any] | None = None,
+    chat: Chat | None = None,
 ) -> Path:
     """Save a random two-layer model (float32 safetensors) and its tokenizer into one folder, which it returns.
 
@@ -78,8 +80,12 @@ def save_model(
         max_positions: the longest input of the architectures that have learned positions.
         final_logit_softcapping: Gemma only.
         settings: of the architecture's transformers configuration, instead of this module's.
+        chat: whose chat template and control tokens the tokenizer has; None: neither.
     """
-    save_tokenizer(tokenizer_family, folder, vocab_size=vocab_size)
+    if chat is None:
+        save_tokenizer(tokenizer_family, folder, vocab_size=vocab_size)
+    else:
+        save_chat_tokenizer(chat, folder, family=tokenizer_family, vocab_size=vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     settings = {**_SETTINGS[architecture], **(settings or {}), "vocab_size": len(tokenizer) + vocab_padding}
     if architecture not in ("mpt", "gpt2"):

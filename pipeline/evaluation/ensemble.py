@@ -6,7 +6,8 @@ At every position the target's own distribution p and the sources' aligned distr
 
 where a row's tail mass lies on the tokens that it does not name, shared among them as the target shares it; a source without
 a distribution has the target's own in its place. So p_ens sums to 1 over the target's vocabulary, and its bits per byte are
-a code length. docs/baselines.md says what a source may know at a position.
+a code length. docs/baselines.md says what a source may know at a position. Of a conversation it knows the messages so far,
+under its own chat template.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,10 +23,12 @@ from stages.align.rows import ModelRows
 from stages.align.segment import same_vocabulary
 from stages.align.stage import AlignStage
 from stages.align.vocabulary_maps import NO_ID
+from stages.contract.roles import Role, TokenRoles
 from stages.logits.backends.base import NotFiniteError, Predictions
 from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
+from stages.models.segment_text import SegmentText
 from stages.models.tokenizer import Encoding, SegmentTokenizer
 from stages.models.windows import Window, windows
 from train.evaluate import Evaluation, Segment, bits_per_byte, first_documents, own_logprob
@@ -129,7 +132,7 @@ def evaluate_ensemble(
     """
     segments = first_documents(segments, config.eval.max_documents)
     tokenizer = SegmentTokenizer.load(config.target)
-    encodings = tokenizer.encode_batch([part.text for part in segments], is_last=[part.is_last for part in segments])
+    encodings = tokenizer.encode_segments([part.segment_text for part in segments])
     own = _target_rows(config, tokenizer, encodings, cpus)
     rows, notes = [], {}
     for source in config.sources:
@@ -138,7 +141,7 @@ def evaluate_ensemble(
         notes[source.name] = {"covered": found.covered, "tokens_read": found.num_tokens}
     weights = config.baselines.source_weights(ENSEMBLE, len(config.sources))
     evaluation = bits_per_byte(config.target, segments, config.eval, cpus=cpus, score=Mixture(weights, rows))
-    positions = sum(max(0, len(encoding.ids) - 1) for encoding in encodings)
+    positions = sum(int(rows.has_label.sum()) for rows in own)
     return evaluation, {"positions": positions, "sources": notes}
 
 
@@ -179,6 +182,73 @@ def segment_contexts(source: Encoding, byte_end: np.ndarray) -> Contexts:
     ]
     shares = len(ends) > 0 and ends[-1] == byte_end[-1]  # an EOS ends where the text does
     return cover([*contexts, *([contexts[-1] if shares else None] if len(byte_end) else [])])
+
+
+def message_contexts(segment: SegmentText, target: Encoding, tokenizer: SegmentTokenizer) -> Contexts:
+    """For each position of a conversation the messages up to its end, as the source renders them: nothing of what is to come.
+
+    Args:
+        segment: the conversation.
+        target: its tokens.
+        tokenizer: the source's.
+
+    Returns:
+        No context where the next token is not learnt; where the target's token is one of the template, or ends inside a
+        character; and where the source's template trims what was read of the message last.
+    """
+    ends = np.cumsum([len(message.content.encode()) + 1 for message in segment.messages])
+    wanted = _asked_positions(target)
+    prefixes: dict[int, SegmentText] = {}
+    for end in sorted({int(target.byte_end[position]) for position in wanted}):
+        index = int(np.searchsorted(ends, end, side="right"))
+        message = segment.messages[index]
+        read = _decoded(message.content.encode()[: end - (int(ends[index - 1]) if index else 0)])
+        if read is not None:
+            prefixes[end] = SegmentText.conversation([*segment.messages[:index], replace(message, content=read)])
+    encodings = dict(zip(prefixes, tokenizer.try_encode_segments(list(prefixes.values())), strict=True))
+    contexts: list[np.ndarray | None] = [None] * len(target.ids)
+    for position in wanted:
+        found = encodings.get(int(target.byte_end[position]))
+        if isinstance(found, Encoding):
+            contexts[position] = _up_to(found, target, position)
+    return cover(contexts)
+
+
+def conversation_contexts(source: Encoding, target: Encoding) -> Contexts:
+    """For each position of a conversation the source's tokens of the whole of it up to the one that has read as much.
+
+    Args:
+        source: the conversation's tokens.
+        target: the target's.
+    """
+    contexts: list[np.ndarray | None] = [None] * len(target.ids)
+    for position in _asked_positions(target):
+        contexts[position] = _up_to(source, target, position)
+    return cover(contexts)
+
+
+def _asked_positions(target: Encoding) -> list[int]:
+    """The positions of a conversation whose next token is learnt, in a message or right before one."""
+    assert target.role is not None and target.is_trained is not None  # noqa: PT018 - a conversation has both
+    has_label = np.append(target.is_trained[1:], False)[: len(target.ids)]
+    return np.flatnonzero(has_label & (target.role != Role.TEMPLATE)).tolist()
+
+
+def _up_to(source: Encoding, target: Encoding, position: int) -> np.ndarray | None:
+    """The source's tokens up to the last that has read the same bytes of the same message.
+
+    None where there is none, and where the turn ends and the source's template writes something else before its end: what it
+    expects there is said of that.
+    """
+    assert source.role is not None and target.role is not None  # noqa: PT018 - both are conversations
+    alike = (source.byte_end == target.byte_end[position]) & (source.role == target.role[position])
+    found = np.flatnonzero(alike)
+    if not len(found):
+        return None
+    end = int(found[-1]) + 1
+    if target.role[position + 1] == Role.EOS and source.role[end : end + 1].tolist() != [Role.EOS]:
+        return None
+    return source.ids[:end]
 
 
 def cover(contexts: Sequence[np.ndarray | None]) -> Contexts:
@@ -277,6 +347,11 @@ class _SourceReader:
             yield some, contexts
 
     def _contexts(self, segment: Segment, encoding: Encoding) -> Contexts:
+        if segment.messages:
+            (whole,) = self._tokenizer.encode_segments([segment.segment_text])
+            if self._config.baselines.ensemble_contexts == "segment" or self._reads_the_same(whole, encoding):
+                return conversation_contexts(whole, encoding)
+            return message_contexts(segment.segment_text, encoding, self._tokenizer)
         whole = self._tokenizer.encode(segment.text, is_last=False)
         if self._config.baselines.ensemble_contexts == "segment" or self._reads_the_same(whole, encoding):
             return segment_contexts(whole, encoding.byte_end)
@@ -313,9 +388,17 @@ def _target_rows(
             byte_end=encoding.byte_end,
             topk_ids=predictions.topk_ids[predictions.part(index)],
             topk_probs=np.exp(predictions.topk_logprobs[predictions.part(index)].astype(np.float64)),
+            roles=_token_roles(encoding),
         )
         for index, encoding in enumerate(encodings)
     ]
+
+
+def _token_roles(encoding: Encoding) -> TokenRoles | None:
+    """What the tokens of a conversation are; None for plain text."""
+    if encoding.role is None or encoding.is_trained is None:
+        return None
+    return TokenRoles(encoding.role, encoding.is_trained)
 
 
 def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions, first: int) -> ModelRows:
@@ -336,7 +419,25 @@ def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions
     ids[read], probs[read] = predictions.topk_ids[places], np.exp(predictions.topk_logprobs[places].astype(np.float64))
     for index in read:
         last_token[index] = contexts.sequences[contexts.sequence[index]][contexts.position[index]]
-    return ModelRows(token_ids=last_token, byte_end=target.byte_end, topk_ids=ids, topk_probs=probs)
+    if target.roles is not None:
+        _put_first_tokens(last_token, target.roles, contexts)
+    return ModelRows(token_ids=last_token, byte_end=target.byte_end, topk_ids=ids, topk_probs=probs, roles=target.roles)
+
+
+def _put_first_tokens(token_ids: np.ndarray, roles: TokenRoles, contexts: Contexts) -> None:
+    """Put a message's first token behind where it starts: alignment reads off it how the source writes a first token.
+
+    Args:
+        token_ids: (M,) of the source, changed in place.
+        roles: of the M target positions.
+        contexts: what the source reads at each.
+    """
+    for start in np.flatnonzero(roles.role[:-1] == Role.START).tolist():
+        if min(contexts.sequence[start], contexts.sequence[start + 1]) < 0:
+            continue
+        sequence, first = contexts.sequences[contexts.sequence[start + 1]], int(contexts.position[start]) + 1
+        if first < len(sequence):
+            token_ids[start + 1] = sequence[first]
 
 
 def _backend(config: RunConfig, model: ModelConfig, tokenizer: SegmentTokenizer, cpus: float) -> TransformersBackend:
