@@ -103,8 +103,8 @@ def test_nulls_and_records_without_messages_keep_their_number(tmp_path: Path) ->
         (
             lambda folder: parquet(folder, pa.array([1, 2])),
             (
-                "column 'messages' is int64, not conversations: set dataset.messages_column to a column of a list of messages with "
-                "role and content (or ShareGPT's from and value), or JSON strings of such lists"
+                "column 'messages' is int64, not conversations: set dataset.messages_column to a column of a list of messages "
+                "with role and content (or ShareGPT's from and value), or JSON strings of such lists"
             ),
         ),
         (
