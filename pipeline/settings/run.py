@@ -15,7 +15,7 @@ from stages.contract.fingerprint import RUNTIME, Settings
 from stages.contract.names import Name, refuse_same_folder
 from stages.fuse.config import FuseConfig
 from stages.logits.config import LogitsConfig
-from stages.models.config import ModelConfig
+from stages.models.config import PLAIN, ModelConfig
 from stages.shard.config import DatasetConfig, ShardConfig, absolute_or_url
 from train.config import TrainConfig
 
@@ -210,6 +210,12 @@ class RunConfig(Settings):
                     "train.isolate_documents = false lets packed conversations see each other, and no model that is learned "
                     "from saw another conversation before its own: leave isolate_documents out, with dataset.messages_column "
                     "it is true"
+                )
+            own = next((model for model in self.models if model.bos is not None and model.chat_template != PLAIN), None)
+            if own is not None:
+                raise ValueError(
+                    f"model {own.name}: bos = {str(own.bos).lower()} is of texts, and in conversations its chat template "
+                    "decides whether BOS stands before them: leave bos out"
                 )
         else:
             if self.eval.num_generations:

@@ -493,6 +493,67 @@ def test_rendered_conversations_are_counted(corpus: Corpus, caplog: pytest.LogCa
     assert "6 of 12 documents" in caplog.text
 
 
+def talk(*turns: tuple[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+TALKS = [talk(("user", f"What is {number}?"), ("assistant", f"A number, {number}.")) for number in range(6)]
+CONVERSATIONS = ("dataset.messages_column=text", "target.chat_template=plain", "sources.neox.chat_template=plain")
+
+
+def test_conversations_that_are_not_learnt_from_are_quarantined_with_the_reason(corpus: Corpus, tmp_path: Path) -> None:
+    strict = tmp_path / "strict.jinja"
+    strict.write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        "{{ m.role }}\n{{ m.content }}{{ eos_token }}{% endfor %}"
+    )
+    image = [{"type": "image_url", "image_url": {"url": "a.png"}}]
+    bad = {
+        "a conversation with tools": talk(("user", "a"), ("tool", "b")),
+        "a conversation with images, audio or video": talk(("user", image), ("assistant", "b")),
+        "a message that is no text": talk(("user", None), ("assistant", "b")),
+        "a message of an unknown role": talk(("narrator", "a")),
+        "a conversation that a chat template refuses or rewrites": talk(
+            ("system", "a"), ("user", "b"), ("assistant", "c")
+        ),
+        "a question and its answer longer than `shard.max_length`": talk(("user", "a"), ("assistant", "long " * 200)),
+    }
+    corpus.write(*TALKS, *bad.values(), talk(("user", "And now?")))
+    sets = ("shard.max_bad_fraction=0.7", "shard.documents_per_shard=20", "shard.validation_fraction=0.0")
+    corpus.ptafuse("logits", *CONVERSATIONS, f"sources.neox.chat_template={strict}", *sets)
+    messages = {row["doc_id"]: row["message"] for row in corpus.quarantined("shard")}
+    assert sorted(messages) == list(range(6, 12))
+    for message, row in zip((messages[number] for number in sorted(messages)), bad, strict=True):
+        assert re.search(said(row), message), (row, message)
+    assert re.search(said("a conversation without any answer"), "unlearnt_conversations 1")
+    health = status(corpus.run)["shard"]["health"]
+    assert health["unlearnt_conversations"] == 1
+    assert health["quarantined/HasTools"] == 1
+    assert sum(pq.read_metadata(path).num_rows for path in corpus.run.glob("logits/neox/*/data/*")) == len(TALKS)
+
+
+def test_columns_that_hold_no_conversations_are_refused(corpus: Corpus) -> None:
+    corpus.write(*GOOD)
+    row = "a column of messages that holds something else"
+    assert re.search(said(row), corpus.refused("shard", *CONVERSATIONS).replace("'text'", "'messages'"))
+    corpus.file = corpus.folder / "talks.parquet"
+    pq.write_table(pa.table({"text": TALKS}), corpus.file)
+    assert re.search(said("a text column that holds messages"), corpus.refused("shard"))
+
+
+def test_models_that_cannot_render_conversations_are_refused_before_anything_runs(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    corpus.write(*TALKS)
+    refused = corpus.refused("shard", "dataset.messages_column=text")
+    assert re.search(said("conversations, and a model without a chat template"), refused)
+    endless = tmp_path / "endless.jinja"
+    endless.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    refused = corpus.refused("shard", *CONVERSATIONS, f"target.chat_template={endless}")
+    assert re.search(said("conversations, and a chat template that ends no answer"), refused)
+    assert not list(corpus.run.glob("shard/*/manifests/*"))
+
+
 @pytest.mark.parametrize(
     ("row", "old", "new"),
     [

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from stages.models.config import ModelConfig, PretrainedFiles, embedding_rows
+from stages.models.config import PLAIN, ModelConfig, PretrainedFiles, embedding_rows
 from stages.models.gguf_header import check_gguf
 from stages.models.preflight.architecture import architecture_problems, build_skeleton, first_line, settings_problems
 from stages.models.preflight.hub import pickled_alone
@@ -81,7 +81,7 @@ def examine(
     num_rows = embedding_rows(model)
     return found + examine_once(
         ["tokenizer", model.model_dump_json(), num_rows],
-        [place],
+        [place, *([Path(model.chat_template)] if model.chat_template not in (None, PLAIN) else [])],
         lambda: tokenizer_problems(model, folder, num_rows=num_rows),
     )
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from stages.models.config import TOKENIZER_FILES, WEIGHT_FILES
 from stages.models.preflight.problem import Problem
 
-_FILES: Final = (*TOKENIZER_FILES, *WEIGHT_FILES, "*.py", "*.json")
+_FILES: Final = (*TOKENIZER_FILES, *WEIGHT_FILES, "*.py", "*.json", "*.jinja")
 _MAX_REMEMBERED: Final = 500
 
 

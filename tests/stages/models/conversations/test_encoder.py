@@ -1,5 +1,6 @@
 """Conversations as tokens: the ids of apply_chat_template, and coordinates that do not depend on the template."""
 
+import datetime as dt
 import os
 import shutil
 from functools import lru_cache
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 from stages.contract.roles import CONTEXT_ROLES, Role
 from stages.models.config import ModelConfig
@@ -287,6 +289,39 @@ def test_a_template_that_is_no_file_is_refused(folders: dict[Chat, Path], tmp_pa
         (folder / name).touch()
     with pytest.raises(FileNotFoundError, match=r"nowhere.jinja' is no file"):
         ModelConfig(name="m", path=folder, chat_template=str(tmp_path / "nowhere.jinja")).check()
+
+
+def test_a_template_is_part_of_what_identifies_a_tokenizer_that_reads_conversations(tmp_path: Path) -> None:
+    folder = save_chat_tokenizer("chatml", tmp_path / "model")
+    plain = ModelConfig(name="m", path=folder)
+    own = plain.model_copy(update={"reads_conversations": True})
+    template = tmp_path / "other.jinja"
+    identities = [plain.tokenizer_identity(), own.tokenizer_identity()]
+    for text in ("{{ 1 }}", "{{ 2 }}"):
+        template.write_text(text)
+        identities.append(own.model_copy(update={"chat_template": str(template)}).tokenizer_identity())
+    identities.append(own.model_copy(update={"chat_template": "plain"}).tokenizer_identity())
+    (folder / "chat_template.jinja").write_text("{{ 3 }}")
+    identities.append(own.tokenizer_identity())
+    assert len(set(identities)) == len(identities)
+    assert plain.tokenizer_identity() == identities[0], "texts do not depend on the template"
+    assert all(identity.startswith(identities[0]) for identity in identities)
+
+
+def test_the_day_does_not_change_what_a_template_writes(
+    folders: dict[Chat, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Later(dt.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return cls(2030, 1, 2, tzinfo=tz)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Later)
+    conversations = load(folders["llama3"])._conversations
+    assert conversations is not None
+    assert "Today Date: 26 Jul 2024" in conversations._template.apply([("user", "a")])
+    messages = [{"role": "user", "content": "a"}]
+    assert "Today Date: 02 Jan 2030" in original(folders["llama3"]).apply_chat_template(messages, tokenize=False)
 
 
 def test_plain_texts_and_conversations_are_told_apart(folders: dict[Chat, Path]) -> None:
