@@ -21,7 +21,7 @@ from stages.models.config import empty_model, load_model, load_tokenizer, num_po
 from stages.models.devices import attention_choices, attention_in_use, resolve_device, set_threads
 from stages.models.heads import check_head
 from stages.models.tokenizer import SegmentTokenizer
-from train.checkpoints.checkpoint import Checkpoints, TrainState
+from train.checkpoints.checkpoint import Checkpoints, TrainState, remove_checkpoints
 from train.checkpoints.disks import ONE_DISK, Disk, compare_disks
 from train.checkpoints.mirror import CheckpointMirror
 from train.data.blocks import FusedBlocks, columns_read
@@ -365,6 +365,8 @@ def _finish(
             _published(job, result)
     if disk.is_first:
         shutil.rmtree(output / FETCHED, ignore_errors=True)
+        if not disk.is_shared:  # shards of a checkpoint that the store has whole; nobody else tidies this machine's disk
+            remove_checkpoints(output)
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result
 

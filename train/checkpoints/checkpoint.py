@@ -205,7 +205,7 @@ class Checkpoints:
             if peers.is_first:
                 (folder / LOG).replace(self._output / LOG)
             if self._disk.is_first:
-                _remove_folders(self._output, but=copy.step)
+                remove_checkpoints(self._output, but=copy.step)
             return state
         return None
 
@@ -258,7 +258,7 @@ class Checkpoints:
         if self._disk.is_shared or is_copied:
             self.safe_step = state.step
         if not self._disk.is_shared and self._disk.is_first:
-            _remove_folders(self._output, but=state.step)
+            remove_checkpoints(self._output, but=state.step)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
         """Return the tensors of a checkpoint, as views of the live ones, and the optimizer's groups, which the
@@ -318,8 +318,8 @@ def _needed_files(tensors: dict[str, dict[str, Any]], folder: Path) -> list[str]
     return sorted({places[item.storage_index].relative_path for item in planner.create_local_plan().items})
 
 
-def _remove_folders(output: Path, *, but: int) -> None:
-    """Remove what this machine has of other checkpoints than that of one step."""
+def remove_checkpoints(output: Path, *, but: int | None = None) -> None:
+    """Remove what this machine has of all checkpoints, or of all but that of one step."""
     for step, folder in _folders(output):
         if step != but:
             shutil.rmtree(folder)
