@@ -1,4 +1,4 @@
-"""What is computed: one folder per stage, what they know of models, the format on disk in which they meet, and statistics."""
+"""Stages, one folder each; with the models that they use, the format on disk in which they meet, and statistics."""
 
 import os
 

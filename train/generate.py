@@ -23,7 +23,7 @@ _UNLIMITED: Final = 2**31
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answers to a held-out prompt.
+    """Answer of a model to a held-out prompt.
 
     Attributes:
         doc_id: of the conversation.

@@ -45,11 +45,11 @@ class Place:
 
     @property
     def tables(self) -> TokenTables:
-        """The token tables of the run directory, where nothing is written."""
+        """Token tables of the run directory, which are only read."""
         return TokenTables(self.store, may_write=False)
 
     def vocabulary(self, model: ModelConfig) -> Vocabulary:
-        """What a model's token ids stand for."""
+        """Read the vocabulary of a model."""
         return self.tables.read(model).vocabulary
 
     def inputs(self) -> dict[str, pa.Table]:

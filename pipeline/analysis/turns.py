@@ -1,4 +1,4 @@
-"""Which message of a conversation each token belongs to, for people: ``inspect`` and the page's viewer."""
+"""Message of a conversation that each token belongs to, for people: ``inspect`` and the page's viewer."""
 
 from dataclasses import dataclass
 

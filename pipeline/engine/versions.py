@@ -40,7 +40,7 @@ RECORDED_VERSIONS = ("ptafuse", "torch", "transformers", "tokenizers", "pyarrow"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that every manifest records: a drift of these may change results."""
+    """Return the versions that every manifest records, since a change of them may change results."""
     return dict(_library_versions())
 
 

@@ -97,7 +97,7 @@ class TooManyBadRecordsError(ValueError):
 
 
 class ShardWorker:
-    """Computes shards of one step: one after the other, or several at once, each in a thread of its own.
+    """Worker that computes shards of one step: one after the other, or several at once, each in its own thread.
 
     Where a stage lets shards overlap (``ShardedStage.shards_per_worker``), one is in the model while the host's work for
     another is done. They share nothing but the loaded stage: each has its own attempt, tables and files, and one that fails

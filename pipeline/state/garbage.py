@@ -103,7 +103,7 @@ def find_garbage(store: Store, *, older_than_seconds: float) -> Garbage:
 
 
 def _outdated_tables(store: Store, entries: Sequence[FileEntry]) -> list[FileEntry]:
-    """Token tables and maps that are damaged, or of another version."""
+    """Find token tables and maps that are damaged, or of another version."""
     tables = {entry.key: entry for entry in entries if is_table_file(entry.key)}
     outdated = []
     for key, raw in store.read_all(list(tables)):

@@ -67,7 +67,7 @@ def python_conversations() -> list[tuple[str, list[Turn]]]:
 
 
 def _topics() -> Iterator[tuple[str, list[Turn]]]:
-    """Questions that the topics of Python's own documentation answer."""
+    """Yield questions that the topics of Python's own documentation answer."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -82,7 +82,7 @@ def _topics() -> Iterator[tuple[str, list[Turn]]]:
 
 
 def _docstrings(library: Path) -> Iterator[tuple[str, list[Turn]]]:
-    """Questions that docstrings of public functions, classes and their methods answer."""
+    """Yield questions that docstrings of public functions, classes and their methods answer."""
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
         if _LEFT_OUT.intersection(parts) or any(part.startswith("_") and part != "__init__" for part in parts):

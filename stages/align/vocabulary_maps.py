@@ -272,7 +272,7 @@ def exact_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, 
 
 
 def special_map(source: Vocabulary, target: Vocabulary) -> np.ndarray:
-    """For each special token of the source the target's special token of the same role or name.
+    """Map each special token of the source to the target's special token of the same role or name.
 
     Returns:
         (V of the source,) int32; -1 without, and for text.

@@ -511,7 +511,9 @@ def _first_bytes(shard: _Shard) -> np.ndarray:
 
 
 def _has_label(table: pa.Table, row: int) -> np.ndarray:
-    """(N,) bool: the position's next token is to be learnt. In plain text that is every position but the last."""
+    """Return whether each position's next token is learnt, (N,) bool. In plain text only the last position's is
+    not.
+    """
     is_trained = roles_of(table, row, prefix_id=None, eos_id=None).is_trained
     return np.append(is_trained[1:], False)[: len(is_trained)]
 

@@ -43,7 +43,7 @@ def candidate_weights(cross_entropy: np.ndarray, present: np.ndarray, *, functio
 
 
 def win_shares(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Who wins at each position: the candidate with the lowest cross-entropy, and tied ones in equal parts.
+    """Compute who wins at each position: the candidate with the lowest cross-entropy; tied candidates share the win.
 
     ``candidate_weights`` must choose, and takes the first of tied candidates; a figure of how often each wins that
     counted this choice would favour the target, which is the first.
@@ -60,7 +60,7 @@ def win_shares(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarray:
 
 
 def _behind_the_best(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """(N, C) how far each candidate stands behind the best of its position; infinite for those without a distribution."""
+    """Compute how far each candidate is behind the best of its position, (N, C); infinite without a distribution."""
     known = np.where(np.isnan(cross_entropy), np.inf, cross_entropy.astype(np.float64))
     best = np.where(present, known, np.inf).min(axis=1, initial=np.inf)
     relative = np.where(np.isinf(best)[:, None], 0.0, known - np.where(np.isinf(best), 0.0, best)[:, None])
@@ -101,7 +101,7 @@ def token_cross_entropy(candidates: Sequence[Candidate], gold: np.ndarray) -> np
 
 
 def block_cross_entropy(segment_ce: np.ndarray, segment: np.ndarray, block: np.ndarray) -> np.ndarray:
-    """Granularity ``"block"``: the mean over a block's pieces of their segments' cross-entropies.
+    """Average the cross-entropies of a block's pieces (granularity ``"block"``).
 
     Args:
         segment_ce: (S, C) of each segment under each candidate's model; NaN where it has none.

@@ -105,7 +105,7 @@ class LogitsConfig(Settings):
         if self.tail_samples and self.backend in ("vllm", "server"):
             raise ValueError(
                 f"tail_samples = {self.tail_samples} draws from the full distribution, and backend = {self.backend!r} gives "
-                "the largest entries alone: set backend = 'transformers', or tail_samples = 0"
+                "only the largest entries: set backend = 'transformers', or tail_samples = 0"
             )
         if self.tail_samples and self.top_p < 1:
             raise ValueError(

@@ -85,7 +85,7 @@ class DamagedTableError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class TokenTable:
-    """What stages need of a model's tokenizer, where they split no text.
+    """Part of a model's tokenizer that stages need unless they split texts into tokens.
 
     Attributes:
         vocabulary: what its ids stand for.

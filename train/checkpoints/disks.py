@@ -1,4 +1,4 @@
-"""Which workers write to the same disk: found out before the first step, for hours of training hang on it.
+"""Find out before the first step which workers write to the same disk, since hours of training depend on it.
 
 A checkpoint is complete when every worker's shards are in one place. On a folder that all workers see that place is the
 folder. Where each machine has a disk of its own it is the object store, if the run has one; without one, the shards of a

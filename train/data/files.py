@@ -50,7 +50,7 @@ Range = tuple[int, int]
 
 
 class GroupedFile(Protocol):
-    """What is used of ``pyarrow.parquet.ParquetFile``."""
+    """Part of ``pyarrow.parquet.ParquetFile`` that is used here."""
 
     metadata: pq.FileMetaData
     schema_arrow: pa.Schema
@@ -61,7 +61,7 @@ class GroupedFile(Protocol):
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What the worker that has checked a file tells the others; picklable.
+    """Facts about a file that the worker that checked it sends to the others; picklable.
 
     Attributes:
         metadata: the file's table of contents.
@@ -188,7 +188,7 @@ class RemoteFile:
     """A Parquet file in an object store, of which single row groups are fetched."""
 
     def __init__(self, file: FusedFile, facts: FileFacts, columns: Columns, scratch: Path) -> None:
-        """Nothing is fetched yet.
+        """Remember the file; nothing is fetched yet.
 
         Args:
             file: behind a URL.

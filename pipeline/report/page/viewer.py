@@ -149,7 +149,9 @@ def _documents(
 
 
 def _turns(found: SegmentTurns | None) -> dict[str, Any]:
-    """The messages of a segment: role, number of tokens, whether it is learnt; and which tokens are the template's."""
+    """Encode the messages of a segment: role, number of tokens, whether it is learnt; and which tokens are the
+    template's.
+    """
     if found is None:
         return {}
     return {

@@ -1,1 +1,1 @@
-"""Which source token belongs to which target token."""
+"""Pairing of source tokens with target tokens."""

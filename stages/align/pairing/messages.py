@@ -1,4 +1,4 @@
-"""Which tokens of two models belong to the same message: a text of its own to the edit-distance pairing."""
+"""Match tokens of two models by message: the edit-distance pairing treats each message as a separate text."""
 
 import itertools
 from collections.abc import Iterator

@@ -1,1 +1,1 @@
-"""How a model renders conversations, and which of its tokens say what of them."""
+"""Rendering of conversations by a model's chat template, and the role of each of its tokens."""

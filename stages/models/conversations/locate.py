@@ -1,4 +1,4 @@
-"""Where the tokens of a rendered conversation stand, in the text and in the coordinates that all models share."""
+"""Position of a rendered conversation's tokens, in the text and in the coordinates that all models share."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -96,7 +96,7 @@ def control_tokens_in_contents(tokens: Tokens, rendered: Rendered) -> list[int]:
 
 @dataclass(frozen=True, eq=False)
 class Coordinates:
-    """What the N tokens of a conversation are to it; see ``stages.models.tokenizer.Encoding``.
+    """Position and role of the N tokens of a conversation; see ``stages.models.tokenizer.Encoding``.
 
     Attributes:
         byte_end: (N,) int32.

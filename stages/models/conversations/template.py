@@ -97,7 +97,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Shape:
-    """What a template writes around the contents of messages with certain roles.
+    """Text that a template writes around the contents of messages with certain roles.
 
     Attributes:
         pieces: M + 1 texts.

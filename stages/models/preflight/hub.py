@@ -1,4 +1,4 @@
-"""What the hub says of a model that is not in the local cache: the names of its files."""
+"""Names of the files of a hub model that is not in the local cache."""
 
 import logging
 from collections.abc import Iterator, Sequence
