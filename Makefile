@@ -65,7 +65,7 @@ $(STAGES): $(VENV)/.installed $(DEMO_DATA)
 init: $(VENV)/.installed  ## write a commented configuration to fill in: CONFIG=my.toml
 	$(PTAFUSE) init $(CONFIG)
 
-run: $(VENV)/.installed $(DEMO_DATA)  ## all stages and the evaluation; what is done is passed over
+run: $(VENV)/.installed $(DEMO_DATA)  ## all stages and the evaluation; finished ones are skipped
 	$(PTAFUSE) run $(CONFIG) --run $(RUN) $(ARGS)
 
 # SUITES='lambada mmlu': benchmarks besides bits per byte, with lm-evaluation-harness, which is installed for them.
@@ -133,7 +133,7 @@ format: $(VENV)/.installed-dev  ## rewrite the code as `make check` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-dev  ## one JSON object a line, for people on standard error
+bench: $(VENV)/.installed-dev  ## one JSON object per line, for people on standard error
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
 gpu-check: $(VENV)/.installed-dev  ## on a GPU machine: is it right and fast? eight minutes (docs/benchmarks.md)

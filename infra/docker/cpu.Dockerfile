@@ -15,12 +15,12 @@ RUN useradd --create-home --uid 1000 ray \
     && echo "ray ALL=(root) NOPASSWD: /bin/chown, /usr/bin/chown" > /etc/sudoers.d/ray
 WORKDIR /home/ray/ptafuse
 
-# Apart from the code, so that a changed line of it does not download everything again.
+# Before the code is copied, so that a changed line of code does not download everything again.
 COPY requirements.txt ./
 # The index of CPU builds is PyTorch's; PyPI's torch would bring several GB of CUDA that no node here has.
 RUN pip install --no-cache-dir "$(grep '^torch==' requirements.txt)" --index-url https://download.pytorch.org/whl/cpu \
     && pip install --no-cache-dir --requirement requirements.txt
-# With it Ray's autoscaler starts machines on AWS. Of one version with the botocore that requirements.txt pins.
+# boto3 lets Ray's autoscaler start machines on AWS. Its version must match the botocore that requirements.txt pins.
 ARG BOTO3_VERSION=1.43.117
 RUN pip install --no-cache-dir "boto3==${BOTO3_VERSION}" --constraint requirements.txt
 
@@ -33,5 +33,5 @@ RUN pip install --no-cache-dir --no-deps .
 RUN python -m compileall -q -j 0 /usr/local/lib || true
 
 USER 1000
-# Workers find ptafuse installed; nothing listens on its own.
+# Workers find ptafuse installed; the image starts no server itself.
 CMD ["ptafuse", "--help"]

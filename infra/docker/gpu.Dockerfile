@@ -22,7 +22,7 @@ RUN uv venv --python "${PYTHON_VERSION}" "${VIRTUAL_ENV}"
 WORKDIR /home/ray/ptafuse
 
 # vLLM holds older transformers, numba and numpy than requirements.txt. Of that file only what all nodes must share is
-# kept: Ray, torch, and what reads and writes the run directory. Manifests record the versions of whoever computed.
+# kept: Ray, torch, and what reads and writes the run directory. Manifests record the versions that computed each shard.
 COPY requirements.txt pyproject.toml README.md LICENSE ./
 RUN grep -E '^(ray|torch|pyarrow|fsspec|s3fs|safetensors|pydantic)==' requirements.txt > constraints.txt
 COPY pipeline pipeline

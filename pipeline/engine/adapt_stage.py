@@ -24,7 +24,7 @@ def run_adapt(run: Run) -> None:
     """Train every source that has ``adapt``, once for each fold.
 
     Raises:
-        StageError: the shard stage is incomplete, there is one shard alone, or a training failed; says why.
+        StageError: the shard stage is incomplete, there is only one shard, or a training failed; says why.
     """
     steps = run.resolved.of_stage("adapt")
     if not steps:
@@ -86,8 +86,8 @@ def source_blocks(shard: pa.Table, tokenizer: SegmentTokenizer, *, max_length: i
 
     Args:
         shard: a table of ``schemas.SHARD``.
-        tokenizer: the source's.
-        max_length: tokens of a block; one longer segment is a block of its own.
+        tokenizer: tokenizer of the source.
+        max_length: tokens of a block; a longer segment gets its own block.
 
     Returns:
         The columns of ``schemas.fused_schema`` that a training on gold tokens reads.

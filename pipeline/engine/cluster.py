@@ -1,7 +1,7 @@
 """Ray cluster of a command: joining it, how many workers fit on it, and waiting until it has grown.
 
-A cluster that ``RAY_ADDRESS`` names may add machines by itself, and starts without any: what is alive when a step begins
-then says neither how many workers the step can have nor whether there are GPUs.
+A cluster that ``RAY_ADDRESS`` names may be autoscaled and start without machines: the machines that are alive when a step
+begins then tell neither how many workers the step can have nor whether there are GPUs.
 """
 
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 REPORT_SECONDS: Final = 60.0
 GROWN_WORKERS: Final = 32
-"""Workers that a cluster of unknown size is taken to grow to, where ``num_workers`` is not set."""
+"""Number of workers that a cluster of unknown size is assumed to grow to if ``num_workers`` is not set."""
 
 
 def start_ray(engine: EngineConfig) -> None:
@@ -39,7 +39,7 @@ def start_ray(engine: EngineConfig) -> None:
     address = os.environ.get("RAY_ADDRESS") or "local"
     if address == "local":
         # Ray's own hints would drown the progress; its log files are in /tmp/ray as always. Its core prints a warning for
-        # every actor that may be restarted, which ours may: what is lost with an actor is on disk.
+        # every actor that may be restarted. Ours may be: everything of value is on disk.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             address="local",
@@ -55,15 +55,15 @@ def start_ray(engine: EngineConfig) -> None:
 
 
 def require_cluster(address: str, seconds: float) -> None:
-    """Wait until a Ray cluster answers, for a limited time: Ray itself would go on asking without a word.
+    """Wait until a Ray cluster answers, for a limited time: Ray itself would keep asking silently.
 
     Args:
-        address: ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``. Of others (``auto``, a provider's) Ray says soon whether
-            they lead anywhere.
+        address: ``HOST:PORT`` of a head node, or ``ray://HOST:PORT``. Ray itself reports soon if other
+            addresses (``auto``, a provider's) are wrong.
         seconds: time to wait for an answer.
 
     Raises:
-        ConnectionError: none came; says why, as far as that is known.
+        ConnectionError: no answer came; says why, as far as that is known.
         ValueError: the address has no port.
     """
     place = address.removeprefix("ray://")
@@ -106,12 +106,12 @@ def _why_unreachable(host: str, port: int) -> str:
 
 
 def is_joined() -> bool:
-    """Return whether the command works on a cluster that was there before, and not on a Ray of its own."""
+    """Return whether the command joined an existing cluster instead of starting Ray itself."""
     return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
 
 
 def can_grow(engine: EngineConfig) -> bool:
-    """Return whether machines may join while a step runs. A Ray that was started here has this machine alone."""
+    """Return whether machines may join while a step runs. A Ray that was started here has only this machine."""
     return is_joined() and engine.autoscaling is not False
 
 
@@ -119,8 +119,8 @@ def gpus_per_worker(configured: float | None, device: str, engine: EngineConfig,
     """Return how many GPUs a worker reserves.
 
     Args:
-        configured: as the section says; None: it does not.
-        device: the section's, which decides where nothing is configured.
+        configured: ``gpus_per_worker`` of the section; None if not set.
+        device: ``device`` of the section, which decides if ``gpus_per_worker`` is not set.
         engine: whether the cluster can grow.
         section: section of the configuration, for messages.
 
@@ -205,9 +205,9 @@ def warn_of_idle_gpus(what: str, cpus: float, gpus: float) -> None:
 
 
 def require_resources(what: str, cpus: float, gpus: float, engine: EngineConfig, *, count: int = 1) -> None:
-    """Return when workers fit: at once, or after the cluster has grown. Ray itself would wait in silence, without end.
+    """Wait until workers fit, if necessary until the cluster has grown. Ray itself would wait silently and forever.
 
-    Where the cluster can grow, its autoscaler is asked for the machines, for nothing else asks for them meanwhile.
+    If the cluster can grow, its autoscaler is asked for the machines, since nothing else requests them yet.
 
     Args:
         what: name of what needs the workers, for messages.

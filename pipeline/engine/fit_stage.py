@@ -17,7 +17,7 @@ from stages.fuse.fit import fit_weights, mixture_nll, shrunk
 from stages.models.token_tables import TokenTables
 
 MAX_POSITIONS: Final = 4_000_000
-"""Positions that weights are fitted on, taken at equal distances: their standard error is below 0.001 then."""
+"""Number of positions that weights are fitted on, evenly spread: their standard error is then below 0.001."""
 
 
 def run_fit(run: Run) -> None:
@@ -91,7 +91,7 @@ def _row(kind: str | None, nll: np.ndarray, weights: np.ndarray) -> dict[str, An
 
 def _gold_nll(run: Run, step: Step, shards: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return what the candidates give the gold tokens, (T, C) nats, and the kind of each position's document."""
-    # Compilers and tokenizers, which a finished run does without.
+    # Loads compilers and tokenizers, which a finished run does not need.
     from stages.fuse.stage import FuseStage
 
     config = run.config

@@ -1,4 +1,4 @@
-"""The in-process runner: one worker, no Ray; one shard after the other, or as many at once as the stage lets overlap."""
+"""In-process runner without Ray: one worker that computes one shard after the other, or several if the stage allows it."""
 
 import ctypes
 import dataclasses
@@ -42,7 +42,7 @@ class _Threads:
 
         Args:
             pending: the shards.
-            num_threads: of these at once.
+            num_threads: number of shards at once.
         """
         shards = iter(pending)
         with ThreadPoolExecutor(num_threads, thread_name_prefix="shard") as pool:
@@ -57,7 +57,7 @@ class _Threads:
                 raise  # the pool waits for the shards under way: their results are kept
             except (
                 BaseException
-            ):  # Ctrl-C, which Python delivers to the main thread alone; or nobody wants further statuses
+            ):  # Ctrl-C, which Python delivers only to the main thread, or a caller that stops iterating
                 self._interrupt()
                 raise
 

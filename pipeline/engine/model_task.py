@@ -1,7 +1,7 @@
 """Work that loads one model, where the run computes: in a Ray task with a GPU, or in this process with ``--local``.
 
-The driver may be a head node with little memory and without a GPU. So whatever loads a model goes where there is room for
-it, like the shards and the training.
+The driver may be a head node with little memory and without a GPU. So work that loads a model runs where there is room
+for it, like the shards and the training.
 """
 
 import builtins
@@ -19,7 +19,7 @@ from stages.contract.store import Store
 from stages.contract.tracebacks import VARIABLE, shows_tracebacks
 
 _KINDS: Final = (FileNotFoundError, OSError, ValueError, ImportError, FloatingPointError, RuntimeError)
-"""Kinds of errors whose words were written for people; an instance of each is made from one text."""
+"""Classes of errors whose messages were written for people; each can be built from one text."""
 
 
 @dataclass(frozen=True)

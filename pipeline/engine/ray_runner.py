@@ -57,7 +57,7 @@ class RayShardWorker:
 class ShardMetrics:
     """Counters for the Prometheus endpoint of the driver's Ray node: ``ray_ptafuse_shards_done_total`` and others.
 
-    The driver counts, not the workers: those come and go, and what one counted in its last seconds would go with it.
+    The driver counts, not the workers: a worker that dies would take the counts of its last seconds with it.
     """
 
     def __init__(self, stage: str, model: str | None) -> None:
@@ -103,7 +103,7 @@ def actor_pool(resources: Resources, num_pending: int, engine: EngineConfig) -> 
     return ray.data.ActorPoolStrategy(
         min_size=1,
         max_size=pool_size(resources, num_pending, engine),
-        # No more than are computed: a shard that only waits in an actor could be another's.
+        # No more than are computed at once: a shard that only waits in an actor could run in another one.
         max_tasks_in_flight_per_actor=num_shards,
         max_concurrent_calls_per_actor=num_shards,
         # Otherwise Ray Data calls the worker from one thread alone, and shards wait for each other after all.
@@ -145,7 +145,7 @@ def run_shards(
         compute=actor_pool(resources, len(pending), engine),
         num_cpus=resources.cpus,
         num_gpus=gpus or None,
-    )  # Ray Data's default restarts a killed actor without end: the attempts on disk are what bounds it
+    )  # Ray Data restarts a killed actor without limit by default; the attempts on disk set the limit
     metrics = ShardMetrics(job.step.stage, job.step.model)
     try:
         for row in statuses.iter_rows():

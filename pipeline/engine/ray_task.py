@@ -1,4 +1,4 @@
-"""A generator that runs in a Ray task with resources of its own, and whose values arrive in the driver as they come."""
+"""Run a generator in a Ray task with its own resources; its values reach the driver one by one."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -11,7 +11,7 @@ from pipeline.settings.run import EngineConfig
 from stages.contract.environment import DriverEnvironment
 
 TASK_RETRIES: Final = 2
-"""A task has three attempts, as many as a shard."""
+"""Number of retries: a task has three attempts, as many as a shard."""
 
 
 def run_task(

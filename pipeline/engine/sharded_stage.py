@@ -53,7 +53,7 @@ def run_stage(run: Run, stage: str) -> None:
 
 
 def _warn_of_few_documents(run: Run) -> None:
-    """Say at once what the frozen plan shows; what the finished shards show is more exact, and is said in its place."""
+    """Warn of what the frozen plan shows, until finished shards give more exact warnings."""
     step = run.resolved.steps["shard"]
     plan = read_plan(run.store, step.folder)
     if plan is not None and pending_shards(run.store, step, plan.num_shards):
@@ -88,7 +88,7 @@ def _run_step(run: Run, step: Step) -> None:
         gpus=resources.gpus,
     )
     if job.models:
-        pending.sort(key=lambda shard: (fold_of(shard), shard))  # a worker then changes models once
+        pending.sort(key=lambda shard: (fold_of(shard), shard))  # a worker then switches models only once
     failed: list[ShardStatus] = []
     with StepProgress(run.console, step.key, num_shards, num_shards - len(pending)) as progress:
         for number, status in enumerate(_runner(run)(job, pending, resources, run.config.engine), start=1):
@@ -152,7 +152,7 @@ def _failures(failed: Sequence[ShardStatus]) -> str:
 def _check_tokenizers(run: Run, step: Step) -> None:
     """Load the tokenizers of a step that reads text here first: one without byte offsets is refused before any worker starts.
 
-    Their token tables are written by the way.
+    This also writes their token tables.
 
     Raises:
         ValueError: names the model, and says what to give instead.
@@ -167,7 +167,7 @@ def _check_tokenizers(run: Run, step: Step) -> None:
 
 def _prepare_maps(run: Run) -> None:
     """Write the maps between the vocabularies that align reads, while the tokenizers which they are made of are loaded here."""
-    from stages.align.stage import AlignStage  # a compiler, which a finished run does without
+    from stages.align.stage import AlignStage  # loads a compiler, which a finished run does not need
 
     tables = TokenTables(run.store)
     for source in run.config.sources:

@@ -1,7 +1,7 @@
 """Compute one shard, from inputs to committed manifest, with the same code under Ray and in-process.
 
 An attempt is recorded before it computes, so that a worker that dies (out of memory, a lost node) leaves a trace, and a
-shard that kills every worker is refused after ``max_attempts`` instead of being retried without end.
+shard that kills every worker is refused after ``max_attempts`` instead of being retried forever.
 """
 
 import json
@@ -50,13 +50,13 @@ class ShardJob:
     Attributes:
         run_url: the run directory.
         config_json: the resolved configuration.
-        step: what is computed.
+        step: step that is computed.
         input_folders: input name -> folder of the step that gives it, for the inputs that have one file per shard.
         shard_folder: folder of the shard stage, where the frozen plan is.
         num_shards: shards of the run.
         launch: identifies the command that started the job.
         max_attempts: attempts at a shard before it counts as failed.
-        result_keys: input name -> the result that gives it, for the inputs that are the same for all shards.
+        result_keys: input name -> key of the result that it is read from, for inputs that are the same for all shards.
         models: fold of the shards -> folder of the step that trained the model which computes them; empty: the step's own
             model computes all.
         cpus: CPUs that each worker has, for the manifest.
@@ -93,7 +93,7 @@ class ShardStatus:
 
 
 class TooManyBadRecordsError(ValueError):
-    """More records of a shard went to quarantine than ``max_bad_fraction`` allows."""
+    """Error of a shard of which more records went to quarantine than ``max_bad_fraction`` allows."""
 
 
 class ShardWorker:
@@ -127,11 +127,11 @@ class ShardWorker:
 
     @contextmanager
     def _turn(self, shard: int) -> Iterator[None]:
-        """Wait until a shard may be computed beside those that are under way, and hold its place until it is done.
+        """Wait until a shard may be computed in parallel with the running ones, and hold its place until it is done.
 
         A shard runs alone if a worker died on it before in this command. The attempt of its neighbour would be lost with the
         next death, and counted: a shard that kills its workers would make other shards fail. Shards of another fold wait too,
-        until nobody uses the model that is loaded: there is room for one.
+        until the loaded model is not used any more: only one fits in memory.
         """
         fold = fold_of(shard) if self._job.models else ""
         alone = self._spec.shards_per_worker > 1 and self._lost_a_worker(shard)

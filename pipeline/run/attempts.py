@@ -1,6 +1,4 @@
-"""Attempts at shards: begin and record one, read those of unfinished shards, find which are running, forget failed
-ones.
-"""
+"""Attempts at shards: begin and record them, read those of unfinished shards, find running ones, forget failed ones."""
 
 import json
 import os
@@ -25,7 +23,7 @@ def unfinished_attempts(store: Store, folder: str, done: Container[int]) -> dict
     Args:
         store: the run directory.
         folder: the step's folder.
-        done: shards whose attempts nobody asks for any more; their manifests say how many there were.
+        done: shards whose attempts are not needed any more; their manifests say how many there were.
 
     Returns:
         Shard -> its attempts' records, oldest first.
@@ -46,8 +44,8 @@ def is_running(record: Mapping[str, Any], *, longest_seconds: float) -> bool:
     """Return whether an attempt at a shard without a manifest is still computing.
 
     Args:
-        record: the attempt's.
-        longest_seconds: an attempt on another machine that began longer ago is taken for dead.
+        record: record of the attempt.
+        longest_seconds: an attempt on another machine that began longer ago counts as dead.
     """
     if record.get("error"):
         return False
@@ -80,7 +78,7 @@ class Attempt:
         """Record that an attempt starts.
 
         Attempts that ended in an error count against the shard forever; those that just ended (a killed worker) count
-        within the command that started them: a new command after a preemption starts afresh.
+        only within the command that started them: a new command, after a preemption, does not count them.
 
         Returns:
             The attempt, or the reason why the shard gets no further attempt.

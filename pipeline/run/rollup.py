@@ -1,4 +1,4 @@
-"""The figures of done shards, so that ten thousand of them are read as a few files.
+"""Figures of done shards, rolled up so that ten thousand shards are read as a few files.
 
     <step>/rollups/<name>.jsonl     one line per shard: figures from its manifest, under the manifest's name and version
 
@@ -38,12 +38,12 @@ class DoneShard:
         num_quarantined: records in quarantine.
         num_tokens: tokens processed.
         num_bytes: size of the data file.
-        seconds: reading, computing and writing.
+        seconds: time of reading, computing and writing.
         cpus: CPUs of its worker; None in a manifest of a version that did not record them.
         gpus: GPUs of its worker; None as for ``cpus``.
-        attempt: which attempt it was, from 1.
-        sha256: of the data file.
-        data_key: the data file.
+        attempt: number of the attempt, from 1.
+        sha256: hash of the data file.
+        data_key: key of the data file.
         finished: when the manifest was published, seconds since the epoch; None where the filesystem does not say.
     """
 
@@ -102,7 +102,7 @@ class FiguresReader:
         entries = manifest_entries(self._store, folder)
         listed = {key: entry.version for key, entry in entries.items()}
         seen, figures = self._seen.get(folder, ({}, StepFigures()))
-        if any(listed.get(key) != version for key, version in seen.items()):  # a shard was taken back or made again
+        if any(listed.get(key) != version for key, version in seen.items()):  # a shard was removed or recomputed
             seen, figures = {}, StepFigures()
         new = {key: entry for key, entry in entries.items() if key not in seen}
         if new:
@@ -172,8 +172,8 @@ def write_rollup(store: Store, folder: str, lines: Mapping[str, Line]) -> None:
 
     Args:
         store: the run directory.
-        folder: the step's.
-        lines: by the manifest's key.
+        folder: folder of the step.
+        lines: manifest key -> line.
     """
     values = (
         {
@@ -190,7 +190,7 @@ def write_rollup(store: Store, folder: str, lines: Mapping[str, Line]) -> None:
 
 
 def roll_up(store: Store, folder: str) -> None:
-    """Write a rollup of the manifests that are in none, if there are enough of them to be worth it.
+    """Write a rollup of the manifests that are in no rollup yet, if there are enough of them.
 
     An error of the store is only logged: a run does not fail because a shortcut could not be written.
     """

@@ -67,7 +67,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
     for text in config.eval.texts:
         if (
             text.path is not None
-        ):  # those of the hub are checked where shards are planned: later stages may have no network
+        ):  # data sets on the hub are checked when shards are planned: later stages may have no network
             reading(text, check_dataset, text)
     _warn_of_branches(config)
     if config.logits_from is not None:

@@ -1,8 +1,8 @@
 """``logits_from``: import the finished shards of another run directory instead of computing them again.
 
 A shard that is done there, under the same fingerprint and from the same rows, gets a manifest here that names the file
-there. Nothing is copied but manifests (and the frozen plan), and nothing is written there; whoever reads the shard here
-opens the file there and checks its hash. What is not done there is computed here.
+there. Only manifests (and the frozen plan) are copied, and nothing is written there; a reader of the shard opens the file
+there and checks its hash. Shards that are not done there are computed here.
 """
 
 import logging
@@ -21,8 +21,8 @@ class ImportedShards:
     """Outcome of importing a step's pending shards.
 
     Attributes:
-        shards: those that have a manifest here now.
-        other_rows: those that are done there, but from another shard file than the one here: they cannot be used.
+        shards: shards that have a manifest here now.
+        other_rows: shards that are done there, but from a different shard file than ours, so they cannot be used.
     """
 
     shards: tuple[int, ...]
@@ -43,7 +43,7 @@ def check_shared(url: str) -> None:
 
 
 def import_plan(step: Step, store: Store, other: Store) -> bool:
-    """Freeze here the plan that is frozen there for the same shard fingerprint, if there is one."""
+    """Copy the frozen plan of the same shard fingerprint from the other run directory, if there is one."""
     try:
         raw = other.read(plan_key(step.folder))
     except FileNotFoundError:
@@ -52,12 +52,12 @@ def import_plan(step: Step, store: Store, other: Store) -> bool:
 
 
 def import_shards(step: Step, store: Store, other: Store, pending: list[int], num_shards: int) -> ImportedShards:
-    """Publish manifests here for the shards of a step that are done there.
+    """Publish manifests for the shards of a step that are done in another run directory.
 
     Args:
         step: a step of a stage that can be shared.
         store: this run directory.
-        other: the one it shares from.
+        other: run directory to import from.
         pending: shards without a manifest here.
         num_shards: shards of the run.
 

@@ -1,8 +1,8 @@
 """Models that a run trained (the target and adapted sources), on local disk and in an object store.
 
 Training works in a local folder, and its workers publish what they made: each checkpoint is copied to the store
-(``train.checkpoints.mirror``), and the finished model at the end (``train.model.publish``). A training that was killed goes on
-from the folder where that outlives the process, and from the newest copy where it does not.
+(``train.checkpoints.mirror``), and the finished model at the end (``train.model.publish``). A killed training
+resumes from the folder if that outlives the process, else from the newest copy.
 """
 
 import json
@@ -35,7 +35,7 @@ def local_folder(run: Run, step: Step) -> Path:
 
 
 def folder_here(store: Store, folder: str, scratch: Path | None) -> Path:
-    """Return a folder of a local run directory, else the one of its own that it has in ``engine.scratch``."""
+    """Return a folder of a local run directory; for a remote one, the corresponding folder in ``engine.scratch``."""
     if store.is_local:
         return Path(store.path(folder))
     if scratch is None:
@@ -60,7 +60,7 @@ def checkpoint_copies(run: Run, step: Step) -> "CheckpointMirror | None":
 
 
 def fetch_checkpoint(run: Run, step: Step) -> None:
-    """Bring the newest checkpoint from a remote run directory where this machine, which trains, has none that is as new."""
+    """Fetch the newest checkpoint from a remote run directory unless this machine, which trains, has one as new."""
     copies = checkpoint_copies(run, step)
     fetched = copies and copies.fetch(local_folder(run, step))
     if fetched:
@@ -68,7 +68,7 @@ def fetch_checkpoint(run: Run, step: Step) -> None:
 
 
 def publish_card(run: Run, step: Step) -> None:
-    """Put the model card, which evaluation completes, into a remote run directory."""
+    """Upload the model card, which the evaluation completes, to a remote run directory."""
     if not run.store.is_local:
         run.store.upload(f"{step.folder}/model/{CARD}", local_folder(run, step) / "model" / CARD)
 

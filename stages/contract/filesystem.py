@@ -107,7 +107,7 @@ def refuse_secrets(url: str) -> str:
 
 
 def check_reachable(filesystem: Any, root: str, url: str) -> None:
-    """Ask a remote store whether it is there, once and soon, before anything else is.
+    """Check that a remote store answers, once, before anything else uses it.
 
     Raises:
         StoreError: no answer, no credentials, access refused, or no such bucket; says what to set.
@@ -151,7 +151,7 @@ def retry_transient(
             return call(*arguments, **keywords)
         except (FileNotFoundError, FileExistsError, StoreError):
             raise
-        except Exception as error:  # every backend has errors of its own; none is swallowed
+        except Exception as error:  # every backend has its own error classes; none is swallowed
             if not is_transient(error):
                 explained = _explained(error, url)
                 if explained is error:
@@ -162,7 +162,7 @@ def retry_transient(
                 raise StoreUnreachableError(_unreachable(error, url, waited)) from error
             if pause > 1:
                 log.warning("%s: %s; trying again (for %.0f s so far)", url, _brief(error), waited)
-        time.sleep(pause * random.uniform(0.5, 1))  # many workers must not come back at once
+        time.sleep(pause * random.uniform(0.5, 1))  # many workers must not retry at the same moment
         pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
 

@@ -5,8 +5,8 @@ hashed; then it gets its final name, unique to the attempt; then the manifest is
 open only files that a manifest names, so nothing half-written is ever read, and two attempts never mix.
 
 Not every object store refuses a second create, and one that does may answer a repeated request as if another process
-had been faster. So what counts is what is stored: after publishing, the file is read back, and whoever finds bytes
-that are not its own has lost. See docs/faults.md.
+had been faster. So only the stored bytes count: after publishing, the file is read back, and a process that finds other
+bytes than its own has lost the race. See docs/faults.md.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ UPLOAD_PART_BYTES = 32 * 2**20
 MAX_CREATE_ROUNDS = 5
 """Largest number of times that a file is created again because it was found and then gone when it was read."""
 REMOTE_READS = 32
-"""Small files of an object store that are read at once: each costs a round trip, whatever its size."""
+"""Number of small files of an object store that are read in parallel: each costs a round trip, whatever its size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +86,10 @@ class Store:
         self._homes: dict[str, Store] = {self.url: self}
 
     def check(self) -> None:
-        """Ask a remote store whether it can be used; nothing for a local one.
+        """Check that a remote store can be used; does nothing for a local one.
 
         Raises:
-            StoreError: it cannot; says what to set.
+            StoreError: the store cannot be used; says what to set.
         """
         if not self.is_local:
             check_reachable(self._fs, self._root, self.url)
@@ -219,8 +219,8 @@ class Store:
             raw: content; it distinguishes the processes that compete for the name.
 
         Returns:
-            False if other bytes stand there; then these are nowhere. (A remote store that knows no conditional create
-            may for a moment have held ours: what stands when it is read back is what counts.)
+            False if the file holds other bytes; ours are then discarded. (A remote store without conditional create may have
+            held ours for a moment: only the bytes that are read back count.)
 
         Raises:
             StoreError: the file cannot be written, or is removed again and again by someone else.
@@ -232,11 +232,11 @@ class Store:
                 elif not self.exists(key):  # where the store ignores the condition, this leaves a moment, not minutes
                     self._ask(self._fs.pipe_file, self.path(key), raw, mode="create")
             except FileExistsError:
-                pass  # perhaps by us: a request whose answer was lost is repeated
+                pass  # perhaps written by us: a request whose answer was lost is repeated
             try:
                 return self.read(key) == raw
             except FileNotFoundError:
-                continue  # taken back in the meantime, by `ptafuse verify --repair`
+                continue  # removed in the meantime, by `ptafuse verify --repair`
         raise StoreError(f"{self.url}: {key} vanishes as soon as it is written: does another command remove it?")
 
     def _create_local(self, key: str, raw: bytes) -> None:
@@ -248,7 +248,7 @@ class Store:
             sync(final.parent)
 
     def replace(self, key: str, raw: bytes) -> None:
-        """Write a small file whole, over one of that name if there is one."""
+        """Write a small file as a whole, replacing any file of that name."""
         if not self.is_local:
             self._ask(self._fs.pipe_file, self.path(key), raw)
             return
@@ -265,8 +265,8 @@ class Store:
         Args:
             key: its name.
             table: the rows.
-            row_group_bytes: most bytes in memory of a row group, unless a single row is larger: what whoever reads one row
-                has to decode.
+            row_group_bytes: largest size of a row group in memory, unless a single row is larger: a reader of one row has
+                to decode its row group.
 
         Raises:
             ValueError: the file does not read back as written, or holds a number that is not finite.
@@ -293,7 +293,7 @@ class Store:
 
         Args:
             data: the file.
-            remake: what the user runs to make it again; part of the error.
+            remake: command that computes it again, for the error message.
 
         Raises:
             ValueError: the file is missing, or is not the one that was committed.
@@ -318,7 +318,7 @@ class Store:
             return file.read(use_threads=False)
 
     def upload(self, key: str, file: Path) -> None:
-        """Put a local file under a key of a remote store, over what is there."""
+        """Upload a local file to a key of a remote store, replacing any file there."""
         self._ask(self._upload, file, self.path(key))
 
     def download(self, key: str, file: Path) -> None:
@@ -358,7 +358,7 @@ class Store:
         return retry_transient(call, *arguments, url=self.url, **keywords)
 
     def _upload(self, file: Path, path: str) -> None:
-        """Put a file, and see that all of it arrived."""
+        """Upload a file, and check that all of it arrived."""
         self._fs.put_file(str(file), path, **self._upload_options)
         found, expected = self._fs.info(path)["size"], file.stat().st_size
         if found != expected:
@@ -385,7 +385,7 @@ class Store:
                 raise
             raise explained from error
         finally:
-            with contextlib.suppress(OSError):  # what cannot be removed is a hidden file that nobody reads
+            with contextlib.suppress(OSError):  # if it cannot be removed, a hidden file is left that nothing reads
                 temporary.unlink(missing_ok=True)
 
 
