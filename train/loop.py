@@ -1,4 +1,4 @@
-"""The training loop: the same for one process and for many, plain PyTorch.
+"""Training loop in plain PyTorch, the same for one process and for many.
 
 A job is a pure function of its settings, its files and its seed: the order of blocks and the random numbers of each
 step are computed from the step's number, so a run that was interrupted and continues from its newest checkpoint ends with
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 OnStep = Callable[[StepRecord], None]
 
 FETCHED = "fused"
-"""In the output folder: what was fetched of fused files that are in an object store; goes when the model is finished."""
+"""Folder, in the output folder, of row groups fetched from an object store; removed when the model is finished."""
 _NOT_IN_MANIFEST = ("model_folder", "was_done")  # a run directory can be moved
 
 
@@ -66,21 +66,21 @@ def train(
         marker: name of a file that the process which started the workers has made in its output folder.
 
     Raises:
-        ValueError: the settings, the files or what lies in the output folder do not fit, or the workers neither share a disk
-            nor have an object store; says what to do.
+        ValueError: the settings, the files or the contents of the output folder do not fit, or the workers neither share a
+            disk nor have an object store; says what to do.
         FloatingPointError: a loss or a gradient is not finite; names the blocks.
         StoppedError: the job was told to stop; its checkpoint is written.
     """
     # 1. Refuse or return before anything expensive: no model is loaded.
     output = check_job(job, num_workers=environment_size())
-    if environment_size() == 1 and (done := finished(job)) is not None:  # before anything is asked of the device
+    if environment_size() == 1 and (done := finished(job)) is not None:  # before the device is used
         return _published(job, done)
     device = resolve_device(job.config.device)
     set_threads(device, job.config.cpus_per_worker)
     with ExitStack() as stack:
         watch = watch or stack.enter_context(termination_watch())
         workers = stack.enter_context(join_workers(device))
-        # Each machine may have a disk of its own: without an object store its checkpoints would be worth nothing.
+        # If each machine has its own disk, checkpoints are complete only in an object store: refuse a job without one.
         disk = compare_disks(output, workers, store=job.checkpoint_store, marker=marker)
         with workers.fail_together():
             done = _published(job, found) if workers.is_first and (found := finished(job)) is not None else None
@@ -114,13 +114,13 @@ def take_steps(
         workers: processes that share the model; all of them call this.
         on_step: called after each optimizer step, when its checkpoint (if one was due) has begun.
         watch: reports that the machine is about to disappear.
-        disk: which workers see this one's output folder.
+        disk: this worker's view of the output folder: which workers share it.
 
     Returns:
         The record of the job's last step.
 
     Raises:
-        ValueError: what lies in the output folder belongs to another job.
+        ValueError: the output folder belongs to another job.
         FloatingPointError: a loss or a gradient is not finite; names the blocks.
         StoppedError: the job was told to stop; its checkpoint is written.
     """
@@ -191,7 +191,7 @@ def check_job(job: TrainJob, *, num_workers: int) -> Path:
     """Check what can be checked before anything is loaded.
 
     Args:
-        job: what to do.
+        job: settings, model and files of the run.
         num_workers: number of workers that will train it.
 
     Returns:
@@ -383,5 +383,5 @@ def _manifest(
         "inputs": [asdict(file) for file in job.files],
         "model_files": files,
         "bfloat16": None if rounding is None else asdict(rounding),
-        "attention": attention,  # of the last run's workers: "auto" may have chosen another one before a restart
+        "attention": attention,  # the last workers' choice: "auto" may have chosen differently before a restart
     }

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON object a step, the same as TensorBoard scalars, and in Weights & Biases where asked for."""
+"""Record of a run: one JSON object per step, also as TensorBoard scalars, and in Weights & Biases if requested."""
 
 import importlib.util
 import json
@@ -29,13 +29,13 @@ _SCALARS = (
 
 
 class RunLog:
-    """``<output>/log.jsonl`` and ``<output>/tensorboard/``; a step stands in each once, however often it was computed.
+    """Logs ``<output>/log.jsonl`` and ``<output>/tensorboard/``; each step is in them once, even if it was computed twice.
 
     An interrupted run continues from its newest checkpoint, which may lie before the last step it logged.
     """
 
     def __init__(self, output: Path, *, step: int, wandb: "WandbRun | None" = None) -> None:
-        """Open the logs of a run that continues after ``step`` steps; records of later steps are taken back.
+        """Open the logs of a run that continues after ``step`` steps; records of later steps are dropped.
 
         Args:
             output: the job's folder.
@@ -86,7 +86,7 @@ class WandbRun(Protocol):
 
 
 def check_wandb(config: TrainConfig) -> None:
-    """Refuse a job that is to be logged to Weights & Biases where that is not installed.
+    """Refuse a job that logs to Weights & Biases if that is not installed.
 
     Raises:
         ValueError: says what to install, or to set.
@@ -103,7 +103,7 @@ def start_wandb(job: TrainJob) -> WandbRun | None:
 
     Returns None if it was not requested.
 
-    Steps that were logged before an interruption and are computed again are not logged there twice: it drops them.
+    Steps that are computed again after an interruption are not logged twice: Weights & Biases drops them.
     """
     asked = job.config.wandb
     if not asked:

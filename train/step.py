@@ -49,11 +49,11 @@ class Stepper:
 
         Args:
             feed: feed of this worker.
-            tokens_before: trained on before this step.
+            tokens_before: number of tokens trained on before this step.
 
         Raises:
-            FloatingPointError: a loss or the gradient is not finite; on every worker, and names the blocks. The weights
-                are those of the step before.
+            FloatingPointError: a loss or the gradient is not finite. Every worker raises it and names the blocks; the weights
+                stay as they were before the step.
         """
         # 1. Take the batch, and fix everything that depends on the step's number.
         started = time.perf_counter()

@@ -2,14 +2,14 @@
 
     <output>/checkpoint-000500/__0_0.distcp ...  every worker's shards: weights and AdamW's state, float32
                                .metadata         which tensor is where
-                               state.json        where the run stands
+                               state.json        position of the run
                                COMMITTED         written last, by the first worker, when every worker's shards are on disk
 
 A folder without COMMITTED is incomplete and is removed when the job starts again. A checkpoint can be read by a different
 number of workers than wrote it. It takes 12 bytes per trained parameter; frozen parameters are left out.
 
-Where each machine has a disk of its own (``train.checkpoints.disks``), such a folder holds the shards of that machine's
-workers alone and never a COMMITTED: the checkpoint is whole in the object store, and the folder saves its machine a part
+If each machine has its own disk (``train.checkpoints.disks``), such a folder holds only the shards of that machine's
+workers and never a COMMITTED: the checkpoint is complete in the object store, and the folder saves its machine a part
 of the download.
 """
 
@@ -107,7 +107,7 @@ def remove_old_checkpoints(output: Path, *, keep: int) -> None:
     """Remove all but the ``keep`` newest committed checkpoints."""
     for step in committed_steps(output)[:-keep]:
         folder = checkpoint_folder(output, step)
-        (folder / COMMITTED).unlink()  # first, so that half a removal is not taken for a checkpoint
+        (folder / COMMITTED).unlink()  # first, so that a half-removed folder is not mistaken for a checkpoint
         shutil.rmtree(folder)
 
 
@@ -137,8 +137,8 @@ class Checkpoints:
             optimizer: optimizer of the model's parameters.
             workers: processes that share the model.
             keep: newest checkpoints that stay on disk.
-            copies: in an object store; needed where the workers share no disk.
-            disk: which workers see this one's folder.
+            copies: copies in an object store; needed if the workers share no disk.
+            disk: this worker's view of the folder: which workers share it.
         """
         self._output = output
         self._model = model
@@ -264,7 +264,7 @@ class Checkpoints:
         """Return the tensors of a checkpoint, as views of the live ones, and the optimizer's groups, which the
         settings determine.
 
-        A tied parameter stands there once; frozen parameters do not: they are what the model was loaded with.
+        A tied parameter is included once. Frozen parameters are left out: their values come with the loaded model.
         """
         weights, optimizer = get_state_dict(self._model, self._optimizer)
         changing = {name for name, parameter in self._model.named_parameters() if parameter.requires_grad}
@@ -293,7 +293,7 @@ class Checkpoints:
 
 
 def _read_state(folder: Path, expected: TrainState) -> TrainState:
-    """Return where a checkpoint stands.
+    """Read the state of a checkpoint.
 
     Raises:
         ValueError: it belongs to another job.

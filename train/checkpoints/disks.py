@@ -1,8 +1,8 @@
 """Find out before the first step which workers write to the same disk, since hours of training depend on it.
 
-A checkpoint is complete when every worker's shards are in one place. On a folder that all workers see that place is the
-folder. Where each machine has a disk of its own it is the object store, if the run has one; without one, the shards of a
-checkpoint would lie scattered over the machines, and the job is refused.
+A checkpoint is complete when every worker's shards are in one place: the output folder if all workers see it, or the
+object store of the run if each machine has its own disk. Without an object store the shards of a checkpoint would be
+scattered over the machines, so the job is refused.
 """
 
 import socket
@@ -15,7 +15,7 @@ from typing import Final
 from train.distributed import Workers
 
 WAIT_SECONDS: Final = 3.0
-"""How long a file that another machine has written may take to appear on a network disk."""
+"""Time that a file written by another machine may take to appear on a network disk."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Disk:
 
 
 ONE_DISK: Final = Disk(is_shared=True, is_first=True)
-"""The view of a worker that is alone."""
+"""View of a single worker."""
 
 
 def compare_disks(output: Path, workers: Workers, *, store: str | None, marker: str | None = None) -> Disk:
@@ -40,7 +40,7 @@ def compare_disks(output: Path, workers: Workers, *, store: str | None, marker: 
 
     Args:
         output: the job's folder, by its path on this machine.
-        workers: who train together.
+        workers: processes that train together.
         store: URL of the object store that checkpoints and the model go to; None without one.
         marker: name of a file that the process which started the workers has made in the folder on its own machine.
 

@@ -109,7 +109,7 @@ class FusedBlocks:
             files: files, in the order of their shards. Of those behind a URL the row groups that are needed are fetched.
             prefix_id: the token before every segment of the target (BOS, or EOS); None without.
             eos_id: the target's EOS, which ends a document; None without.
-            with_distributions: read the fused distributions, or the tokens alone (lambda = 1).
+            with_distributions: read the fused distributions; False: only the tokens (lambda = 1).
             isolate_documents: give position ids by piece, and no label to a piece's last token. A segment that continues its
                 document is isolated as well: the models that it was dumped from did not see the text before it.
             facts: what the workers found of each file, by its index, when they checked it; by default all files are checked
@@ -150,7 +150,7 @@ class FusedBlocks:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _refuse_conversations_together(self, *, isolated: bool) -> None:
-        """Refuse conversations that see each other: the models that are learned from saw each of them alone."""
+        """Refuse conversations that see each other: the source models saw each of them on its own."""
         holding = [name for name, columns in zip(self._names, self._columns, strict=True) if _IS_TRAINED in columns]
         if holding and not isolated:
             raise ValueError(
@@ -166,7 +166,7 @@ class FusedBlocks:
     def largest_id(self) -> int:
         """Return the largest token id of all blocks, of their distributions too where these are read.
 
-        The files' statistics say it, except where they were written by something else than this package.
+        It is read from the files' statistics, if this package wrote them.
         """
         names = ["token_ids", "topk_ids"] if self.with_distributions else ["token_ids"]
         largest = -1
@@ -227,11 +227,11 @@ class FusedBlocks:
     def _labels(self, table: pa.Table, row: int, ids: np.ndarray, isolated: np.ndarray | None) -> np.ndarray:
         """Return the gold next tokens; ``IGNORED`` at the block's end, and where what follows is another text.
 
-        At the border of two pieces the next token is a label where a document ends and the next one begins with a token
-        of its own (BOS after EOS), and where the text simply goes on without a prefix. A prefix in the middle of a
-        document, and an EOS that separates two documents a second time, are not what the model is to learn.
+        At the border of two pieces the next token is a label if a document ends there and the next one begins with a special
+        token (BOS after EOS), or if the text simply continues without a prefix. The model must not learn a prefix in the
+        middle of a document, nor a second EOS between two documents.
 
-        Of a conversation a token is a label if it is learnt: contents and ends of turns, as ``is_trained`` says.
+        In a conversation a token is a label if ``is_trained`` says so: contents and ends of turns.
         """
         labels = np.append(ids[1:], IGNORED)
         if isolated is not None:

@@ -1,7 +1,7 @@
 """Batches of one worker, read and collated by a thread ahead of the training step.
 
 The order of blocks is the schedule's, whatever the number of workers: a step's blocks are cut into as many consecutive
-slices as there are workers. Every worker makes the same number of forward passes in a step, for each is a collective
+slices as there are workers. Every worker makes the same number of forward passes in a step, since each is a collective
 operation: a worker whose slice of an epoch's last, smaller step holds fewer blocks fills up with passes that count
 nothing.
 """
@@ -23,7 +23,7 @@ from train.distributed import Workers
 from train.objective.loss import IGNORED
 
 AHEAD = 2
-"""Steps that are read ahead; a step of 32 blocks of 2,048 tokens with ten candidates each holds about 12 MB."""
+"""Number of steps that are read ahead; a step of 32 blocks of 2,048 tokens with ten candidates each holds about 12 MB."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Feed:
         """Begin to read.
 
         Args:
-            blocks: read by the feed's thread alone from now on.
+            blocks: training blocks; from now on only the feed's thread may read them.
             schedule: blocks of each step.
             start: the first step.
             workers: processes that share each step.
@@ -136,7 +136,7 @@ class Feed:
         )
 
     def _micro_batch(self, part: Sequence[Block]) -> MicroBatch:
-        """Collate some blocks; for a GPU in pinned memory, which this thread pays for."""
+        """Collate some blocks; for a GPU in pinned memory, so that this thread and not the training pays for the copy."""
         micro_batch = collate(part, flatten=self._flatten) if part else empty_micro_batch()
         return micro_batch.pin_memory() if self._pins else micro_batch
 

@@ -1,7 +1,7 @@
-"""The fused files of a job, read by row group, on disk or in an object store.
+"""Fused files of a job, read by row group, on disk or in an object store.
 
-Each file is checked once, by one of the workers. Of an object store that is also the only time that a file is read
-whole: the worker notes where its row groups are and their hashes, and tells the others. A worker then fetches the row
+Each file is checked once, by one of the workers. For an object store that is also the only time that a file is read
+completely: the worker records where its row groups are and their hashes, and sends these to the others. A worker then fetches the row
 groups that it needs, only the columns that it reads, and checks them against these hashes: so every byte that is
 trained on goes back to the sha256 in the manifest, and no worker downloads all of the data.
 
@@ -10,7 +10,7 @@ What was fetched stays in a folder that the workers of a machine share, so none 
     <scratch>/<sha256>.parquet      a file that a worker of this machine has checked
     <scratch>/<sha256>-000012.part  the columns that are read of one row group of another file
 
-Both appear whole. Where the disk is nearly full they are not kept, and fetched again when they are needed.
+Both appear atomically. If the disk is nearly full they are not kept, and are fetched again when needed.
 """
 
 import io
@@ -39,14 +39,14 @@ logger = logging.getLogger(__name__)
 SMALLEST_GAP: Final = 2**16
 """Columns that lie closer to each other than this are fetched by one request: the round trip costs more than the gap."""
 FREE_BYTES: Final = 4 * 2**30
-"""What stays free of the disk: checkpoints and the model are written to it too."""
+"""Space that is left free on the disk, since checkpoints and the model are written to it too."""
 REQUESTS: Final = 8
 """Row groups that a worker fetches at the same time."""
 
 Columns = Callable[[pa.Schema], list[str]]
-"""Which columns of a file are read."""
+"""Function from a file's schema to the names of the columns that are read."""
 Range = tuple[int, int]
-"""First byte, and the one after the last."""
+"""Half-open range of bytes: start, end."""
 
 
 class GroupedFile(Protocol):
@@ -97,7 +97,7 @@ def survey(
         ValueError: a file is missing, or is not the one its manifest names.
         StoreError: it cannot be fetched.
     """
-    # A file may be named several times; it is the same one, and looked at once.
+    # A file that is named several times is examined once.
     known: dict[FusedFile, FileFacts] = {}
     found = {}
     for number, file in enumerate(files):
@@ -266,7 +266,7 @@ class RemoteFile:
         return raw
 
     def _keep(self, group: int, raw: bytes) -> None:
-        """Put a row group on this machine's disk, unless that is nearly full."""
+        """Store a row group on this machine's disk, unless that is nearly full."""
         if _is_nearly_full(self._scratch):
             return
         part = self._part(group)
@@ -275,7 +275,7 @@ class RemoteFile:
             temporary.write_bytes(raw)
             temporary.replace(part)
         except OSError as error:
-            if local_error(error, str(part)) is error:  # not a matter of the disk's space or permissions
+            if local_error(error, str(part)) is error:  # neither space nor permissions are the cause
                 raise
             logger.warning("%s is not kept, and fetched again when it is needed: %s", part, error)
         finally:
@@ -295,7 +295,7 @@ def fetch(groups: Iterable[tuple[RemoteFile, int]]) -> None:
 
 
 class _Ranges(io.RawIOBase):
-    """A file of which only some ranges are there, at their offsets."""
+    """File that holds only some byte ranges, at their offsets."""
 
     def __init__(self, ranges: Sequence[Range], raw: bytes) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ class _Ranges(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # The end is only asked for by whoever wants the size; the footer behind it is not read.
+        # Readers seek to the end only to learn the size; the footer there is not read.
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._ranges[-1][1]}[whence]
         self._position = base + offset
         return self._position
