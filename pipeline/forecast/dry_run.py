@@ -41,9 +41,9 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
 
     Args:
         config: the run's configuration; of its models only the target's shape is read.
-        store: the run directory; fused shards that are there tell the number of tokens.
+        store: the run directory; its fused shards give the number of tokens.
         console: console to print on.
-        tokens: training tokens, where no fused shards are there.
+        tokens: number of training tokens, used if there are no fused shards.
 
     Raises:
         StageError: the estimate does not fit into ``train.gpu_memory_gb``; says what to change.

@@ -87,7 +87,7 @@ class Forecast:
         parameters: number of parameters of the models that were looked up, and where it is from.
         steps: steps, in their order.
         assumptions: names of the assumptions that were used.
-        warnings: what its documents let expect (none to evaluate on, say), models without fast attention, and GPUs of the
+        warnings: problems to expect from the documents (none to evaluate on), models without fast attention, and GPUs of the
             machines that stay idle.
     """
 
@@ -114,7 +114,7 @@ def forecast(resolved: ResolvedRun, store: Store) -> Forecast:
     """Plan a configuration against a run directory. Reads storage only, records and fetches nothing.
 
     Raises:
-        ValueError: the size of the dataset or of a model that is needed is not known; says what to set.
+        ValueError: the size of the dataset or of a model is needed and unknown; says what to set.
     """
     planner = _Planner(resolved, store)
     steps = tuple(planner.plan(step) for step in resolved.steps.values())  # in their order: resolve() makes them in it
@@ -165,7 +165,7 @@ class _Planner:
         )
 
     def document_warnings(self) -> list[str]:
-        """Return what is to be said of the documents: what the shards show where they are done, else what is to be expected."""
+        """Return the warnings about the documents: from finished shards, else from what is to be expected."""
         shard = self._status["shard"]
         if shard.is_done:
             return shard_warnings(self._config, shard.health)
@@ -231,7 +231,7 @@ class _Planner:
         return Work(tokens, left, done_bytes + num_bytes, cost, self._cost_of(step, shards), basis if left else "")
 
     def _cost_of(self, step: Step, shards: Mapping[int, DoneShard]) -> Cost:
-        """Return what done shards took; a manifest that does not say on what: on workers as configured now."""
+        """Sum the cost of done shards; manifests without CPUs and GPUs count as computed by workers as configured now."""
         resources = sharded_stage(step.stage).resources(self._config, step.model)
         total = Cost()
         for done in shards.values():

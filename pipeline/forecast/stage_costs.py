@@ -52,13 +52,13 @@ class Outlook:
         return self.tokens[f"logits/{self.config.target.name}"]
 
     def forward(self, model: ModelConfig, tokens: float, device: str) -> Cost:
-        """Return what a model's forward pass over so many tokens takes."""
+        """Estimate the cost of a model's forward pass over a number of tokens."""
         gpu = self.on_gpu(model, device)
         eager = is_eager_only(model)
         return forward_cost(tokens, self.num_parameters(model), gpu=gpu, eager=eager, assumed=self.assumed)
 
     def on_gpu(self, model: ModelConfig, device: str) -> bool:
-        """Return where a model will run; what "auto" will find cannot be known here."""
+        """Return whether a model will run on a GPU; what "auto" will choose is assumed."""
         if device != "auto":
             return device == "cuda"
         if self.config.logits.gpus_per_worker is not None:

@@ -211,7 +211,7 @@ def _endings(row: HeldOutRow) -> str:
 
 
 def in_precisions(dtypes: Iterable[str | None]) -> str:
-    """Return what a title says of the precisions of evaluations; nothing where there is no evaluation."""
+    """Return the precisions of evaluations for a title; empty without evaluations."""
     found = sorted({dtype for dtype in dtypes if dtype is not None})
     return f", evaluated in {' and '.join(found)}" if found else ""
 
@@ -302,5 +302,5 @@ def _describe(run: ResolvedRun, text: str | None) -> str:
 
 
 def difference(estimate: Estimate | None) -> str:
-    """Return a difference with its standard error, for people; nothing where there is none."""
+    """Format a difference with its standard error; empty without a difference."""
     return "" if estimate is None else f"{estimate.mean:+.4f} ± {estimate.error:.4f}"

@@ -15,7 +15,7 @@ from stages.contract.store import Store
 from stages.models.config import ModelConfig
 
 _TELLING: Final = ("name", "path", "kind_column")
-"""Names of settings that are in no fingerprint, since contents are, and yet say what a result is of."""
+"""Settings that are not in a fingerprint, since contents are, but that tell people what a result is about."""
 
 
 def reported_runs(store: Store) -> list[ResolvedRun]:
@@ -50,7 +50,7 @@ def runs_by_folder(runs: Sequence[ResolvedRun], key: str) -> Iterator[tuple[Reso
         key: key of the step.
 
     Yields:
-        The first run that has it; what all that have it are called, one label a name; whether one is the latest of its name.
+        The first run that has it; the labels of all runs that have it, one per name; whether one is the latest of its name.
     """
     by_name: dict[str, list[ResolvedRun]] = {}
     shared: dict[str, dict[str, list[ResolvedRun]]] = {}
@@ -61,7 +61,7 @@ def runs_by_folder(runs: Sequence[ResolvedRun], key: str) -> Iterator[tuple[Reso
         labels = [
             name
             if len(same) == len(by_name[name]) > 1
-            else same[-1].label  # what differs among all did not matter here
+            else same[-1].label  # settings that differ among all of them did not matter here
             for name, same in sharing.items()
         ]
         is_latest = any(same[-1] is by_name[name][-1] for name, same in sharing.items())

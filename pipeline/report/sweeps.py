@@ -42,7 +42,7 @@ class Measure:
 
 
 def summary_of(sweep: SweepConfig) -> Measure:
-    """Return what the sweep's first table sums up."""
+    """Return the measure of the sweep's first table."""
     return Measure(None if sweep.summary == HELD_OUT else sweep.summary, sweep.average == "kinds")
 
 
@@ -64,9 +64,9 @@ class CellResult:
         bits_per_byte: bits per byte of each finished seed.
         against_baseline: mean over seeds of the paired difference, its standard error over documents; None for the
             baseline itself, without common seeds, and where other documents were scored.
-        not_compared: why figures are there on both sides and no difference.
+        not_compared: reason why there are figures on both sides but no difference.
         seed_error: standard error of that difference over seeds; NaN for fewer than two.
-        is_trained: it is a cell; else what its configurations evaluate without training, which has no seeds of its own.
+        is_trained: whether it is a cell; False: a model that is evaluated without training, which has no seeds.
         dtypes: the precisions of the evaluations.
         kinds_won: kinds of documents on which the mean over seeds is better than the baseline's, "15 of 18"; empty where
             nothing is compared by kind.
@@ -84,13 +84,13 @@ class CellResult:
 
 @dataclass(frozen=True)
 class _Figures:
-    """An evaluation, and what decides which documents it speaks of."""
+    """Evaluation, with what determines its documents."""
 
     result: dict[str, Any]
     documents: Mapping[str, Any]
 
     def value(self, measure: Measure) -> float:
-        """Return what it gave in the measure; NaN by kinds where its documents have none."""
+        """Return the value of the measure; NaN for an average over kinds if the documents have none."""
         if not measure.by_kind:
             return float(self.result["bits_per_byte"])
         kinds = figures_by_kind(self.result)
@@ -144,7 +144,7 @@ def _documents(run: ResolvedRun, text: str | None) -> dict[str, Any]:
     """Return what determines which documents a run scores: settings, and the dataset by its contents, wherever it is
     stored.
 
-    Of a text those are left out that training has read, so what decides the training documents decides here as well.
+    Documents that training has read are left out of a text, so everything that determines those counts as well.
     """
     settings = {key: value for key, value in scored_documents(run.config).items() if key not in PLACE}
     documents = {"dataset": run.steps["shard"].settings["inputs"]["dataset"], **settings}
@@ -170,7 +170,7 @@ def _untrained_result(
 
     Args:
         sweep: the sweep.
-        label: what was evaluated.
+        label: name of the evaluated model.
         found: its figures.
         figures: results of the cells; none for a source, which leaves out other first tokens.
         measure: what is summed up.
@@ -232,7 +232,7 @@ def _ids(figures: _Figures) -> set[int]:
 
 
 def cells_table(sweep: SweepConfig) -> ResultTable:
-    """Return what a sweep will run: its cells and what they change."""
+    """Describe what a sweep will run: its cells and their settings."""
     cells = cells_of(sweep)
     return ResultTable(
         f"Sweep {sweep.name}: {len(cells)} cells of {sweep.config}, seeds {', '.join(map(str, sweep.seeds))}: "
@@ -244,7 +244,7 @@ def cells_table(sweep: SweepConfig) -> ResultTable:
 
 
 def sweep_tables(sweep: SweepConfig, store: Store) -> list[ResultTable]:
-    """Return a sweep's tables: first what it is to be summed up by, then the held-out split and every text."""
+    """Build a sweep's tables: first the one of its measure, then the held-out split and every text."""
     runs = sweep_runs(sweep, store)
     return [
         sweep_table(sweep, sweep_results(sweep, store, measure, runs), measure)

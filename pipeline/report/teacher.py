@@ -12,7 +12,7 @@ from pipeline.state.status import RunStatus
 from stages.contract.manifest import Health, HealthMetric, Mean
 
 CHOSEN_BY_GOLD: Final = "chosen_by_gold"
-"""Fuse's count of positions at which the gold token decided what is taught; their figures have it as a prefix."""
+"""Fuse's count of positions at which the gold token decided what is taught; prefix of their metrics."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class TeacherRow:
     Attributes:
         run: the configuration's label.
         name: ``aligned <source>``, ``fused``, or ``fused, chosen by the gold token``: positions at which the gold token
-            decided what is taught, whose figures are not to be compared with others.
+            decided what is taught; their metrics must not be compared with others.
         completed_nll: NLL of the gold next token under the distribution, whose tail is divided as the target divides it;
             infinite where ``excluded`` is above 0.
         target_exact_nll: under the target at the same positions.

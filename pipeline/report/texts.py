@@ -30,7 +30,7 @@ class TextReport:
 def text_reports(
     runs: Sequence[ResolvedRun], store: Store, *, peers: Sequence[ResolvedRun] | None = None
 ) -> list[TextReport]:
-    """Return what every configuration gave on each of its texts.
+    """Collect the results of every configuration on each of its texts.
 
     Args:
         runs: the configurations that are shown, the last used one last.

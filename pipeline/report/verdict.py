@@ -40,7 +40,7 @@ def sentence(where: str, label: str, bits_per_byte: float, difference: Estimate)
     Args:
         where: the text.
         label: the model.
-        bits_per_byte: what it takes there.
+        bits_per_byte: its result on the text.
         difference: to gold tokens only, bits per byte, paired by document.
     """
     size, share = abs(difference.mean), abs(difference.mean) / (bits_per_byte - difference.mean)

@@ -9,7 +9,7 @@ from stages.models.config import ModelConfig
 from train.config import LoraConfig, TrainConfig
 
 FOLDS: Final = ("even", "odd")
-"""A model of each fold of the shards: the one that is named for a fold's shards was trained on all others."""
+"""Names of the folds of the shards: the model of a fold was trained on all other shards."""
 
 
 def fold_of(shard: int) -> str:

@@ -21,7 +21,7 @@ DECIDES: Final = (
     "eval.split",
     "eval.max_documents",
 )
-"""The settings that decide which documents, and what of them, are scored. All others say how, or where it is computed."""
+"""Settings that decide which documents are scored, and which parts. All others decide how, or where it is computed."""
 
 
 def scored_documents(config: RunConfig) -> dict[str, Any]:

@@ -44,9 +44,9 @@ class _Place(NamedTuple):
 
     Attributes:
         keys: as written in the file; a number counts the tables of a kind, from 0.
-        annotation: what is expected there; None: nothing is known of such a key.
+        annotation: type that is expected there; None: the key is unknown.
         field: the setting's declaration, if it is one.
-        section: the class of the section that it stands in.
+        section: class of the section that contains it.
     """
 
     keys: tuple[str | int, ...]
@@ -68,7 +68,7 @@ def describe_problems(error: ValidationError, model: type[Settings], where: str)
     """Describe every wrong setting in a line of its own.
 
     Args:
-        error: what checking the file's values raised.
+        error: error raised when the file's values were checked.
         model: the class of the whole file.
         where: the file.
     """

@@ -90,9 +90,9 @@ def find_toml(path: Path, shipped: list[Path], what: str) -> Path:
     """Return a file by its path, or a shipped one by its name, its stem, or its path in a checkout of ptafuse.
 
     Args:
-        path: what the user gave.
+        path: path as the user gave it.
         shipped: the files that come with ptafuse.
-        what: what is looked for, for the message.
+        what: kind of file, for the message.
 
     Raises:
         ConfigError: there is neither; names the shipped ones.

@@ -57,7 +57,7 @@ class EngineConfig(Settings):
 
 
 def _messages_column(values: dict[str, Any]) -> Any:
-    """Return what a configuration that is not checked yet says of `dataset.messages_column`; None: documents are texts."""
+    """Return `dataset.messages_column` of a configuration that is not checked yet; None: documents are texts."""
     dataset = values.get("dataset")
     return dataset.get("messages_column") if isinstance(dataset, dict) else getattr(dataset, "messages_column", None)
 
@@ -194,7 +194,7 @@ class RunConfig(Settings):
         return self
 
     def _conversations_are_whole(self) -> None:
-        """Refuse settings that cut conversations, or that render what is none.
+        """Refuse settings that cut conversations, or that render texts as conversations.
 
         Raises:
             ValueError: says which setting, and what to do.
@@ -231,7 +231,7 @@ class RunConfig(Settings):
                 )
 
     def _draws_are_kept(self) -> None:
-        """Refuse what would narrow or rescale rows with draws, whose expectation is the full distribution.
+        """Refuse settings that narrow or rescale rows with draws, whose expectation is the full distribution.
 
         Raises:
             ValueError: a setting does; says which, and what to set.

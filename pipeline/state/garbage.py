@@ -54,12 +54,12 @@ def collect_garbage(store: Store, console: Console, *, older_than_seconds: float
 
     Args:
         store: the run directory.
-        console: each file is shown there.
+        console: console to list the files on.
         older_than_seconds: younger files stay.
         dry_run: remove nothing.
 
     Raises:
-        ValueError: a manifest cannot be read, so nobody knows what it names. Nothing was removed then.
+        ValueError: a manifest cannot be read, so what it names is unknown. Nothing was removed.
     """
     found = find_garbage(store, older_than_seconds=older_than_seconds)
     for entry in found.files:

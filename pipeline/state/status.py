@@ -16,7 +16,7 @@ from stages.contract.store import Store
 from stages.models.token_tables import FOLDER, TABLE_FILE
 
 LOW_COVERAGE = 0.5
-"""Share of aligned positions under which status warns: the run would learn from the gold tokens almost alone."""
+"""Share of aligned positions below which status warns: the run would learn almost only from the gold tokens."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RunStatus:
         url: the run directory.
         name: of the configuration.
         steps: all of its steps, in order.
-        next_command: what to run next; None when all is done.
+        next_command: command to run next; None if everything is done.
         warnings: what a user should look at.
         token_tables: keys of the Parquet files that say what token ids stand for, of all configurations.
     """
@@ -165,7 +165,7 @@ class StatusReader:
 
 
 def read_status(resolved: ResolvedRun, store: Store) -> RunStatus:
-    """Read where a run stands, once."""
+    """Read the state of a run once."""
     return StatusReader(resolved, store).read()
 
 

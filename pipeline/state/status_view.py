@@ -48,7 +48,7 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
         "missing_source_segments": "segments without a source",
     },
 }
-"""Stage -> the health metrics that say how a run goes, and what each is; a name that ends in a slash begins several. All others
+"""Stage -> its important health metrics, and what each is; a name that ends in a slash is a prefix of several. All others
 are shown by ``status --all``."""
 ONLY_IF_ANY: Final = frozenset(
     {
@@ -56,7 +56,7 @@ ONLY_IF_ANY: Final = frozenset(
         *("missing_source_segments", "unconverged", GOLD_EXCLUDED),
     }
 )
-"""Counts of what is out of the ordinary: not shown while they are 0."""
+"""Counts of unusual events, which are not shown while they are 0."""
 WHOLES: Final = {
     "covered": "positions",
     "fused": "positions",
@@ -79,12 +79,12 @@ def status_json(status: RunStatus) -> dict[str, Any]:
 
 
 def print_status(status: RunStatus, console: Console, *, all_metrics: bool = False) -> None:
-    """Show where a run stands.
+    """Show the state of a run.
 
     Args:
         status: status of the run.
         console: where it is shown.
-        all_metrics: show every health metric, not only those that say how a run goes.
+        all_metrics: show every health metric, not only the important ones.
     """
     table = Table(title=f"{status.url}  ({status.name})", title_justify="left")
     for column in ("step", "fingerprint", "done", "failed", "tokens", "attempts", "tokens/s"):
@@ -136,7 +136,7 @@ def _print_health(status: RunStatus, console: Console, *, all_metrics: bool) -> 
 
 
 def _meanings(step: StepStatus) -> dict[str, str]:
-    """Return the step's metrics that say how a run goes, in the order in which they are shown, and what each is."""
+    """Return the step's important metrics, in the order in which they are shown, and what each is."""
     found: dict[str, str] = {}
     for name, meaning in HEADLINES.get(step.stage, {}).items():
         names = [name] if name in step.metrics else []

@@ -1,4 +1,4 @@
-"""Re-read a run directory against its manifests, and take back what cannot be trusted."""
+"""Re-read a run directory against its manifests, and remove the manifests of what cannot be trusted."""
 
 import json
 
@@ -18,7 +18,7 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
 
     Args:
         store: the run directory.
-        console: each bad file is named there.
+        console: console to name bad files on.
         repair: remove the manifest of a shard with a bad file, so that its stage's command computes it again; and a bad
             table, which is made again where it is needed.
 

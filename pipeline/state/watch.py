@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 WINDOW_SECONDS = 600.0
 """Speeds are those of the shards that were done in this time."""
 MOST_ERRORS = 5
-"""Failed shards whose errors are shown; ``ptafuse status`` shows all."""
+"""Number of failed shards whose errors are shown; ``ptafuse status`` shows all."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Speed:
 
 
 def watch(read: Callable[[], RunStatus], console: Console, *, interval: float) -> None:
-    """Show where a run stands until all of it is done, or Ctrl-C.
+    """Show the state of a run until all of it is done, or Ctrl-C.
 
     Args:
-        read: reads where the run stands now.
+        read: function that reads the current state of the run.
         console: where it is shown: a live table in a terminal, elsewhere a line for each step that has changed.
         interval: seconds between two readings.
 
@@ -65,7 +65,7 @@ def step_speed(step: StepStatus, now: float) -> Speed | None:
     """Compute the speed of a step; None if it has not begun, is done, or finished no shard lately.
 
     Args:
-        step: where it stands.
+        step: state of the step.
         now: seconds since the epoch.
     """
     if step.is_done:

@@ -1,9 +1,9 @@
 """Fused files of a job, read by row group, on disk or in an object store.
 
 Each file is checked once, by one of the workers. For an object store that is also the only time that a file is read
-completely: the worker records where its row groups are and their hashes, and sends these to the others. A worker then fetches the row
-groups that it needs, only the columns that it reads, and checks them against these hashes: so every byte that is
-trained on goes back to the sha256 in the manifest, and no worker downloads all of the data.
+completely: the worker records where its row groups are and their hashes, and sends these to the others. A worker then
+fetches the row groups that it needs, only the columns that it reads, and checks them against these hashes. So every byte
+that is trained on goes back to the sha256 in the manifest, and no worker downloads all of the data.
 
 What was fetched stays in a folder that the workers of a machine share, so none of them fetches it a second time:
 
