@@ -33,8 +33,8 @@ the command line. A wrong key, type or value is refused with its place in the fi
 
 **Recomputes** says whether another value names another result: with "yes" the stage gets a new
 [fingerprint](glossary.md#fingerprint) and is computed again, together with what depends on it. Settings with "no" say how or
-where to compute; you may change them in the middle of a run. Of a local `path` the content of the files counts, and not
-where they lie.
+where to compute; you may change them in the middle of a run. For a local `path`, the content of the files counts, not where
+they lie.
 """
 
 COMMANDS_INTRODUCTION: Final = """\
