@@ -323,7 +323,8 @@ class _SourceReader:
             num_tokens += int(predictions.starts[-1])
             first = 0
             for index, part in zip(some, contexts, strict=True):
-                aligned = self._align.align_rows(own[index], _source_rows(own[index], part, predictions, first))
+                source = _source_rows(own[index], part, predictions, first, is_marked=self._tokenizer.has_dummy_prefix)
+                aligned = self._align.align_rows(own[index], source)
                 tensors = (aligned.ids.astype(np.int64), aligned.probs, aligned.tail_mass)
                 rows.append(SourceRows(*map(torch.from_numpy, tensors)))
                 first += len(part.sequences)
@@ -401,7 +402,9 @@ def _token_roles(encoding: Encoding) -> TokenRoles | None:
     return TokenRoles(encoding.role, encoding.is_trained)
 
 
-def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions, first: int) -> ModelRows:
+def _source_rows(
+    target: ModelRows, contexts: Contexts, predictions: Predictions, first: int, *, is_marked: bool
+) -> ModelRows:
     """Lay out the source's rows as if its tokens ended where the target's do: one row per target position.
 
     Args:
@@ -409,6 +412,7 @@ def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions
         contexts: contexts of the segment.
         predictions: predictions of the sequences of several segments.
         first: the index of the segment's first sequence among them.
+        is_marked: the source writes a message's first token with a space that the message does not have.
     """
     size, width = len(target), predictions.topk_ids.shape[1]
     ids = np.full((size, width), NO_ID, np.int32)
@@ -419,25 +423,14 @@ def _source_rows(target: ModelRows, contexts: Contexts, predictions: Predictions
     ids[read], probs[read] = predictions.topk_ids[places], np.exp(predictions.topk_logprobs[places].astype(np.float64))
     for index in read:
         last_token[index] = contexts.sequences[contexts.sequence[index]][contexts.position[index]]
-    if target.roles is not None:
-        _put_first_tokens(last_token, target.roles, contexts)
-    return ModelRows(token_ids=last_token, byte_end=target.byte_end, topk_ids=ids, topk_probs=probs, roles=target.roles)
-
-
-def _put_first_tokens(token_ids: np.ndarray, roles: TokenRoles, contexts: Contexts) -> None:
-    """Put a message's first token behind where it starts: alignment reads off it how the source writes a first token.
-
-    Args:
-        token_ids: (M,) of the source, changed in place.
-        roles: of the M target positions.
-        contexts: what the source reads at each.
-    """
-    for start in np.flatnonzero(roles.role[:-1] == Role.START).tolist():
-        if min(contexts.sequence[start], contexts.sequence[start + 1]) < 0:
-            continue
-        sequence, first = contexts.sequences[contexts.sequence[start + 1]], int(contexts.position[start]) + 1
-        if first < len(sequence):
-            token_ids[start + 1] = sequence[first]
+    return ModelRows(
+        token_ids=last_token,
+        byte_end=target.byte_end,
+        topk_ids=ids,
+        topk_probs=probs,
+        roles=target.roles,
+        is_marked=np.full(size, is_marked),  # these rows have no token of the source behind a message's start
+    )
 
 
 def _backend(config: RunConfig, model: ModelConfig, tokenizer: SegmentTokenizer, cpus: float) -> TransformersBackend:

@@ -140,6 +140,20 @@ def test_without_weight_the_ensemble_is_the_target(folder: Path, target: str, so
     assert 0 < notes["sources"]["source"]["covered"] <= notes["positions"] == own.total.num_tokens
 
 
+@pytest.mark.parametrize(("target", "source"), [("gemma", "chatml"), ("chatml", "gemma"), ("chatml", "llama2")])
+def test_every_position_that_the_source_has_read_is_covered(folder: Path, target: str, source: str) -> None:
+    """The first of a message too, also where the source's first token of it would be longer than the target's."""
+    run = config(folder, target=target, source=source, baselines={"ensemble_contexts": "prefix"})
+    _, notes = evaluate_ensemble(run, SEGMENTS, cpus=1)
+    own, other = load(folder, target), load(folder, source)
+    texts = [part.segment_text for part in SEGMENTS]
+    contexts = [
+        message_contexts(text, encoding, other)
+        for text, encoding in zip(texts, own.encode_segments(texts), strict=True)
+    ]
+    assert notes["sources"]["source"]["covered"] == sum(int((part.sequence >= 0).sum()) for part in contexts)
+
+
 def test_the_ensemble_of_a_model_with_itself_is_the_model(folder: Path) -> None:
     run = config(folder, target="chatml", source="chatml")
     found, notes = evaluate_ensemble(run, SEGMENTS, cpus=1)
