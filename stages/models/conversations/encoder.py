@@ -158,12 +158,7 @@ class ConversationEncoder:
             added: the backend's added tokens, by id.
             control: those of them that structure a conversation.
         """
-        # Where a model knows no token for a text, it gives the id of an added one (`<unk>`) that nobody has written there.
-        is_added = [
-            token_id in added
-            and (added[token_id].normalized or text[slice(*span)].strip() == added[token_id].content.strip())
-            for token_id, span in zip(record.ids, record.offsets, strict=True)
-        ]
+        is_added = _are_written(text, record, added)
         is_control = [parsed and token_id in control for token_id, parsed in zip(record.ids, is_added, strict=True)]
         return find_tokens(
             text,
@@ -187,12 +182,13 @@ class ConversationEncoder:
         splitter = self._splitter
         replaced = splitter.replace(rendered)
         record = splitter.backend.encode(replaced.text, add_special_tokens=False)
-        own = self._find(replaced.text, record, splitter.added, self._control)
-        if own.is_control.any():  # the vocabulary has the name of a control token as a piece like any other
-            content = self._added[own.ids[int(np.argmax(own.is_control))]].content
-            raise RenderError(
-                f"a message holds the text of the control token {content!r}, which this tokenizer cannot read as text"
-            )
+        is_written = _are_written(replaced.text, record, splitter.added)
+        for token_id, written in zip(record.ids, is_written, strict=True):
+            if written and token_id in self._control:  # the vocabulary has its name as a piece like any other
+                raise RenderError(
+                    f"a message holds the text of the control token {self._added[token_id].content!r}, which this tokenizer "
+                    "cannot read as text"
+                )
         tokens = self._find(replaced.text, record, splitter.added, splitter.meaning)
         ids = [splitter.meaning.get(token_id, token_id) for token_id in tokens.ids]
         return replace(tokens, ids=ids), replaced
@@ -201,6 +197,18 @@ class ConversationEncoder:
     def _splitter(self) -> "_Splitter":
         """A backend for contents with the text of control tokens; few corpora have any."""
         return _Splitter(self._copy_backend(), {token_id: self._added[token_id] for token_id in sorted(self._control)})
+
+
+def _are_written(text: str, record: Any, added: Mapping[int, Any]) -> list[bool]:
+    """Return which tokens of a record are added tokens that stand in the text.
+
+    Where a model knows no token for a text, it gives the id of an added one (``<unk>``) that nobody has written there.
+    """
+    return [
+        token_id in added
+        and (added[token_id].normalized or text[slice(*span)].strip() == added[token_id].content.strip())
+        for token_id, span in zip(record.ids, record.offsets, strict=True)
+    ]
 
 
 class _Splitter:

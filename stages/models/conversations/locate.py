@@ -60,9 +60,9 @@ def find_tokens(
         chunk = text[begins:ends]
         exact = ends_by_bytes(chunk.encode(), pieces[run])
         if exact is None:
-            shifted = spans[run] - begins
+            shifted = np.clip(spans[run] - begins, 0, len(chunk))
             run_end = ends_by_offsets(chunk, pieces[run], [(int(low), int(high)) for low, high in shifted])
-            own_start = character_positions(chunk.encode())[np.clip(shifted[:, 0], 0, len(chunk))]
+            own_start = character_positions(chunk.encode())[shifted[:, 0]]
         else:
             run_end = exact
             own_start = np.zeros(stop - first, np.int64)

@@ -5,7 +5,7 @@ import os
 import shutil
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from stages.models.tokenizer import Encoding, SegmentTokenizer
 from tests.chat_tokenizers import CHATS, TEMPLATES, TURN_END, Chat, save_chat_tokenizer
 from tests.stages.models.conversations.oracle import check_conversation, place
 from tests.texts import texts
+from tests.tiny_tokenizers import Family
 
 LOOKALIKES = (
     *TURN_END.values(),
@@ -157,6 +158,43 @@ def test_positions_that_two_models_share_have_read_the_same(
     assert both <= own[0] & own[1]
 
 
+UNUSUAL: Final[tuple[tuple[Chat, Family], ...]] = (
+    ("chatml", "wordpiece"),
+    ("chatml", "unigram"),
+    ("phi", "byte-bpe"),
+    ("llama3", "spm-bpe"),
+    ("gemma", "unigram"),
+)
+
+
+@pytest.fixture(scope="module")
+def unusual(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return [save_chat_tokenizer(chat, tmp_path_factory.mktemp(chat), family=family) for chat, family in UNUSUAL]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    turns=st.lists(contents, min_size=1, max_size=5),
+    system=st.one_of(st.none(), contents),
+    number=st.integers(0, len(UNUSUAL) - 1),
+)
+def test_templates_go_with_every_kind_of_tokenizer(
+    unusual: list[Path], turns: list[str], system: str | None, number: int
+) -> None:
+    tokenizer, segment = load(unusual[number]), conversation(turns, system)
+    (encoding,) = tokenizer.try_encode_segments([segment])
+    if isinstance(encoding, RenderError):
+        assert UNUSUAL[number][1] == "unigram"
+        assert "which this tokenizer cannot read as text" in str(encoding)
+        return
+    if tokenizer.spells_text:
+        check_conversation(tokenizer, segment, encoding)
+    assert (np.diff(encoding.byte_end) >= 0).all()
+    assert encoding.byte_end[-1] == len(segment.text.encode())
+    if not holds_control(tokenizer, segment):
+        assert encoding.ids.tolist() == reference(tokenizer, unusual[number], segment)
+
+
 @pytest.mark.parametrize("chat", CHATS)
 def test_a_control_token_in_a_message_ends_no_turn(folders: dict[Chat, Path], chat: Chat) -> None:
     tokenizer = load(folders[chat])
@@ -287,7 +325,7 @@ def test_a_template_that_is_no_file_is_refused(folders: dict[Chat, Path], tmp_pa
     folder = shutil.copytree(folders["chatml"], tmp_path / "model")
     for name in ("config.json", "model.safetensors"):
         (folder / name).touch()
-    with pytest.raises(FileNotFoundError, match=r"nowhere.jinja' is no file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jinja' is not a file"):
         ModelConfig(name="m", path=folder, chat_template=str(tmp_path / "nowhere.jinja")).check()
 
 
