@@ -112,6 +112,8 @@ class SegmentTokenizer:
 
     Attributes:
         control_tokens: the texts of its special tokens.
+        chat_template: the Jinja template that conversations are rendered with, in the place of the tokenizer's own; None where
+            that is used.
     """
 
     def __init__(
@@ -155,8 +157,9 @@ class SegmentTokenizer:
         uses_bos = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
         self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else self.vocabulary.eos_id
         self._conversations: ConversationEncoder | None = None
+        self.chat_template: str | None = None
         if reads_conversations:
-            jinja = plain_template(bos=uses_bos) if chat_template == PLAIN else chat_template
+            jinja = self.chat_template = plain_template(bos=uses_bos) if chat_template == PLAIN else chat_template
             self._conversations = ConversationEncoder(
                 ChatTemplate(tokenizer, jinja),
                 lambda: _copy_backend(tokenizer.backend_tokenizer, description),

@@ -5,6 +5,7 @@ transformers' ``save_pretrained`` rewrites from the model or leaves out.
 """
 
 import fnmatch
+import json
 import logging
 import shutil
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from stages.models.config import TOKENIZER_FILES, ModelConfig, PretrainedFiles
+from stages.models.tokenizer import SegmentTokenizer
 from train.model.card import CARD
 
 logger = logging.getLogger(__name__)
@@ -57,6 +59,29 @@ def carry_over(model: ModelConfig, folder: Path) -> None:
         for file in elsewhere.iterdir():
             if file.is_file() and _matches(file.name, _OF_TOKENIZER):
                 _copy(file, folder / file.name)
+
+
+def keep_conversations(model: ModelConfig, folder: Path) -> None:
+    """Make an exported model answer as it was trained on conversations.
+
+    A chat template that the run gave it becomes the tokenizer's own, and the token that ended the turns it has learnt is among
+    those that end what it generates.
+
+    Args:
+        model: that was trained.
+        folder: of the exported model, with the tokenizer and generation_config.json.
+    """
+    if not model.reads_conversations:
+        return
+    tokenizer = SegmentTokenizer.load(model)
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    file, turn_end = folder / "generation_config.json", tokenizer.vocabulary.eos_id
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    known = settings.get("eos_token_id")
+    ends = [] if known is None else known if isinstance(known, list) else [known]
+    if turn_end not in ends:
+        file.write_text(json.dumps({**settings, "eos_token_id": [*ends, turn_end]}, indent=2) + "\n", encoding="utf-8")
 
 
 def _folder_of(files: PretrainedFiles) -> Path | None:

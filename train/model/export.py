@@ -17,7 +17,7 @@ from stages.contract.store import sync
 from stages.models.config import ModelConfig
 from train.job import MANIFEST
 from train.model.card import CARD
-from train.model.carry_over import carry_over
+from train.model.carry_over import carry_over, keep_conversations
 
 
 def export_model(
@@ -42,6 +42,7 @@ def export_model(
     model.save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
     carry_over(original, temporary)
+    keep_conversations(original, temporary)
     (temporary / CARD).write_text(card)
     for path in temporary.rglob("*"):
         sync(path)

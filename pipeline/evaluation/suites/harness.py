@@ -14,6 +14,7 @@ from pipeline.evaluation.suites.catalogue import Suite
 from pipeline.evaluation.suites.local_data import Document, as_multipl_e
 from pipeline.evaluation.suites.multipl_e import hub_dataset, task_config
 from stages.models.config import ModelConfig, load_model, load_tokenizer
+from stages.models.tokenizer import SegmentTokenizer
 from train.config import EvalConfig
 
 Data = Mapping[str, list[Document]]
@@ -98,6 +99,8 @@ def load_harness_model(model: ModelConfig, config: EvalConfig, *, cpus: float) -
 
 def chat_template(model: ModelConfig) -> str | None:
     """Return the chat template that a model's questions are asked under; None if it has none."""
+    if model.chat_template is not None:
+        return SegmentTokenizer.load(model).chat_template
     template: str | None = load_tokenizer(model).chat_template
     return template
 

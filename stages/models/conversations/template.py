@@ -29,6 +29,7 @@ PLAIN_TEMPLATE: Final = (
     "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant'}[message.role] }}:\n"
     "{{ message.content }}{{ eos_token }}{{ '\\n' }}"
     "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
 """The generic template, of `chat_template = "plain"`: the role, a line end, the content, EOS, a line end."""
 

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stages.models.config import ModelConfig, load_model
 from stages.models.preflight.examine import examine
+from stages.models.segment_text import Message, SegmentText
+from stages.models.tokenizer import SegmentTokenizer
 from tests.fp8 import to_fp8
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import save_tokenizer
@@ -18,7 +20,7 @@ from tests.train.conftest import job_in
 from train.job import TrainJob
 from train.loop import train
 from train.model.card import CARD
-from train.model.carry_over import carry_over
+from train.model.carry_over import carry_over, keep_conversations
 
 GENERATION = '{"eos_token_id": [2, 300], "temperature": 0.6, "top_p": 0.9}'
 KEPT = {
@@ -135,3 +137,54 @@ def test_files_of_the_hub_are_kept_where_they_can_be_had(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     carry_over(hub, tmp_path / "other")
     assert "the export lacks what a/b holds besides weights and tokenizer (no network)" in caplog.text
+
+
+TURNS = [{"role": "user", "content": "Who jumps?"}, {"role": "assistant", "content": "The fox."}]
+
+
+@pytest.mark.parametrize("given", [None, "file", "plain"])
+def test_an_export_of_a_run_on_conversations_answers_as_it_was_trained(tmp_path: Path, given: str | None) -> None:
+    """With the target's own template; or with one that the run gave to a model that has none."""
+    chat = "chatml" if given is None else None
+    folder = save_model(tmp_path / "target", tokenizer_family="byte-bpe", seed=3, chat=chat)
+    own_template = tmp_path / "turns.jinja"
+    own_template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": 7, "temperature": 0.6}))
+    model = ModelConfig(
+        name="target",
+        path=folder,
+        reads_conversations=True,
+        chat_template=str(own_template) if given == "file" else given,
+    )
+    exported = tmp_path / "exported"
+    shutil.copytree(folder, exported)
+    keep_conversations(model, exported)
+    keep_conversations(model, exported)  # once more changes nothing
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    (encoding,) = SegmentTokenizer.load(model).encode_segments(
+        [SegmentText.conversation([Message(turn["role"], turn["content"], is_trained=True) for turn in TURNS])]
+    )
+    assert tokenizer.apply_chat_template(TURNS, return_dict=False) == encoding.ids.tolist()
+    loaded = AutoModelForCausalLM.from_pretrained(exported)
+    turn_end = SegmentTokenizer.load(model).vocabulary.eos_id
+    assert loaded.generation_config.eos_token_id == [7, turn_end]
+    assert loaded.generation_config.temperature == 0.6
+    prompt = tokenizer.apply_chat_template(TURNS[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    length = prompt["input_ids"].shape[1]
+    assert prompt["input_ids"][0].tolist() == encoding.ids.tolist()[:length], "the prompt is what was trained on"
+    with torch.no_grad():  # the model would end its turn now: generation stops there
+        loaded.lm_head.weight[turn_end] = 0
+        loaded.lm_head.weight[turn_end] += 50 * loaded.model(**prompt).last_hidden_state[0, -1]
+    answer = loaded.generate(**prompt, max_new_tokens=5, do_sample=False)[0, length:].tolist()
+    assert answer == [turn_end]
+
+
+def test_an_export_of_a_run_on_texts_keeps_its_files(target: ModelConfig, tmp_path: Path) -> None:
+    exported = Path(shutil.copytree(str(target.path), tmp_path / "exported"))
+    before = {path.name: path.read_bytes() for path in exported.iterdir()}
+    keep_conversations(target, exported)
+    assert {path.name: path.read_bytes() for path in exported.iterdir()} == before
