@@ -11,8 +11,8 @@ VERSION: Final = 3
 FIT_VERSION: Final = 1
 """Version of the fit stage's algorithm, which fits the weights of ``function = "fitted"``."""
 ROW_GROUP_BYTES: Final = 2**20
-"""Size of a row group of its files in memory: training reads blocks in a random order, and decodes a row group for each. Half
-of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4 M tokens per second instead of 0.6."""
+"""Size of a row group of its files in memory: training reads blocks in a random order, and decodes a row group for each.
+Half of it reads no faster and compresses worse; with twice as much a CPU decodes 0.4 M tokens per second instead of 0.6."""
 
 
 class FuseConfig(Settings):

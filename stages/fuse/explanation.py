@@ -8,7 +8,7 @@ class ExplainedCandidate:
     """Contribution of one model at a position.
 
     Attributes:
-        name: the model's.
+        name: name of the model.
         cross_entropy: in the configured unit over the configured span (granularity ``token``: nats); NaN if unknown.
         weight: its share in the fused distribution.
         distribution: (text of a token, probability), descending; empty where the model has none here.
@@ -43,7 +43,7 @@ class Explanation:
 
 @dataclass(frozen=True)
 class Place:
-    """A position of a segment."""
+    """Position of a segment."""
 
     doc_id: int
     segment: int

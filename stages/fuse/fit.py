@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 SHRINKAGE: Final = 1_000.0
-"""Positions that the weights of the whole text count for in those of a kind of document."""
+"""Number of positions that the whole text's weights count as when the weights of a kind of document are fitted."""
 
 _TOLERANCE: Final = 1e-6
 """Largest change of a weight at which the iteration ends."""
@@ -31,7 +31,7 @@ def fit_weights(nll: np.ndarray) -> np.ndarray:
         candidate.
     """
     num_candidates = nll.shape[1]
-    # Scaled by each position's largest probability, which leaves r as it is and lets nothing underflow.
+    # Scaled by each position's largest probability, which does not change r and prevents underflow.
     best = nll.min(axis=1, keepdims=True, initial=np.inf)
     probs = np.exp(best - nll.astype(np.float64))[np.isfinite(best[:, 0])]
     weights = np.full(num_candidates, 1 / num_candidates)
@@ -78,8 +78,8 @@ def fixed_weights(weights: np.ndarray, present: np.ndarray) -> np.ndarray:
         present: (N, C) bool, the candidate has a distribution at the position.
 
     Returns:
-        (N, C) float64; a row sums to 1, or is zero where no candidate has a distribution. Where those that are there have
-        no weight at all, they share it equally.
+        (N, C) float64; a row sums to 1, or is zero where no candidate has a distribution. Candidates that are present but
+        have no weight at all share it equally.
     """
     scores = np.where(present, weights, 0.0)
     total = scores.sum(axis=1, keepdims=True)

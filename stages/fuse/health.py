@@ -47,11 +47,11 @@ class HealthCounts:
             mixture: the N fused distributions.
             target: the target's own window, over the same positions, as its logits have it.
             gold: (N,) the gold next tokens; ``PAD_ID``: there is none.
-            gold_logprob: (N,) what the target gives them, over the full vocabulary.
+            gold_logprob: (N,) their logprobs under the target, over the full vocabulary.
             chosen: (N,) index of the candidate with the largest weight, -1 where there is no fused distribution.
             chosen_by_gold: (N,) bool; the gold token itself decided what the distribution is.
-            mixed_gold_logprob: (N,) what the distributions are judged by where they have draws, see ``mix.mixed_gold_logprob``;
-                None: they themselves. With it there are no floored metrics: the exact rows that they are of are not stored.
+            mixed_gold_logprob: (N,) gold logprobs by which distributions with draws are judged, see ``mix.mixed_gold_logprob``;
+                None: the distributions are exact. With it there are no floored metrics: exact rows are not stored.
         """
         rows = mixture.rows
         present = rows.present
@@ -111,7 +111,7 @@ class _TeacherNll:
         self.num_positions = 0
 
     def add(self, metrics: dict[str, np.ndarray], where: np.ndarray) -> None:
-        """Take in the metrics, (N,) each, at the positions ``where``."""
+        """Add the metrics, (N,) each, at the positions ``where``."""
         self.num_positions += int(where.sum())
         self._num_excluded += int(np.isinf(metrics["completed_nll"][where]).sum())
         for name, values in metrics.items():

@@ -16,8 +16,8 @@ class Candidate:
     Attributes:
         rows: N positions.
         tail_mass: (N,) what each row's probabilities lack of 1; zeros where rows are rescaled to 1.
-        gold_logprob: (N,) ln of what the model gives the gold next token, completed, NaN where it is not known; where rows have
-            draws, which estimate no logarithm, this is what they are judged by. None: the rows themselves say it.
+        gold_logprob: (N,) completed logprob of the gold next token, NaN where unknown. Rows with draws are judged by it, since
+            draws give no unbiased logarithm. None: it is read from the rows themselves.
     """
 
     rows: SparseRows
@@ -132,7 +132,7 @@ def _merge(ids: np.ndarray, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         mass: (N, M).
 
     Returns:
-        ids (N, M), mass (N, M): each id once a row.
+        ids (N, M), mass (N, M): each id once per row.
     """
     num_rows, width = ids.shape
     if not width:

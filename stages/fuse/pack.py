@@ -110,7 +110,7 @@ def pack_whole(lengths: np.ndarray, max_length: int) -> Packing:
 
 
 def pack_cut(lengths: np.ndarray, max_length: int) -> Packing:
-    """Cut the concatenation of all segments into blocks of ``max_length`` tokens; the last one is as long as it comes.
+    """Cut the concatenation of all segments into blocks of ``max_length`` tokens; the last one may be shorter.
 
     A block may begin inside a segment: what is predicted there has a context that the block does not hold.
 

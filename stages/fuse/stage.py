@@ -54,7 +54,7 @@ class _Shard:
     lengths: np.ndarray  # (S,) target tokens
     doc_ids: np.ndarray  # (S,)
     fitted: np.ndarray | None  # (S, 1 + sources) weights of the candidates, where they are fitted
-    num_draws: int  # m, tokens drawn from the tail of each model's position; 0: rows are exact
+    num_draws: int  # m, the number of tokens drawn from the tail at each position; 0: rows are exact
     has_draws: bool  # rows have draws, though a small vocabulary may have left none to draw
 
 
@@ -72,7 +72,7 @@ class FusedSegment:
             ``"token"`` chose between candidates, or a candidate that counts has all its mass on it (``inexact = "gold"``).
         short_context: (N,) bool; the block begins too shortly before the position: what is predicted there is conditioned
             on text that the block does not hold, so there is no fused distribution.
-        mixed_gold_logprob: (N,) what the fused distributions are judged by where they have draws, see
+        mixed_gold_logprob: (N,) gold logprobs by which fused distributions with draws are judged, see
             ``mix.mixed_gold_logprob``; None where rows are exact.
     """
 

@@ -18,8 +18,8 @@ Function = Literal["min-ce", "avg-ce"]
 def candidate_weights(cross_entropy: np.ndarray, present: np.ndarray, *, function: Function) -> np.ndarray:
     """Compute the candidates' weights at each position.
 
-    A candidate whose cross-entropy is unknown (NaN: its span has no counted token) stands behind all others; where it
-    is unknown for all that have a distribution, they tie. Of tied candidates MinCE takes the first.
+    A candidate whose cross-entropy is unknown (NaN: its span has no counted token) ranks after all others; if it is
+    unknown for all that have a distribution, they tie. Of tied candidates MinCE takes the first.
 
     Args:
         cross_entropy: (N, C), how well each candidate's model knows the gold text around the position; lower is better.
@@ -45,8 +45,8 @@ def candidate_weights(cross_entropy: np.ndarray, present: np.ndarray, *, functio
 def win_shares(cross_entropy: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Compute who wins at each position: the candidate with the lowest cross-entropy; tied candidates share the win.
 
-    ``candidate_weights`` must choose, and takes the first of tied candidates; a figure of how often each wins that
-    counted this choice would favour the target, which is the first.
+    ``candidate_weights`` must choose, and takes the first of tied candidates. Win rates that counted this choice would
+    favour the target, which is the first.
 
     Args:
         cross_entropy: (N, C), NaN where unknown, as for ``candidate_weights``.
@@ -71,7 +71,7 @@ def gold_probability(rows: SparseRows, gold: np.ndarray) -> np.ndarray:
     """Return the probability that each row gives its gold token, at least ``TEACHER_FLOOR``.
 
     A gold token outside the row counts as the floor whether or not the row has a tail: the tail is the mass of all
-    tokens outside together, and to credit it to one of them would favour a row for what it does not say.
+    tokens outside together, and crediting it to one of them would favour a row for probability that it did not assign.
 
     Args:
         rows: N distributions.

@@ -64,7 +64,7 @@ class LogitsStage:
         """Remember the settings; ``setup`` loads the model."""
         self._config = config
         self._model = model
-        # Backends are not made for two callers: they share a token budget, which shrinks when memory runs out, and a device.
+        # Backends are not thread-safe: they have one token budget, which shrinks when memory runs out, and one device.
         self._has_model = threading.Lock()
         self._busy = BusyTime()
 
@@ -72,7 +72,7 @@ class LogitsStage:
         """Load tokenizer and model.
 
         Args:
-            backend: what runs the model, if it is loaded already. None: load the one that the settings choose.
+            backend: backend with the loaded model. None: load the one that the settings choose.
 
         Raises:
             ValueError: the tokenizer gives no byte offsets, or the backend cannot run the model.
@@ -143,7 +143,9 @@ class LogitsStage:
         encodings = self._tokenizer.try_encode_segments(segment_texts(rows))
         segments, bad = [], []
         for (doc_id, index), encoding in zip(keys, encodings, strict=True):
-            if isinstance(encoding, RenderError):  # `shard` rendered it: another version of transformers, perhaps
+            if isinstance(
+                encoding, RenderError
+            ):  # `shard` could render it: perhaps this is another version of transformers
                 bad.append(BadRecord(doc_id, index, "CannotRender", f"model {self._model.name}: {encoding}"))
             elif len(encoding.ids) == 0:
                 message = f"model {self._model.name}: the tokenizer keeps nothing of the segment's text"
@@ -187,7 +189,7 @@ class LogitsStage:
         )
 
     def _cut_rows(self, predictions: Predictions) -> None:
-        """End each row where it holds ``top_p``: what is behind becomes pads, which are not stored."""
+        """End each row where it holds ``top_p``: the entries after that become pads, which are not stored."""
         if self._config.top_p < 1:
             probs = np.exp(predictions.topk_logprobs.astype(np.float64))
             outside = outside_nucleus(probs, self._config.top_p)

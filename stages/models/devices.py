@@ -42,7 +42,7 @@ def require_cuda(what: str) -> None:
     """Refuse to compute on CPUs in a process that has a GPU reserved.
 
     Args:
-        what: computes, for the message.
+        what: name of the step that computes, for the message.
 
     Raises:
         ValueError: torch sees no GPU; says why, and what to do.
@@ -99,8 +99,8 @@ def attention_choices(attention: str, device: torch.device, *, half_precision: b
 def flash_attention_obstacle(device: torch.device) -> str | None:
     """Return why FlashAttention 2 cannot be used on a device; None if it can. Logged once in a process.
 
-    A package that is there may be of no use: built for another torch it does not even import, and built for other GPUs it
-    fails at its first call, an hour after the start.
+    An installed package may be unusable: built for another torch it cannot be imported, and built for other GPUs it fails at
+    its first call, an hour after the start.
     """
     if importlib.util.find_spec("flash_attn") is None:
         obstacle = "it is not installed"

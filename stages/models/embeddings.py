@@ -1,4 +1,4 @@
-"""A model's input embeddings, without the rest of the model where its files allow that."""
+"""Input embeddings of a model, loaded without the rest of the model if its files allow that."""
 
 import logging
 from pathlib import Path
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def load_input_embeddings(model: ModelConfig) -> np.ndarray:
     """Load the rows that the model's input layer looks up.
 
-    Only that tensor is read where it stands in safetensors under its own name; weights of another form (GGUF, names that
-    transformers changes as it loads) are loaded whole, once, and freed.
+    Only that tensor is read if it is in safetensors under its own name; weights in another form (GGUF, names that transformers
+    changes while loading) are loaded as a whole, once, and freed.
 
     Args:
         model: which model.
@@ -28,7 +28,7 @@ def load_input_embeddings(model: ModelConfig) -> np.ndarray:
         (V, H) float16, V the model's vocabulary with its padding.
 
     Raises:
-        ValueError: the model's files cannot be had.
+        ValueError: the model's files are unavailable.
     """
     found = None if model.is_gguf else _read_tensor(model)
     if found is None:

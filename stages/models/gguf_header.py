@@ -26,7 +26,7 @@ def check_gguf(file: Path) -> None:
         file: a local file; the package gguf must be installed, which knows how large a quantised tensor is.
 
     Raises:
-        WeightFileError: says what is there.
+        WeightFileError: says what the file is instead.
     """
     refuse_stand_in(file)
     with file.open("rb") as opened:
@@ -88,7 +88,7 @@ class _Header:
         return text
 
     def _value(self, kind: int) -> Any:
-        """Read a value; of an array nothing but where it ends."""
+        """Read a value; for an array only where it ends."""
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:

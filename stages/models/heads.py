@@ -122,12 +122,12 @@ def takes_position_ids(model: Any) -> bool:
 
 
 _CHECKED_TOKENS: Final = 8
-"""Tokens on which ``check_head`` compares."""
+"""Number of tokens on which ``check_head`` compares."""
 
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compare head(body(ids)) with the model's own logits on a few tokens, and see that no token changes those before it.
+    """Check on a few tokens that head(body(ids)) equals the model's logits, and that no token changes those before it.
 
     Args:
         model: what ``AutoModelForCausalLM.from_pretrained`` returns.

@@ -17,7 +17,7 @@ class Message:
     Attributes:
         role: "system", "user" or "assistant".
         content: the text, as the dataset has it.
-        is_trained: it is learnt, and so is where it stops.
+        is_trained: whether the message, including its end, is learnt.
     """
 
     role: str
@@ -31,7 +31,7 @@ class SegmentText:
 
     Attributes:
         text: the text; of a conversation, each message's content and ``TURN_END`` after it.
-        is_last: its document ends here.
+        is_last: whether its document ends here.
         messages: messages of a conversation; none for plain text.
     """
 

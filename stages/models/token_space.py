@@ -14,7 +14,7 @@ class TokenSpace:
     """Directions of a vocabulary's tokens from their common centre.
 
     The embeddings are centred first: language models share a large common direction in which all tokens look alike. Then
-    they are scaled to unit length: norms say how often a token is met, and some models scale their embeddings.
+    they are scaled to unit length: norms reflect how frequent a token is, and some models scale their embeddings.
 
     Attributes:
         rows: (V, H) float16, the embeddings as written in the model.
@@ -36,7 +36,7 @@ class TokenSpace:
             )
         self.rows = np.asarray(embeddings[: vocabulary.size], np.float16)
         num_missing = vocabulary.size - len(self.rows)
-        if num_missing:  # tokens that stand for nothing
+        if num_missing:  # ids without a token
             self.rows = np.concatenate([self.rows, np.zeros((num_missing, self.rows.shape[1]), np.float16)])
         self.mean = _ordinary_mean(self.rows, ~vocabulary.is_special)
 

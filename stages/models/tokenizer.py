@@ -79,13 +79,13 @@ class Encoding:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A text's tokens where mostly their number is wanted: the prefix if the model has one, no EOS.
+    """Measured tokens of a text, whose number is usually all that is needed: with the prefix if there is one, without EOS.
 
     Attributes:
-        num_tokens: the prefix among them.
+        num_tokens: number of tokens, including the prefix.
         keeps_text: there is a token besides the prefix; a tokenizer may keep nothing of a text (white space under
             WordPiece).
-        byte_end: () -> (num_tokens,) int32, as in ``Encoding``; computed when it is asked for.
+        byte_end: () -> (num_tokens,) int32, as in ``Encoding``; computed when it is called.
     """
 
     num_tokens: int
@@ -94,13 +94,13 @@ class Measured:
 
 
 MAX_LOADED: Final = 8
-"""Tokenizers that a process remembers."""
+"""Number of tokenizers that a process caches."""
 
 _LOADED: Final[dict[Any, Any]] = {}
 
 
 class SegmentTokenizer:
-    """A model's tokenizer: the prefix, the text's tokens, EOS where a document ends.
+    """Tokenizer of a model, which writes the prefix, the text's tokens, and EOS where a document ends.
 
     The prefix is what the model has seen before a text, so that it predicts the text's first token: BOS where the model
     uses it, else EOS, which separates documents in the training text of models without BOS (``prefix_id``). A model that
@@ -137,8 +137,8 @@ class SegmentTokenizer:
             reads_conversations: segments are conversations.
 
         Raises:
-            ValueError: offsets cannot be had from this tokenizer, or BOS is asked for and it has none; or conversations cannot
-                be rendered.
+            ValueError: this tokenizer gives no offsets, or BOS is requested and it has none, or conversations cannot be
+                rendered.
         """
         description = _describe(tokenizer)
         self._backend = _copy_backend(tokenizer.backend_tokenizer, description)
@@ -148,7 +148,7 @@ class SegmentTokenizer:
             token["id"]: token["content"] for token in json.loads(description)["added_tokens"] if token["special"]
         }
         self.control_tokens = frozenset(special.values())
-        # Of BOS and EOS the vocabulary has the role; inside a text they are their name.
+        # The vocabulary stores the roles of BOS and EOS; inside a text they are their names.
         self._spelling = list(self.vocabulary.token_bytes)
         for token_id, content in special.items():
             self._spelling[token_id] = content.encode()
@@ -230,7 +230,7 @@ class SegmentTokenizer:
         return [encoding for encoding in encodings if isinstance(encoding, Encoding)]
 
     def try_encode_segments(self, segments: Sequence[SegmentText]) -> list[Encoding | RenderError]:
-        """Do as ``encode_segments``; a conversation that cannot be rendered gives the error in its place.
+        """Tokenize as ``encode_segments`` does, but return the error of a conversation that cannot be rendered in its place.
 
         Raises:
             ValueError: a segment is a conversation, and this tokenizer reads texts.
@@ -272,7 +272,7 @@ class SegmentTokenizer:
         ]
 
     def measure(self, text: str) -> Measured:
-        """Tokenize a text in which no document ends; where its tokens end is not worked out before it is asked for."""
+        """Tokenize a text in which no document ends; the ends of its tokens are computed only when needed."""
         (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
 
         def byte_end() -> np.ndarray:
@@ -459,13 +459,13 @@ def _first_id(tokenizer: Any, *names: str) -> int | None:
 
 
 def _read_vocabulary(tokenizer: Any, description: dict[str, Any], num_rows: int | None) -> Vocabulary:
-    """Read what each id stands for out of the tokenizer's description; nothing, where the embedding has no row for it."""
+    """Read the meaning of each id from the tokenizer's description; ids without a row in the embedding have none."""
     spelling = _Spelling(tokenizer.backend_tokenizer.decoder, description)
     vocab: dict[str, int] = tokenizer.get_vocab()
     added = {token["id"]: token for token in description["added_tokens"]}
     size = max(len(tokenizer), max(vocab.values(), default=-1) + 1)
     token_bytes: list[bytes] = [b""] * size
-    is_special = np.ones(size, np.bool_)  # of an id that no token has, too: nobody may propose it
+    is_special = np.ones(size, np.bool_)  # also for ids without a token, which must never be proposed
     for token, token_id in vocab.items():
         if num_rows is not None and token_id >= num_rows:
             continue

@@ -20,7 +20,7 @@ _REFETCH: Final = "Fetch the file again"
 
 
 class WeightFileError(ValueError):
-    """A weight file cannot be read.
+    """Error of a weight file that cannot be read.
 
     Attributes:
         file: file that is damaged.
@@ -36,7 +36,7 @@ class WeightFileError(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as a header describes it.
+    """Tensor as described by a file's header.
 
     Attributes:
         dtype: as safetensors writes it, ``"BF16"``.
@@ -64,10 +64,10 @@ def weight_files(folder: Path) -> list[Path]:
         The files, which need not exist; empty for a folder with neither.
 
     Raises:
-        WeightFileError: the index is not one.
+        WeightFileError: the index is damaged.
     """
     single, index = folder / SINGLE_FILE, folder / INDEX_FILE
-    if single.exists() or single.is_symlink():  # a link may lead nowhere
+    if single.exists() or single.is_symlink():  # a link may be dangling
         return [single]
     return [folder / name for name in sorted(set(read_index(index).values()))] if index.exists() else []
 
@@ -125,7 +125,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 def refuse_stand_in(file: Path) -> None:
-    """Refuse a file that is missing, or that stands for another one (a Git LFS pointer, an error page).
+    """Refuse a file that is missing, or is only a placeholder (a Git LFS pointer, an error page).
 
     Raises:
         WeightFileError: says what it is.

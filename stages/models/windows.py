@@ -34,9 +34,9 @@ class Window:
 def windows(length: int, *, max_length: int, num_prefix: int = 0) -> list[Window]:
     """Cover a sequence with windows of at most ``max_length`` tokens; one window if it fits.
 
-    Each further window is half a window on: every position is taken exactly once, with all that stands before it or at
-    least max_length / 2 tokens of context, itself included. What stands before a text (BOS) stands before each window;
-    without it some models (Gemma) predict noise.
+    Each further window begins half a window later: every position is taken exactly once, with everything before it or at
+    least max_length / 2 tokens of context, itself included. The prefix of a text (BOS) is repeated before each window, since
+    some models (Gemma) predict noise without it.
 
     Args:
         length: tokens of the sequence, >= 1.

@@ -1,6 +1,6 @@
 """Interface of the backends that run a model for the logits stage, and the code that they share.
 
-A backend is handed token ids and gives arrays. Text, tokenizers and Arrow are the stage's.
+A backend takes token ids and returns arrays. Text, tokenizers and Arrow belong to the stage.
 """
 
 import logging
@@ -21,7 +21,7 @@ _MEMORY_MESSAGES: Final = ("out of memory", "can't allocate memory")
 
 
 class NotFiniteError(ValueError):
-    """A model gave a logprob that is not a finite number.
+    """Error of a model that gave a logprob that is not a finite number.
 
     Attributes:
         sequence: index of the sequence.
@@ -82,13 +82,13 @@ class Predictions:
         gold_logprob: np.ndarray,
         sample_ids: np.ndarray | None = None,
     ) -> None:
-        """Take in some positions.
+        """Store the predictions at some positions.
 
         Args:
             rows: (N,) their places among all P.
             ids: (N, k).
             logprobs: (N, k).
-            gold_logprob: (N,); not looked at where the position is the last of its sequence.
+            gold_logprob: (N,); ignored at the last position of a sequence.
             sample_ids: (N, m); None: nothing was drawn.
 
         Raises:
@@ -113,7 +113,7 @@ class Backend(Protocol):
     Attributes:
         max_length: most tokens of a window: ``logits.max_length``, or the model's positions where they are fewer.
         num_embeddings: ids at or above it cannot be given to the model.
-        versions: what the manifest records of the backend: its name, and what decides its numbers.
+        versions: values that manifests record: the backend's name, and everything that affects its numbers.
     """
 
     max_length: int
@@ -142,12 +142,12 @@ class Backend(Protocol):
 
 
 def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
-    """Refuse to draw from the tail where no full distribution is to be had.
+    """Refuse to draw from the tail if the backend gives no full distribution.
 
     Args:
         uniforms: (P, m), as given to ``Backend.predict``; None: nothing is to be drawn.
         model: the model's name.
-        who: what gives only the largest entries.
+        who: name of the backend, which gives only the largest entries.
 
     Raises:
         ValueError: there is something to draw; says what to set.
@@ -189,7 +189,7 @@ def run_batches(
         shrink: makes the budget smaller, after a batch that did not fit.
 
     Returns:
-        How often memory ran out.
+        The number of times that memory ran out.
     """
     pending = token_batches(lengths, max_tokens=budget())
     oom_retries = 0
@@ -198,7 +198,7 @@ def run_batches(
             pending = pending[1:]
             continue
         oom_retries += 1
-        shrink(pending[0])  # here, where no exception is being handled: its traceback would hold the batch's tensors
+        shrink(pending[0])  # outside the handler: the exception's traceback would keep the batch's tensors alive
         left = np.concatenate(pending)
         pending = [left[batch] for batch in token_batches(lengths[left], max_tokens=budget())]
     return oom_retries

@@ -12,7 +12,7 @@ def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transfo
     """Choose the backend for a worker on this machine: the configured one; ``auto``: vLLM if it can run the model.
 
     Raises:
-        ValueError: ``device = 'cuda'`` and torch sees no GPU here; or ``auto`` comes to transformers, and
+        ValueError: ``device = 'cuda'`` and torch sees no GPU here; or ``auto`` resolves to transformers, and
             ``tensor_parallel_size`` asks for more than one GPU.
     """
     if config.backend != "auto":

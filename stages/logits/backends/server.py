@@ -1,12 +1,12 @@
 """Server backend: prompt logprobs of a model that a server already runs, over HTTP.
 
-Any server whose OpenAI-compatible ``/v1/completions`` takes token ids and gives ``prompt_logprobs`` will do: vLLM's does.
-A window is one request, of its tokens and the one behind it: entry i + 1 of the answer holds the k largest logprobs after
-token i, and that of token i + 1. So every position is answered in one way, the last one included, and the ids that were
-sent stand in the answer.
+Any server works whose OpenAI-compatible ``/v1/completions`` takes token ids and returns ``prompt_logprobs``, as vLLM's does.
+A window is one request, of its tokens and the one after it: entry i + 1 of the answer holds the k largest logprobs after
+token i, and that of token i + 1. So all positions are answered in the same way, including the last one, and the answer
+contains the ids that were sent.
 
 The server's address and key are not part of the configuration, which gets recorded: they come from the
-environment, ``PTAFUSE_SERVER_URL`` and ``PTAFUSE_SERVER_KEY``, or with the model's name behind them for that model alone
+environment, ``PTAFUSE_SERVER_URL`` and ``PTAFUSE_SERVER_KEY``, or for a single model with its name appended
 (``PTAFUSE_SERVER_URL_QWEN3_8B`` for ``qwen3-8b``).
 """
 
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 URL_VARIABLE: Final = "PTAFUSE_SERVER_URL"
 KEY_VARIABLE: Final = "PTAFUSE_SERVER_KEY"
 FIRST_PAUSE_SECONDS: Final = 1.0
-"""Before the second attempt at a request; doubled for each further one, and drawn from half of it to all of it."""
+"""Pause before the second attempt at a request, doubled for each further one; the actual pause is 50 % to 100 % of it."""
 _LONGEST_PAUSE_SECONDS: Final = 60.0
 _PASSING: Final = frozenset(
     {
@@ -48,9 +48,9 @@ _PASSING: Final = frozenset(
 )
 """Status codes of transient failures of a server."""
 _NUM_EXTRA: Final = 2
-"""Tokens of the server's context that a window leaves free: the one behind it, and the one that must be generated."""
+"""Tokens of the server's context that a window leaves free: the one after it, and the one that must be generated."""
 _SHORTEST_WINDOW: Final = 8
-"""Tokens, the least that ``logits.max_length`` may be."""
+"""Smallest ``logits.max_length``, in tokens."""
 
 
 class ServerError(ValueError):
@@ -61,7 +61,7 @@ class ServerError(ValueError):
 
 
 class ServerBackend:
-    """A causal language model behind an HTTP endpoint; see ``base.Backend``.
+    """Causal language model behind an HTTP endpoint; see ``base.Backend``.
 
     The server decides the precision and normalises over every row of the model's head. A token that the tokenizer does not
     have is refused where it is among the k largest; a lower one has had its share.
@@ -73,7 +73,7 @@ class ServerBackend:
         Args:
             config: the stage's settings.
             model: which model; its configuration is read, its weights are not.
-            num_valid: the tokenizer's length; ids at or above it are no tokens.
+            num_valid: the tokenizer's length; ids at or above it are not tokens.
 
         Raises:
             ServerError: there is no address, nothing answers, the key is refused, the model is not served there, its context
@@ -120,7 +120,7 @@ class ServerBackend:
             index, window = item
             behind = sequences[index][window.end : window.end + 1]
             tokens = window.tokens(sequences[index])
-            # Behind a text's last token any will do: nothing is known of what follows.
+            # After a text's last token any token may be sent: what follows is unknown.
             return self._predict_window(tokens, next_id=int(behind[0]) if len(behind) else int(tokens[-1]))
 
         pool = ThreadPoolExecutor(self._config.server_concurrency)
