@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+__all__ = ["CrossEntropy", "cross_entropy", "first_common_byte"]
+
 
 @dataclass(frozen=True)
 class CrossEntropy:

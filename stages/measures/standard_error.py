@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+__all__ = ["Estimate", "clustered_mean", "weighted_mean"]
+
 
 class Estimate(NamedTuple):
     """Mean, and its standard error over documents (NaN for fewer than two)."""

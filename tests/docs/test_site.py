@@ -31,4 +31,4 @@ def test_site_builds_and_has_the_generated_pages(tmp_path: Path) -> None:
     }
     assert "semi-relaxed" in pages["configuration"]
     assert "--epsilon" in pages["commands"]
-    assert "stages.align.transport.sinkhorn" in pages["api"]
+    assert "stages.align.transport.sinkhorn.semi_relaxed" in pages["api"]

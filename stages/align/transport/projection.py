@@ -7,6 +7,8 @@ from numba import njit
 
 from stages.align.vocabulary_maps import NO_ID
 
+__all__ = ["Projected", "column_mass", "keep_largest", "landed_mass"]
+
 
 class Projected(NamedTuple):
     """Sparse distributions of P positions.

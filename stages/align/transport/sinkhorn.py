@@ -7,6 +7,8 @@ from numba import njit
 
 from stages.align.transport.balanced import solve_batch
 
+__all__ = ["SinkhornResult", "semi_relaxed", "sinkhorn"]
+
 _MASS_TOLERANCE: Final = 1e-6
 
 

@@ -5,6 +5,8 @@ from numba import njit
 
 from stages.align.vocabulary_maps import NO_ID
 
+__all__ = ["target_support", "union_support"]
+
 
 def target_support(target_ids: np.ndarray, target_probs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the target's own candidates with their prior (the paper's support).
