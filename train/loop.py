@@ -365,7 +365,9 @@ def _finish(
             _published(job, result)
     if disk.is_first:
         shutil.rmtree(output / FETCHED, ignore_errors=True)
-        if not disk.is_shared:  # shards of a checkpoint that the store has whole; nobody else tidies this machine's disk
+        if (
+            not disk.is_shared
+        ):  # shards of a checkpoint that the store has whole; nobody else tidies this machine's disk
             remove_checkpoints(output)
     logger.info("train %s: finished, %s", job.fingerprint, result.model_folder)
     return result
