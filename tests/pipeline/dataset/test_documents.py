@@ -173,6 +173,19 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
     find._hub_files.cache_clear()
 
 
+def test_conversations_of_a_hub_dataset_are_read_where_they_are(hub: dict[str, Any], memory: Any) -> None:
+    talks = [[{"content": f"{index}?", "role": "user"}, {"content": "é", "role": "assistant"}] for index in range(9)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"prompt": ["x"] * 9, "messages": talks}), sink, row_group_size=2)
+    memory.pipe_file("/owner/name@abc/train_sft.parquet", sink.getvalue().to_pybytes())
+    hub["splits"] = {"train_sft": ["memory://owner/name@abc/train_sft.parquet"]}
+    dataset = DatasetConfig(hub="owner/name", revision="abc", split="train_sft", messages_column="messages")
+    check_dataset(dataset)
+    assert [json.loads(text) for text in _texts(_read_all(dataset, 4))] == talks
+    with pytest.raises(DatasetError, match=r"column 'prompt' holds x: set dataset\.messages_column to a column of"):
+        check_dataset(dataset.model_copy(update={"messages_column": "prompt"}))
+
+
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.zst"])
 def test_a_hub_dataset_is_read_where_it_is(hub: dict[str, Any], memory: Any, suffix: str) -> None:
     write = {"parquet": _parquet, "jsonl": _lines, "jsonl.zst": lambda found: _zstd(_lines(found))}[suffix]
