@@ -26,3 +26,21 @@ def undisturbed_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory)
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     ptafuse("eval", str(tiny_config), "--run", str(run), "--local", "--upstream")
     return run
+
+
+@pytest.fixture(scope="session")
+def chat_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The TOML of a run on conversations with tiny models, beside its models and conversations."""
+    from tests.chat_run import save_chat_inputs
+
+    return save_chat_inputs(tmp_path_factory.mktemp("chat"))
+
+
+@pytest.fixture(scope="session")
+def chat_run(chat_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on conversations, in one process."""
+    from tests.tiny_run import ptafuse
+
+    run = tmp_path_factory.mktemp("chat-run") / "run"
+    ptafuse("eval", str(chat_config), "--run", str(run), "--local", "--upstream")
+    return run

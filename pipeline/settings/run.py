@@ -199,6 +199,17 @@ class RunConfig(Settings):
         Raises:
             ValueError: says which setting, and what to do.
         """
+        for text in self.eval.texts:
+            if text.has_conversations != self.dataset.has_conversations:
+                held, read = ("conversations", "texts") if text.has_conversations else ("texts", "conversations")
+                raise ValueError(
+                    f"{text.section} holds {held}, and the run's models read {read}: "
+                    + (
+                        "leave messages_column out there, or evaluate it in a run on conversations"
+                        if text.has_conversations
+                        else "set messages_column there, or evaluate it in a run on texts"
+                    )
+                )
         if self.dataset.has_conversations:
             if self.fuse.packing != "whole":
                 raise ValueError(

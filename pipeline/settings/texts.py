@@ -59,6 +59,11 @@ class TextConfig(DatasetConfig):
             raise ValueError(
                 "control_tokens stands in [dataset]: the run's tokenizers read all texts alike, so leave it out here"
             )
+        if self.has_conversations and self.max_characters is not None:
+            raise ValueError(
+                "max_characters cuts texts, and conversations are scored whole: leave it out, or choose fewer of them with "
+                "num_documents"
+            )
         if self.num_documents is not None and self.fraction is not None:
             raise ValueError("num_documents and fraction both say how many documents are chosen: give one of them")
         return self

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from pipeline.run.attempts import is_running, unfinished_attempts
 from pipeline.run.outcomes import read_result, read_training_log
@@ -14,9 +14,24 @@ from pipeline.run.warnings import shard_warnings
 from stages.contract.manifest import HealthMetric
 from stages.contract.store import Store
 from stages.models.token_tables import FOLDER, TABLE_FILE
+from stages.shard.config import QUARANTINED
 
 LOW_COVERAGE = 0.5
 """Share of aligned positions below which status warns: the run would learn almost only from the gold tokens."""
+
+REASONS: Final = {
+    "HasTools": "with tool calls",
+    "HasMedia": "with images, audio or video",
+    "OtherContent": "with content that is not text",
+    "UnknownRole": "with an unknown role",
+    "NotAConversation": "that are no conversations",
+    "CannotRender": "that a chat template refuses",
+    "CannotCut": "that are too long",
+    "NullText": "that are null",
+    "InvalidUtf8": "that are not UTF-8",
+    "BadRecordLine": "that cannot be read",
+}
+"""Why conversations are in quarantine, by the class of the reason, in words."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,20 @@ def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
         quarantined = sum(shard.num_quarantined for shard in step.shards.values())
         if quarantined:
             found.append(
-                f"{step.key}: {quarantined} records are in quarantine; see {step.key}/{step.fingerprint}/quarantine"
+                f"{step.key}: {quarantined} records are in quarantine{_reasons(step)}; see "
+                f"{step.key}/{step.fingerprint}/quarantine"
             )
     return found
+
+
+def _reasons(step: StepStatus) -> str:
+    """Return why conversations are in quarantine, the most frequent reason first; nothing for other records."""
+    counts = {
+        name.removeprefix(QUARANTINED): count
+        for name, count in step.metrics.items()
+        if name.startswith(QUARANTINED) and isinstance(count, int)
+    }
+    if not counts:
+        return ""
+    kinds = sorted(counts, key=lambda kind: (-counts[kind], kind))
+    return " (" + ", ".join(f"{counts[kind]} {REASONS.get(kind, kind)}" for kind in kinds) + ")"

@@ -8,13 +8,15 @@ from rich.table import Table
 
 from pipeline.state.status import RunStatus, StepStatus
 from stages.contract.manifest import HealthMetric, Mean
-from stages.shard.config import CONTROL_TOKEN_DOCUMENTS
+from stages.shard.config import CONTROL_TOKEN_DOCUMENTS, QUARANTINED, UNLEARNT_CONVERSATIONS
 
 GOLD_EXCLUDED: Final = "gold_excluded"
 HEADLINES: Final[dict[str, dict[str, str]]] = {
     "shard": {
         "documents": "documents that became segments",
         "empty_documents": "empty, or white space alone",
+        UNLEARNT_CONVERSATIONS: "nothing of them is learnt",
+        QUARANTINED: "conversations in quarantine, by reason",
         CONTROL_TOKEN_DOCUMENTS: "hold control tokens as text",
         "train_segments": "segments to learn from",
         "validation_segments": "segments held out",
@@ -52,7 +54,7 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
 are shown by ``status --all``."""
 ONLY_IF_ANY: Final = frozenset(
     {
-        *("empty_documents", CONTROL_TOKEN_DOCUMENTS, "windowed_segments"),
+        *("empty_documents", UNLEARNT_CONVERSATIONS, CONTROL_TOKEN_DOCUMENTS, "windowed_segments"),
         *("missing_source_segments", "unconverged", GOLD_EXCLUDED),
     }
 )

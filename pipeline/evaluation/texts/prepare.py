@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+import pyarrow.compute as pc
+
 from pipeline.dataset.documents import plan_documents, read_documents, read_kinds
 from pipeline.dataset.files import reading
 from pipeline.evaluation.texts.choose import NO_KIND, choose_documents, shorten
@@ -20,7 +22,9 @@ from pipeline.settings.texts import TEXT_VERSION, TextConfig
 from stages.contract.fingerprint import fingerprint
 from stages.contract.manifest import stage_folder
 from stages.measures.cross_entropy import first_common_byte
+from stages.models.segment_text import Message, SegmentText, segment_texts
 from stages.models.tokenizer import SegmentTokenizer
+from stages.shard.conversations import ConversationError, cut_conversations, read_conversation
 from stages.shard.cut import CutError, cut_document
 from train.evaluate import Segment
 
@@ -46,12 +50,16 @@ class PreparedText:
 
 @dataclass(frozen=True)
 class _Document:
-    """A chosen document; ``whole`` is None and ``reason`` says why where it cannot be read."""
+    """A chosen document; ``whole`` is None and ``reason`` says why where it cannot be read.
+
+    Of a conversation ``whole`` is what is looked for in the training documents, see ``_spoken``.
+    """
 
     doc_id: int
     kind: str | None
     whole: str | None
     reason: str | None = None
+    messages: tuple[Message, ...] = ()
 
 
 def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, PreparedText]:
@@ -79,7 +87,8 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
     prepared = {}
     for name, text in texts.items():
         kept, counts = _keep(run, text, documents[name], known[name] or {})
-        segments, num_uncut = _segments(text, kept, tokenizers, run.config.shard.max_length)
+        cut = _cut_conversations if text.has_conversations else _segments
+        segments, num_uncut = cut(text, kept, tokenizers, run.config.shard.max_length)
         scored = {segment.doc_id for segment in segments}
         kinds = {part.doc_id: part.kind for part in kept if part.kind is not None and part.doc_id in scored}
         counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
@@ -110,14 +119,17 @@ def _read_chosen(text: TextConfig) -> tuple[list[_Document], dict[str, int]]:
         for row in read_documents(text, part).to_pylist():
             if row["doc_id"] in chosen:
                 kind = None if text.kind_column is None else kinds[row["doc_id"]]
-                documents.append(_decoded(row, kind))
+                documents.append(_decoded(row, kind, text))
     return documents, {"documents": total, "kinds": 0 if text.kind_column is None else len(set(kinds))}
 
 
-def _decoded(row: Mapping[str, Any], kind: str | None) -> _Document:
+def _decoded(row: Mapping[str, Any], kind: str | None, text: TextConfig) -> _Document:
     raw = row["text"]
     if raw is None:
-        return _Document(row["doc_id"], kind, None, row["error"] or "the text column is null in this record")
+        what = "messages" if text.has_conversations else "text"
+        return _Document(row["doc_id"], kind, None, row["error"] or f"the {what} column is null in this record")
+    if text.has_conversations:
+        return _decoded_conversation(row["doc_id"], raw, kind, text)
     try:
         whole = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -125,6 +137,21 @@ def _decoded(row: Mapping[str, Any], kind: str | None) -> _Document:
     if not whole.strip():
         return _Document(row["doc_id"], kind, None, "empty, or white space alone")
     return _Document(row["doc_id"], kind, whole)
+
+
+def _decoded_conversation(doc_id: int, raw: bytes, kind: str | None, text: TextConfig) -> _Document:
+    try:
+        messages = read_conversation(raw, text.train_on)
+    except ConversationError as error:
+        return _Document(doc_id, kind, None, str(error))
+    if not any(message.is_trained and message.content.strip() for message in messages):
+        return _Document(doc_id, kind, None, "no message to score, or white space alone")
+    return _Document(doc_id, kind, _spoken(messages), messages=messages)
+
+
+def _spoken(messages: Sequence[Message]) -> str:
+    """Return what user and assistant say. Many conversations begin with the same system message, which is no overlap."""
+    return "\n".join(message.content for message in messages if message.role != "system")
 
 
 def _scored(text: TextConfig, document: _Document) -> str:
@@ -185,12 +212,19 @@ def _training_documents(run: Run, num_shards: int) -> Iterator[list[str]]:
     """Yield the training documents, shard by shard, each joined from its segments."""
     manifests = run.store.manifests(run.resolved.steps["shard"].folder)
     for shard in range(num_shards):
-        table = run.store.read_table(manifests[shard].data, remake="`make shard`").select(["doc_id", "split", "text"])
-        parts: dict[int, list[str]] = {}
-        for doc_id, split, segment in zip(*(column.to_pylist() for column in table.columns), strict=True):
-            if split == "train":
-                parts.setdefault(doc_id, []).append(segment)
-        yield ["".join(segments) for segments in parts.values()]
+        table = run.store.read_table(manifests[shard].data, remake="`make shard`")
+        rows = table.filter(pc.equal(table["split"], "train"))
+        parts: dict[int, list[SegmentText]] = {}
+        for doc_id, segment in zip(rows["doc_id"].to_pylist(), segment_texts(rows), strict=True):
+            parts.setdefault(doc_id, []).append(segment)
+        yield [_joined(segments) for segments in parts.values()]
+
+
+def _joined(segments: Sequence[SegmentText]) -> str:
+    """Return a training document as ``_Document.whole`` has one."""
+    if segments[0].messages:
+        return _spoken([message for segment in segments for message in segment.messages])
+    return "".join(segment.text for segment in segments)
 
 
 def _keep(
@@ -266,3 +300,19 @@ def _segments(
         Segment(doc_id, piece, last, first_byte=first_common_byte(byte_ends))
         for (doc_id, piece, last), byte_ends in zip(pieces, ends, strict=True)
     ], num_uncut
+
+
+def _cut_conversations(
+    text: TextConfig, documents: Sequence[_Document], tokenizers: Sequence[SegmentTokenizer], max_length: int
+) -> tuple[list[Segment], int]:
+    """Cut conversations as the shard stage does; see ``_segments``. Every model predicts all that is scored of them."""
+    del text  # a conversation is scored whole
+    names = [str(number) for number in range(len(tokenizers))]  # of no message that anybody reads
+    cut = cut_conversations([document.messages for document in documents], tokenizers, max_length, names)
+    segments = [
+        Segment(document.doc_id, piece.text.text, piece.text.is_last, messages=piece.text.messages)
+        for document, pieces in zip(documents, cut, strict=True)
+        if not isinstance(pieces, ConversationError)
+        for piece in pieces
+    ]
+    return segments, sum(isinstance(pieces, ConversationError) for pieces in cut)
