@@ -554,6 +554,9 @@ def test_models_that_cannot_render_conversations_are_refused_before_anything_run
     assert not list(corpus.run.glob("shard/*/manifests/*"))
 
 
+TALK_TEXT = '[[eval.texts]]\nname = "talks"\npath = "talks.jsonl"\nmessages_column = "messages"\n'
+
+
 @pytest.mark.parametrize(
     ("row", "old", "new"),
     [
@@ -563,6 +566,9 @@ def test_models_that_cannot_render_conversations_are_refused_before_anything_run
         ("an infinite number, or NaN", "learning_rate = 1e-3", "learning_rate = inf"),
         ("a name that no folder can have", 'name = "tiny"', 'name = "my run"'),
         ("two names that differ in case only", 'name = "neox"', 'name = "LLAMA"'),
+        ("answers asked for in a run on texts", "[eval]", "[eval]\nnum_generations = 5"),
+        ("a text of conversations in a run on texts", "[engine]", f"{TALK_TEXT}\n[engine]"),
+        ("a text of conversations that is to be shortened", "[engine]", f"{TALK_TEXT}max_characters = 9\n[engine]"),
     ],
 )
 def test_wrong_settings_are_explained_in_the_words_of_the_file(corpus: Corpus, row: str, old: str, new: str) -> None:
