@@ -91,6 +91,23 @@ def test_ray_gives_the_rows_of_the_in_process_runner(
     assert shards_at_once(run, "align/neox") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_with_no_more_shards_left_than_workers_each_worker_has_one(
+    tiny_config: Path, undisturbed_run: Path, tmp_path: Path
+) -> None:
+    """A worker that took both would leave a GPU without work."""
+    run = Path(shutil.copytree(undisturbed_run, tmp_path / "run"))
+    (folder,) = run.glob("logits/llama/*")
+    shutil.rmtree(folder / "attempts")
+    for shard in (0, 1):
+        (folder / f"manifests/shard-{shard:05d}.json").unlink()
+    ptafuse_process("logits", str(tiny_config), "--run", str(run), "--set=logits.num_workers=2")
+    assert sharded(run) == sharded(undisturbed_run)
+    assert sorted(path.name for path in folder.glob("attempts/*")) == ["shard-00000", "shard-00001"]
+    assert shards_at_once(run, "logits/llama") == 1
+
+
 def shards_at_once(run: Path, step: str) -> int:
     """The most shards of a step that one process had in flight."""
     (folder,) = run.glob(f"{step}/*")
