@@ -1,7 +1,7 @@
 """``ptafuse compare``: the teacher NLL of every way of aligning on the same positions, from finished logits alone.
 
-It says what an alignment is worth before anybody pays for training with it. Everything is computed in this process, on
-a sample of the shards, and nothing is written.
+It measures the value of an alignment before any training is paid for. Everything is computed in this process, on a sample
+of the shards, and nothing is written.
 """
 
 import logging
@@ -80,7 +80,7 @@ class Comparison:
         shards: those that were read.
         num_shards: number of shards of the run.
         num_positions: number of positions with a next token that is learnt, in those shards.
-        variants: what was compared, but the two models themselves.
+        variants: compared variants, without the two models themselves.
         completed: the completed NLL by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves, over their full
             vocabularies.
         floored: the floored NLL of the same positions; the models themselves are their own windows.
@@ -201,7 +201,7 @@ def _compare_source(
     )
     step = run.resolved.steps[f"align/{source.name}"]
     for shard in shards:
-        # Draws are noise in a figure of single tokens: variants are compared by what they make of the exact entries.
+        # Draws are noise in a measure of single tokens, so variants are compared by their rows for the exact entries.
         inputs = {
             name: without_draws(table) for name, table in read_inputs(run.resolved, run.store, step, shard).items()
         }

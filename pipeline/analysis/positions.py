@@ -31,7 +31,7 @@ from stages.models.tokenizer import Vocabulary
 
 @dataclass(frozen=True)
 class Place:
-    """A row of a shard: what is looked at."""
+    """Row of a shard that is inspected."""
 
     run: ResolvedRun
     store: Store
@@ -58,7 +58,7 @@ class Place:
 
 
 def show_segment(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
-    """Print a segment's text, or the messages of a conversation, and what is known of it."""
+    """Print a segment's text, or the messages of a conversation, with its properties."""
     del position  # a segment is not split into tokens yet
     values = {name: table[name][place.row].as_py() for name in table.schema.names}
     text = values.pop("text")
@@ -257,7 +257,7 @@ def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], co
 
 
 def _roles(table: pa.Table, row: int) -> list[str]:
-    """Return what each token of a conversation is, a star where it is learnt; nothing for plain text."""
+    """Label each token of a conversation by its role, with a star if it is learnt; empty for plain text."""
     if not has_roles(table):
         return []
     names = {Role.TEXT: "content", Role.START: "start", Role.EOS: "end", Role.TEMPLATE: "template"}

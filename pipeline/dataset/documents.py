@@ -52,7 +52,7 @@ class ShardRange:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """Read back what ``to_json`` gave."""
+        """Restore from the result of ``to_json``."""
         return cls(
             values["first_doc_id"], values["num_documents"], tuple(FileRange(**part) for part in values["files"])
         )
@@ -86,7 +86,7 @@ def dataset_identity(dataset: DatasetConfig) -> str:
 
     Returns:
         The hub id, revision, subset and split; or a hash of the files' names and contents (in an object store: of
-        their sizes and ETags, or what else its filesystem says of a version).
+        their sizes and ETags, or another version that the filesystem reports).
     """
     if dataset.hub is not None:
         subset = f":{dataset.subset}" if dataset.subset else ""
@@ -155,7 +155,7 @@ def read_kinds(dataset: DatasetConfig, shard_range: ShardRange) -> dict[int, str
     """Read the kind of every document of a shard, by its number, from ``dataset.kind_column``.
 
     Returns:
-        None where the record says nothing: no such key, null, or no string.
+        None if the record has no such key, or its value is not a string.
 
     Raises:
         FileNotFoundError: a file of the plan is gone.

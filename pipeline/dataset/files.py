@@ -47,7 +47,7 @@ class DatasetFiles:
         paths: name under the dataset's folder -> full path, in the order of the documents.
         format: the name of their format, a key of ``formats.FORMATS``.
         section: the section of the configuration that names them, for messages.
-        notes: what a user should know of the choice of files: files that are left out, say.
+        notes: remarks for the user about the choice of files, such as files that are left out.
     """
 
     filesystem: Any

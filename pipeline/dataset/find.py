@@ -99,7 +99,7 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
 
 
 def describe_mixed_splits(dataset: DatasetConfig, files: DatasetFiles) -> str | None:
-    """Return what a user should know where files of several splits are read as one, because none was asked for."""
+    """Return a remark for the user if files of several splits are read as one, because no split was chosen."""
     splits = splits_of(list(files.paths)) if dataset.split is None else {}
     if len(splits) < 2:
         return None
@@ -140,7 +140,7 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
 
 
 def _of_split(dataset: DatasetConfig, names: dict[str, str], notes: list[str]) -> dict[str, str]:
-    """Return the files of the split that is asked for; says in ``notes`` how many are of none.
+    """Return the files of the chosen split; ``notes`` says how many files belong to no split.
 
     Raises:
         DatasetError: no file is of that split; says which splits there are.
@@ -259,7 +259,7 @@ def _without_metadata(paths: list[str]) -> list[str]:
 
 
 def _refuse_unreadable(found: LocalFiles, setting: str) -> None:
-    """Refuse what is called like a file of documents and is none.
+    """Refuse entries that are named like a file of documents but are not one.
 
     Raises:
         DatasetError: names it.

@@ -185,7 +185,7 @@ def segment_contexts(source: Encoding, byte_end: np.ndarray) -> Contexts:
 
 
 def message_contexts(segment: SegmentText, target: Encoding, tokenizer: SegmentTokenizer) -> Contexts:
-    """For each position of a conversation the messages up to its end, as the source renders them: nothing of what is to come.
+    """Render, for each position of a conversation, the messages up to its end with the source's template.
 
     Args:
         segment: the conversation.
@@ -228,7 +228,7 @@ def conversation_contexts(source: Encoding, target: Encoding) -> Contexts:
 
 
 def _asked_positions(target: Encoding) -> list[int]:
-    """The positions of a conversation whose next token is learnt, in a message or right before one."""
+    """Return the positions of a conversation whose next token is learnt, in a message or right before one."""
     assert target.role is not None and target.is_trained is not None  # noqa: PT018 - a conversation has both
     has_label = np.append(target.is_trained[1:], False)[: len(target.ids)]
     return np.flatnonzero(has_label & (target.role != Role.TEMPLATE)).tolist()
@@ -460,7 +460,7 @@ def _predict(
     first_taken: Sequence[int],
     num_prefix: int,
 ) -> Predictions:
-    """Run a model over sequences; of each the positions before ``first_taken`` are read and not predicted at.
+    """Run a model over sequences; positions before ``first_taken`` of a sequence are only context.
 
     Raises:
         ValueError: a logprob is not finite.

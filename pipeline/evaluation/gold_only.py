@@ -10,7 +10,7 @@ Of two runs whose loss has no part for the fused distributions, the trained mode
 
 Whatever only shapes the fused distributions (``[logits]``, ``[align]``, the rest of ``[fuse]``, and the sources as far as
 the shards are cut alike) is not read. And figures are compared on the same documents, scored in the same way. A run is
-compared with another one only where all of this agrees; where no such run is evaluated, there is nothing to compare with.
+compared with another one only if all of this agrees; without such an evaluated run there is no comparison.
 """
 
 import shlex
@@ -45,7 +45,7 @@ def is_gold_only(run: ResolvedRun) -> bool:
 
 
 def gold_training(run: ResolvedRun, text: str | None = None) -> dict[str, Any]:
-    """Return what decides the figures of a run's training if the gold tokens are all it learns from; see the module's text.
+    """Return what determines the result of a run's training if it learns only from gold tokens; see the module's text.
 
     Args:
         run: run whose training is described.
@@ -70,10 +70,10 @@ def find_gold_only(
     run_url: str,
     text: str | None = None,
 ) -> GoldOnly:
-    """Return the figures of the same training on the gold tokens alone, or how to come by them.
+    """Return the results of the same training on the gold tokens alone, or how to get them.
 
     Args:
-        run: what is compared.
+        run: run that is compared.
         runs: the configurations of the run directory.
         read: reads a step's figures.
         run_url: the run directory.

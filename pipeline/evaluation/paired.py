@@ -41,10 +41,10 @@ def document_differences(
         result: an evaluation.
         baseline: the evaluation it is compared with.
         same_documents: the caller knows that the same documents were scored; so does, without it, who finds the same
-            shards and split, or the same other text, in what the evaluations record of their settings.
+            shards and split, or the same other text, in the recorded settings of the evaluations.
 
     Raises:
-        OtherDocumentsError: one has a document that the other lacks, and it is not known that they were scored on the same.
+        OtherDocumentsError: one has a document that the other lacks, and they may have been scored on different documents.
     """
     pairs = _paired_documents(result, baseline, same_documents=same_documents)
     differences = np.array([part["bits_per_byte"] - other["bits_per_byte"] for part, other in pairs])

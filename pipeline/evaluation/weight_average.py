@@ -63,7 +63,7 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
             save_file({name: mean}, folder / weight_map[name], metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = model_file(target, "config.json")
-    code = [] if target.path is None else sorted(target.path.glob("*.py"))  # what trust_remote_code runs
+    code = [] if target.path is None else sorted(target.path.glob("*.py"))  # code that trust_remote_code runs
     for file in (*([config] if config else []), *code):
         shutil.copyfile(file, folder / file.name)
     return ModelConfig(

@@ -34,7 +34,7 @@ def spread(rows: SparseRows, space: TokenSpace) -> Spread:
     """Compute Inner Distance and centre of each distribution.
 
     Args:
-        rows: N distributions of at most k tokens; what a row's probabilities lack of 1 is of no known token and left out.
+        rows: N distributions of at most k tokens; the mass that a row lacks of 1 belongs to unknown tokens and is left out.
         space: token space of the vocabulary that the rows are over.
     """
     num_rows, width = rows.ids.shape

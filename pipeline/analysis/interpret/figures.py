@@ -55,7 +55,7 @@ class DocumentFigures:
         """Compute the figures of one segment.
 
         Args:
-            segment: what the fuse stage makes of it.
+            segment: the segment as fused by the stage.
             space: the target's embeddings.
         """
         present = np.stack([part.rows.present for part in segment.candidates], axis=1)
@@ -88,7 +88,7 @@ class DocumentFigures:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Read back what ``to_json`` gave."""
+        """Restore from the result of ``to_json``."""
         return cls(
             values["num_positions"],
             values["num_fused"],
@@ -129,7 +129,7 @@ def distance_rows(documents: Sequence[DocumentFigures], names: Sequence[str]) ->
 
 
 def win_rows(documents: Sequence[DocumentFigures], kinds: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Win rates of each candidate by kind of document, of all documents first, then of the kind with most positions.
+    """Compute the win rates of each candidate by kind of document: all documents first, then kinds by number of positions.
 
     Args:
         documents: their figures.

@@ -8,8 +8,8 @@ from stages.align.pair_mass import PairMass
 from stages.models.tokenizer import Vocabulary
 
 KEPT_PAIRS: Final = 20_000
-"""Pairs of different texts that a shard hands on. The mass of the others is told as ``cut_mass``: a pair's mass in the
-table is too small by at most the smallest mass that a shard kept, once a shard."""
+"""Number of pairs of different texts that a shard reports. The mass of the others is ``cut_mass``: a pair's mass in the
+table is too small by at most the smallest mass that a shard kept, once per shard."""
 
 
 def part_of(pairs: PairMass, *, kept: int = KEPT_PAIRS) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """``ptafuse interpret``: computes the figures of a configuration once, shard by shard, and keeps them in the run directory.
 
 Nothing is stored of transport plans and of candidates that lost, so both are computed anew, by the stages themselves, on
-a sample. What a shard gave is kept until all are there: a command that was killed continues with the next shard.
+a sample. Each shard's result is kept until all are done: a killed command resumes with the next shard.
 """
 
 import json

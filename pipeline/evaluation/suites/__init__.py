@@ -1,1 +1,1 @@
-"""Benchmarks of lm-evaluation-harness on the models of a run; the harness is imported in harness.py alone."""
+"""Benchmarks of lm-evaluation-harness on the models of a run; only harness.py imports the harness."""

@@ -16,7 +16,7 @@ def figure(strata: Sequence[np.ndarray], kind: Kind) -> Estimate:
 
     Args:
         strata: the values of each sub-task, (D_k,): scores, or for a perplexity log-likelihoods in nats.
-        kind: what the figure is.
+        kind: kind of the metric.
 
     Returns:
         The figure and its standard error over documents, the sub-tasks taken as they are; for a perplexity by the delta
@@ -32,7 +32,7 @@ def difference(strata: Sequence[np.ndarray], baseline: Sequence[np.ndarray], kin
     Args:
         strata: as for ``figure``.
         baseline: the baseline's values.
-        kind: what the figures are.
+        kind: kind of the metric.
 
     Raises:
         ValueError: the two have other numbers of documents.

@@ -83,7 +83,7 @@ def model_inputs(step: Step) -> dict[str, str]:
 
 
 def run_suites(run: Run, call: Callable[..., Iterator[Any]]) -> None:
-    """Run every suite of the configuration that a model has no result of; nothing where there is none.
+    """Run every suite of the configuration that a model has no result for.
 
     Args:
         run: the run.
@@ -130,11 +130,11 @@ def _run_tasks(run: Run, name: str, inputs: Mapping[str, str], tasks: Sequence[P
 
 
 def _checked_here(task: PlannedTask) -> PlannedTask:
-    """Return a sub-task as this machine runs it, which may be another one than it was planned on.
+    """Return a sub-task as this machine runs it, which may not be the machine that planned it.
 
     Raises:
         ImportError: the harness is not installed here.
-        ValueError: it is another version, whose results have other names.
+        ValueError: this machine has another version of the harness, whose results have other names.
         LanguageMissingError: programs of the language cannot be run here.
     """
     machine, planned = socket.gethostname(), task.settings["harness"]
@@ -291,7 +291,7 @@ def _planned(suite: Suite, subtask: str, config: EvalConfig, version: str, local
         "dtype": config.dtype,
         "harness": version,
         **({} if suite.folder else {"max_new_tokens": MAX_NEW_TOKENS}),
-        # A program is continued, not asked for: its suite has no chat template.
+        # The model continues a program instead of answering a question, so its suite has no chat template.
         **({"apply_chat_template": True} if config.apply_chat_template and suite.folder else {}),
     }
     sandbox: dict[str, bool] = {}
@@ -313,7 +313,7 @@ def _planned(suite: Suite, subtask: str, config: EvalConfig, version: str, local
 
 
 def _evaluate(model: Any, name: str, inputs: Mapping[str, str], task: PlannedTask, *, limit: int | None) -> dict:
-    """Run a model through a sub-task; what is written of it."""
+    """Run a model through a sub-task, and return the result to record."""
     started = time.monotonic()
     built = build_task(task.suite, task.subtask, task.data, num_fewshot=task.num_fewshot)
     scores = score(model, task.suite, built, limit=limit, as_chat=bool(task.settings.get("apply_chat_template")))

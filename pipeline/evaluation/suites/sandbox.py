@@ -47,7 +47,7 @@ class Execution:
 
     Attributes:
         exit_code: 128 + the signal's number where a signal ended it; None where the time was up.
-        output: the end of what it wrote to its standard output and error.
+        output: end of its standard output and error.
         has_namespaces: whether it had no network, and its own processes, IPC and mounts.
         is_read_only: whether it could write only to its own directory.
     """
@@ -61,7 +61,7 @@ class Execution:
 def find_interpreter(name: str) -> str | None:
     """Find an interpreter's path; None if it is not installed.
 
-    A process of root's runs the programs as `nobody`, who sees only what is installed for everybody.
+    A process of root runs the programs as `nobody`, who can use only what is installed for all users.
     """
     path = SYSTEM_PATH
     if os.geteuid() != 0:
@@ -74,7 +74,7 @@ def run_program(command: Sequence[str], files: Mapping[str, str], limits: Limits
 
     Args:
         command: an interpreter's full path, and its arguments.
-        files: name -> text of what lies in the directory.
+        files: name -> text of the files in the directory.
         limits: resource limits of the program.
 
     Raises:
@@ -111,7 +111,7 @@ def _run(command: Sequence[str], directory: str, limits: Limits) -> Execution:
             exit_code = None
         finally:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # what it left behind, too
+                os.killpg(process.pid, signal.SIGKILL)  # also processes that it left behind
             process.wait()
         told = _Told.of(statuses.read())
         size = output.seek(0, os.SEEK_END)

@@ -14,8 +14,8 @@ def choose_documents(
 
     Args:
         kinds: kind of every document of the corpus, in order.
-        num_documents: how many in all; each kind gets an equal share, and what a small kind lacks goes to the others.
-        fraction: or this share of each kind, rounded, at least one document.
+        num_documents: number of documents in total; each kind gets an equal share, and the others get what a small kind lacks.
+        fraction: instead of ``num_documents``, the share of each kind, rounded, at least one document.
 
     Returns:
         The documents' numbers, ascending; all where neither is given.
@@ -52,7 +52,7 @@ def _equal_shares(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     """Share a number of documents among kinds: the smallest first, each an equal part of what is left."""
     shares = {}
     left = total
-    # Of kinds of one size the later ones in the order of their names get what does not divide.
+    # If kinds have the same size, the last ones by name get the remainder.
     for index, (kind, size) in enumerate(sorted(sizes.items(), key=lambda item: (item[1], item[0]))):
         shares[kind] = min(size, left // (len(sizes) - index))
         left -= shares[kind]

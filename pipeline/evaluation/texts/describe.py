@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 
 def describe_counts(counts: Mapping[str, int]) -> str:
-    """Return what of a text is scored and what is left out, in words.
+    """Describe how much of a text is scored and what is left out.
 
     Args:
         counts: documents of the corpus (``documents``), those that were chosen (``chosen``), what became of them

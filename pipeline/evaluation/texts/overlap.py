@@ -16,7 +16,7 @@ _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\
 _WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _MULTIPLIER: Final = np.uint64(0x9E3779B97F4A7C15)
 _MAX_WORDS_KNOWN: Final = 2_000_000
-"""Distinct words whose hashes are kept, about 250 MB; then the table is begun again."""
+"""Number of distinct words whose hashes are cached, about 250 MB; then the table is cleared."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class Overlap:
 class OverlapIndex:
     """Index of the n-grams of some documents, against which a text of any length is read once.
 
-    Memory is 9 bytes per n-gram of the documents and what one call of ``read`` holds, however much is read.
+    It takes 9 bytes per n-gram of the documents plus the data of one call of ``read``, however much is read.
     """
 
     def __init__(self, texts: Sequence[str], wholes: Sequence[str] | None = None) -> None:
         """Index documents.
 
         Args:
-            texts: what is scored of each; its n-grams are looked for.
+            texts: scored part of each document, whose n-grams are searched for.
             wholes: the documents as written in their corpus, compared for equality as well; by default ``texts``.
         """
         self._words = _WordHashes()
@@ -70,7 +70,7 @@ class OverlapIndex:
         self._is_found[places[self._known[places] == grams]] = True
 
     def overlaps(self) -> list[Overlap]:
-        """Return what was found so far of each indexed document."""
+        """Return the overlap of each indexed document that was found so far."""
         return [
             Overlap(bool(keys & self._equal), float(self._is_found[places].mean()) if len(places) else 0.0)
             for keys, places in zip(self._keys, self._places, strict=True)

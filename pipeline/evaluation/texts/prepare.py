@@ -155,7 +155,7 @@ def _spoken(messages: Sequence[Message]) -> str:
 
 
 def _scored(text: TextConfig, document: _Document) -> str:
-    """Return what is scored of a readable document."""
+    """Return the scored part of a readable document."""
     assert document.whole is not None
     return shorten(document.whole, text.max_characters)
 
@@ -230,7 +230,7 @@ def _joined(segments: Sequence[SegmentText]) -> str:
 def _keep(
     run: Run, text: TextConfig, documents: Sequence[_Document], overlaps: Mapping[int, Overlap]
 ) -> tuple[list[_Document], dict[str, int]]:
-    """Leave out what cannot be scored.
+    """Leave out documents that cannot be scored.
 
     Raises:
         StageError: a document shares text with the training documents, and that is refused.
