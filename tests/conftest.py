@@ -12,7 +12,7 @@ os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
 
 @pytest.fixture(scope="session")
 def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The TOML of a run with tiny models, beside its models and corpus."""
+    """Provide the TOML of a run with tiny models, beside its models and corpus."""
     from tests.tiny_run import save_inputs
 
     return save_inputs(tmp_path_factory.mktemp("tiny"))
@@ -20,7 +20,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of all sharded stages, in one process: what every disturbed run must equal."""
+    """Provide a finished run of all sharded stages, in one process: what every disturbed run must equal."""
     from tests.tiny_run import ptafuse
 
     run = tmp_path_factory.mktemp("undisturbed") / "run"

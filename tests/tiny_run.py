@@ -98,12 +98,12 @@ def save_inputs(folder: Path) -> Path:
 
 
 def command(*arguments: str) -> list[str]:
-    """A ptafuse command line in this interpreter."""
+    """Return a ptafuse command line in this interpreter."""
     return [sys.executable, "-m", "pipeline", *arguments]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """The environment of a ptafuse process: finds this checkout, and no Ray of anyone else's."""
+    """Return the environment of a ptafuse process: finds this checkout, and no Ray of anyone else's."""
     inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     path = os.pathsep.join([str(REPOSITORY / "tests" / "faults"), str(REPOSITORY)])
     return {**inherited, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "", "HF_HUB_OFFLINE": "1", **extra}

@@ -215,7 +215,7 @@ def message_contexts(segment: SegmentText, target: Encoding, tokenizer: SegmentT
 
 
 def conversation_contexts(source: Encoding, target: Encoding) -> Contexts:
-    """For each position of a conversation the source's tokens of the whole of it up to the one that has read as much.
+    """Take, for each position, the source's tokens of the whole conversation up to the one that has read as much.
 
     Args:
         source: the conversation's tokens.
@@ -235,7 +235,7 @@ def _asked_positions(target: Encoding) -> list[int]:
 
 
 def _up_to(source: Encoding, target: Encoding, position: int) -> np.ndarray | None:
-    """The source's tokens up to the last that has read the same bytes of the same message.
+    """Return the source's tokens up to the last one that has read the same bytes of the same message.
 
     None where there is none, and where the turn ends and the source's template writes something else before its end: what it
     expects there is said of that.
@@ -396,7 +396,7 @@ def _target_rows(
 
 
 def _token_roles(encoding: Encoding) -> TokenRoles | None:
-    """What the tokens of a conversation are; None for plain text."""
+    """Return the roles of the tokens of a conversation; None for plain text."""
     if encoding.role is None or encoding.is_trained is None:
         return None
     return TokenRoles(encoding.role, encoding.is_trained)

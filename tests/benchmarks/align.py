@@ -134,7 +134,7 @@ def _pot_batch(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def paper() -> list[Figure]:
-    """The stage with the ``paper`` preset, Parquet to Parquet, on one core; against the plain Python pipeline."""
+    """Measure the stage with the ``paper`` preset, Parquet to Parquet, on one core; against the plain Python pipeline."""
     with one_core():
         rate, made = _stage_rate("paper")
         plain = _plain_rate(made, reference.sinkhorn, ROUNDS)
@@ -149,7 +149,7 @@ def paper() -> list[Figure]:
 
 
 def semi_relaxed_tokens_per_second() -> list[Figure]:
-    """The stage with the ``semi-relaxed`` preset, Parquet to Parquet, on one core."""
+    """Measure the stage with the ``semi-relaxed`` preset, Parquet to Parquet, on one core."""
     with one_core():
         rate, _ = _stage_rate("semi-relaxed")
     return [Figure("align.semi_relaxed_tokens_per_second", rate, "target tokens/s on one core", ">= 60000")]

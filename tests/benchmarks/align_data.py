@@ -23,7 +23,7 @@ TOP_K = 10
 
 
 def data_folder() -> Path:
-    """The folder of reference data.
+    """Return the folder of reference data.
 
     Raises:
         SkippedError: it is not given.
@@ -36,12 +36,12 @@ def data_folder() -> Path:
 
 @cache
 def tokenizer(name: str) -> SegmentTokenizer:
-    """One of ``PTAFUSE_DATA``'s tokenizers."""
+    """Return one of ``PTAFUSE_DATA``'s tokenizers."""
     return SegmentTokenizer.load(ModelConfig(name=name, path=data_folder() / "tokenizers" / name))
 
 
 def text_of_tokens(num_tokens: int) -> str:
-    """The beginning of the longest document, so many Llama-2 tokens long (special ones included)."""
+    """Return the beginning of the longest document, so many Llama-2 tokens long (special ones included)."""
     lines = (data_folder() / "text" / "mixed.jsonl").read_text(encoding="utf-8").splitlines()
     text = max((json.loads(line)["text"] for line in lines), key=len)
     end = tokenizer("llama2").encode(text, is_last=True).byte_end[num_tokens - 2]
@@ -49,7 +49,7 @@ def text_of_tokens(num_tokens: int) -> str:
 
 
 def run_folder() -> Path:
-    """A finished demo run.
+    """Return a finished demo run.
 
     Raises:
         SkippedError: it is not given, or is not one.
@@ -62,25 +62,25 @@ def run_folder() -> Path:
 
 
 def logits_files(name: str) -> dict[int, DataFile]:
-    """The committed logits of one of the run's models, by shard."""
+    """Return the committed logits of one of the run's models, by shard."""
     store = Store(str(run_folder()))
     found = [store.manifests(f"logits/{name}/{fingerprint}") for fingerprint in store.names(f"logits/{name}")]
     return {shard: manifest.data for shard, manifest in sorted(max(found, key=len, default={}).items())}
 
 
 def shards() -> list[tuple[DataFile, DataFile]]:
-    """The run's shards: the target's file and the source's."""
+    """Return the run's shards: the target's file and the source's."""
     target, source = logits_files(TARGET), logits_files(SOURCE)
     return [(target[shard], source[shard]) for shard in target if shard in source]
 
 
 def read(data: DataFile) -> pa.Table:
-    """A table of the run."""
+    """Return a table of the run."""
     return Store(str(run_folder())).read_table(data, remake="make demo")
 
 
 def models() -> tuple[ModelConfig, ModelConfig]:
-    """The run's two models."""
+    """Return the run's two models."""
     configs = sorted((run_folder() / "configs").glob("*.json"), key=lambda path: path.stat().st_mtime)
     config = json.loads(configs[-1].read_text())["config"]
     found = {model["name"]: model for model in (config["target"], *config["sources"])}
@@ -88,7 +88,7 @@ def models() -> tuple[ModelConfig, ModelConfig]:
 
 
 def stage(preset: str, **chosen: str) -> AlignStage:
-    """The align stage of the run's models, set up; further settings by name."""
+    """Return the align stage of the run's models, set up; further settings by name."""
     made = AlignStage(AlignConfig.model_validate({"preset": preset, "top_k": TOP_K, **chosen}), *models())
     made.setup()
     return made

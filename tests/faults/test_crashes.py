@@ -125,7 +125,7 @@ def test_inputs_of_different_versions_are_refused(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 192 KiB."""
+    """Provide a file system of 192 KiB."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=192k", "tmpfs", str(disk)]

@@ -19,7 +19,7 @@ def load(infra: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def spec(infra: Path) -> dict[str, Any]:
-    """The cluster's specification."""
+    """Provide the cluster's specification."""
     return load(infra, "raycluster")["spec"]
 
 

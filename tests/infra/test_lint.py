@@ -9,7 +9,7 @@ import pytest
 
 
 def tool(name: str) -> str:
-    """The program, beside this Python or on the path."""
+    """Return the program, beside this Python or on the path."""
     found = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     if found is None:
         pytest.skip(f"{name} is not installed: pip install -r requirements-dev.txt")

@@ -68,7 +68,7 @@ def job(infra: Path, tmp_path: Path) -> tuple[list[str], dict[str, str], Path]:
 
 
 def ray_command(log: Path) -> list[str]:
-    """The words of the one ``ray`` command."""
+    """Return the words of the one ``ray`` command."""
     [line] = [line for line in log.read_text().splitlines() if line.startswith("ray ")]
     return shlex.split(line)
 

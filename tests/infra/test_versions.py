@@ -12,14 +12,14 @@ IMAGES = {"REGISTRY/ptafuse-cpu:TAG", "REGISTRY/ptafuse-gpu:TAG"}
 
 
 def pinned(name: str) -> str:
-    """The version of a package in requirements.txt."""
+    """Return the version of a package in requirements.txt."""
     found = re.search(rf"^{name}==(\S+)$", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE)
     assert found
     return found[1]
 
 
 def values(node: Any, key: str) -> list[Any]:
-    """Every value under a key, anywhere in a YAML document."""
+    """Return every value under a key, anywhere in a YAML document."""
     if isinstance(node, list):
         return [value for item in node for value in values(item, key)]
     if not isinstance(node, dict):

@@ -44,7 +44,7 @@ TABLE = (REPOSITORY / "docs" / "bad-input.md").read_text()
 
 
 def said(row: str) -> str:
-    """The documented message of a row, as a pattern."""
+    """Return the documented message of a row, as a pattern."""
     cell = next(line for line in TABLE.splitlines() if line.startswith(f"| {row} |")).split(" | ")[-1]
     message = re.search(r"`(.+?)`", cell)
     assert message, row
@@ -174,7 +174,7 @@ def test_dataset_that_changed_after_planning_is_noticed(corpus: Corpus, monkeypa
 
 
 def model_with(corpus: Corpus, name: str, change) -> dict[str, str]:
-    """A copy of a tiny model with other weights; the arguments that make the configuration use it."""
+    """Return a copy of a tiny model with other weights; the arguments that make the configuration use it."""
     copy = Path(shutil.copytree(corpus._models / name, corpus.folder / name))
     weights = load_file(copy / "model.safetensors")
     change(weights)
@@ -651,7 +651,7 @@ def test_a_reserved_gpu_that_torch_does_not_see_is_named(monkeypatch: pytest.Mon
 
 
 def spoiled(corpus: Corpus, change: Callable[[Path], Any]) -> dict[str, str]:
-    """A copy of the tiny target with something wrong; the arguments that make the configuration use it."""
+    """Return a copy of the tiny target with something wrong; the arguments that make the configuration use it."""
     copy = Path(shutil.copytree(corpus._models / "llama", corpus.folder / "llama"))
     path = change(copy)
     return {"llama": str(path or copy)}

@@ -25,7 +25,7 @@ WITH_DRAWS = (*FITTED, "--set", f"logits.tail_samples={NUM_DRAWS}", "--set", "na
 
 @pytest.fixture(scope="module")
 def run(undisturbed_run: Path, tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with a configuration that draws, trained, and the same without draws, fused."""
+    """Provide a run directory with a configuration that draws, trained, and the same without draws, fused."""
     folder = Path(shutil.copytree(undisturbed_run, tmp_path_factory.mktemp("draws") / "run"))
     ptafuse("fuse", str(tiny_config), "--run", str(folder), "--local", "--upstream", *FITTED, "--set", "name=exact")
     ptafuse("train", str(tiny_config), "--run", str(folder), "--local", "--upstream", *WITH_DRAWS)

@@ -49,7 +49,7 @@ def segment(talk: Talk, *, train_on: str) -> SegmentText:
 
 
 def shard(talks: tuple[Talk, ...], *, train_on: str) -> pa.Table:
-    """A table of the shard stage, a conversation per document."""
+    """Return a table of the shard stage, a conversation per document."""
     rows = []
     for doc_id, talk in enumerate(talks):
         made = segment(talk, train_on=train_on)
@@ -96,7 +96,7 @@ def trained(model: ModelConfig, table: pa.Table, folder: Path, *, lambda_: float
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory) -> ModelConfig:
-    """A random model under Llama-2's template: a space before every content, no token for the end of a user's turn."""
+    """Provide a random model under Llama-2's template: a space before every content, no token for the end of a user's turn."""
     folder = tmp_path_factory.mktemp("learns") / "target"
     save_model(folder, architecture="llama", tokenizer_family="spm-bpe", seed=1)
     save_chat_tokenizer("llama2", folder)
@@ -105,7 +105,7 @@ def target(tmp_path_factory) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> ModelConfig:
-    """A model under ChatML that knows what users say and what assistants answer."""
+    """Provide a model under ChatML that knows what users say and what assistants answer."""
     folder = tmp_path_factory.mktemp("learns") / "source"
     save_model(folder, architecture="gpt_neox", tokenizer_family="byte-bpe", seed=2, vocab_padding=3)
     save_chat_tokenizer("chatml", folder)

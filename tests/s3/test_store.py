@@ -21,7 +21,7 @@ pytestmark = pytest.mark.s3
 
 
 def strike(method: str, part: str, fault: Fault, times: int = 1):
-    """A fault for the first ``times`` requests of a method to a path that holds ``part``."""
+    """Return a fault for the first ``times`` requests of a method to a path that holds ``part``."""
     left = [times]
 
     def choose(found_method: str, path: str) -> Fault | None:

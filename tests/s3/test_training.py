@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.s3, pytest.mark.slow]
 
 
 def remote_job(job: TrainJob, url: str) -> TrainJob:
-    """The job with its files, its checkpoints and its model in an object store."""
+    """Return the job with its files, its checkpoints and its model in an object store."""
     store = Store(url)
     for file in job.files:
         store.upload(f"fuse/{Path(file.path).name}", Path(file.path))

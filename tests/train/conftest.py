@@ -57,5 +57,5 @@ def make_config(**settings: Any) -> TrainConfig:
 
 
 def job_in(job: TrainJob, output: Path, **settings: Any) -> TrainJob:
-    """The job with another output folder and other settings."""
+    """Return the job with another output folder and other settings."""
     return replace(job, output=str(output), config=make_config(**settings))

@@ -42,7 +42,7 @@ def dense_sums(
 def row_loss(
     logprobs: torch.Tensor, listed: dict[int, float], tail: float | None, divergence: str, temperature: float
 ) -> torch.Tensor:
-    """One position: outcomes are the listed ids and the rest of the vocabulary."""
+    """Return one position: outcomes are the listed ids and the rest of the vocabulary."""
     q = logprobs.exp()
     outside = torch.ones(len(logprobs), dtype=torch.bool)
     outside[list(listed)] = False

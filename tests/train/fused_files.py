@@ -24,7 +24,7 @@ def random_rows(rng, length: int, vocab_size: int, *, mass: float, empty: float 
 
 
 def fused_table(blocks: list[np.ndarray], vocab_size: int, *, tail: str = "renormalise", seed: int = 0) -> pa.Table:
-    """A fused table over given tokens; each block is one document of one segment."""
+    """Return a fused table over given tokens; each block is one document of one segment."""
     rng = np.random.default_rng(seed)
     schema = fused_schema(vocab_size, tail, ("target", "source"))
     rows = [random_rows(rng, len(b), vocab_size, mass=0.8 if tail == "bucket" else 1.0) for b in blocks]
@@ -47,7 +47,7 @@ def fused_table(blocks: list[np.ndarray], vocab_size: int, *, tail: str = "renor
 
 
 def replaced_pieces(table: pa.Table, pieces: dict[str, np.ndarray]) -> pa.Table:
-    """A table of one block with other pieces: column name -> (P,)."""
+    """Return a table of one block with other pieces: column name -> (P,)."""
     for name, values in pieces.items():
         index = table.schema.get_field_index(name)
         field = table.schema.field(name)

@@ -28,7 +28,7 @@ from train.run_log import read_log
 
 @pytest.fixture(scope="module")
 def tied_job(tiny_job, tmp_path_factory) -> TrainJob:
-    """The tiny job on a Gemma-3: tied embeddings, scaled inputs, sliding windows."""
+    """Provide the tiny job on a Gemma-3: tied embeddings, scaled inputs, sliding windows."""
     folder = save_model(tmp_path_factory.mktemp("tied") / "gemma", architecture="gemma3", tokenizer_family="unigram")
     return replace(tiny_job, model=ModelConfig(name="gemma", path=folder))
 

@@ -73,7 +73,7 @@ def compare(config: Path, run: Path, *arguments: str) -> dict[str, Any]:
 
 
 def rows_of(found: dict[str, Any]) -> dict[tuple[str, str, float | None], dict[str, Any]]:
-    """The rows of ways of aligning."""
+    """Return the rows of ways of aligning."""
     return {(row["name"], row["settings"]["pairing"], row["epsilon"]): row for row in found["rows"] if row.get("name")}
 
 

@@ -25,7 +25,7 @@ print("imported:", *(name for name in {HEAVY} if name in sys.modules))
 
 @pytest.fixture
 def run(undisturbed_run: Path, tmp_path: Path) -> Path:
-    """A finished run, to be changed."""
+    """Provide a finished run, to be changed."""
     return Path(shutil.copytree(undisturbed_run, tmp_path / "run"))
 
 

@@ -46,7 +46,7 @@ def jsonl(folder: Path, values: list[Any], name: str = "messages") -> DatasetCon
 
 
 def read(dataset: DatasetConfig, per_shard: int = 3) -> list[Any]:
-    """Every document of a dataset: its messages, None for a null, or what is wrong with the record."""
+    """Return every document of a dataset: its messages, None for a null, or what is wrong with the record."""
     check_dataset(dataset)
     found: list[Any] = []
     for part in plan_documents(dataset, per_shard):

@@ -121,7 +121,7 @@ def test_any_damaged_byte_is_a_message_that_names_the_file(tmp_path: Path, compr
 
 @pytest.fixture
 def server(tmp_path: Path):
-    """A server of the files in ``tmp_path``, whatever the query."""
+    """Provide a server of the files in ``tmp_path``, whatever the query."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:

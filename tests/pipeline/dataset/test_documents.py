@@ -159,7 +159,7 @@ class HubBuilder:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """A hub whose files lie in fsspec's memory; what it was asked for is under ``asked``."""
+    """Provide a hub whose files lie in fsspec's memory; what it was asked for is under ``asked``."""
     found: dict[str, Any] = {"asked": [], "splits": {}}
 
     def load(hub: str, **arguments: Any) -> HubBuilder:

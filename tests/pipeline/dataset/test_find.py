@@ -40,7 +40,7 @@ def documents(config: DatasetConfig) -> list[str]:
 
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
-    """A folder with a file of its own, a linked file and a linked folder."""
+    """Provide a folder with a file of its own, a linked file and a linked folder."""
     elsewhere, data = tmp_path / "elsewhere", tmp_path / "data"
     write(data / "a.jsonl", "own")
     write(elsewhere / "file.jsonl", "linked file")

@@ -65,7 +65,7 @@ def test_blocks_hold_every_train_segment_once_under_the_source_s_tokens(tmp_path
 
 @pytest.fixture(scope="module")
 def config(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with an adapted source."""
+    """Provide the tiny run with an adapted source."""
     text = tiny_config.read_text().replace("\n[shard]", f"{ADAPT}\n[shard]", 1).replace('"tiny"', '"adapted"')
     path = tmp_path_factory.mktemp("adapt") / "adapted.toml"
     path.write_text(text)

@@ -18,7 +18,7 @@ DEADLINE_SECONDS = 60.0
 
 @pytest.fixture
 def metrics_url() -> Iterator[str]:
-    """A Ray in this process whose node exports metrics there."""
+    """Provide a Ray in this process whose node exports metrics there."""
     import ray
 
     with socket.socket() as probe:

@@ -56,7 +56,7 @@ def job(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> ShardJob
 
 @pytest.fixture
 def fresh(job: ShardJob, request: pytest.FixtureRequest) -> ShardJob:
-    """The job, with a folder of this test's own for its results."""
+    """Provide the job, with a folder of this test's own for its results."""
     return named(job, request.node.name)
 
 

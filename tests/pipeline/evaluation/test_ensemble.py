@@ -131,7 +131,7 @@ class Reader:
         )
 
     def contexts(self, text: str, *, by: str) -> tuple[np.ndarray, list[list[int] | None]]:
-        """The target's tokens, and what the source reads at each of them."""
+        """Return the target's tokens, and what the source reads at each of them."""
         encoding = self.own.encode(text, is_last=False)
         if by == "prefix":
             found = prefix_contexts(text, encoding.byte_end, self.other)

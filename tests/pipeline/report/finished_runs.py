@@ -13,12 +13,12 @@ from stages.contract.store import Store
 
 
 def evaluation(figures: Sequence[float], sizes: Sequence[int]) -> dict:
-    """An evaluation of documents 0, 1, ... with these figures and bytes."""
+    """Return an evaluation of documents 0, 1, ... with these figures and bytes."""
     return evaluation_of(dict(enumerate(figures)), sizes)
 
 
 def evaluation_of(documents: Mapping[int, float], sizes: Sequence[int] | None = None) -> dict:
-    """An evaluation of these documents: doc_id -> bits per byte."""
+    """Return an evaluation of these documents: doc_id -> bits per byte."""
     sizes = sizes or [100] * len(documents)
     total = sum(figure * size for figure, size in zip(documents.values(), sizes, strict=True))
     return {

@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def changed_run(undisturbed_run: Path, tiny_config: Path, tmp_path: Path) -> Store:
-    """A finished run of which a stage was begun again with other settings, under the same name."""
+    """Provide a finished run of which a stage was begun again with other settings, under the same name."""
     store = Store(str(shutil.copytree(undisturbed_run, tmp_path / "run")))
     begin(store, tiny_config, "align.epsilon=0.7")
     return store

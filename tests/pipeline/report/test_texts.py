@@ -28,7 +28,7 @@ COUNTS = {
 
 
 def figures(values: list[float], kinds: list[str] | None = KINDS) -> dict[str, Any]:
-    """An evaluation of documents of 100 bytes with these figures."""
+    """Return an evaluation of documents of 100 bytes with these figures."""
     found = evaluation_of(dict(enumerate(values)))
     for part, kind in zip(found["documents"], kinds or [], strict=False):
         part["kind"] = kind

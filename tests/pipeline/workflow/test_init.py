@@ -13,7 +13,7 @@ from tests.tiny_run import NUM_DOCUMENTS, data_hashes, documents, ptafuse
 
 
 def filled_in(path: Path, folder: Path) -> str:
-    """The text of a written file with the paths of a corpus and two models."""
+    """Return the text of a written file with the paths of a corpus and two models."""
     values = iter((f"{folder}/corpus.jsonl", f"{folder}/llama", f"{folder}/neox"))
     return re.sub('FILL IN(?="\n|"  #)', lambda _: next(values), path.read_text())
 
@@ -83,7 +83,7 @@ def test_init_overwrites_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def own_run(tiny_config: Path, tmp_path: Path) -> Path:
-    """A file of init's, filled in with tiny models and made small."""
+    """Provide a file of init's, filled in with tiny models and made small."""
     path = tmp_path / "own.toml"
     write_template(path)
     text = filled_in(path, tiny_config.parent).replace("1024", "64").replace("batch_size = 32", "batch_size = 4")

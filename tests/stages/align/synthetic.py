@@ -33,7 +33,7 @@ def logits_table(
     with_start: bool = True,
     with_end: bool = False,
 ) -> pa.Table:
-    """A table of ``logits_schema``.
+    """Return a table of ``logits_schema``.
 
     Args:
         tokenizer: the model's.

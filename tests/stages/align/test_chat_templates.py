@@ -51,7 +51,7 @@ def models(tmp_path_factory) -> dict[str, ModelConfig]:
 
 @pytest.fixture(scope="module")
 def tables(models) -> dict[str, pa.Table]:
-    """A table of logits of each model, with candidates for every position, special ones too."""
+    """Provide a table of logits of each model, with candidates for every position, special ones too."""
     return {name: logits_table(SegmentTokenizer.load(model)) for name, model in models.items()}
 
 

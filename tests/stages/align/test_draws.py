@@ -143,7 +143,7 @@ def full_source(table: pa.Table, row: int) -> ModelRows:
 
 
 def sampled(full: ModelRows, rng: np.random.Generator) -> ModelRows:
-    """The largest ``TOP_K`` entries, and draws from the others, one position at a time."""
+    """Return the largest ``TOP_K`` entries, and draws from the others, one position at a time."""
     draws = np.full((len(full), NUM_DRAWS), -1, np.int32)
     for position, (ids, probs) in enumerate(zip(full.topk_ids[:, TOP_K:], full.topk_probs[:, TOP_K:], strict=True)):
         if probs.sum() > 0:

@@ -30,7 +30,7 @@ cached_levenshtein = functools.cache(levenshtein)
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, ModelConfig]:
-    """The four families, and a byte-level BPE of many more merges."""
+    """Provide the four families, and a byte-level BPE of many more merges."""
     return save_families(tmp_path_factory.mktemp("tokenizers"))
 
 
@@ -289,7 +289,7 @@ def test_both_pairings_are_right_on_any_text(text, pair, is_last, tokenizers, si
 
 
 def optimum(source: list[str], target: list[str]) -> int:
-    """The recurrence of the pairing, cell by cell."""
+    """Compute the recurrence of the pairing, cell by cell."""
     best = np.full((len(source) + 1, len(target) + 1), np.inf)
     best[0, 0] = 0
     for k, j in itertools.product(range(len(source)), range(len(target))):

@@ -115,7 +115,7 @@ def entries(rows: SparseRows, position: int) -> dict[int, float]:
 
 
 def expected_candidates(inputs: Inputs, row: int, position: int, tail: str) -> list[dict[int, float]]:
-    """The candidates' rows; an empty one has no distribution."""
+    """Return the candidates' rows; an empty one has no distribution."""
     target = inputs.tables["logits/target"]
     own = entries(sparse_row(target, row), position)
     if tail == "renormalise":

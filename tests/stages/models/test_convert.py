@@ -39,7 +39,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pickled(saved: Path, tmp_path: Path) -> Path:
-    """The model with ``pytorch_model.bin`` alone."""
+    """Provide the model with ``pytorch_model.bin`` alone."""
     folder = Path(shutil.copytree(saved, tmp_path / "llama"))
     torch.save(load_file(folder / SINGLE_FILE), folder / PICKLED_FILE)
     (folder / SINGLE_FILE).unlink()

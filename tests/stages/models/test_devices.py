@@ -49,7 +49,7 @@ OPEN_DRIVER = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.0
 
 @pytest.fixture
 def cuda_build(monkeypatch, tmp_path: Path) -> Path:
-    """A torch for CUDA 13.0 that sees no GPU; returns where the driver's version is read."""
+    """Provide a torch for CUDA 13.0 that sees no GPU; returns where the driver's version is read."""
     driver = tmp_path / "version"
     monkeypatch.setattr(devices, "_DRIVER", driver)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def originals(folders: dict[str, Path]) -> dict[str, Any]:
-    """The four families as transformers loads them, and two more kinds of byte-level BPE."""
+    """Provide the four families as transformers loads them, and two more kinds of byte-level BPE."""
     loaded = {family: AutoTokenizer.from_pretrained(folder) for family, folder in folders.items()}
     description = json.loads(loaded["byte-bpe"].backend_tokenizer.to_str())
     description["normalizer"] = {"type": "NFC"}
@@ -56,7 +56,7 @@ def _wrap(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
 
 
 def _text_tokens(tokenizer: SegmentTokenizer, text: str) -> Encoding:
-    """The encoding without BOS."""
+    """Return the encoding without BOS."""
     found = tokenizer.encode(text, is_last=False)
     skip = tokenizer.num_prefix
     return Encoding(found.ids[skip:], found.byte_end[skip:])

@@ -44,7 +44,7 @@ def cut(text: str, byte_ends: Sequence[ByteEnd], max_length: int) -> list[str]:
 
 
 def cut_by_byte_ends(text: str, byte_ends: Sequence[ByteEnd], max_length: int) -> list[str]:
-    """The rule in few words, every byte_end computed: what ``cut_document`` must agree with."""
+    """Apply the rule in its plainest form, with every byte_end computed: what ``cut_document`` must agree with."""
 
     def fitting(piece: str) -> int:
         for byte_end in byte_ends:
@@ -73,12 +73,12 @@ def cut_by_byte_ends(text: str, byte_ends: Sequence[ByteEnd], max_length: int) -
 
 
 def by_characters(text: str) -> np.ndarray:
-    """A tokenizer with one token a character."""
+    """Return a tokenizer with one token a character."""
     return np.cumsum([len(character.encode()) for character in text], dtype=np.int32)
 
 
 def by_words(text: str) -> np.ndarray:
-    """A tokenizer that keeps words alone."""
+    """Return a tokenizer that keeps words alone."""
     ends, end = [], 0
     for word in text.split():
         end = text.index(word, end) + len(word)

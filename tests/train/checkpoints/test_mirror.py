@@ -25,7 +25,7 @@ from train.run_log import RunLog, read_log
 
 
 def checkpoint(output: Path, step: int, text: str = "weights") -> Path:
-    """A committed checkpoint's folder, and a log beside it."""
+    """Return a committed checkpoint's folder, and a log beside it."""
     folder = output / f"checkpoint-{step:06d}"
     folder.mkdir(parents=True)
     for name in ("__0_0.distcp", ".metadata", "state.json"):
@@ -222,7 +222,7 @@ def together(work: Callable[[Peers], Any], size: int = 2) -> list[Any]:
 
 
 def scattered_checkpoint(folder: Path, step: int) -> list[Path]:
-    """The output folders of two machines, each with its own worker's shards."""
+    """Return the output folders of two machines, each with its own worker's shards."""
     outputs = [folder / "node-0", folder / "node-1"]
     for rank, output in enumerate(outputs):
         there = output / f"checkpoint-{step:06d}"

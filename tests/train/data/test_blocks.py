@@ -167,7 +167,7 @@ def test_arrow_table_of_blocks_matches_the_schema(blocks_of_ids):
 
 
 def conversations_file(tmp_path, ids: np.ndarray, is_trained: np.ndarray, starts: list[int]) -> FusedFile:
-    """One block of packed conversations."""
+    """Return one block of packed conversations."""
     table = fused_table([ids], V)
     zeros = np.zeros(len(starts), np.int64)
     pieces = {"piece_start": np.array(starts), "piece_doc_id": np.arange(len(starts))}

@@ -33,7 +33,7 @@ def batches(
 
 
 def indices(batch: StepBatch) -> list[int]:
-    """The blocks of this worker, read off their tokens."""
+    """Return the blocks of this worker, read off their tokens."""
     return [int(ids[0]) for part in batch.micro_batches if part.num_tokens for ids in part.ids]
 
 

@@ -69,7 +69,7 @@ def here(tmp_path: Path, ids: list[np.ndarray]) -> list[FusedFile]:
 
 @pytest.fixture
 def remote(tmp_path: Path, here: list[FusedFile]) -> list[FusedFile]:
-    """The same in an object store."""
+    """Provide the same in an object store."""
     store = Store(f"memory:/{tmp_path}")
     for file in here:
         store.upload(Path(file.path).name, Path(file.path))

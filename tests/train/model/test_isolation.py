@@ -42,7 +42,7 @@ def pieces_of(parts: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def packed_file(path, parts: list[np.ndarray]):
-    """One block of all documents, in the pieces of ``pieces_of``."""
+    """Return one block of all documents, in the pieces of ``pieces_of``."""
     table = fused_table([np.concatenate(parts)], SIZE, tail="bucket")
     pieces = {
         "piece_start": np.cumsum([0, *(len(part) for part in pieces_of(parts))])[:-1],

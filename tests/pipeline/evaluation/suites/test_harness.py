@@ -47,7 +47,7 @@ class ByHand:
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
     def logprobs(self, text: str) -> tuple[list[int], np.ndarray]:
-        """The tokens, and ln p of every token given those before it, (T - 1, V)."""
+        """Return the tokens, and ln p of every token given those before it, (T - 1, V)."""
         ids = self.tokenizer(text)["input_ids"]
         with torch.no_grad():
             logits = self.model(torch.tensor([ids])).logits[0, :-1].double()
@@ -157,7 +157,7 @@ def test_prompts_that_do_not_fit_are_counted(model_folder: Path, data: Path) -> 
 
 
 def answering(answer: Callable[[str], str]) -> Any:
-    """A model of the harness that answers every prompt as the function says."""
+    """Return a model of the harness that answers every prompt as the function says."""
     from lm_eval.api.model import LM
 
     class Answering(LM):

@@ -7,7 +7,7 @@ from stages.align.pairing.cheapest_path import cheapest_path
 
 
 def full_recursion(distances, source_index, target_index):
-    """Every cell, in plain Python: spans and cost of the cheapest path, ties diagonal first, then k-1, then j-1."""
+    """Compute every cell in plain Python: spans and cost of the cheapest path, ties diagonal first, then k-1, then j-1."""
     cost = distances.astype(int)[source_index][:, target_index].tolist()
     num_source, num_target = len(source_index), len(target_index)
     total = [[0] * num_target for _ in range(num_source)]

@@ -9,7 +9,7 @@ from stages.align.pairing.levenshtein import levenshtein_matrix
 
 
 def levenshtein(a: str, b: str) -> int:
-    """The textbook recurrence."""
+    """Compute a distance by the textbook recurrence."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         previous, row[0] = row[0], i

@@ -25,7 +25,7 @@ def ends(texts) -> np.ndarray:
 
 
 def monotone_paths(n: int, m: int, at: tuple[int, int] = (0, 0)):
-    """Every path from ``at`` to (n - 1, m - 1) by steps (1, 1), (1, 0) and (0, 1)."""
+    """Yield every path from ``at`` to (n - 1, m - 1) by steps (1, 1), (1, 0) and (0, 1)."""
     if at == (n - 1, m - 1):
         yield [at]
         return
@@ -41,7 +41,7 @@ def cost_of(path, source, target) -> int:
 
 
 def brute_force(source, target) -> tuple[int, list[tuple[int, int]]]:
-    """The cheapest of all paths; of equal ones the first when steps are compared from the end: diagonal, k-1, j-1."""
+    """Return the cheapest of all paths; of equal ones the first when steps are compared from the end: diagonal, k-1, j-1."""
     preference = {(1, 1): 0, (1, 0): 1, (0, 1): 2}
 
     def from_the_end(path):

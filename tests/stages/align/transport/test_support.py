@@ -9,7 +9,7 @@ from stages.models.tokenizer import Vocabulary
 
 
 def vocabulary(*tokens: bytes, special: tuple[bytes, ...] = ()) -> Vocabulary:
-    """A hand-made one; ``<bos>`` and ``<eos>`` have their roles."""
+    """Return a hand-made vocabulary; ``<bos>`` and ``<eos>`` have their roles."""
     special = (b"<bos>", b"<eos>", *special)
     return Vocabulary(
         token_bytes=tokens,

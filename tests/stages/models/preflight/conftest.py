@@ -14,5 +14,5 @@ def _nothing_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    """A sound model with a head of its own."""
+    """Provide a sound model with a head of its own."""
     return save_model(tmp_path / "llama")

@@ -150,7 +150,7 @@ def test_padding_tokens_inside_the_vocabulary_are_accepted(llama: Path, pad: int
 
 
 def save_configured(folder: Path, architecture: str, **settings: object) -> Path:
-    """A folder of another architecture's model."""
+    """Return a folder of another architecture's model."""
     from transformers import AutoModelForCausalLM
 
     save_model(folder)

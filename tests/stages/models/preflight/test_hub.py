@@ -25,7 +25,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def snapshot(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A model in the hub's cache, its branch ``main`` at ``REVISION``."""
+    """Provide a model in the hub's cache, its branch ``main`` at ``REVISION``."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / "models--some--llama"
     (repository / "refs").mkdir(parents=True)
