@@ -203,7 +203,8 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
     found = stage.explain(inputs, row, where.position)
     console.print(f"document {where.doc_id}, segment {where.segment}, position {where.position} of it")
     console.print(token_line(tokens, position))
-    console.print(Text(f"gold next token: {visible(found.gold) if found.gold is not None else '(the segment ends)'}"))
+    gold = "(the segment ends)" if found.gold is None else visible(found.gold)
+    console.print(Text(f"gold next token: {gold}{'' if found.is_learnt or found.gold is None else ' (not learnt)'}"))
     unit = "nats" if config.fuse.granularity == "token" else config.fuse.unit
     view = Table("candidate", f"cross-entropy ({unit}, {config.fuse.granularity})", "weight")
     for candidate in found.candidates:

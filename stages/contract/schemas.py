@@ -118,7 +118,7 @@ def logits_schema(vocab_size: int, *, has_draws: bool = False, conversations: bo
 
 
 PAIRED_BY: Final = ("none", "transport", "gold", "identity", "condition")
-"""Meaning of ``outcome`` in an aligned row: no distribution (unpaired, masked, or no next token in the segment);
+"""Meaning of ``outcome`` in an aligned row: no distribution (unpaired, masked, or no next token that is learnt);
 transported; all mass on the gold next token (``inexact = "gold"``); copied, since both tokenizers are the same; inside a
 source token, transported from what is left of the source's candidates after the bytes read (``inexact = "condition"``)."""
 

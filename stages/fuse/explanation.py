@@ -28,6 +28,7 @@ class Explanation:
 
     Attributes:
         gold: text of the gold next token, None at a segment's last position.
+        is_learnt: the gold next token is learnt; in a conversation tokens of the template and of users are not.
         candidates: the target's, then the sources'.
         chosen: name of the candidate with the largest weight, None where there is no fused distribution.
         fused: (text of a token, probability), descending.
@@ -35,6 +36,7 @@ class Explanation:
     """
 
     gold: str | None
+    is_learnt: bool
     candidates: tuple[ExplainedCandidate, ...]
     chosen: str | None
     fused: tuple[tuple[str, float], ...]

@@ -64,7 +64,8 @@ class FusedSegment:
 
     Attributes:
         candidates: C; none has a distribution where the next token is not learnt, as at the last position.
-        gold: (N,) the next token; ``PAD_ID`` where there is none or it is not learnt.
+        next_ids: (N,) the next token; ``PAD_ID`` at the last position.
+        gold: (N,) the same where it is learnt, else ``PAD_ID``.
         cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
         weights: (N, C), see ``candidate_weights``.
         mixture: weighted union of the candidates.
@@ -77,6 +78,7 @@ class FusedSegment:
     """
 
     candidates: tuple[Candidate, ...]
+    next_ids: np.ndarray
     gold: np.ndarray
     cross_entropy: np.ndarray
     weights: np.ndarray
@@ -283,7 +285,7 @@ class FuseStage:
 
     def _explained(self, fused: FusedSegment, position: int) -> Explanation:
         vocabulary = self._vocabularies[0]
-        gold, chosen = int(fused.gold[position]), int(fused.chosen[position])
+        following, chosen = int(fused.next_ids[position]), int(fused.chosen[position])
         candidates = tuple(
             ExplainedCandidate(
                 name=name,
@@ -295,7 +297,8 @@ class FuseStage:
             for index, (name, part) in enumerate(zip(self.names, fused.candidates, strict=True))
         )
         return Explanation(
-            gold=None if gold == PAD_ID else vocabulary.text(gold),
+            gold=None if following == PAD_ID else vocabulary.text(following),
+            is_learnt=bool(fused.gold[position] != PAD_ID),
             candidates=candidates,
             chosen=None if chosen < 0 else self.names[chosen],
             fused=_as_text(fused.mixture.rows, position, vocabulary),
@@ -402,7 +405,7 @@ class FuseStage:
         is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token")
         chosen_by_gold = is_gold.any(axis=1) | is_choice
         mixed = mixed_gold_logprob(candidates, weights)
-        return FusedSegment(candidates, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
+        return FusedSegment(candidates, next_ids, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
 
     def _gold_rows(self, shard: _Shard, row: int) -> np.ndarray:
         """Find where a candidate has all its mass on the gold next token, as ``inexact = "gold"`` produces it, (N, C)

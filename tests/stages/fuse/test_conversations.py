@@ -117,6 +117,17 @@ def test_weights_are_fitted_on_learnt_positions(inputs):
     assert doc_ids.tolist() == documents
 
 
+def test_a_position_that_is_not_learnt_is_explained_with_the_token_that_follows(inputs):
+    stage = inputs.stage(packing="whole", max_length=64)
+    target = inputs.tables["logits/target"]
+    vocabulary = SegmentTokenizer.load(inputs.target).vocabulary
+    token_ids = list_row(target, "token_ids", 0)
+    for position, found in enumerate(stage.explain_row(inputs.tables, 0)):
+        is_last = position + 1 == len(token_ids)
+        assert found.gold == (None if is_last else vocabulary.text(int(token_ids[position + 1])))
+        assert found.is_learnt == learnt(target, 0)[position] == (found.chosen is not None)
+
+
 def test_conversations_are_not_cut(inputs):
     with pytest.raises(
         ValueError, match=r"these are conversations, which are learnt whole: set fuse\.packing = 'whole'"

@@ -18,7 +18,8 @@ def segment_of(cross_entropy, target_rows, source_rows, gold) -> FusedSegment:
     weights = candidate_weights(np.array(cross_entropy), present, function="min-ce")
     mixture = mix(candidates, weights, top_k=4, renormalise=False)
     nowhere = np.zeros(len(gold), bool)
-    return FusedSegment(candidates, np.array(gold), np.array(cross_entropy), weights, mixture, nowhere, nowhere)
+    next_ids = np.array(gold)
+    return FusedSegment(candidates, next_ids, next_ids, np.array(cross_entropy), weights, mixture, nowhere, nowhere)
 
 
 def test_figures_of_a_segment_equal_those_computed_by_hand():
