@@ -21,8 +21,9 @@ from stages.models.config import empty_model, load_model, load_tokenizer, num_po
 from stages.models.devices import attention_choices, attention_in_use, resolve_device, set_threads
 from stages.models.heads import check_head
 from stages.models.tokenizer import SegmentTokenizer
-from train.checkpoints.checkpoint import Checkpoints, TrainState, remove_checkpoints
+from train.checkpoints.checkpoint import Checkpoints, TrainState
 from train.checkpoints.disks import ONE_DISK, Disk, compare_disks
+from train.checkpoints.folders import remove_checkpoints
 from train.checkpoints.mirror import CheckpointMirror
 from train.data.blocks import FusedBlocks, columns_read
 from train.data.feed import Feed

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.benchmarks.fused_layout import write_files
 from tests.gpu.models import UNUSED, llama_config, random_model
 from tests.gpu.report import Report, Setup
-from train.checkpoints.checkpoint import checkpoint_folder, committed_steps
+from train.checkpoints.folders import checkpoint_folder, committed_steps
 from train.config import TrainConfig
 from train.data.blocks import FusedBlocks
 from train.distributed import join_workers

@@ -17,7 +17,7 @@ from tests.train.conftest import job_in, tiny_job, tiny_model  # noqa: F401 - fi
 from tests.train.test_loop import weights
 from tests.train.test_workers import assert_same_run
 from tests.train.workers import kill, printed, start_workers, train_on, wait_until
-from train.checkpoints.checkpoint import COMMITTED, committed_steps
+from train.checkpoints.folders import COMMITTED, committed_steps
 from train.job import FusedFile, StepRecord, TrainJob
 from train.loop import train
 from train.run_log import read_log

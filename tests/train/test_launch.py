@@ -9,7 +9,7 @@ from stages.contract.threads import DEFAULTS, USER_VARIABLES
 from tests.tiny_run import environment
 from tests.train.conftest import job_in
 from tests.train.test_workers import assert_same_run
-from train.checkpoints.checkpoint import committed_steps
+from train.checkpoints.folders import committed_steps
 from train.loop import train
 from train.preemption import StoppedError
 from train.run_log import read_log

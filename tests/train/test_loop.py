@@ -16,7 +16,7 @@ from tests.tiny_models import save_model
 from tests.train.conftest import job_in
 from tests.train.fused_files import fused_table, save
 from train import loop
-from train.checkpoints.checkpoint import committed_steps
+from train.checkpoints.folders import committed_steps
 from train.data.blocks import FusedBlocks
 from train.job import FusedFile, StepRecord, TrainJob
 from train.loop import train

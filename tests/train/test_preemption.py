@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from tests.train.conftest import job_in
-from train.checkpoints.checkpoint import committed_steps
+from train.checkpoints.folders import committed_steps
 from train.loop import train
 from train.preemption import Notice, StoppedError, on_termination, termination_watch
 from train.run_log import read_log

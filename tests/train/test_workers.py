@@ -20,7 +20,7 @@ from tests.train.conftest import job_in
 from tests.train.fused_files import save
 from tests.train.test_loop import weights
 from tests.train.workers import kill, printed, start_workers, train_on, wait, wait_until
-from train.checkpoints.checkpoint import committed_steps
+from train.checkpoints.folders import committed_steps
 from train.job import TrainJob
 from train.loop import train
 from train.run_log import read_log

@@ -15,13 +15,12 @@ of the download.
 
 import json
 import logging
-import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -34,19 +33,23 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from stages.contract.store import sync
 from stages.contract.tracebacks import shows_tracebacks
 from train.checkpoints.disks import ONE_DISK, Disk
+from train.checkpoints.folders import (
+    COMMITTED,
+    LOG,
+    checkpoint_folder,
+    committed_steps,
+    remove_checkpoints,
+    remove_old_checkpoints,
+    remove_torn_checkpoints,
+)
+from train.checkpoints.mirror import CheckpointMirror
 from train.checkpoints.reader import CheckpointReader
 from train.distributed import Workers
 
-if TYPE_CHECKING:
-    from train.checkpoints.mirror import CheckpointMirror
-
 logger = logging.getLogger(__name__)
 
-COMMITTED = "COMMITTED"
 STATE = "state.json"
 METADATA = ".metadata"
-LOG = "log.jsonl"
-_FOLDER = re.compile(r"^checkpoint-(\d{6,})$")
 
 
 @dataclass(frozen=True)
@@ -74,43 +77,6 @@ class TrainState:
     num_tokens: int
 
 
-def checkpoint_folder(output: Path, step: int) -> Path:
-    """Return ``<output>/checkpoint-000500``."""
-    return output / f"checkpoint-{step:06d}"
-
-
-def committed_steps(output: Path) -> list[int]:
-    """Return the steps of the committed checkpoints, ascending."""
-    return sorted(step for step, folder in _folders(output) if (folder / COMMITTED).exists())
-
-
-def checkpoint_step(name: str) -> int | None:
-    """Return the step in the name of a checkpoint folder, None for any other name."""
-    match = _FOLDER.match(name)
-    return int(match[1]) if match else None
-
-
-def _folders(output: Path) -> list[tuple[int, Path]]:
-    found = ((checkpoint_step(folder.name), folder) for folder in output.glob("checkpoint-*"))
-    return [(step, folder) for step, folder in found if step is not None]
-
-
-def remove_torn_checkpoints(output: Path) -> None:
-    """Remove checkpoints without COMMITTED: no process is writing one when a job starts."""
-    for step, folder in _folders(output):
-        if not (folder / COMMITTED).exists():
-            logger.info("checkpoint of step %d was not completed: removed", step)
-            shutil.rmtree(folder)
-
-
-def remove_old_checkpoints(output: Path, *, keep: int) -> None:
-    """Remove all but the ``keep`` newest committed checkpoints."""
-    for step in committed_steps(output)[:-keep]:
-        folder = checkpoint_folder(output, step)
-        (folder / COMMITTED).unlink()  # first, so that a half-removed folder is not mistaken for a checkpoint
-        shutil.rmtree(folder)
-
-
 class Checkpoints:
     """Checkpoints of a sharded model and its optimizer; leaving the context waits for the one being written.
 
@@ -126,7 +92,7 @@ class Checkpoints:
         workers: Workers,
         *,
         keep: int,
-        copies: "CheckpointMirror | None" = None,
+        copies: CheckpointMirror | None = None,
         disk: Disk = ONE_DISK,
     ) -> None:
         """Prepare to read and write checkpoints. All workers do so.
@@ -316,13 +282,6 @@ def _needed_files(tensors: dict[str, dict[str, Any]], folder: Path) -> list[str]
     planner.set_up_planner(tensors, metadata, is_coordinator=False)
     places = metadata.storage_data
     return sorted({places[item.storage_index].relative_path for item in planner.create_local_plan().items})
-
-
-def remove_checkpoints(output: Path, *, but: int | None = None) -> None:
-    """Remove what this machine has of all checkpoints, or of all but that of one step."""
-    for step, folder in _folders(output):
-        if step != but:
-            shutil.rmtree(folder)
 
 
 def _check_tensors(tensors: dict[str, dict[str, Any]], folder: Path) -> None:

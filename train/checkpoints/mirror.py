@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from stages.contract.digest import file_sha256, sha256
 from stages.contract.filesystem import StoreError
 from stages.contract.store import Store, sync
-from train.checkpoints.checkpoint import COMMITTED, LOG, checkpoint_folder, checkpoint_step, committed_steps
+from train.checkpoints.folders import COMMITTED, LOG, checkpoint_folder, checkpoint_step, committed_steps
 from train.distributed import ALONE, Peers
 from train.run_log import log_until
 

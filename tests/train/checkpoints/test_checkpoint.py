@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from train.checkpoints.checkpoint import COMMITTED, Checkpoints, TrainState, checkpoint_folder, committed_steps
+from train.checkpoints.checkpoint import Checkpoints, TrainState
+from train.checkpoints.folders import COMMITTED, checkpoint_folder, committed_steps
 from train.distributed import Workers, join_workers
 
 STATE = TrainState(fingerprint="abc", dataset="d", seed=42, num_blocks=10, step=0, epoch=0, next_sample=0, num_tokens=0)

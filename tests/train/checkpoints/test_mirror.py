@@ -16,7 +16,7 @@ import pytest
 from stages.contract.store import Store, StoreError
 from tests.train.conftest import job_in
 from tests.train.model.test_card import RECORD
-from train.checkpoints.checkpoint import COMMITTED, committed_steps
+from train.checkpoints.folders import COMMITTED, committed_steps
 from train.checkpoints.mirror import CheckpointMirror
 from train.distributed import Peers
 from train.loop import train
