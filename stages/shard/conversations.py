@@ -45,6 +45,9 @@ class ConversationError(ValueError):
 def read_conversation(raw: bytes, train_on: Literal["assistant", "all"]) -> tuple[Message, ...]:
     """Read a conversation.
 
+    A system message without text at its beginning is left out: data sets write one where there is none, and many templates drop
+    it while others write their own.
+
     Args:
         raw: JSON, a list of objects with ``role`` and ``content``, or with ShareGPT's ``from`` and ``value``.
         train_on: what is learnt of it.
@@ -70,6 +73,8 @@ def read_conversation(raw: bytes, train_on: Literal["assistant", "all"]) -> tupl
     messages = []
     for index, item in enumerate(value):
         role, content = _read_message(index, item)
+        if index == 0 and role == "system" and not content.strip():
+            continue
         messages.append(Message(role, content, is_trained=train_on == "all" or role == "assistant"))
     return tuple(messages)
 

@@ -217,6 +217,14 @@ def test_a_table_with_wrong_ends_is_refused(models: tuple[ModelConfig, ...]) -> 
         segment_texts(pa.Table.from_pylist(rows, schema=table.schema))
 
 
+def test_an_empty_system_message_is_left_out() -> None:
+    talk = openai(("system", " \n"), ("user", "Who?"), ("assistant", "A fox."))
+    messages = read_conversation(json.dumps(talk).encode(), "all")
+    assert messages == read_conversation(json.dumps(talk[1:]).encode(), "all")
+    later = [*talk[1:], *talk]
+    assert [message.role for message in read_conversation(json.dumps(later).encode(), "all")][2] == "system"
+
+
 def test_reading_says_what_is_learnt() -> None:
     raw = json.dumps(
         [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
