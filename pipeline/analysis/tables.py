@@ -33,9 +33,7 @@ def side_by_side(*tables: Table) -> Columns:
 
 
 def plan_table(title: str, rows: Sequence[str], columns: Sequence[str], values: np.ndarray) -> Table:
-    """Build a labelled matrix in percent: source candidates down, target candidates across, only the columns of most
-    mass.
-    """
+    """Build a labelled matrix in percent: source candidates down, target candidates with most mass across."""
     kept = np.sort(np.argsort(-values.sum(axis=0), kind="stable")[:MAX_PLAN_COLUMNS])
     left_out = len(columns) - len(kept)
     more = f"; {left_out} columns of less mass are not shown" if left_out else ""

@@ -78,9 +78,7 @@ def _comparison(value: Mapping[str, Any], baseline: Mapping[str, Any] | None) ->
 
 
 def _recorded(run: Run) -> list[ResolvedRun]:
-    """Read the configurations of the run directory that name a text, since one of them may train on the gold tokens
-    alone.
-    """
+    """Read the recorded configurations that name a text, since one of them may train on the gold tokens alone."""
     try:
         found = list(recorded_configurations(run.store).values())
     except ValueError as error:  # of another version: the card is not worth ending the command for

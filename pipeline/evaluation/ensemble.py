@@ -359,9 +359,7 @@ class _SourceReader:
         return prefix_contexts(segment.text, encoding.byte_end, self._tokenizer)
 
     def _reads_the_same(self, source: Encoding, target: Encoding) -> bool:
-        """Return whether both models have the same tokens of the text, so that the source can read what the target
-        read.
-        """
+        """Return whether both models have the same tokens of the text, so that the source can read the target's."""
         if not self._same_vocabulary:
             return False
         is_special = self._tokenizer.vocabulary.is_special

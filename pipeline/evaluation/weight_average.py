@@ -79,8 +79,9 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
 
 
 def mean_tensor(tensors: Iterable[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-    """Compute the weighted mean, summed in float32 and returned in the first tensor's type; of integers the first
-    tensor.
+    """Compute the weighted mean in float32, returned in the first tensor's type.
+
+    For integers the first tensor is returned.
     """
     total: torch.Tensor | None = None
     dtype = torch.float32

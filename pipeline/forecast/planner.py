@@ -1,6 +1,4 @@
-"""``ptafuse plan``: the steps of a configuration that are done, those that are left and why, and what they will
-take.
-"""
+"""``ptafuse plan``: done and remaining steps of a configuration, with reasons and costs."""
 
 import math
 from collections.abc import Mapping
@@ -174,9 +172,7 @@ class _Planner:
     # --- why ---------------------------------------------------------------------------------------------------------
 
     def _other_results(self, step: Step) -> tuple[str, Step] | None:
-        """Find the closest version of a step under another fingerprint that has results here, with its configuration's
-        name.
-        """
+        """Find the closest version of a step under another fingerprint that has results, and its configuration's name."""
         names = {other.fingerprint: name for name, other in self._earlier if other.key == step.key}
         own = {other.fingerprint for name, other in self._earlier if name == self._config.name}
         for other in others_by_closeness(step, [other for _, other in self._earlier]):
@@ -241,9 +237,7 @@ class _Planner:
         return total
 
     def _logged_work(self, step: Step, status: StepStatus, other: Step | None) -> Work:
-        """Estimate training from its log, or from that of a training under other settings, else from the
-        assumptions.
-        """
+        """Estimate training from its log, or that of a training under other settings, else from the assumptions."""
         assumed, train = STAGE_COSTS[step.stage], self._config.train
         tokens = assumed.tokens(self.outlook, step)
         record = status.training

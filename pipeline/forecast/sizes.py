@@ -1,5 +1,6 @@
-"""Amount of text and number of parameters of a run, from local information only: nothing is fetched, no model is
-loaded.
+"""Amount of text and number of parameters of a run, from local information only.
+
+Nothing is fetched, and no model is loaded.
 """
 
 import math

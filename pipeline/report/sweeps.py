@@ -141,8 +141,7 @@ def sweep_results(
 
 
 def _documents(run: ResolvedRun, text: str | None) -> dict[str, Any]:
-    """Return what determines which documents a run scores: settings, and the dataset by its contents, wherever it is
-    stored.
+    """Return what determines which documents a run scores: settings, and the contents of the dataset.
 
     Documents that training has read are left out of a text, so everything that determines those counts as well.
     """

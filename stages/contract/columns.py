@@ -111,9 +111,7 @@ def padded_ids(table: pa.Table, name: str, row: int) -> np.ndarray:
 
 
 def sparse_row(table: pa.Table, row: int) -> SparseRows:
-    """Return the distributions of one table row (columns ``topk_ids`` and ``topk_logprobs``), padded to the
-    longest.
-    """
+    """Return the distributions of one table row (``topk_ids`` and ``topk_logprobs``), padded to the longest."""
     ids_lists = table["topk_ids"][row].values
     logprob_lists = table["topk_logprobs"][row].values
     offsets = ids_lists.offsets.to_numpy()

@@ -189,9 +189,7 @@ def _s3_endpoint() -> str | None:
 
 
 def _s3_options() -> dict[str, Any]:
-    """Return options for one attempt per request (``retry_transient`` repeats them), without checksum trailers outside
-    AWS.
-    """
+    """Return S3 options: one attempt per request (``retry_transient`` repeats them), and checksums."""
     config: dict[str, Any] = {"retries": {"total_max_attempts": 1}, "read_timeout": 60}
     endpoint = _s3_endpoint()
     if endpoint is None:

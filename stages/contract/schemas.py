@@ -84,8 +84,9 @@ _KEYS: Final = [SHARD.field("doc_id"), SHARD.field("segment")]
 
 
 def logits_schema(vocab_size: int, *, has_draws: bool = False, conversations: bool = False) -> pa.Schema:
-    """Return the schema that ``logits/<model>`` writes and ``align`` and ``fuse`` read: one row per train segment of N
-    tokens.
+    """Return the schema of ``logits/<model>``: one row per train segment of N tokens.
+
+    ``logits`` writes it; ``align`` and ``fuse`` read it.
 
     - ``token_ids`` (N): the segment's tokens, special tokens included.
     - ``byte_end`` (N): where each token ends in the segment, bytes; BOS ends at 0; nondecreasing; the last is the length.
@@ -124,8 +125,9 @@ source token, transported from what is left of the source's candidates after the
 
 
 def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> pa.Schema:
-    """Return the schema that ``align/<source>`` writes and ``fuse`` reads: one row per train segment of N *target*
-    positions.
+    """Return the schema of ``align/<source>``: one row per train segment of N *target* positions.
+
+    ``align`` writes it; ``fuse`` reads it.
 
     - ``source_position`` (N): the source position whose distribution was taken, -1 where none.
     - ``pair_start``, ``pair_end`` (N): the source positions paired with the target position, half-open; -1, -1 if none.
@@ -161,8 +163,9 @@ def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> p
 
 
 def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...], *, conversations: bool = False) -> pa.Schema:
-    """Return the schema that ``fuse`` writes and ``train`` reads: one row per training block of N <= max_length target
-    tokens.
+    """Return the schema of ``fuse``: one row per training block of N <= max_length target tokens.
+
+    ``fuse`` writes it; ``train`` reads it.
 
     - ``block``: index of the block in its shard.
     - ``token_ids`` (N): the target's tokens, segments end to end.

@@ -175,8 +175,7 @@ class Store:
         return self.home_of(file).read(file.key)
 
     def home_of(self, file: DataFile) -> "Store":
-        """Return the run directory that holds a file named by a manifest: this one, or one that a configuration shares
-        from.
+        """Return the run directory that holds a file named by a manifest: this one, or one shared from.
 
         Raises:
             ValueError: no configuration that ran here names that run directory as its ``logits_from``, nor one there.

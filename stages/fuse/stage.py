@@ -361,9 +361,7 @@ class FuseStage:
         return values[packing.segment]
 
     def _segment_values(self, shard: _Shard, column: int, first_byte: np.ndarray) -> np.ndarray:
-        """Compute one model's cross-entropy, in the configured unit, on each segment or on its whole document,
-        (S,).
-        """
+        """Compute one model's cross-entropy, in the configured unit, per segment or whole document, (S,)."""
         table = shard.target if column == 0 else shard.logits[column - 1]
         rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
         is_special = self._vocabularies[column].is_special
@@ -408,9 +406,7 @@ class FuseStage:
         return FusedSegment(candidates, next_ids, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
 
     def _gold_rows(self, shard: _Shard, row: int) -> np.ndarray:
-        """Find where a candidate has all its mass on the gold next token, as ``inexact = "gold"`` produces it, (N, C)
-        bool.
-        """
+        """Find where a candidate has all its mass on the gold next token (``inexact = "gold"``), (N, C) bool."""
         is_gold = np.zeros((int(shard.lengths[row]), len(self.names)), bool)
         for column, (table, aligned_row) in enumerate(zip(shard.aligned, shard.aligned_rows[row], strict=True), 1):
             if aligned_row >= 0:
@@ -514,8 +510,9 @@ def _first_bytes(shard: _Shard) -> np.ndarray:
 
 
 def _has_label(table: pa.Table, row: int) -> np.ndarray:
-    """Return whether each position's next token is learnt, (N,) bool. In plain text only the last position's is
-    not.
+    """Return whether each position's next token is learnt, (N,) bool.
+
+    In plain text only the last position's is not.
     """
     is_trained = roles_of(table, row, prefix_id=None, eos_id=None).is_trained
     return np.append(is_trained[1:], False)[: len(is_trained)]

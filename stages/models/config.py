@@ -370,9 +370,7 @@ def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) 
 
 
 def _unpacked_weights(model: ModelConfig, device: str) -> dict[str, Any]:
-    """Return the arguments that make transformers unpack quantised weights, for a model that runs on a CPU or is
-    trained.
-    """
+    """Return transformers' arguments to unpack quantised weights, for a model on a CPU or in training."""
     if model.is_gguf or device != "cpu":
         return {}
     method = quantization_method(load_config(model).to_dict())

@@ -52,9 +52,7 @@ class _PassThrough(nn.Module):
 
 
 def _body_path(model: Any) -> list[str]:
-    """Return the names that lead from the model to the module its forward calls: ``model``, or ``model.decoder`` (OPT,
-    BART).
-    """
+    """Return the names that lead from the model to the body its forward calls: ``model``, or ``model.decoder``."""
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
         raise ValueError(

@@ -60,9 +60,7 @@ class TokenSpace:
 
 
 def _ordinary_mean(rows: np.ndarray, is_ordinary: np.ndarray) -> np.ndarray:
-    """Compute the mean of the ordinary rows, (H,) float32, block by block: the whole matrix in float32 is twice its
-    size.
-    """
+    """Compute the mean of the ordinary rows, (H,) float32, in blocks: all rows in float32 take twice their size."""
     total = np.zeros(rows.shape[1])
     step = max(1, BLOCK_VALUES // rows.shape[1])
     for start in range(0, len(rows), step):

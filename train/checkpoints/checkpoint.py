@@ -227,8 +227,7 @@ class Checkpoints:
             remove_checkpoints(self._output, but=state.step)
 
     def _tensors(self) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-        """Return the tensors of a checkpoint, as views of the live ones, and the optimizer's groups, which the
-        settings determine.
+        """Return the tensors of a checkpoint, as views of the live ones, and the optimizer's groups.
 
         A tied parameter is included once. Frozen parameters are left out: their values come with the loaded model.
         """

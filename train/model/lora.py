@@ -54,8 +54,7 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
 
 
 def merge_adapters(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Merge the adapters into the weights of the plain model: W + alpha / r * B A replaces the weight of each adapted
-    layer.
+    """Merge the adapters into the plain model's weights: W + alpha / r * B A for each adapted layer.
 
     Args:
         model: model with adapters; its weights are not read, so it may be sharded.

@@ -315,9 +315,7 @@ def _of_logits(
     targets: SparseTargets | None,
     left_out: Tensor | None,
 ) -> Tensor:
-    """Compute the gradient of the logits (C, V), in their precision, from the gradients of what ``_needed_of``
-    returned.
-    """
+    """Compute the gradient of the logits (C, V), in their precision, from that of ``_needed_of``'s results."""
     of_others, of_gold, *of_listed = of_needed  # (C,), (C,), [(C, k)]
     others = others.clamp(min=torch.finfo(torch.float32).min)
     result = torch.empty_like(logits)

@@ -1,6 +1,4 @@
-"""Interface to lm-evaluation-harness, which only this module imports: its tasks on our data, its scoring of our
-models.
-"""
+"""Interface to lm-evaluation-harness, which only this module imports: its tasks on our data, and scoring."""
 
 import logging
 import math

@@ -1,5 +1,6 @@
-"""Results of the suites in a run directory, as tables: a suite's figure is over all documents of the sub-tasks that
-ran.
+"""Results of the suites in a run directory, as tables.
+
+A suite's metric is over all documents of the sub-tasks that ran.
 """
 
 import json

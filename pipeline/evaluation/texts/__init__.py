@@ -1,3 +1,1 @@
-"""Texts other than the held-out split: which documents of a corpus are scored, without those that training has
-read.
-"""
+"""Texts other than the held-out split: choice of their documents, without those that training has read."""

@@ -164,9 +164,7 @@ def _scored(text: TextConfig, document: _Document) -> str:
 
 
 def _overlap_key(run: Run, text: TextConfig) -> str:
-    """Return the key of a text's overlap with the training documents, which does not depend on the limit set for
-    it.
-    """
+    """Return the key of a text's overlap with the training documents; it does not depend on the limit."""
     step = run.resolved.steps[eval_key(run.config.target.name, text.name)]
     settings = {key: value for key, value in step.settings["text"].items() if key not in ("overlap", "max_overlap")}
     inputs = {name: step.settings["inputs"][name] for name in ("documents", "shard")}

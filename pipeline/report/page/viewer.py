@@ -149,9 +149,7 @@ def _documents(
 
 
 def _turns(found: SegmentTurns | None) -> dict[str, Any]:
-    """Encode the messages of a segment: role, number of tokens, whether it is learnt; and which tokens are the
-    template's.
-    """
+    """Encode the messages of a segment (role, number of tokens, whether it is learnt) and the template's tokens."""
     if found is None:
         return {}
     return {

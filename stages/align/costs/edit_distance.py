@@ -15,8 +15,7 @@ CACHE_SLOTS: Final = 2**22
 
 
 class EditDistanceCosts:
-    """Levenshtein distances between candidates of two vocabularies, cached, since the same candidates keep coming
-    back.
+    """Levenshtein distances between candidates of two vocabularies, cached, since candidates recur.
 
     Memory is bounded, and results do not depend on what was asked before (``PairCache``).
 

@@ -67,7 +67,7 @@ def cheapest_path(
 
 
 def _prices(distances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Compute prices >= 0 of rows (R,) and columns (C,) such that row price + column price never exceeds the cell's
+    """Compute prices >= 0 of rows (R,) and columns (C,) such that a row's plus a column's never exceeds the cell's
     cost.
     """
     row_price = distances.min(axis=1)

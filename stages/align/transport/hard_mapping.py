@@ -19,8 +19,7 @@ _BLOCK_CELLS: Final = 2**22
 
 
 class NearestTokens:
-    """Target token at the smallest edit distance from each source token, over the whole vocabulary (FuseLLM's
-    mapping).
+    """Target token at the smallest edit distance from each source token (FuseLLM's mapping).
 
     Text goes to text only, special tokens as in ``exact_map``. Of the target tokens at the smallest distance the one
     that the target's own window ranks highest is taken, and if none is there, the one with the lowest id; of several

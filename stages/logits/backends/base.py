@@ -160,8 +160,7 @@ def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
 
 
 def descending(ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sort rows in descending order of logprob, equal ones in ascending order of id: no server or engine promises
-    that.
+    """Sort rows in descending order of logprob, equal ones by ascending id: no server or engine promises that.
 
     Args:
         ids: (N, k).

@@ -1,6 +1,4 @@
-"""Check that a model's tokenizer loads, agrees with its own tokenizer.json, and that the model has rows for its
-tokens.
-"""
+"""Check that a model's tokenizer loads, agrees with its tokenizer.json, and that the model has rows for its tokens."""
 
 import json
 from collections.abc import Iterator
