@@ -55,7 +55,7 @@ def test_ties_at_the_border_go_to_the_smaller_id():
 
 
 def test_weights_of_another_shape_are_refused():
-    with pytest.raises(ValueError, match="one column a candidate"):
+    with pytest.raises(ValueError, match="one column per candidate"):
         mix([candidate({1: 1.0})], np.ones((1, 2)), top_k=2, renormalise=True)
 
 
