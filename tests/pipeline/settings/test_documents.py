@@ -11,7 +11,7 @@ OTHER = {
     "eval": {
         *("max_length", "dtype", "attention", "device", "cpus_per_worker", "batch_tokens", "chunk_positions"),
         *("suites", "suite_models", "data", "limit", "suite_batch_size", "execute_code"),
-        "texts",
+        *("apply_chat_template", "num_generations", "generation_tokens", "texts"),
     },
 }
 """Settings of the same sections that say how text is scored, or where and how that is computed."""
