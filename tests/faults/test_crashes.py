@@ -15,7 +15,7 @@ import pytest
 
 from stages.contract.filesystem import StoreError
 from stages.contract.store import Store
-from tests.faults.conftest import StageProcess
+from tests.faults.conftest import StageProcess, Undisturbed
 from tests.faults.racing import race
 from tests.tiny_run import REPOSITORY, data_hashes, environment, ptafuse, ptafuse_process, status
 
@@ -26,9 +26,13 @@ VICTIM = 2
 
 @pytest.fixture
 def run_without_fuse(undisturbed_run: Path, tmp_path: Path) -> Path:
-    run = Path(shutil.copytree(undisturbed_run, tmp_path / "run"))
-    shutil.rmtree(run / "fuse")
-    return run
+    return without_fuse(undisturbed_run, tmp_path / "run")
+
+
+def without_fuse(run: Path, copy: Path) -> Path:
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "fuse")
+    return copy
 
 
 def files_of_victim(run: Path) -> tuple[list[str], list[dict], bool]:
@@ -50,17 +54,15 @@ def files_of_victim(run: Path) -> tuple[list[str], list[dict], bool]:
 )
 def test_process_killed_at_a_crash_point(
     stage_process: StageProcess,
-    tiny_config: Path,
-    undisturbed_run: Path,
-    run_without_fuse: Path,
+    undisturbed: Undisturbed,
     tmp_path: Path,
     point: str,
     data_left: str | None,
     manifest_left: bool,
     attempts_after: int,
 ) -> None:
-    run = run_without_fuse
-    ended = stage_process(tiny_config, str(run), "fuse", fault=f"die@{point}:fuse:{VICTIM}:{tmp_path}")
+    run = without_fuse(undisturbed.run, tmp_path / "run")
+    ended = stage_process(undisturbed.config, str(run), "fuse", fault=f"die@{point}:fuse:{VICTIM}:{tmp_path}")
     assert ended.code == -signal.SIGKILL
     data, attempts, has_manifest = files_of_victim(run)
     assert has_manifest == manifest_left
@@ -70,8 +72,8 @@ def test_process_killed_at_a_crash_point(
     assert [shard["state"] for shard in status(run)["fuse"]["shards"]][:4] == [
         "done", "done", "done" if manifest_left else "unfinished", "pending"
     ]  # fmt: skip
-    ptafuse("fuse", str(tiny_config), "--run", str(run), "--local")
-    assert data_hashes(run) == data_hashes(undisturbed_run)
+    ptafuse("fuse", str(undisturbed.config), "--run", str(run), "--local")
+    assert data_hashes(run) == data_hashes(undisturbed.run)
     assert len(files_of_victim(run)[1]) == attempts_after
     assert ptafuse("verify", str(run)).returncode == 0
 
