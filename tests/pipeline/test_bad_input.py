@@ -554,6 +554,19 @@ def test_models_that_cannot_render_conversations_are_refused_before_anything_run
     assert not list(corpus.run.glob("shard/*/manifests/*"))
 
 
+@pytest.mark.parametrize(
+    ("row", "setting"),
+    [
+        ("conversations that blocks are to cut", "fuse.packing=cut"),
+        ("conversations that are to see each other in a block", "train.isolate_documents=false"),
+    ],
+)
+def test_conversations_are_packed_whole_and_isolated(corpus: Corpus, row: str, setting: str) -> None:
+    corpus.write(*TALKS)
+    assert re.search(said(row), corpus.refused("shard", *CONVERSATIONS, setting))
+    assert not corpus.run.exists()
+
+
 TALK_TEXT = '[[eval.texts]]\nname = "talks"\npath = "talks.jsonl"\nmessages_column = "messages"\n'
 
 
