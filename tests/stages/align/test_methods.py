@@ -9,6 +9,7 @@ import pytest
 
 from stages.align.config import AlignConfig
 from stages.align.costs.semantic import SemanticCosts, spell
+from stages.align.rows import Side
 from stages.align.stage import AlignStage
 from stages.align.teacher import compare_shared
 from stages.contract import schemas
@@ -215,7 +216,9 @@ def test_mass_moved_is_what_lands_on_another_text(align, tables, tokenizers, mod
     output = stage.run(inputs)
     moved, num_positions = 0.0, 0
     for row in range(output.table.num_rows):
-        aligned = stage._aligner.align(*(stage_rows(table, row) for table in inputs.values()))
+        aligned = stage._aligner.align(
+            stage_rows(tables[TARGET], row, stage._target), stage_rows(tables[SOURCE], row, stage._source)
+        )
         for index, position in enumerate(aligned.problems.positions):
             problems = aligned.problems
             if aligned.outcome[position] != TRANSPORT:
@@ -234,10 +237,10 @@ def test_mass_moved_is_what_lands_on_another_text(align, tables, tokenizers, mod
     assert 0 < output.health["mass_moved"].value < 1
 
 
-def stage_rows(table: pa.Table, row: int):
+def stage_rows(table: pa.Table, row: int, side: Side):
     from stages.align.stage import _model_rows
 
-    return _model_rows(table, row)
+    return _model_rows(table, row, side)
 
 
 def test_entropies_and_the_source_s_own_nll_are_those_of_the_stored_rows(align, tables):
