@@ -150,18 +150,16 @@ def _failures(failed: Sequence[ShardStatus]) -> str:
 
 
 def _check_tokenizers(run: Run, step: Step) -> None:
-    """Load the tokenizers of a step that reads text here first: one without byte offsets is refused before any worker starts.
+    """Refuse a tokenizer without byte offsets before any worker starts.
 
-    This also writes their token tables.
+    A tokenizer that has a token table was loaded before, with the same files and libraries. Any other is loaded here, and its
+    table is written.
 
     Raises:
         ValueError: names the model, and says what to give instead.
     """
-    from stages.models.tokenizer import SegmentTokenizer
-
     tables = TokenTables(run.store)
     for model in sharded_stage(step.stage).tokenizers(run.config, step.model):
-        SegmentTokenizer.load(model)
         tables.read(model)
 
 

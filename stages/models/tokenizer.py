@@ -143,10 +143,9 @@ class SegmentTokenizer:
         description = _describe(tokenizer)
         self._backend = _copy_backend(tokenizer.backend_tokenizer, description)
         self._backend.encode_special_tokens = not parses_control_tokens
-        self.vocabulary = _read_vocabulary(tokenizer, json.loads(description), num_rows)
-        special = {
-            token["id"]: token["content"] for token in json.loads(description)["added_tokens"] if token["special"]
-        }
+        parsed = json.loads(description)  # takes half a second for a large vocabulary
+        self.vocabulary = _read_vocabulary(tokenizer, parsed, num_rows)
+        special = {token["id"]: token["content"] for token in parsed["added_tokens"] if token["special"]}
         self.control_tokens = frozenset(special.values())
         # The vocabulary stores the roles of BOS and EOS; inside a text they are their names.
         self._spelling = list(self.vocabulary.token_bytes)

@@ -3,10 +3,18 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from pipeline.engine import sharded_stage
+from pipeline.run.session import open_run
+from pipeline.run.steps import Request
+from stages.models import token_tables
+from stages.models.config import ModelConfig
+from stages.models.tokenizer import SegmentTokenizer
 from tests.tiny_run import REPOSITORY, data_hashes, environment, ptafuse
 
 pytestmark = pytest.mark.slow
@@ -21,6 +29,15 @@ except SystemExit as stop:
     assert not stop.code, stop.code
 print("imported:", *(name for name in {HEAVY} if name in sys.modules))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _examined(tiny_config: Path, undisturbed_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The models were examined before, and no other process changes what is remembered of that."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        ptafuse("plan", str(tiny_config), "--run", str(undisturbed_run))
+        yield
 
 
 @pytest.fixture
@@ -81,6 +98,23 @@ def test_a_run_without_token_tables_loads_its_tokenizers_once(
     assert {file.relative_to(run): file.read_bytes() for file in (run / "tokenizers").rglob("*.parquet")} == tables
     shutil.rmtree(run / "align")
     assert not imported("align", str(tiny_config), "--run", str(run), "--local")
+
+
+def test_a_tokenizer_with_a_table_is_not_loaded_to_be_checked(
+    tiny_config: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(model: ModelConfig) -> None:
+        raise ValueError(f"the tokenizer of {model.name} was loaded")
+
+    opened = open_run(Request(str(tiny_config), ()), str(run), Console(quiet=True), local=True)
+    step = opened.resolved.steps["logits/llama"]
+    monkeypatch.setattr(SegmentTokenizer, "load", fail)
+    token_tables._LOADED.clear()
+    sharded_stage._check_tokenizers(opened, step)
+    shutil.rmtree(run / "tokenizers")
+    token_tables._LOADED.clear()
+    with pytest.raises(ValueError, match="the tokenizer of llama was loaded"):
+        sharded_stage._check_tokenizers(opened, step)
 
 
 def test_verify_repairs_and_gc_removes_bad_token_tables(run: Path) -> None:
