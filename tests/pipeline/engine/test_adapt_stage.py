@@ -11,14 +11,18 @@ import pytest
 from pipeline.engine.adapt_stage import source_blocks
 from pipeline.run.records import recorded_run
 from pipeline.run.steps import ResolvedRun
+from pipeline.settings.adapt import AdaptConfig
 from pipeline.settings.load import load_config
-from stages.contract.schemas import SHARD
+from stages.contract.schemas import SHARD, shard_schema
 from stages.contract.store import Store
 from stages.logits.stage import LogitsStage
 from stages.models.config import ModelConfig
+from stages.models.segment_text import Message, SegmentText
 from stages.models.tokenizer import SegmentTokenizer
+from tests.chat_tokenizers import save_chat_tokenizer
 from tests.tiny_run import ptafuse
 from tests.tiny_tokenizers import TEXTS, save_tokenizer
+from train.config import TrainConfig
 
 ADAPT = """
 [sources.adapt]
@@ -61,6 +65,54 @@ def test_blocks_hold_every_train_segment_once_under_the_source_s_tokens(tmp_path
     longest = max(map(len, expected.values()))
     assert all(len(block) <= max(48, longest) for block in blocks["token_ids"].to_pylist())
     assert source_blocks(shard_table([], []), tokenizer, max_length=48).num_rows == 0
+
+
+def test_blocks_of_conversations_say_what_is_learnt(tmp_path: Path) -> None:
+    folder = save_chat_tokenizer("chatml", tmp_path)
+    tokenizer = SegmentTokenizer.load(ModelConfig(name="source", path=folder, reads_conversations=True))
+    segments = [
+        SegmentText.conversation(
+            [
+                Message("user", f"Question {number}?", is_trained=False),
+                Message("assistant", TEXTS[number][:30], is_trained=True),
+            ]
+        )
+        for number in range(4)
+    ]
+    rows = [
+        {
+            "doc_id": number,
+            "segment": 0,
+            "split": "validation" if number == 1 else "train",
+            "byte_start": 0,
+            "is_last": True,
+            "text": segment.text,
+            "message_role": [message.role for message in segment.messages],
+            "message_end": np.cumsum([len(message.content.encode()) + 1 for message in segment.messages]).tolist(),
+            "message_trained": [message.is_trained for message in segment.messages],
+        }
+        for number, segment in enumerate(segments)
+    ]
+    table = pa.Table.from_pylist(rows, schema=shard_schema(conversations=True))
+    encodings = tokenizer.encode_segments(segments)
+    found = {}
+    for block in source_blocks(table, tokenizer, max_length=120).to_pylist():
+        ends = [*block["piece_start"][1:], len(block["token_ids"])]
+        for start, end, doc_id in zip(block["piece_start"], ends, block["piece_doc_id"], strict=True):
+            found[doc_id] = (block["token_ids"][start:end], block["is_trained"][start:end])
+    assert found == {
+        doc_id: (encodings[doc_id].ids.tolist(), np.asarray(encodings[doc_id].is_trained).tolist())
+        for doc_id in (0, 2, 3)
+    }
+    learnt = [any(trained) and not all(trained) for _, trained in found.values()]
+    assert learnt == [True] * 3
+    assert source_blocks(table.slice(1, 1), tokenizer, max_length=120).num_rows == 0, "it is held out"
+
+
+def test_a_source_of_conversations_is_adapted_on_each_of_them_alone() -> None:
+    adapt = AdaptConfig(batch_size=1)
+    assert adapt.training(TrainConfig(), isolate=True).isolate_documents
+    assert not adapt.training(TrainConfig(isolate_documents=True)).isolate_documents
 
 
 @pytest.fixture(scope="module")
