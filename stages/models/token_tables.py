@@ -53,7 +53,7 @@ _OF_TABLE: Final = re.compile(rf"{FOLDER}/[^/]+/[0-9a-f]{{{FINGERPRINT_LENGTH}}}
 _OF_MAP: Final = re.compile(
     rf"{FOLDER}/[^/]+/[0-9a-f]{{{FINGERPRINT_LENGTH}}}/to-[0-9a-f]{{{FINGERPRINT_LENGTH}}}/[a-z_-]+\.parquet"
 )
-_SCHEMA: Final = pa.schema(
+SCHEMA: Final = pa.schema(
     [
         pa.field("id", pa.int32(), nullable=False),
         pa.field("bytes", pa.binary(), nullable=False),  # a word boundary is one leading space
@@ -63,6 +63,7 @@ _SCHEMA: Final = pa.schema(
         pa.field("role", pa.string()),  # "bos" | "eos", null for all others
     ]
 )
+"""A token table: one row per id."""
 _MAP_SCHEMA: Final = pa.schema(
     [pa.field("id", pa.int32(), nullable=False), pa.field("value", pa.int32(), nullable=False)]
 )
@@ -288,7 +289,7 @@ def table_to_bytes(table: TokenTable, settings: Mapping[str, Any]) -> bytes:
         "spells_text": table.spells_text,
     }
     return _to_bytes(
-        pa.Table.from_arrays(columns, schema=_SCHEMA),
+        pa.Table.from_arrays(columns, schema=SCHEMA),
         header,
         _content(vocabulary.token_bytes, vocabulary.is_special, vocabulary.is_marked),
     )
@@ -304,7 +305,7 @@ def table_from_bytes(raw: bytes, settings: Mapping[str, Any]) -> TokenTable:
     Raises:
         DamagedTableError: it cannot be read, is not what was written, or was made from something else.
     """
-    header, table = _open(raw, _SCHEMA)
+    header, table = _open(raw, SCHEMA)
     token_bytes = tuple(table["bytes"].to_pylist())
     is_special = table["special"].to_numpy()
     is_marked = table["marked"].to_numpy()

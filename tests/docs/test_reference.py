@@ -12,6 +12,7 @@ from pipeline.run.stage_table import STAGES
 from pipeline.settings.run import RunConfig
 from pipeline.workflow.sweep import SweepConfig
 from stages.contract import schemas
+from stages.models import token_tables
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -76,6 +77,7 @@ def test_page_of_files_names_every_column_and_outcome() -> None:
         "logits/&lt;model&gt;": schemas.logits_schema(32_000, has_draws=True, conversations=True),
         "align/&lt;source&gt;": schemas.aligned_schema(32_000, "bucket", has_draws=True),
         "fuse": schemas.fused_schema(32_000, "bucket", ("a", "b"), conversations=True),
+        "tokenizers/&lt;model&gt;": token_tables.SCHEMA,
         "Quarantine": schemas.QUARANTINE,
     }
     for title, schema in tables.items():
