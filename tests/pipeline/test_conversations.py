@@ -113,6 +113,11 @@ def test_the_page_shows_messages_with_their_tokens(chat_run: Path) -> None:
         (segment,) = document["segments"]
         assert [role for role, _, _ in segment["turns"]] == [part["role"] for part in messages]
         assert [bool(learnt) for _, _, learnt in segment["turns"]] == [part["role"] == "assistant" for part in messages]
+        learnt = [place["g"] >= 0 and "x" not in place for place in segment["positions"]]
+        assert any(learnt)
+        assert not any(
+            place["w"] >= 0 for place, is_learnt in zip(segment["positions"], learnt, strict=True) if not is_learnt
+        )
         start, bare = 0, set(segment["bare"])
         for (_, length, _), message in zip(segment["turns"], messages, strict=True):
             shown = "".join(texts[segment["tokens"][at]] for at in range(start, start + length) if at not in bare)

@@ -188,6 +188,7 @@ def _position(place: fused.Explanation, sources: Sequence[aligned.Explanation], 
     target = sources[0].target_topk if sources else ()
     return {
         "g": -1 if place.gold is None else texts(place.gold),
+        **({} if place.is_learnt or place.gold is None else {"x": 1}),
         "t": _flat(((part.text, part.prob) for part in target), texts),
         "w": -1 if place.chosen is None else [part.name for part in place.candidates].index(place.chosen),
         "c": [[_rounded(part.cross_entropy), round(part.weight, 4)] for part in place.candidates],
