@@ -172,8 +172,8 @@ class VllmBackend:
     def _require(config: LogitsConfig, model: ModelConfig) -> None:
         if not is_installed():
             raise ValueError(
-                f"model {model.name}: logits.backend = 'vllm' (as configured, or as 'auto' came to where this folder was "
-                "begun), but vLLM is not installed here: `pip install ptafuse[vllm]`, or compute a folder of its own with "
+                f"model {model.name}: logits.backend = 'vllm' (as configured, or as 'auto' chose when this folder was "
+                "started), but vLLM is not installed here: `pip install ptafuse[vllm]`, or compute a folder of its own with "
                 "logits.backend = 'transformers'"
             )
         if model.is_gguf:

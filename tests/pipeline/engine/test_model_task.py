@@ -179,6 +179,7 @@ def test_work_on_ray_is_a_task_with_resources_and_its_errors_arrive_in_words(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.chdir(tmp_path)
     run = open_tiny(tiny_config, Path(), "eval.device='cpu'", "train.cpus_per_worker=2")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[3]))  # workers import this file
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     monkeypatch.setenv("HF_TOKEN", "of the driver")
     found = run_with_model(run, "eval/llama", work, 2)
