@@ -229,7 +229,7 @@ class ShardWorker:
         for what, found in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
             if found != self._job.step.settings[what]:
                 raise ValueError(
-                    f"model {model.name}: the {what} on {socket.gethostname()} differ from those that the command began with: "
+                    f"model {model.name}: {what} on {socket.gethostname()}: not the files that the command began with: "
                     "they were changed since, or this machine has others; make them the same everywhere and run it again"
                 )
 

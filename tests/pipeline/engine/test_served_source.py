@@ -64,7 +64,7 @@ def test_the_backend_of_a_source_changes_only_the_fingerprint_of_its_logits(inpu
     ("override", "message"),
     [
         ("baselines.ensemble=true", "the baselines run every model, and source neox has backend = 'server'"),
-        ("sources.neox.adapt.num_epochs=1", "`adapt` trains a source, and backend = 'server' leaves its weights"),
+        ("sources.neox.adapt.num_epochs=1", "`adapt` trains a source, and backend = 'server' never loads its weights"),
     ],
 )
 def test_what_needs_the_weights_of_a_served_source_is_refused(inputs: Path, override: str, message: str) -> None:

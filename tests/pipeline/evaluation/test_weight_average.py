@@ -89,7 +89,7 @@ def test_a_tied_output_layer_that_one_file_holds_too_is_left_out(tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"architecture": "gpt_neox", "tokenizer_family": "byte-bpe"}, "architecture: model_type llama against gpt_neox"),
+        ({"architecture": "gpt_neox", "tokenizer_family": "byte-bpe"}, "architectures: model_type llama against gpt_neox"),
         ({"settings": {"hidden_size": 32, "num_attention_heads": 4}}, "hidden_size 64 against 32"),
         ({"settings": {"rms_norm_eps": 1e-3}}, "rms_norm_eps 1e-06 against 0.001"),
         ({"vocab_size": 390}, "different vocabularies: 400 tokens against 390"),

@@ -100,7 +100,7 @@ def test_cells_with_other_sources_are_compared_on_the_same_documents(store: Stor
 
 def test_figures_of_other_documents_are_never_paired() -> None:
     for other in ({2: 1.0, 3: 1.0}, {1: 1.0, 2: 1.0}, {0: 1.0}, {}):
-        with pytest.raises(ValueError, match="of other documents"):
+        with pytest.raises(ValueError, match="on different documents"):
             paired_difference(evaluation_of({0: 1.0, 1: 1.0}), evaluation_of(other))
 
 

@@ -214,7 +214,7 @@ def test_baselines_are_evaluated_on_texts_and_the_card_compares_the_trained_mode
     ensemble, target = texts.result("ensemble", "news"), texts.result("llama", "news")
     assert [part["num_bytes"] for part in ensemble["documents"]] == [part["num_bytes"] for part in target["documents"]]
     assert ensemble["bits_per_byte"] != target["bits_per_byte"]
-    assert "not of one architecture" in texts.result("weight-average", "news")["refused"]
+    assert "different architectures" in texts.result("weight-average", "news")["refused"]
     texts.ptafuse(news, options=("--upstream", "--set", "train.lambda=1.0"))
     texts.ptafuse(news + both)  # nothing is left to compute, and the card is compared with what was evaluated since
     step = recorded_run(Store(str(texts.run))).steps["train"]
