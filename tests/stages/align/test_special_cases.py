@@ -18,6 +18,7 @@ from stages.contract.columns import list_row, sparse_row
 from stages.contract.roles import Role
 from stages.contract.stage import StageOutput
 from stages.models.config import ModelConfig
+from stages.models.token_tables import TokenTable
 from stages.models.tokenizer import SegmentTokenizer
 from tests.stages.align.pairing.test_levenshtein import levenshtein
 from tests.stages.align.synthetic import logits_table, save_families
@@ -41,7 +42,7 @@ def tokenizers(models) -> dict[str, SegmentTokenizer]:
 
 @pytest.fixture(scope="module")
 def sides(models, tokenizers) -> dict[str, Side]:
-    return {name: _side(models[name], tokenizer) for name, tokenizer in tokenizers.items()}
+    return {name: _side(models[name], TokenTable.of(tokenizer)) for name, tokenizer in tokenizers.items()}
 
 
 @pytest.fixture(scope="module")
