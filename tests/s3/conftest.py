@@ -29,6 +29,7 @@ def use(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Point this process's S3 clients to an endpoint."""
     from s3fs import S3FileSystem
 
+    S3FileSystem.clear_instance_cache()  # clients keep the credentials that they began with, a test's wrong ones too
     for name, value in s3_environment(endpoint).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(filesystem, "FIRST_PAUSE_SECONDS", 0.01)

@@ -101,7 +101,7 @@ def train_on(
         raise AssertionError(f"exit codes {codes}, None after {seconds} s:\n{printed(folder)}")
 
 
-def wait_until(condition: Callable[[], bool], processes: Sequence[BaseProcess], *, seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], processes: Sequence[BaseProcess], *, seconds: float = 180) -> None:
     """Return when something has come about that these processes do."""
     end = time.monotonic() + seconds
     while not condition():

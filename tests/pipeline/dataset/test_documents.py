@@ -335,7 +335,7 @@ def test_identity_is_of_names_and_contents(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "path", "error", "message"),
     [
-        ({}, "missing.jsonl", FileNotFoundError, "no file or folder"),
+        ({}, "missing.jsonl", FileNotFoundError, "is not a file or folder"),
         ({}, "missing/*.jsonl", FileNotFoundError, "matches no file; expected .parquet"),
         ({"f/README.md": b"x"}, "f", DatasetError, "no file that can be read.*found README.md"),
         ({"a.pdf": b"x"}, "a.pdf", DatasetError, "unknown format; expected .parquet"),
