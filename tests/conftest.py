@@ -30,7 +30,7 @@ def undisturbed_run(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope="session")
 def chat_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The TOML of a run on conversations with tiny models, beside its models and conversations."""
+    """Provide the TOML of a run on conversations with tiny models, beside its models and conversations."""
     from tests.chat_run import save_chat_inputs
 
     return save_chat_inputs(tmp_path_factory.mktemp("chat"))
@@ -38,7 +38,7 @@ def chat_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def chat_run(chat_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run on conversations, in one process."""
+    """Provide a finished run on conversations, in one process."""
     from tests.tiny_run import ptafuse
 
     run = tmp_path_factory.mktemp("chat-run") / "run"

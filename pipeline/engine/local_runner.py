@@ -55,9 +55,8 @@ class _Threads:
                     yield from statuses
             except Exception:
                 raise  # the pool waits for the shards under way: their results are kept
-            except (
-                BaseException
-            ):  # Ctrl-C, which Python delivers only to the main thread, or a caller that stops iterating
+            # Ctrl-C, which Python delivers only to the main thread, or a caller that stops iterating.
+            except BaseException:
                 self._interrupt()
                 raise
 

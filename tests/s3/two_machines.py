@@ -7,21 +7,18 @@ after it, as machines have that keep ``engine.scratch`` on their own disks; the 
 
 import os
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.cluster_utils import Cluster
 
-from tests.tiny_run import ptafuse
+from tests.faults.two_nodes import run_and_lose_a_node, start_cluster
 from train import launch
 
 
 def train_worker_with_its_own_disk(settings: dict[str, Any]) -> None:
-    """What runs in each worker: its node's own folder in the place of the job's."""
+    """Train in a worker, into its node's own folder instead of the job's."""
     import torch
 
     from stages.contract.threads import wait_policy
@@ -35,27 +32,12 @@ def train_worker_with_its_own_disk(settings: dict[str, Any]) -> None:
 
 def main(config: str, run: str, folder: str) -> int:
     """Return the exit code of the train command."""
-    health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 10}
-    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = start_cluster(period_ms=1000, failures=10)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
-    os.environ["RAY_ADDRESS"] = cluster.address
     launch._train_worker = train_worker_with_its_own_disk
-    arguments = ("train", config, "--run", run, "--set", "train.num_workers=2", "--set", "engine.autoscaling=false")
-    with ThreadPoolExecutor(1) as pool:  # nodes can be started in the main thread alone
-        command = pool.submit(ptafuse, *arguments, check=False)
-        while not list(Path(folder).glob("block-*")) and not command.done():
-            time.sleep(0.1)
-        cluster.remove_node(nodes[1], allow_graceful=False)
-        (Path(folder) / "node-killed").touch()
-        cluster.add_node(num_cpus=1)
-        done = command.result()
-    sys.stdout.write(done.stdout)
-    sys.stderr.write(done.stderr)
-    ray.shutdown()
-    cluster.shutdown()
-    return done.returncode
+    settings = ("--set", "train.num_workers=2", "--set", "engine.autoscaling=false")
+    return run_and_lose_a_node(cluster, nodes[1], Path(folder), "train", config, "--run", run, *settings)
 
 
 if __name__ == "__main__":

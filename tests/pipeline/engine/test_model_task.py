@@ -161,7 +161,7 @@ def test_a_task_reads_the_environment_before_the_hub_library_does() -> None:
     """``huggingface_hub`` reads its variables when it is imported, and Ray imports the work before it calls it."""
     modules = "pipeline.engine.ray_task, pipeline.evaluation.eval_stage, pipeline.evaluation.suites.run"
     code = f"import sys, {modules}; sys.exit('huggingface_hub' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.fixture

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.evaluation.ensemble import conversation_contexts, evaluate_ensemble, message_contexts
 from pipeline.settings.run import RunConfig
 from stages.contract.roles import Role
-from stages.models.config import ModelConfig, load_model
+from stages.models.config import ModelConfig
 from stages.models.segment_text import Message, SegmentText
 from stages.models.tokenizer import SegmentTokenizer
+from tests.pipeline.evaluation.test_ensemble import distributions
 from tests.tiny_models import save_model
 from tests.tiny_tokenizers import TEXTS
 from train.evaluate import Segment, bits_per_byte
@@ -159,14 +159,6 @@ def test_the_ensemble_of_a_model_with_itself_is_the_model(folder: Path) -> None:
     found, notes = evaluate_ensemble(run, SEGMENTS, cpus=1)
     assert found.bits_per_byte == pytest.approx(bits_per_byte(run.target, SEGMENTS, run.eval).bits_per_byte, abs=1e-6)
     assert notes["sources"]["source"]["covered"] == notes["positions"]
-
-
-@torch.no_grad()
-def distributions(model: ModelConfig, ids: np.ndarray, size: int) -> np.ndarray:
-    """(N, V) a model's next-token distributions, by one plain forward pass."""
-    loaded = load_model(model, dtype="float32", attention=("eager",), device="cpu")
-    logits = loaded(input_ids=torch.tensor(ids, dtype=torch.int64)[None]).logits[0, :, :size]
-    return logits.double().softmax(dim=1).numpy()
 
 
 def plain_ensemble_nats(run: RunConfig, messages: tuple[Message, ...], weight: float) -> float:
