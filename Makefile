@@ -113,9 +113,10 @@ $(VLLM_VENV)/.installed: requirements-vllm.txt
 	-$(VLLM_VENV)/bin/python -m compileall -q -j 0 $(VLLM_VENV)/lib >/dev/null 2>&1
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.installed  ## the vLLM backend against transformers, in an environment of its own (vLLM's CPU build)
+test-vllm: $(VLLM_VENV)/.installed  ## the vLLM backend and exported models against transformers, in an environment of its own (vLLM's CPU build)
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
-		$(VLLM_VENV)/bin/python -m pytest tests/stages/logits/backends/test_vllm.py tests/stages/logits/backends/test_vllm_server.py $(ARGS)
+		$(VLLM_VENV)/bin/python -m pytest tests/stages/logits/backends/test_vllm.py tests/stages/logits/backends/test_vllm_server.py \
+		tests/pipeline/test_conversations_in_vllm.py $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, spelling, documents, tests
 	$(BIN)/ruff format --check .
