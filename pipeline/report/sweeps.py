@@ -65,7 +65,7 @@ class CellResult:
         against_baseline: mean over seeds of the paired difference, its standard error over documents; None for the
             baseline itself, without common seeds, and where other documents were scored.
         not_compared: reason why there are figures on both sides but no difference.
-        seed_error: standard error of that difference over seeds; NaN for fewer than two.
+        seed_error: standard error of that difference over seeds; None for fewer than two.
         is_trained: whether it is a cell; False: a model that is evaluated without training, which has no seeds.
         dtypes: the precisions of the evaluations.
         kinds_won: kinds of documents on which the mean over seeds is better than the baseline's, "15 of 18"; empty where
@@ -75,7 +75,7 @@ class CellResult:
     name: str
     bits_per_byte: tuple[float, ...]
     against_baseline: Estimate | None
-    seed_error: float = math.nan
+    seed_error: float | None = None
     is_trained: bool = True
     not_compared: str | None = None
     dtypes: frozenset[str] = frozenset()
@@ -209,7 +209,7 @@ def _cell_result(
         by_seed = np.array([kind_figures(difference, weights, kinds).average.mean for difference in differences])
         by_kind = kind_figures(differences.mean(axis=0), weights, kinds)
         estimate, won = by_kind.average, by_kind.won
-    seed_error = float(by_seed.std(ddof=1) / math.sqrt(len(pairs))) if len(pairs) > 1 else math.nan
+    seed_error = float(by_seed.std(ddof=1) / math.sqrt(len(pairs))) if len(pairs) > 1 else None
     return CellResult(name, values, estimate, seed_error, kinds_won=won)
 
 
@@ -266,7 +266,7 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult], measure: Meas
         difference = "" if result.against_baseline is None else f"{result.against_baseline.mean:+.4f}"
         difference = difference if result.not_compared is None else "other documents"
         over_documents = "" if result.against_baseline is None else f"{result.against_baseline.error:.4f}"
-        over_seeds = "" if math.isnan(result.seed_error) else f"{result.seed_error:.4f}"
+        over_seeds = "" if result.seed_error is None else f"{result.seed_error:.4f}"
         seeds = str(len(result.bits_per_byte)) if result.is_trained else ""
         cells = (result.name, seeds, mean, difference, over_documents, over_seeds)
         rows.append((*cells, result.kinds_won) if measure.by_kind else cells)

@@ -222,13 +222,17 @@ def test_a_shard_that_kills_its_workers_does_not_fail_its_neighbour(
     store, folder = Store(fresh.run_url), fresh.step.folder
     begin = Attempt.begin
     outcomes: list[str] = []
+    neighbour_has_begun = threading.Event()
     for _ in range(4):
         is_dead = threading.Event()
 
         def kill(shard: int, is_dead: threading.Event = is_dead) -> None:
+            if shard == 1:
+                neighbour_has_begun.set()
             if shard == 0:
+                assert neighbour_has_begun.wait(PATIENCE_SECONDS)  # the first worker has both shards when it dies
                 is_dead.set()
-            if is_dead.wait(0.5):
+            if is_dead.wait(2):
                 raise KeyboardInterrupt  # the worker catches no such thing: the attempt stays as a kill leaves it
 
         def begin_alive(*arguments: object, is_dead: threading.Event = is_dead) -> Attempt | str:
