@@ -37,7 +37,7 @@ def plan(
 
     Fetches and records nothing.
     """
-    from pipeline.forecast.planner import forecast
+    from pipeline.forecast.forecaster import forecast
     from pipeline.forecast.view import forecast_json, print_forecast
     from pipeline.run.preflight import refuse_unusable_models
     from pipeline.run.resolve import resolve

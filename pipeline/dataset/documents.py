@@ -109,17 +109,17 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
         FileNotFoundError: there is no such file or folder.
         DatasetError: no documents, or a Parquet file without the text column.
     """
-    plan = _Plan(documents_per_shard, dataset.max_documents)
+    builder = _ShardBuilder(documents_per_shard, dataset.max_documents)
     files = find_files(dataset)
     for name in files.paths:
-        if plan.is_full:
+        if builder.is_full:
             break
-        wanted = RowCount(first_row=plan.num_documents, rows_per_shard=documents_per_shard, max_rows=plan.room)
+        wanted = RowCount(first_row=builder.num_documents, rows_per_shard=documents_per_shard, max_rows=builder.room)
         num_rows, byte_starts = FORMATS[files.format].count(files, name, document_column(dataset), wanted)
-        plan.add(name, num_rows, byte_starts)
+        builder.add(name, num_rows, byte_starts)
         if num_rows and files.is_compressed(name):
             _warn_of_rereading(name, files)
-    return plan.shards(_place(dataset))
+    return builder.shards(_place(dataset))
 
 
 def read_documents(dataset: DatasetConfig, shard_range: ShardRange) -> pa.Table:
@@ -195,7 +195,7 @@ def _read_rows(files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
     return chunks
 
 
-class _Plan:
+class _ShardBuilder:
     """Shards that are filled with rows of files, in order."""
 
     def __init__(self, documents_per_shard: int, max_documents: int | None) -> None:

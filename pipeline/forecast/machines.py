@@ -1,4 +1,4 @@
-"""Parts of a plan that depend on machines and on the models' code: idle GPUs, attention without kernels."""
+"""Parts of a forecast that depend on machines and on the models' code: idle GPUs, attention without kernels."""
 
 import json
 from importlib import resources

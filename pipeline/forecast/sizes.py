@@ -11,7 +11,7 @@ from pipeline.dataset.documents import plan_documents
 from pipeline.dataset.find import find_files
 from pipeline.dataset.formats import FORMATS
 from pipeline.forecast.estimate import Assumed, Sizes
-from pipeline.run.shard_plan import Plan
+from pipeline.run.shard_plan import ShardPlan
 from pipeline.settings.planning import HUB_DATASETS
 from pipeline.settings.run import RunConfig
 from pipeline.settings.texts import TextConfig
@@ -27,7 +27,7 @@ COUNTED_BYTES = 2**28
 _PARAMETERS = re.compile(r"(?<![0-9a-z.])(\d+(?:\.\d+)?)(b|m)(?![0-9a-z])", re.IGNORECASE)
 
 
-def measure_sizes(config: RunConfig, plan: Plan | None, shard: StepStatus, assumed: Assumed) -> Sizes:
+def measure_sizes(config: RunConfig, plan: ShardPlan | None, shard: StepStatus, assumed: Assumed) -> Sizes:
     """Measure the amount of text: from finished shards, else from the dataset's files or its card.
 
     Args:
@@ -152,7 +152,7 @@ def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
     return Parameters(float(number) * (1e9 if unit.lower() == "b" else 1e6), "its name")
 
 
-def _planned_documents(plan: Plan) -> int:
+def _planned_documents(plan: ShardPlan) -> int:
     return sum(part.num_documents for part in plan.ranges)
 
 

@@ -8,12 +8,12 @@ from rich.table import Table
 from pipeline.display.durations import format_estimate
 from pipeline.display.text import format_bytes
 from pipeline.forecast.estimate import Cost
-from pipeline.forecast.planner import NEVER, Forecast, StepPlan
+from pipeline.forecast.forecaster import NEVER, Forecast, StepForecast
 from pipeline.settings.planning import AssumptionsConfig
 
 
 def print_forecast(found: Forecast, console: Console) -> None:
-    """Show a plan: what each step takes, why it is not done, and what was assumed."""
+    """Show a forecast: what each step takes, why it is not done, and what was assumed."""
     prices = found.config.prices
     has_prices = any(price is not None for price in prices.model_dump().values())
     columns = ["step", "state", "shards", "tokens left", "GPU time", "core time", "size", "rates"]
@@ -88,7 +88,7 @@ def forecast_json(found: Forecast) -> dict[str, Any]:
     }
 
 
-def _step_json(step: StepPlan, found: Forecast) -> dict[str, Any]:
+def _step_json(step: StepForecast, found: Forecast) -> dict[str, Any]:
     return {
         "step": step.key,
         "fingerprint": step.fingerprint,
@@ -134,7 +134,7 @@ def _documents(found: Forecast) -> str:
     return "an unknown number of" if count is None else f"{count:,}"
 
 
-def _shards(step: StepPlan) -> str:
+def _shards(step: StepForecast) -> str:
     return "" if step.num_shards is None else f"{step.num_done:,}/{step.num_shards:,}"
 
 

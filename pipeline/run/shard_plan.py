@@ -15,7 +15,7 @@ def plan_key(shard_folder: str) -> str:
     return f"{shard_folder}/plan.jsonl"
 
 
-def freeze_plan(run: ResolvedRun, store: Store) -> "Plan":
+def freeze_plan(run: ResolvedRun, store: Store) -> "ShardPlan":
     """Return the plan of a run's shards; the first call makes and freezes it, later calls read it."""
     step = run.steps["shard"]
     plan = read_plan(store, step.folder)
@@ -37,7 +37,7 @@ def freeze_plan(run: ResolvedRun, store: Store) -> "Plan":
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """Frozen plan: shard number -> its fixed range of documents."""
 
     ranges: tuple[ShardRange, ...]
@@ -49,14 +49,14 @@ class Plan:
         return len(self.ranges)
 
 
-def read_plan(store: Store, shard_folder: str) -> Plan | None:
+def read_plan(store: Store, shard_folder: str) -> ShardPlan | None:
     """Read the frozen plan; None if the shard stage never ran."""
     try:
         raw = store.read(plan_key(shard_folder))
     except FileNotFoundError:
         return None
     lines = raw.decode().splitlines()[1:]
-    return Plan(tuple(ShardRange.from_json(json.loads(line)) for line in lines), sha256(raw))
+    return ShardPlan(tuple(ShardRange.from_json(json.loads(line)) for line in lines), sha256(raw))
 
 
 def plan_header(store: Store, shard_folder: str) -> dict[str, Any] | None:

@@ -52,7 +52,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepForecast:
     """State and work of one step.
 
     Attributes:
@@ -76,7 +76,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan of a whole configuration.
+    """Forecast of a whole configuration.
 
     Attributes:
         config: the configuration.
@@ -93,7 +93,7 @@ class Forecast:
     url: str
     sizes: Sizes
     parameters: Mapping[str, Parameters]
-    steps: tuple[StepPlan, ...]
+    steps: tuple[StepForecast, ...]
     assumptions: tuple[str, ...]
     warnings: tuple[str, ...] = ()
 
@@ -109,22 +109,23 @@ class Forecast:
 
 
 def forecast(resolved: ResolvedRun, store: Store) -> Forecast:
-    """Plan a configuration against a run directory. Reads storage only, records and fetches nothing.
+    """Forecast a configuration against a run directory. Reads storage only, records and fetches nothing.
 
     Raises:
         ValueError: the size of the dataset or of a model is needed and unknown; says what to set.
     """
-    planner = _Planner(resolved, store)
-    steps = tuple(planner.plan(step) for step in resolved.steps.values())  # in their order: resolve() makes them in it
-    outlook = planner.outlook
+    forecaster = _Forecaster(resolved, store)
+    # In their order: resolve() makes them in it.
+    steps = tuple(forecaster.forecast_step(step) for step in resolved.steps.values())
+    outlook = forecaster.outlook
     used = tuple(sorted(outlook.assumed.used))
     config = resolved.config
-    warnings = (*planner.document_warnings(), *attention_warnings(config), *idle_gpu_warnings(config))
+    warnings = (*forecaster.document_warnings(), *attention_warnings(config), *idle_gpu_warnings(config))
     return Forecast(config, store.url, outlook.sizes, outlook.parameters, steps, used, warnings)
 
 
-class _Planner:
-    """Planner of the steps in the order of the pipeline, since a step's tokens follow from those before it."""
+class _Forecaster:
+    """Forecaster of the steps in the order of the pipeline, since a step's tokens follow from those before it."""
 
     def __init__(self, resolved: ResolvedRun, store: Store) -> None:
         self._resolved = resolved
@@ -141,8 +142,8 @@ class _Planner:
             self._num_shards = math.ceil(sizes.num_documents / self._config.shard.documents_per_shard)
         self.outlook = Outlook(self._config, sizes, assumed)
 
-    def plan(self, step: Step) -> StepPlan:
-        """Plan one step; those before it were planned."""
+    def forecast_step(self, step: Step) -> StepForecast:
+        """Forecast one step, after those before it."""
         status = self._status[step.key]
         other = None if status.is_done or status.shards else self._other_results(step)
         if step.is_sharded:
@@ -152,7 +153,7 @@ class _Planner:
         else:
             work = self._assumed_work(step, status)
         self.outlook.tokens[step.key] = work.num_tokens
-        return StepPlan(
+        return StepForecast(
             key=step.key,
             fingerprint=step.fingerprint,
             state=_state(status, other, self._config.name),

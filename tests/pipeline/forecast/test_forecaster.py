@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.forecast.changes import others_by_closeness, setting_changes
 from pipeline.forecast.estimate import Assumed
-from pipeline.forecast.planner import Forecast, forecast
+from pipeline.forecast.forecaster import Forecast, forecast
 from pipeline.forecast.sizes import count_parameters, dataset_size
 from pipeline.run.resolve import resolve
 from pipeline.run.steps import Request, ResolvedRun, Step
