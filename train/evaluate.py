@@ -14,7 +14,7 @@ from stages.models.devices import attention_choices, resolve_device, set_threads
 from stages.models.heads import Body, Head, check_head, split_head
 from stages.models.segment_text import Message, SegmentText
 from stages.models.tokenizer import Encoding, SegmentTokenizer
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from train.config import EvalConfig
 from train.generate import Answer, answer_prompts, prompt_of
 
@@ -229,7 +229,7 @@ def gold_logprobs(
     inputs = [
         (index, window)
         for index, ids in enumerate(sequences)
-        for window in (windows(len(ids), max_length=max_length, num_prefix=num_repeated) if len(ids) else ())
+        for window in (context_windows(len(ids), max_length=max_length, num_prefix=num_repeated) if len(ids) else ())
     ]
     for indices in token_batches([len(window) for _, window in inputs], max_tokens=config.batch_tokens):
         batch = padded_batch([inputs[index] for index in indices], sequences, starts)

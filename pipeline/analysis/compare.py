@@ -22,7 +22,7 @@ from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from stages.align.config import PRESETS, AlignConfig
 from stages.align.stage import AlignStage
-from stages.align.teacher import SharedNll, compare_shared, window_nll
+from stages.align.teacher import SharedNll, compare_shared, top_k_nll
 from stages.contract.columns import list_row, rows_by_segment, sparse_row
 from stages.contract.draws import without_draws
 from stages.contract.roles import has_roles
@@ -205,7 +205,7 @@ def _compare_source(
         inputs = {
             name: without_draws(table) for name, table in read_inputs(run.resolved, run.store, step, shard).items()
         }
-        rows = _Shard(inputs["target"], inputs["source"], run.config.align)
+        rows = _ShardNll(inputs["target"], inputs["source"], run.config.align)
         documents.append(rows.documents())
         found = {TARGET_ROW: rows.target_nll()}
         for label, stage in stages.items():
@@ -236,14 +236,14 @@ def _set_up(run: Run, source: ModelConfig, variants: tuple[AlignmentVariant, ...
     return stages
 
 
-class _TeacherNll(NamedTuple):
+class _PositionNll(NamedTuple):
     """Completed and floored NLL at P positions; NaN where there is no distribution."""
 
     completed: np.ndarray
     floored: np.ndarray
 
 
-class _Shard:
+class _ShardNll:
     """A shard's logits, and the NLL of distributions at its positions, target row by target row.
 
     The positions are those whose next token is learnt: in plain text all but the last.
@@ -265,11 +265,11 @@ class _Shard:
             return np.arange(max(len(list_row(self._target, "token_ids", row)) - 1, 0))
         return np.flatnonzero(list_row(self._target, "is_trained", row)[1:])
 
-    def target_nll(self) -> _TeacherNll:
+    def target_nll(self) -> _PositionNll:
         """Compute the NLL of the target itself."""
         return _joined([self._model_nll(self._target, row, self._positions(row)) for row in self._rows.values()])
 
-    def aligned_nll(self, aligned: pa.Table) -> _TeacherNll:
+    def aligned_nll(self, aligned: pa.Table) -> _PositionNll:
         """Compute the NLL of aligned distributions; NaN where the row was quarantined."""
         rows = rows_by_segment(aligned)
         parts = []
@@ -290,10 +290,10 @@ class _Shard:
                 own_probs=np.exp(own.logprobs[here].astype(np.float64)),
                 own_gold_logprob=list_row(self._target, "gold_logprob", row)[here],
             )
-            parts.append(_TeacherNll(completed, floored_nll(ids, probs, gold)))
+            parts.append(_PositionNll(completed, floored_nll(ids, probs, gold)))
         return _joined(parts)
 
-    def source_nll(self, aligned: pa.Table) -> _TeacherNll:
+    def source_nll(self, aligned: pa.Table) -> _PositionNll:
         """Compute the NLL of the source for its own next token, at the positions whose distribution was taken."""
         rows = rows_by_segment(aligned)
         parts = []
@@ -309,24 +309,24 @@ class _Shard:
             parts.append(found)
         return _joined(parts)
 
-    def _model_nll(self, table: pa.Table, row: int, positions: np.ndarray) -> _TeacherNll:
+    def _model_nll(self, table: pa.Table, row: int, positions: np.ndarray) -> _PositionNll:
         """Compute the NLL of a model's own distributions for its own next tokens."""
         token_ids = list_row(table, "token_ids", row).astype(np.int64)
         window = sparse_row(table, row)
-        floored = window_nll(
+        floored = top_k_nll(
             window.ids[positions],
             np.exp(window.logprobs[positions].astype(np.float64)),
             token_ids[positions + 1],
             top_k=self._config.top_k,
             top_p=self._config.top_p,
         )
-        return _TeacherNll(exact_nll(list_row(table, "gold_logprob", row), positions), floored)
+        return _PositionNll(exact_nll(list_row(table, "gold_logprob", row), positions), floored)
 
 
-def _nothing(num_positions: int) -> _TeacherNll:
-    return _TeacherNll(np.full(num_positions, np.nan), np.full(num_positions, np.nan))
+def _nothing(num_positions: int) -> _PositionNll:
+    return _PositionNll(np.full(num_positions, np.nan), np.full(num_positions, np.nan))
 
 
-def _joined(parts: list[_TeacherNll]) -> _TeacherNll:
+def _joined(parts: list[_PositionNll]) -> _PositionNll:
     parts = parts or [_nothing(0)]
-    return _TeacherNll(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+    return _PositionNll(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))

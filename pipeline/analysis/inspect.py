@@ -47,9 +47,9 @@ def show(
         length = len(table["topk_ids"][row])
         if not 0 <= position < length:
             raise StageError(f"row {row} of {step.key} shard {shard} has positions 0 to {length - 1}, not {position}")
-    from pipeline.analysis.positions import VIEWS, Place
+    from pipeline.analysis.positions import VIEWS, InspectedRow
 
-    VIEWS[step.stage](Place(run, store, step, shard, row), table, position, console)
+    VIEWS[step.stage](InspectedRow(run, store, step, shard, row), table, position, console)
 
 
 def _find_step(run: ResolvedRun, stage: str) -> Step:

@@ -15,7 +15,7 @@ from pipeline.analysis.tables import distribution_table, plan_table, side_by_sid
 from pipeline.display.text import visible
 from pipeline.run.session import StageError, read_inputs
 from pipeline.run.steps import ResolvedRun, Step
-from stages.align.explain import Candidate, Explanation, PairedToken
+from stages.align.explain import AlignmentExplanation, PairedToken, TokenProb
 from stages.align.stage import AlignStage
 from stages.contract.columns import PAD_ID, find_row, list_row, sparse_row
 from stages.contract.draws import draws_row, has_draws
@@ -30,7 +30,7 @@ from stages.models.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True)
-class Place:
+class InspectedRow:
     """Row of a shard that is inspected."""
 
     run: ResolvedRun
@@ -57,36 +57,36 @@ class Place:
         return read_inputs(self.run, self.store, self.step, self.shard)
 
 
-def show_segment(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+def show_segment(inspected: InspectedRow, table: pa.Table, position: int | None, console: Console) -> None:
     """Print a segment's text, or the messages of a conversation, with its properties."""
     del position  # a segment is not split into tokens yet
-    values = {name: table[name][place.row].as_py() for name in table.schema.names}
+    values = {name: table[name][inspected.row].as_py() for name in table.schema.names}
     text = values.pop("text")
     if not has_conversations(table.schema):
         console.print(", ".join(f"{name} {value}" for name, value in values.items()))
         console.print(Text(text))
         return
     known = {name: value for name, value in values.items() if not name.startswith("message_")}
-    [segment] = segment_texts(table.slice(place.row, 1))
+    [segment] = segment_texts(table.slice(inspected.row, 1))
     console.print(", ".join(f"{name} {value}" for name, value in known.items()) + f", {len(segment.messages)} messages")
     for message in segment.messages:
         console.print(Text(f"{message.role}{'' if message.is_trained else ' (context)'}:", style="bold"))
         console.print(Text(message.content))
 
 
-def show_logits(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+def show_logits(inspected: InspectedRow, table: pa.Table, position: int | None, console: Console) -> None:
     """Show a segment under one model: every token's surprise, or one position's top-k."""
-    vocabulary = place.vocabulary(place.model(place.step.model))
-    token_ids = list_row(table, "token_ids", place.row)
-    gold = list_row(table, "gold_logprob", place.row)
+    vocabulary = inspected.vocabulary(inspected.model(inspected.step.model))
+    token_ids = list_row(table, "token_ids", inspected.row)
+    gold = list_row(table, "gold_logprob", inspected.row)
     tokens = [vocabulary.text(int(token)) for token in token_ids]
-    rows = sparse_row(table, place.row)
-    console.print(_where(table, place.row))
+    rows = sparse_row(table, inspected.row)
+    console.print(_where(table, inspected.row))
     if position is None:
-        roles = _roles(table, place.row)
+        roles = _roles(table, inspected.row)
         extra = ("role",) if roles else ()
         view = Table("position", "token", *extra, "byte_end", "gold logprob of the next", "likeliest next")
-        for index, byte_end in enumerate(list_row(table, "byte_end", place.row)):
+        for index, byte_end in enumerate(list_row(table, "byte_end", inspected.row)):
             best = ""
             if rows.present[index]:
                 best = f"{visible(vocabulary.text(int(rows.ids[index, 0])))} {np.exp(rows.logprobs[index, 0]):.3f}"
@@ -100,27 +100,27 @@ def show_logits(place: Place, table: pa.Table, position: int | None, console: Co
     console.print(Text(f"gold next token: {following}, logprob {_logprob(gold[position])}"))
     entries = _entries(rows.ids[position], rows.logprobs[position], vocabulary)
     tail = 1 - sum(prob for _, prob in entries)
-    console.print(distribution_table(f"{place.step.model} top {len(entries)}", entries, tail))
+    console.print(distribution_table(f"{inspected.step.model} top {len(entries)}", entries, tail))
     if has_draws(table):
-        draws = draws_row(table, place.row)[position]
+        draws = draws_row(table, inspected.row)[position]
         drawn = Counter(vocabulary.text(int(token)) for token in draws[draws != PAD_ID])
         shown = ", ".join(f"{visible(text)} x{count}" if count > 1 else visible(text) for text, count in drawn.items())
         each = f", each for {max(0.0, tail) / drawn.total():.2e} of probability" if drawn else ""
         console.print(Text(f"{drawn.total()} draws from the rest{each}: {shown or 'none'}"))
 
 
-def show_aligned(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+def show_aligned(inspected: InspectedRow, table: pa.Table, position: int | None, console: Console) -> None:
     """Show a segment's pairing, or one position's top-k lists, transport plan and projected distribution."""
-    target, source = place.run.config.target, place.model(place.step.model)
-    inputs = place.inputs()
+    target, source = inspected.run.config.target, inspected.model(inspected.step.model)
+    inputs = inspected.inputs()
     if position is None:
-        _show_pairing(place, table, inputs, console)
+        _show_pairing(inspected, table, inputs, console)
         return
-    stage = AlignStage(place.run.config.align, target, source, place.tables)
+    stage = AlignStage(inspected.run.config.align, target, source, inspected.tables)
     stage.setup()
-    keys = table["doc_id"][place.row].as_py(), table["segment"][place.row].as_py()
+    keys = table["doc_id"][inspected.row].as_py(), table["segment"][inspected.row].as_py()
     found = stage.explain(inputs, find_row(inputs["target"], *keys), position)
-    console.print(f"{_where(table, place.row)}, position {position} of {len(table['outcome'][place.row])}")
+    console.print(f"{_where(table, inspected.row)}, position {position} of {len(table['outcome'][inspected.row])}")
     _show_context(found.context, position, target.name, source.name, console)
     gold = visible(found.gold_next) if found.gold_next is not None else "(the segment ends)"
     console.print(Text(f"gold next token: {gold}   outcome: {found.outcome}"))
@@ -129,7 +129,7 @@ def show_aligned(place: Place, table: pa.Table, position: int | None, console: C
             Text(f"{source.name} conditioned on: {visible(found.seen)} (what is left of its candidates is moved)")
         )
     # With draws a source's row has the exact entries of its window, and the tokens that were drawn.
-    num_drawn = max(0, len(found.source_topk) - place.run.config.align.top_k)
+    num_drawn = max(0, len(found.source_topk) - inspected.run.config.align.top_k)
     drawn = f" and {num_drawn} drawn" if num_drawn else ""
     lists = [
         distribution_table(
@@ -144,10 +144,10 @@ def show_aligned(place: Place, table: pa.Table, position: int | None, console: C
     ]
     console.print(side_by_side(*lists))
     if found.plan.size:
-        title = f"plan, % of mass: {source.name} down, {place.run.config.target.name} across"
+        title = f"plan, % of mass: {source.name} down, {inspected.run.config.target.name} across"
         labels = [part.text for part in found.source_topk], [part.text for part in found.support]
         console.print(plan_table(title, *labels, found.plan))
-    _check_against_stored(found, table, place, position)
+    _check_against_stored(found, table, inspected, position)
 
 
 def _show_context(context: tuple[PairedToken, ...], position: int, target: str, source: str, console: Console) -> None:
@@ -165,29 +165,29 @@ def _show_context(context: tuple[PairedToken, ...], position: int, target: str, 
     console.print(view)
 
 
-def _check_against_stored(found: Explanation, table: pa.Table, place: Place, position: int) -> None:
+def _check_against_stored(found: AlignmentExplanation, table: pa.Table, inspected: InspectedRow, position: int) -> None:
     """Refuse to show a position whose recomputed distribution is not the one in the shard."""
-    stored = sparse_row(table, place.row)
+    stored = sparse_row(table, inspected.row)
     probs = np.exp(stored.logprobs[position][stored.ids[position] != PAD_ID])
     shown = np.array([part.prob for part in found.projected])
     if probs.shape != shown.shape or not np.allclose(probs, shown, rtol=2e-2, atol=1e-6):
         raise StageError(
-            f"{place.step.key} shard {place.shard} row {place.row} position {position}: the shard holds another distribution "
-            f"than its inputs give now. Run `ptafuse verify {place.store.url}`"
+            f"{inspected.step.key} shard {inspected.shard} row {inspected.row} position {position}: the shard holds another "
+            f"distribution than its inputs give now. Run `ptafuse verify {inspected.store.url}`"
         )
 
 
-def show_fused(place: Place, table: pa.Table, position: int | None, console: Console) -> None:
+def show_fused(inspected: InspectedRow, table: pa.Table, position: int | None, console: Console) -> None:
     """Show a training block, or one position's candidates and its fused distribution."""
-    config = place.run.config
-    vocabulary = place.vocabulary(config.target)
-    tokens = [vocabulary.text(int(token)) for token in list_row(table, "token_ids", place.row)]
+    config = inspected.run.config
+    vocabulary = inspected.vocabulary(config.target)
+    tokens = [vocabulary.text(int(token)) for token in list_row(table, "token_ids", inspected.row)]
     names = table.schema.metadata[b"candidates"].decode().split(",")
-    chosen = list_row(table, "chosen", place.row)
+    chosen = list_row(table, "chosen", inspected.row)
     if position is None:
-        starts = list_row(table, "piece_start", place.row)
-        documents = list_row(table, "piece_doc_id", place.row)
-        console.print(f"block {place.row}: {len(tokens)} tokens, {len(starts)} pieces")
+        starts = list_row(table, "piece_start", inspected.row)
+        documents = list_row(table, "piece_doc_id", inspected.row)
+        console.print(f"block {inspected.row}: {len(tokens)} tokens, {len(starts)} pieces")
         for start, document in zip(starts, documents, strict=True):
             console.print(f"  from position {start}: document {document}")
         for index, name in enumerate(names):
@@ -195,9 +195,9 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
         console.print(f"  no fused distribution at {np.count_nonzero(chosen < 0)} positions")
         console.print(token_line(tokens, -1))
         return
-    inputs = place.inputs()
-    where = locate(table, place.row, position)
-    stage = FuseStage(config.fuse, config.target, config.sources, place.tables)
+    inputs = inspected.inputs()
+    where = locate(table, inspected.row, position)
+    stage = FuseStage(config.fuse, config.target, config.sources, inspected.tables)
     stage.setup()
     row = find_row(inputs[f"logits/{config.target.name}"], where.doc_id, where.segment)
     found = stage.explain(inputs, row, where.position)
@@ -215,7 +215,7 @@ def show_fused(place: Place, table: pa.Table, position: int | None, console: Con
     console.print(side_by_side(*parts, distribution_table("fused", found.fused, found.tail_mass)))
 
 
-VIEWS: Final[dict[str, Callable[[Place, pa.Table, int | None, Console], None]]] = {
+VIEWS: Final[dict[str, Callable[[InspectedRow, pa.Table, int | None, Console], None]]] = {
     "shard": show_segment,
     "logits": show_logits,
     "align": show_aligned,
@@ -224,22 +224,22 @@ VIEWS: Final[dict[str, Callable[[Place, pa.Table, int | None, Console], None]]] 
 """View of a row of each sharded stage, or of a position in it; a test compares the keys with ``STAGES``."""
 
 
-def _show_pairing(place: Place, table: pa.Table, inputs: dict[str, pa.Table], console: Console) -> None:
-    target = place.vocabulary(place.run.config.target)
-    source = place.vocabulary(place.model(place.step.model))
-    keys = table["doc_id"][place.row].as_py(), table["segment"][place.row].as_py()
+def _show_pairing(inspected: InspectedRow, table: pa.Table, inputs: dict[str, pa.Table], console: Console) -> None:
+    target = inspected.vocabulary(inspected.run.config.target)
+    source = inspected.vocabulary(inspected.model(inspected.step.model))
+    keys = table["doc_id"][inspected.row].as_py(), table["segment"][inspected.row].as_py()
     target_row = find_row(inputs["target"], *keys)
     target_ids = list_row(inputs["target"], "token_ids", target_row)
-    console.print(_where(table, place.row))
+    console.print(_where(table, inspected.row))
     view = Table("position", "target token", "source tokens", "from", "contexts", "outcome", "likeliest next")
     try:
         source_ids = list_row(inputs["source"], "token_ids", find_row(inputs["source"], *keys))
     except KeyError:
         source_ids = np.empty(0, np.int64)
-        console.print(f"{place.step.model} has no row for this segment; see its quarantine")
-    rows = sparse_row(table, place.row)
+        console.print(f"{inspected.step.model} has no row for this segment; see its quarantine")
+    rows = sparse_row(table, inspected.row)
     columns = [
-        list_row(table, name, place.row)
+        list_row(table, name, inspected.row)
         for name in ("pair_start", "pair_end", "source_position", "exact_context", "outcome")
     ]
     for index, (start, end, taken, exact, outcome) in enumerate(zip(*columns, strict=True)):
@@ -269,11 +269,11 @@ def _roles(table: pa.Table, row: int) -> list[str]:
     ]
 
 
-def _pairs(candidates: tuple[Candidate, ...]) -> list[tuple[str, float]]:
+def _pairs(candidates: tuple[TokenProb, ...]) -> list[tuple[str, float]]:
     return [(part.text, part.prob) for part in candidates]
 
 
-def _rest(candidates: tuple[Candidate, ...]) -> float:
+def _rest(candidates: tuple[TokenProb, ...]) -> float:
     return 1 - sum(part.prob for part in candidates)
 
 

@@ -14,7 +14,7 @@ from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import ResolvedRun
 from pipeline.run.trained_model import publish_card, target_step, trained_model
 from pipeline.settings.baselines import BASELINE_LABELS
-from train.model.card import Comparison, TextFigures, TextRow, add_evaluation
+from train.model.card import PairedDifferences, TextFigures, TextRow, add_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +71,10 @@ def _text_figures(run: Run, text: str, labels: Mapping[str, str], peers: list[Re
     return TextFigures(text, describe_counts(next(iter(results.values()))["counts"]), tuple(rows))
 
 
-def _comparison(value: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> Comparison | None:
+def _comparison(value: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> PairedDifferences | None:
     if baseline is None:
         return None
-    return Comparison(paired_difference(value, baseline), differences_by_kind(value, baseline))
+    return PairedDifferences(paired_difference(value, baseline), differences_by_kind(value, baseline))
 
 
 def _recorded(run: Run) -> list[ResolvedRun]:

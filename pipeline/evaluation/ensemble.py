@@ -30,7 +30,7 @@ from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
 from stages.models.segment_text import SegmentText
 from stages.models.tokenizer import Encoding, SegmentTokenizer
-from stages.models.windows import Window, windows
+from stages.models.windows import ContextWindow, context_windows
 from train.evaluate import Evaluation, Segment, bits_per_byte, first_documents, own_logprob
 
 TOKENS_AT_A_TIME: Final = 500_000
@@ -67,7 +67,7 @@ class Contexts:
     position: np.ndarray
 
 
-class Mixture:
+class EnsembleScorer:
     """``train.evaluate.Scorer`` of the ensemble: ln p_ens of the gold tokens.
 
     Args:
@@ -140,7 +140,7 @@ def evaluate_ensemble(
         rows.append(found.rows)
         notes[source.name] = {"covered": found.covered, "tokens_read": found.num_tokens}
     weights = config.baselines.source_weights(ENSEMBLE, len(config.sources))
-    evaluation = bits_per_byte(config.target, segments, config.eval, cpus=cpus, score=Mixture(weights, rows))
+    evaluation = bits_per_byte(config.target, segments, config.eval, cpus=cpus, score=EnsembleScorer(weights, rows))
     positions = sum(int(rows.has_label.sum()) for rows in own)
     return evaluation, {"positions": positions, "sources": notes}
 
@@ -476,8 +476,8 @@ def _predict(
         ) from error
 
 
-def _cut(length: int, first: int, *, max_length: int, num_prefix: int) -> list[Window]:
+def _cut(length: int, first: int, *, max_length: int, num_prefix: int) -> list[ContextWindow]:
     if not length:
         return []
-    cut = windows(length, max_length=max_length, num_prefix=num_prefix)
+    cut = context_windows(length, max_length=max_length, num_prefix=num_prefix)
     return [replace(window, take_start=max(first, window.take_start)) for window in cut if window.end > first]

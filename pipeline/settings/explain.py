@@ -39,7 +39,7 @@ _TOML_HINTS: Final = (
 _SHOWN_CHARACTERS: Final = 60
 
 
-class _Place(NamedTuple):
+class _Location(NamedTuple):
     """Location of a problem in a configuration.
 
     Attributes:
@@ -74,54 +74,56 @@ def describe_problems(error: ValidationError, model: type[Settings], where: str)
     """
     lines: dict[tuple[str | int, ...], str] = {}
     for problem in error.errors(include_url=False):
-        place = _find(model, problem["loc"])
-        if place.keys in lines and len(problem["loc"]) > len(place.keys):
+        location = _find(model, problem["loc"])
+        if location.keys in lines and len(problem["loc"]) > len(location.keys):
             continue  # another of the types that this setting may have: the first line names them all
-        if problem["type"] == "too_short" and any(keys[: len(place.keys)] == place.keys for keys in lines):
+        if problem["type"] == "too_short" and any(keys[: len(location.keys)] == location.keys for keys in lines):
             continue  # wrong tables are not counted, and each has a line of its own
-        lines[place.keys if place.keys else (len(lines),)] = f"  {place.name}: {_describe(problem, place, model)}"
+        lines[location.keys if location.keys else (len(lines),)] = (
+            f"  {location.name}: {_describe(problem, location, model)}"
+        )
     return "\n".join([f"{where}: {len(lines)} wrong setting(s)", *lines.values()])
 
 
 def describe_toml_error(message: str, text: str) -> str:
     """Return a message of ``tomllib`` with the line that it speaks of, and what to write instead where that is known."""
-    hint = next((f". {hint[0].upper()}{hint[1:]}" for part, hint in _TOML_HINTS if part in message), "")
+    hint = next((f". {hint[0].upper()}{hint[1:]}" for fragment, hint in _TOML_HINTS if fragment in message), "")
     number = re.search(r"at line (\d+)", message)
     lines = text.splitlines()
     line = lines[int(number[1]) - 1].strip() if number and int(number[1]) <= len(lines) else ""
     return message + (f": {_shortened(line)}" if line else "") + hint
 
 
-def _find(model: type[Settings], location: Sequence[str | int]) -> _Place:
-    """Follow a location of pydantic's as far as it consists of keys; after them it names types of a union."""
-    place = _Place((), model, None, model)
-    for part in location:
-        annotation = place.annotation
-        if isinstance(part, int):
+def _find(model: type[Settings], loc: Sequence[str | int]) -> _Location:
+    """Follow pydantic's ``loc`` as far as it consists of keys; after them it names types of a union."""
+    location = _Location((), model, None, model)
+    for key in loc:
+        annotation = location.annotation
+        if isinstance(key, int):
             item = next((args[0] for args in _argument_lists(annotation, tuple, list)), None)
             if item is None:
                 break
-            place = place._replace(keys=(*place.keys, part), annotation=item)
+            location = location._replace(keys=(*location.keys, key), annotation=item)
             continue
         section = _section_in(annotation)
         if section is not None:
-            field = next((field for name, field in section.model_fields.items() if part in (field.alias, name)), None)
+            field = next((field for name, field in section.model_fields.items() if key in (field.alias, name)), None)
             known = None if field is None else field.annotation
-            place = _Place((*place.keys, part), known, field, section)
+            location = _Location((*location.keys, key), known, field, section)
             continue
         values = next((args[1] for args in _argument_lists(annotation, dict)), None)
         if values is None:
             break
-        place = place._replace(keys=(*place.keys, part), annotation=values)
-    return place
+        location = location._replace(keys=(*location.keys, key), annotation=values)
+    return location
 
 
-def _describe(problem: Any, place: _Place, model: type[Settings]) -> str:
+def _describe(problem: Any, location: _Location, model: type[Settings]) -> str:
     kind, value = problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        return _describe_unknown(place, model)
+        return _describe_unknown(location, model)
     if kind == "missing":
-        return _describe_missing(place)
+        return _describe_missing(location)
     if kind == "value_error":
         return str(problem["ctx"]["error"])
     if kind in _BOUNDS:
@@ -131,23 +133,23 @@ def _describe(problem: Any, place: _Place, model: type[Settings]) -> str:
         return f"expected a finite number; found {value}"
     if kind == "too_short":
         return f"expected at least {problem['ctx']['min_length']}; found {problem['ctx']['actual_length']}" + (
-            f": write a section [[{place.table}]]" if _section_in(place.annotation) else ""
+            f": write a section [[{location.table}]]" if _section_in(location.annotation) else ""
         )
     is_table, is_list = isinstance(value, dict), isinstance(value, list | tuple)
-    if is_table and _is_list_of_sections(place.annotation):
-        return f"write [[{place.table}]] with two brackets: there can be several, and each begins so"
-    if is_list and _section_in(place.annotation) is not None and not _is_list_of_sections(place.annotation):
-        return f"write [{place.table}] with one bracket: there is one"
-    if place.annotation is None:
+    if is_table and _is_list_of_sections(location.annotation):
+        return f"write [[{location.table}]] with two brackets: there can be several, and each begins so"
+    if is_list and _section_in(location.annotation) is not None and not _is_list_of_sections(location.annotation):
+        return f"write [{location.table}] with one bracket: there is one"
+    if location.annotation is None:
         return str(problem["msg"])
-    choices = _choices(place.annotation)
+    choices = _choices(location.annotation)
     near = _near(value, [choice for choice in choices if isinstance(choice, str)])
-    return f"expected {_expected(place)}; found {_found(value)}" + (f": did you mean {near!r}?" if near else "")
+    return f"expected {_expected(location)}; found {_found(value)}" + (f": did you mean {near!r}?" if near else "")
 
 
-def _describe_unknown(place: _Place, model: type[Settings]) -> str:
-    key = str(place.keys[-1])
-    known = _setting_names(place.section)
+def _describe_unknown(location: _Location, model: type[Settings]) -> str:
+    key = str(location.keys[-1])
+    known = _setting_names(location.section)
     near = _near(key, known)
     elsewhere = [table for table, section in _sections(model) if key in _setting_names(section)]
     if near:
@@ -162,29 +164,29 @@ def _describe_unknown(place: _Place, model: type[Settings]) -> str:
     return f"there is no such setting; {hint}{', '.join(known)}"
 
 
-def _describe_missing(place: _Place) -> str:
-    description = place.field.description if place.field is not None else None
-    if _is_list_of_sections(place.annotation):
-        expected = f"write a section [[{place.table}]], one or more"
-    elif _section_in(place.annotation) is not None:
-        expected = f"write a section [{place.table}]"
+def _describe_missing(location: _Location) -> str:
+    description = location.field.description if location.field is not None else None
+    if _is_list_of_sections(location.annotation):
+        expected = f"write a section [[{location.table}]], one or more"
+    elif _section_in(location.annotation) is not None:
+        expected = f"write a section [{location.table}]"
     else:
-        expected = f"expected {_expected(place)}"
+        expected = f"expected {_expected(location)}"
     return f"is missing; {expected}" + (f" ({description.rstrip('.')})" if description else "")
 
 
-def _expected(place: _Place) -> str:
+def _expected(location: _Location) -> str:
     """Describe the values that a setting takes."""
-    annotation = place.annotation
+    annotation = location.annotation
     choices = _choices(annotation)
     words = [f"one of {', '.join(map(repr, choices))}" if len(choices) > 1 else repr(choices[0])] if choices else []
     for option in _options(annotation):
         origin, section = get_origin(option) or option, _section_in(option)
         if section is not None and origin in (tuple, list):
-            words.append(f"sections [[{place.table}]]")
+            words.append(f"sections [[{location.table}]]")
         elif section is not None:
-            brackets = ("[[", "]]") if isinstance(place.keys[-1], int) else ("[", "]")
-            words.append(f"a section {brackets[0]}{place.table}{brackets[1]}{_required(section)}")
+            brackets = ("[[", "]]") if isinstance(location.keys[-1], int) else ("[", "]")
+            words.append(f"a section {brackets[0]}{location.table}{brackets[1]}{_required(section)}")
         elif origin in (tuple, list):
             items = _options(next(iter(get_args(option)), str))
             item = next((_WORDS[kind] for kind in items if kind in _WORDS), "values")
@@ -246,7 +248,7 @@ def _options(annotation: Any) -> list[Any]:
     if origin is Annotated:
         return _options(get_args(annotation)[0])
     if origin in (Union, types.UnionType):
-        return [option for part in get_args(annotation) for option in _options(part)]
+        return [option for member in get_args(annotation) for option in _options(member)]
     return [] if origin is Literal or annotation is type(None) else [annotation]
 
 
@@ -256,7 +258,7 @@ def _choices(annotation: Any) -> list[Any]:
     if origin is Literal:
         return list(get_args(annotation))
     if origin in (Union, types.UnionType, Annotated):
-        return [choice for part in get_args(annotation) for choice in _choices(part)]
+        return [choice for member in get_args(annotation) for choice in _choices(member)]
     return []
 
 

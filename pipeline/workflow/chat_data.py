@@ -30,7 +30,7 @@ _LEFT_OUT: Final = frozenset({"site-packages", "test", "tests", "idlelib", "lib2
 
 
 @dataclass(frozen=True)
-class Turn:
+class Exchange:
     """A question and its answer."""
 
     question: str
@@ -55,18 +55,18 @@ def prepare_conversations(folder: Path) -> None:
     logger.info("%s: %d conversations about Python %s", final, len(lines), sysconfig.get_python_version())
 
 
-def python_conversations() -> list[tuple[str, list[Turn]]]:
+def python_conversations() -> list[tuple[str, list[Exchange]]]:
     """Return every conversation with its kind (``topic``, ``function`` or ``class``).
 
     The order is that of the hashes of the first questions, so the first few are a fair sample of all.
     """
-    conversations: dict[str, tuple[str, list[Turn]]] = {}
+    conversations: dict[str, tuple[str, list[Exchange]]] = {}
     for kind, turns in [*_topics(), *_docstrings(Path(sysconfig.get_path("stdlib")))]:
         conversations.setdefault(turns[0].question, (kind, turns))  # a name that is defined twice is asked for once
     return [conversations[question] for question in sorted(conversations, key=lambda text: sha256(text.encode()))]
 
 
-def _topics() -> Iterator[tuple[str, list[Turn]]]:
+def _topics() -> Iterator[tuple[str, list[Exchange]]]:
     """Yield questions that the topics of Python's own documentation answer."""
     from pydoc_data.topics import topics
 
@@ -77,11 +77,11 @@ def _topics() -> Iterator[tuple[str, list[Turn]]]:
         if answer is not None:
             yield (
                 "topic",
-                [Turn(f"Python's documentation has a section named “{title.strip()}”. What does it say?", answer)],
+                [Exchange(f"Python's documentation has a section named “{title.strip()}”. What does it say?", answer)],
             )
 
 
-def _docstrings(library: Path) -> Iterator[tuple[str, list[Turn]]]:
+def _docstrings(library: Path) -> Iterator[tuple[str, list[Exchange]]]:
     """Yield questions that docstrings of public functions, classes and their methods answer."""
     for path in sorted(library.rglob("*.py")):
         parts = path.relative_to(library).with_suffix("").parts
@@ -96,21 +96,22 @@ def _docstrings(library: Path) -> Iterator[tuple[str, list[Turn]]]:
             if isinstance(node, ast.FunctionDef) and (answer := _answer(node)) is not None:
                 yield (
                     "function",
-                    [Turn(f"What does the function `{node.name}` of Python's module `{module}` do?", answer)],
+                    [Exchange(f"What does the function `{node.name}` of Python's module `{module}` do?", answer)],
                 )
             elif isinstance(node, ast.ClassDef) and (answer := _answer(node)) is not None:
-                first = Turn(f"What is the class `{node.name}` of Python's module `{module}`?", answer)
+                first = Exchange(f"What is the class `{node.name}` of Python's module `{module}`?", answer)
                 yield "class", [first, *_methods(node)]
 
 
-def _methods(node: ast.ClassDef) -> list[Turn]:
+def _methods(node: ast.ClassDef) -> list[Exchange]:
     answers = {
         method.name: answer
         for method in node.body
         if isinstance(method, ast.FunctionDef) and (answer := _answer(method)) is not None
     }
     return [
-        Turn(f"And what does its method `{name}` do?", answer) for name, answer in list(answers.items())[:MAX_METHODS]
+        Exchange(f"And what does its method `{name}` do?", answer)
+        for name, answer in list(answers.items())[:MAX_METHODS]
     ]
 
 
@@ -135,7 +136,7 @@ def shorten_answer(text: str) -> str | None:
     return answer if len(answer) >= MIN_CHARACTERS and not answer.startswith(">>>") else None
 
 
-def _messages(turns: list[Turn]) -> list[dict[str, Any]]:
+def _messages(turns: list[Exchange]) -> list[dict[str, Any]]:
     roles = (("user", "question"), ("assistant", "answer"))
     return [{"role": role, "content": getattr(turn, field)} for turn in turns for role, field in roles]
 

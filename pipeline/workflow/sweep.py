@@ -32,7 +32,7 @@ from stages.contract.store import Store
 Scalar = bool | int | float | str
 
 
-class Variant(Settings):
+class SweepVariant(Settings):
     """Settings that belong together; a list of values is tried one by one, several lists in every combination."""
 
     name: Name = Field(description="Of its rows; values of lists are appended.")
@@ -57,7 +57,7 @@ class SweepConfig(Settings):
         "bytes", description="There: over all bytes, or over the kinds of its documents, each weighing the same."
     )
     keep_models: bool = Field(False, description="Keep every trained model; else each is removed when it is evaluated.")
-    variants: tuple[Variant, ...] = Field(min_length=1, description="What is compared.")
+    variants: tuple[SweepVariant, ...] = Field(min_length=1, description="What is compared.")
 
     @model_validator(mode="after")
     def _cells_differ(self) -> Self:

@@ -16,7 +16,7 @@ CONTEXT_TOKENS: Final = 4
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TokenProb:
     """A token with its probability (or prior)."""
 
     text: str
@@ -43,7 +43,7 @@ class PairedToken:
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class AlignmentExplanation:
     """Derivation of a target position's distribution; lists are empty where there was nothing to compute.
 
     Texts can be printed: bytes that are no UTF-8 are written in hexadecimal.
@@ -79,21 +79,21 @@ class Explanation:
     exact_context: bool
     outcome: str
     seen: str
-    target_topk: tuple[Candidate, ...]
-    source_topk: tuple[Candidate, ...]
-    support: tuple[Candidate, ...]
+    target_topk: tuple[TokenProb, ...]
+    source_topk: tuple[TokenProb, ...]
+    support: tuple[TokenProb, ...]
     cost: np.ndarray
     plan: np.ndarray
-    projected: tuple[Candidate, ...]
+    projected: tuple[TokenProb, ...]
     tail_mass: float
 
 
-def printable(vocabulary: Vocabulary, token_id: int) -> str:
+def token_text(vocabulary: Vocabulary, token_id: int) -> str:
     """Return the token's text with escaped bytes where it is not UTF-8."""
-    return _printable(vocabulary.token_bytes[token_id])
+    return _escaped(vocabulary.token_bytes[token_id])
 
 
-def _printable(text: bytes) -> str:
+def _escaped(text: bytes) -> str:
     return text.decode("utf-8", errors="backslashreplace")
 
 
@@ -107,7 +107,7 @@ def explain_position(
     source: tuple[Side, ModelRows] | None,
     aligned: AlignedSegment,
     config: AlignConfig,
-) -> Explanation:
+) -> AlignmentExplanation:
     """Explain what ``SegmentAligner.align`` did at one target position.
 
     Args:
@@ -129,22 +129,22 @@ def explain_position(
             f"position {position} of segment {segment} of document {doc_id}: expected 0 to {len(target_rows) - 1}"
         )
     taken = int(aligned.source_position[position])
-    source_topk: tuple[Candidate, ...] = ()
+    source_topk: tuple[TokenProb, ...] = ()
     if source is not None and taken >= 0:
         source_side, source_rows = source
         source_topk = _candidates(source_side.vocabulary, source_rows, taken, config)
     support, cost, plan = _problem(target_side.vocabulary, position, aligned, num_source=len(source_topk))
     has_next = position + 1 < len(target_rows)
-    return Explanation(
+    return AlignmentExplanation(
         doc_id=doc_id,
         segment=segment,
         position=position,
         context=_context(position, target, source, aligned),
-        gold_next=printable(target_side.vocabulary, int(target_rows.token_ids[position + 1])) if has_next else None,
+        gold_next=token_text(target_side.vocabulary, int(target_rows.token_ids[position + 1])) if has_next else None,
         source_position=taken,
         exact_context=bool(aligned.exact_context[position]),
         outcome=outcome,
-        seen=_printable(aligned.seen.get(position, b"")),
+        seen=_escaped(aligned.seen.get(position, b"")),
         target_topk=_candidates(target_side.vocabulary, target_rows, position, config),
         source_topk=source_topk,
         support=support,
@@ -155,15 +155,15 @@ def explain_position(
     )
 
 
-def _sparse(vocabulary: Vocabulary, ids: np.ndarray, probs: np.ndarray) -> tuple[Candidate, ...]:
+def _sparse(vocabulary: Vocabulary, ids: np.ndarray, probs: np.ndarray) -> tuple[TokenProb, ...]:
     return tuple(
-        Candidate(printable(vocabulary, token_id), prob)
+        TokenProb(token_text(vocabulary, token_id), prob)
         for token_id, prob in zip(ids.tolist(), probs.tolist(), strict=True)
         if token_id != NO_ID
     )
 
 
-def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, config: AlignConfig) -> tuple[Candidate, ...]:
+def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, config: AlignConfig) -> tuple[TokenProb, ...]:
     here = slice(position, position + 1)
     top_k = config.top_k + rows.num_draws
     ids, probs = narrow(rows.topk_ids[here], rows.topk_probs[here], top_k=top_k, top_p=config.top_p)
@@ -172,7 +172,7 @@ def _candidates(vocabulary: Vocabulary, rows: ModelRows, position: int, config: 
 
 def _problem(
     vocabulary: Vocabulary, position: int, aligned: AlignedSegment, *, num_source: int
-) -> tuple[tuple[Candidate, ...], np.ndarray, np.ndarray]:
+) -> tuple[tuple[TokenProb, ...], np.ndarray, np.ndarray]:
     """Return support, cost and plan of the position's transport problem, pads left out.
 
     A candidate of the source that was not moved (a special token without a counterpart) has a row of zeros.
@@ -198,7 +198,7 @@ def _context(
         texts: tuple[str, ...] = ()
         if source is not None and start >= 0:
             source_side, source_rows = source
-            texts = tuple(printable(source_side.vocabulary, i) for i in source_rows.token_ids[start:end].tolist())
-        text = printable(target_side.vocabulary, int(target_rows.token_ids[here]))
+            texts = tuple(token_text(source_side.vocabulary, i) for i in source_rows.token_ids[start:end].tolist())
+        text = token_text(target_side.vocabulary, int(target_rows.token_ids[here]))
         tokens.append(PairedToken(here, text, start, texts, bool(aligned.exact_context[here])))
     return tuple(tokens)

@@ -101,7 +101,7 @@ class AlignHealth:
         if source is not None:
             # Inside a source token the source's own next token is another event, and has been counted at its boundary.
             taken = judged.source_position[covered[judged.outcome[covered] != CONDITION]]
-            self._add_mean("source_entropy", _entropy(self._window(source, taken)[1]))
+            self._add_mean("source_entropy", _entropy(self._top_k_window(source, taken)[1]))
             if source.gold_logprob is not None:
                 self._add_mean("source_exact_nll", exact_nll(source.gold_logprob, taken))
         if aligned.problems is not None and self._config.method == "transport":
@@ -127,7 +127,7 @@ class AlignHealth:
         ids, probs = distributions.ids[covered], np.exp(distributions.logprobs[covered].astype(np.float64))
         gold = target.token_ids[covered + 1]
         self._add_mean("floored_nll", floored_nll(ids, probs, gold))
-        self._add_mean("target_floored_nll", floored_nll(*self._window(target, covered), gold))
+        self._add_mean("target_floored_nll", floored_nll(*self._top_k_window(target, covered), gold))
         if target.gold_logprob is None:
             return
         completed = completed_nll(
@@ -177,7 +177,7 @@ class AlignHealth:
         for name, count in found.items():
             self._counts[name] += count
 
-    def _window(self, rows: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _top_k_window(self, rows: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return a model's candidates at these positions, with probabilities that sum to 1."""
         config = self._config
         ids, probs = narrow(

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from stages.align.config import AlignConfig
-from stages.align.explain import Explanation, explain_position
+from stages.align.explain import AlignmentExplanation, explain_position
 from stages.align.health import AlignHealth
 from stages.align.pair_mass import PairMass, PairSums
 from stages.align.rows import ModelRows, Side
@@ -162,7 +162,7 @@ class AlignStage:
         """
         return self._aligner.align(target, source)
 
-    def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
+    def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> AlignmentExplanation:
         """Explain what ``run`` does at one position.
 
         Args:
@@ -175,7 +175,7 @@ class AlignStage:
         """
         return self._explain(inputs, row)(position)
 
-    def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
+    def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[AlignmentExplanation]:
         """Explain what ``run`` does at every position of a row of the target table; see ``explain``."""
         explain = self._explain(inputs, row)
         return [explain(position) for position in range(len(inputs["target"]["token_ids"][row]))]
@@ -200,11 +200,11 @@ class AlignStage:
                 sums.add(aligned.problems, self._aligner.landed(aligned.problems))
         return sums.result()
 
-    def _explain(self, inputs: Mapping[str, pa.Table], row: int) -> Callable[[int], Explanation]:
+    def _explain(self, inputs: Mapping[str, pa.Table], row: int) -> Callable[[int], AlignmentExplanation]:
         """Align one row; the result explains any of its positions."""
         key, target, source, aligned = self._align_row(inputs)(row)
 
-        def at(position: int) -> Explanation:
+        def at(position: int) -> AlignmentExplanation:
             return explain_position(
                 doc_id=key[0],
                 segment=key[1],

@@ -18,7 +18,7 @@ from stages.measures.teacher import floored_nll
 _SHARES: Final = np.linspace(0, 1, 41)
 
 
-def window_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray, *, top_k: int, top_p: float | None) -> np.ndarray:
+def top_k_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray, *, top_k: int, top_p: float | None) -> np.ndarray:
     """Compute ``floored_nll`` of a model's own window, as narrow as an aligned row's.
 
     Args:
@@ -93,7 +93,7 @@ def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, base
 
     To compare ways of aligning: run ``AlignStage`` with each configuration on the same inputs; for each, join the
     segments' ``completed_nll`` in the order of the target's rows; the target itself and the source itself (at an
-    alignment's ``source_position``) are their ``exact_nll``. For the floored figure: ``floored_nll``, and ``window_nll``.
+    alignment's ``source_position``) are their ``exact_nll``. For the floored figure: ``floored_nll``, and ``top_k_nll``.
 
     Args:
         nll: name -> (P,) nats, NaN where an entry has no distribution; the same P positions in each.

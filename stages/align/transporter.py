@@ -130,7 +130,7 @@ class Transporter:
             source_ids: (P, n) source candidates; -1 at pads.
             source_mass: (P, n) mass of each candidate.
         """
-        target_ids, target_probs = self._target_window(target, positions)  # (P, top_k) each
+        target_ids, target_probs = self._target_top_k(target, positions)  # (P, top_k) each
         if self._config.method != "transport":
             return self._map(positions, source_ids, source_mass, target_ids)
         if self._first_token is not None:
@@ -161,7 +161,7 @@ class Transporter:
         """
         assert self._rests is not None
         positions = candidates.positions
-        target_ids, target_probs = self._target_window(target, positions)
+        target_ids, target_probs = self._target_top_k(target, positions)
         source_ids = candidates.source_ids  # (Q, n)
         # Only real candidates have a rest: (C,) row and column of each, scattered back to (Q, n) below.
         rows, columns = np.nonzero(source_ids != NO_ID)
@@ -212,7 +212,7 @@ class Transporter:
             same_text=self._same_text(source_numbers, support_ids),
         )
 
-    def _target_window(self, target: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _target_top_k(self, target: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the target's own candidates at P positions and their probabilities, (P, n) each."""
         config = self._config
         return narrow(target.topk_ids[positions], target.topk_probs[positions], top_k=config.top_k, top_p=config.top_p)

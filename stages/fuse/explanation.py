@@ -23,7 +23,7 @@ class ExplainedCandidate:
 
 
 @dataclass(frozen=True)
-class Explanation:
+class FusionExplanation:
     """Derivation of the fused distribution of one position.
 
     Attributes:
@@ -44,7 +44,7 @@ class Explanation:
 
 
 @dataclass(frozen=True)
-class Place:
+class SegmentPosition:
     """Position of a segment."""
 
     doc_id: int

@@ -26,7 +26,7 @@ from stages.contract.roles import Role, has_roles, roles_of
 from stages.contract.schemas import PAIRED_BY, Tail, fused_schema, tail_of
 from stages.contract.stage import StageOutput
 from stages.fuse.config import FuseConfig
-from stages.fuse.explanation import ExplainedCandidate, Explanation, Place
+from stages.fuse.explanation import ExplainedCandidate, FusionExplanation, SegmentPosition
 from stages.fuse.fit import fixed_weights
 from stages.fuse.health import HealthCounts
 from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, mixed_gold_logprob, with_draws, without
@@ -42,7 +42,7 @@ _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 
 
 @dataclass(frozen=True)
-class _Shard:
+class _ShardInputs:
     """Input tables, and the row of each segment in each of them: -1 if a source's table does not have it."""
 
     target: pa.Table
@@ -206,7 +206,7 @@ class FuseStage:
         nll = np.concatenate(found) if found else np.empty((0, len(self.names)), np.float32)
         return GoldNll(nll, np.repeat(shard.doc_ids, counts))
 
-    def _segment_gold_nll(self, shard: _Shard, row: int) -> np.ndarray:
+    def _segment_gold_nll(self, shard: _ShardInputs, row: int) -> np.ndarray:
         candidates = self._candidates(shard, row)
         gold = list_row(shard.target, "token_ids", row)[1:].astype(np.int64)
         own = candidates[0].rows
@@ -231,7 +231,7 @@ class FuseStage:
         is_gold = self._gold_rows(shard, row)[:-1].any(axis=1)
         return nll[own.present[:-1] & np.isfinite(nll).all(axis=1) & ~is_gold]
 
-    def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> Explanation:
+    def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> FusionExplanation:
         """Explain the fused distribution of one position, for ``ptafuse inspect``.
 
         Args:
@@ -258,17 +258,17 @@ class FuseStage:
         shard = self._read(inputs)
         yield from self._fuse_rows(shard, self._pack(shard), rows)
 
-    def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[Explanation]:
+    def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[FusionExplanation]:
         """Explain the fused distributions of a segment, position by position; see ``explain``."""
         shard = self._read(inputs)
         fused = self._fuse_row(shard, row)
         return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
 
-    def _schema(self, shard: _Shard) -> pa.Schema:
+    def _schema(self, shard: _ShardInputs) -> pa.Schema:
         size = self._vocabularies[0].size
         return fused_schema(size, shard.tail, self.names, conversations=has_roles(shard.target))
 
-    def _pack(self, shard: _Shard) -> Packing:
+    def _pack(self, shard: _ShardInputs) -> Packing:
         if self.config.packing == "cut" and has_roles(shard.target):
             raise ValueError(
                 "fuse.packing = 'cut' cuts segments at the borders of blocks, and these are conversations, which are learnt "
@@ -276,14 +276,14 @@ class FuseStage:
             )
         return pack(shard.lengths, max_length=self.config.max_length, packing=self.config.packing)
 
-    def _fuse_row(self, shard: _Shard, row: int) -> FusedSegment:
+    def _fuse_row(self, shard: _ShardInputs, row: int) -> FusedSegment:
         return next(self._fuse_rows(shard, self._pack(shard), [row]))
 
-    def _fuse_rows(self, shard: _Shard, packing: Packing, rows: Iterable[int]) -> Iterator[FusedSegment]:
+    def _fuse_rows(self, shard: _ShardInputs, packing: Packing, rows: Iterable[int]) -> Iterator[FusedSegment]:
         piece_ce = self._piece_cross_entropy(shard, packing)
         return (self._fuse_segment(shard, row, packing, piece_ce) for row in rows)
 
-    def _explained(self, fused: FusedSegment, position: int) -> Explanation:
+    def _explained(self, fused: FusedSegment, position: int) -> FusionExplanation:
         vocabulary = self._vocabularies[0]
         following, chosen = int(fused.next_ids[position]), int(fused.chosen[position])
         candidates = tuple(
@@ -296,7 +296,7 @@ class FuseStage:
             )
             for index, (name, part) in enumerate(zip(self.names, fused.candidates, strict=True))
         )
-        return Explanation(
+        return FusionExplanation(
             gold=None if following == PAD_ID else vocabulary.text(following),
             is_learnt=bool(fused.gold[position] != PAD_ID),
             candidates=candidates,
@@ -305,7 +305,7 @@ class FuseStage:
             tail_mass=float(fused.mixture.tail_mass[position]),
         )
 
-    def _read(self, inputs: Mapping[str, pa.Table]) -> _Shard:
+    def _read(self, inputs: Mapping[str, pa.Table]) -> _ShardInputs:
         target = inputs[f"logits/{self.target.name}"]
         logits = tuple(inputs[f"logits/{source.name}"] for source in self.sources)
         aligned = tuple(inputs[f"align/{source.name}"] for source in self.sources)
@@ -320,7 +320,7 @@ class FuseStage:
                 "different logits, run `make align`"
             )
         doc_ids = target["doc_id"].to_numpy()
-        return _Shard(
+        return _ShardInputs(
             target=target,
             logits=logits,
             aligned=aligned,
@@ -345,7 +345,7 @@ class FuseStage:
             for key in (f"{stage}/{model.name}" for model in models)
         ]
 
-    def _piece_cross_entropy(self, shard: _Shard, packing: Packing) -> np.ndarray:
+    def _piece_cross_entropy(self, shard: _ShardInputs, packing: Packing) -> np.ndarray:
         """Compute the models' cross-entropy, in the configured unit and span, at each piece, (P, C).
 
         Unknown values are NaN.
@@ -360,7 +360,7 @@ class FuseStage:
             return block_cross_entropy(values, packing.segment, packing.block)[packing.block]
         return values[packing.segment]
 
-    def _segment_values(self, shard: _Shard, column: int, first_byte: np.ndarray) -> np.ndarray:
+    def _segment_values(self, shard: _ShardInputs, column: int, first_byte: np.ndarray) -> np.ndarray:
         """Compute one model's cross-entropy, in the configured unit, per segment or whole document, (S,)."""
         table = shard.target if column == 0 else shard.logits[column - 1]
         rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
@@ -377,7 +377,7 @@ class FuseStage:
         per_byte = self.config.unit == "bits-per-byte"
         return np.array([part.bits_per_byte if per_byte else part.nats_per_token for part in parts], np.float64)
 
-    def _fuse_segment(self, shard: _Shard, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
+    def _fuse_segment(self, shard: _ShardInputs, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
         length = int(shard.lengths[row])
         next_ids = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
         gold = np.where(_has_label(shard.target, row), next_ids, PAD_ID)
@@ -405,7 +405,7 @@ class FuseStage:
         mixed = mixed_gold_logprob(candidates, weights)
         return FusedSegment(candidates, next_ids, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
 
-    def _gold_rows(self, shard: _Shard, row: int) -> np.ndarray:
+    def _gold_rows(self, shard: _ShardInputs, row: int) -> np.ndarray:
         """Find where a candidate has all its mass on the gold next token (``inexact = "gold"``), (N, C) bool."""
         is_gold = np.zeros((int(shard.lengths[row]), len(self.names)), bool)
         for column, (table, aligned_row) in enumerate(zip(shard.aligned, shard.aligned_rows[row], strict=True), 1):
@@ -418,7 +418,7 @@ class FuseStage:
         offset = np.repeat(packing.offset[pieces], packing.length[pieces])
         return (offset > 0) & (np.arange(length) - offset < self.config.min_context)
 
-    def _candidates(self, shard: _Shard, row: int) -> tuple[Candidate, ...]:
+    def _candidates(self, shard: _ShardInputs, row: int) -> tuple[Candidate, ...]:
         """Return the target's own rows and each source's aligned ones; none where no gold token is to be learnt."""
         length = int(shard.lengths[row])
         has_none = ~_has_label(shard.target, row)
@@ -448,7 +448,7 @@ class FuseStage:
         return tuple(candidates)
 
 
-def locate(fused: pa.Table, block: int, position: int) -> Place:
+def locate(fused: pa.Table, block: int, position: int) -> SegmentPosition:
     """Find the segment, and the position in it, of a position of a training block.
 
     Args:
@@ -466,7 +466,7 @@ def locate(fused: pa.Table, block: int, position: int) -> Place:
         raise IndexError(f"no position {position}: block {block} has {length} tokens, from 0")
     start = list_row(fused, "piece_start", block)
     piece = int(np.searchsorted(start, position, side="right")) - 1
-    return Place(
+    return SegmentPosition(
         doc_id=int(list_row(fused, "piece_doc_id", block)[piece]),
         segment=int(list_row(fused, "piece_segment", block)[piece]),
         position=int(list_row(fused, "piece_offset", block)[piece] + position - start[piece]),
@@ -491,7 +491,7 @@ def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
     return found
 
 
-def _first_bytes(shard: _Shard) -> np.ndarray:
+def _first_bytes(shard: _ShardInputs) -> np.ndarray:
     """Return the byte of each segment from which all models that have it predict, (S,).
 
     Models are judged on the same bytes.
@@ -541,7 +541,7 @@ def _as_text(rows: SparseRows, position: int, vocabulary: Vocabulary) -> tuple[t
     return tuple((vocabulary.text(token_id), prob) for token_id, prob in pairs if token_id != PAD_ID)
 
 
-def _table(shard: _Shard, packing: Packing, segments: list[_Output], schema: pa.Schema) -> pa.Table:
+def _table(shard: _ShardInputs, packing: Packing, segments: list[_Output], schema: pa.Schema) -> pa.Table:
     """Build the table of blocks: tokens, pieces, and the fused distributions."""
     borders = np.flatnonzero(packing.start == 0)[1:]
 

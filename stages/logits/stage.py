@@ -36,7 +36,7 @@ from stages.models.config import ModelConfig
 from stages.models.conversations.template import RenderError
 from stages.models.segment_text import segment_texts
 from stages.models.tokenizer import Encoding, SegmentTokenizer
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class LogitsStage:
         segments, bad = self._encode(rows)
         num_prefix = self._tokenizer.num_prefix
         cuts = [
-            windows(len(segment), max_length=self._backend.max_length, num_prefix=num_prefix) for segment in segments
+            context_windows(len(segment), max_length=self._backend.max_length, num_prefix=num_prefix)
+            for segment in segments
         ]
         sequences, uniforms = [segment.encoding.ids for segment in segments], self._uniforms(segments)
         try:

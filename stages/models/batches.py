@@ -6,7 +6,7 @@ from typing import Final
 
 import numpy as np
 
-from stages.models.windows import Window
+from stages.models.windows import ContextWindow
 
 NO_GOLD: Final = -1
 """Value where there is no gold token."""
@@ -55,7 +55,7 @@ class PaddedBatch:
 
 
 def padded_batch(
-    batch: Sequence[tuple[int, Window]], sequences: Sequence[np.ndarray], starts: np.ndarray
+    batch: Sequence[tuple[int, ContextWindow]], sequences: Sequence[np.ndarray], starts: np.ndarray
 ) -> PaddedBatch:
     """Put windows side by side.
 

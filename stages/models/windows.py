@@ -6,7 +6,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Window:
+class ContextWindow:
     """One input of the model: the sequence's first ``num_repeated`` tokens (the prefix), then tokens [start, end).
 
     Its outputs are taken for positions [take_start, end); the positions before are context.
@@ -31,7 +31,7 @@ class Window:
         return slice(self.num_repeated + self.take_start - self.start, len(self))
 
 
-def windows(length: int, *, max_length: int, num_prefix: int = 0) -> list[Window]:
+def context_windows(length: int, *, max_length: int, num_prefix: int = 0) -> list[ContextWindow]:
     """Cover a sequence with windows of at most ``max_length`` tokens; one window if it fits.
 
     Each further window begins half a window later: every position is taken exactly once, with everything before it or at
@@ -44,8 +44,10 @@ def windows(length: int, *, max_length: int, num_prefix: int = 0) -> list[Window
         num_prefix: tokens at the sequence's start that each further window repeats, 0 or 1.
     """
     first_end = min(length, max_length)
-    found = [Window(start=0, end=first_end, take_start=0, num_repeated=0)]
+    found = [ContextWindow(start=0, end=first_end, take_start=0, num_repeated=0)]
     while (taken := found[-1].end) < length:
         end = min(length, taken + max_length // 2)
-        found.append(Window(start=end - (max_length - num_prefix), end=end, take_start=taken, num_repeated=num_prefix))
+        found.append(
+            ContextWindow(start=end - (max_length - num_prefix), end=end, take_start=taken, num_repeated=num_prefix)
+        )
     return found

@@ -22,7 +22,7 @@ from pipeline.run.steps import Request
 from pipeline.settings.run import EngineConfig
 from stages.logits.backends.base import Predictions
 from stages.logits.stage import LogitsStage
-from stages.models.windows import Window
+from stages.models.windows import ContextWindow
 from tests.benchmarks.figure import Figure
 from tests.benchmarks.measure import ROUNDS, say
 from tests.tiny_run import save_inputs
@@ -49,7 +49,7 @@ class SleepingBackend:
     def predict(
         self,
         sequences: Sequence[np.ndarray],
-        cuts: Sequence[Sequence[Window]],
+        cuts: Sequence[Sequence[ContextWindow]],
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
         """Sleep, and give every position different numbers, so that files are compressed as real ones are."""

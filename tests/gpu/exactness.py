@@ -18,7 +18,7 @@ from stages.contract.columns import PAD_ID
 from stages.logits.backends.base import Predictions
 from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from tests.benchmarks.loss_ways import random_rows
 from tests.gpu.models import UNUSED, copied_model, model_config, random_model, relative_difference
 from tests.gpu.report import Report, Setup
@@ -79,7 +79,7 @@ def backend_of(model: Any, *, device: str, dtype: str, **settings: Any) -> Trans
 
 def predict(backend: TransformersBackend, sequences: Sequence[np.ndarray]) -> Predictions:
     """Run sequences, in windows where they are too long."""
-    return backend.predict(sequences, [windows(len(ids), max_length=backend.max_length) for ids in sequences])
+    return backend.predict(sequences, [context_windows(len(ids), max_length=backend.max_length) for ids in sequences])
 
 
 def same_share(found: Rows, expected: Rows) -> float:

@@ -23,7 +23,7 @@ from stages.models.config import ModelConfig
 from stages.models.devices import attention_choices
 from stages.models.heads import split_head
 from stages.models.tokenizer import SegmentTokenizer
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from tests.gpu.exactness import (
     TOP_K,
     Rows,
@@ -125,7 +125,9 @@ def _top(hidden: torch.Tensor, head: Any, gold_ids: torch.Tensor, vocab_size: in
 
 def _batches(sequences: list[np.ndarray], max_length: int, batch_tokens: int) -> list[PaddedBatch]:
     cuts = [
-        (index, window) for index, ids in enumerate(sequences) for window in windows(len(ids), max_length=max_length)
+        (index, window)
+        for index, ids in enumerate(sequences)
+        for window in context_windows(len(ids), max_length=max_length)
     ]
     starts = np.cumsum([0, *(len(ids) for ids in sequences)])
     lengths = np.array([len(window) for _, window in cuts], np.int64)

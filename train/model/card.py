@@ -65,7 +65,7 @@ Models, data, and the stages before training, each with its fingerprint:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedDifferences:
     """Paired differences in bits per byte between two models on one text.
 
     Attributes:
@@ -92,8 +92,8 @@ class TextRow:
     label: str
     bits_per_byte: float
     by_kind: KindFigures | None
-    against_before: Comparison | None
-    against_gold_only: Comparison | None
+    against_before: PairedDifferences | None
+    against_gold_only: PairedDifferences | None
 
 
 @dataclass(frozen=True)

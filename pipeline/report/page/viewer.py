@@ -15,12 +15,11 @@ from pipeline.analysis.turns import SegmentTurns, segment_turns
 from pipeline.run.session import read_inputs
 from pipeline.run.shard_plan import read_plan
 from pipeline.run.steps import ResolvedRun, Step
-from stages.align import explain as aligned
-from stages.align.explain import printable
+from stages.align.explain import AlignmentExplanation, token_text
 from stages.align.stage import AlignStage
 from stages.contract.columns import list_row
 from stages.contract.store import Store
-from stages.fuse import explanation as fused
+from stages.fuse.explanation import FusionExplanation
 from stages.fuse.stage import FuseStage
 from stages.models.token_tables import TokenTables
 
@@ -139,8 +138,8 @@ def _documents(
             parts.append(
                 {
                     "segment": segment.number,
-                    "tokens": [texts(printable(vocabulary, token_id)) for token_id in token_ids],
-                    "positions": [_position(place, sources, texts) for place, *sources in positions],
+                    "tokens": [texts(token_text(vocabulary, token_id)) for token_id in token_ids],
+                    "positions": [_position(fusion, sources, texts) for fusion, *sources in positions],
                     **({} if messages is None else _turns(segment_turns(messages, own, segment.row))),
                 }
             )
@@ -183,22 +182,22 @@ def _table(store: Store, step: Step, shard: int) -> pa.Table:
     return store.read_table(manifest.data, remake=f"`make {step.stage}`")
 
 
-def _position(place: fused.Explanation, sources: Sequence[aligned.Explanation], texts: TextTable) -> dict[str, Any]:
+def _position(fusion: FusionExplanation, sources: Sequence[AlignmentExplanation], texts: TextTable) -> dict[str, Any]:
     """Encode one position; empty parts are left out."""
     target = sources[0].target_topk if sources else ()
     return {
-        "g": -1 if place.gold is None else texts(place.gold),
-        **({} if place.is_learnt or place.gold is None else {"x": 1}),
+        "g": -1 if fusion.gold is None else texts(fusion.gold),
+        **({} if fusion.is_learnt or fusion.gold is None else {"x": 1}),
         "t": _flat(((part.text, part.prob) for part in target), texts),
-        "w": -1 if place.chosen is None else [part.name for part in place.candidates].index(place.chosen),
-        "c": [[_rounded(part.cross_entropy), round(part.weight, 4)] for part in place.candidates],
-        "f": _flat(place.fused, texts),
-        "z": _units(place.tail_mass),
+        "w": -1 if fusion.chosen is None else [part.name for part in fusion.candidates].index(fusion.chosen),
+        "c": [[_rounded(part.cross_entropy), round(part.weight, 4)] for part in fusion.candidates],
+        "f": _flat(fusion.fused, texts),
+        "z": _units(fusion.tail_mass),
         "s": [_source(part, texts) for part in sources],
     }
 
 
-def _source(part: aligned.Explanation, texts: TextTable) -> dict[str, Any]:
+def _source(part: AlignmentExplanation, texts: TextTable) -> dict[str, Any]:
     here = next(token for token in part.context if token.position == part.position)
     found: dict[str, Any] = {
         "o": part.outcome,

@@ -83,24 +83,24 @@ class NearestTokens:
         safe = np.where(is_real, source_ids, 0)
         return np.where(is_real, self._ids[safe], NO_ID), np.where(is_real, self._distances[safe], 0)
 
-    def map(self, source_ids: np.ndarray, window_ids: np.ndarray, window_distances: np.ndarray) -> np.ndarray:
+    def map(self, source_ids: np.ndarray, top_k_ids: np.ndarray, top_k_distances: np.ndarray) -> np.ndarray:
         """Map each candidate to its target token; the target's window decides between equally near ones.
 
         Args:
             source_ids: (P, n); -1 at pads.
-            window_ids: (P, k) the target's own candidates, descending; -1 at pads.
-            window_distances: (P, n, k) edits between the two.
+            top_k_ids: (P, k) the target's own candidates, descending; -1 at pads.
+            top_k_distances: (P, n, k) edits between the two.
 
         Returns:
             (P, n) int32; -1 where there is none.
         """
         ids, distances = self.nearest(source_ids)
-        return _prefer_window(
+        return _prefer_top_k(
             ids,
             distances,
             self._source_is_special[np.where(source_ids != NO_ID, source_ids, 0)],
-            window_ids,
-            window_distances,
+            top_k_ids,
+            top_k_distances,
             self._target_is_special,
         )
 
@@ -160,12 +160,12 @@ def hard_plan(mapped: np.ndarray, source_mass: np.ndarray) -> tuple[np.ndarray, 
 
 
 @njit(cache=True)
-def _prefer_window(
+def _prefer_top_k(
     ids: np.ndarray,
     distances: np.ndarray,
     source_is_special: np.ndarray,
-    window_ids: np.ndarray,
-    window_distances: np.ndarray,
+    top_k_ids: np.ndarray,
+    top_k_distances: np.ndarray,
     target_is_special: np.ndarray,
 ) -> np.ndarray:
     mapped = ids.copy()
@@ -174,12 +174,12 @@ def _prefer_window(
         for x in range(n):
             if ids[problem, x] == NO_ID or source_is_special[problem, x]:
                 continue
-            for y in range(window_ids.shape[1]):
-                token = window_ids[problem, y]
+            for y in range(top_k_ids.shape[1]):
+                token = top_k_ids[problem, y]
                 if (
                     token != NO_ID
                     and not target_is_special[token]
-                    and window_distances[problem, x, y] == distances[problem, x]
+                    and top_k_distances[problem, x, y] == distances[problem, x]
                 ):
                     mapped[problem, x] = token
                     break

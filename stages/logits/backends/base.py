@@ -13,7 +13,7 @@ import torch
 
 from stages.contract.columns import PAD_ID
 from stages.models.batches import token_batches
-from stages.models.windows import Window
+from stages.models.windows import ContextWindow
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class Backend(Protocol):
     def predict(
         self,
         sequences: Sequence[np.ndarray],
-        cuts: Sequence[Sequence[Window]],
+        cuts: Sequence[Sequence[ContextWindow]],
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
         """Run the model over sequences.

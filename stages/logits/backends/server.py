@@ -27,7 +27,7 @@ import requests
 from stages.logits.backends.base import Predictions, descending, refuse_draws
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig, load_config, num_positions
-from stages.models.windows import Window
+from stages.models.windows import ContextWindow
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class ServerBackend:
     def predict(
         self,
         sequences: Sequence[np.ndarray],
-        cuts: Sequence[Sequence[Window]],
+        cuts: Sequence[Sequence[ContextWindow]],
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
         """Send all windows, ``server_concurrency`` at a time; see ``base.Backend.predict``.
@@ -116,7 +116,7 @@ class ServerBackend:
         inputs = [(index, window) for index, cut in enumerate(cuts) for window in cut]
         started = time.perf_counter()
 
-        def answer(item: tuple[int, Window]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        def answer(item: tuple[int, ContextWindow]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
             index, window = item
             behind = sequences[index][window.end : window.end + 1]
             tokens = window.tokens(sequences[index])

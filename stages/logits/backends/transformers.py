@@ -16,7 +16,7 @@ from stages.models.batches import padded_batch
 from stages.models.config import ModelConfig, load_model, num_positions
 from stages.models.devices import attention_choices, attention_in_use, resolve_device, set_threads
 from stages.models.heads import check_head, split_head
-from stages.models.windows import Window
+from stages.models.windows import ContextWindow
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class TransformersBackend:
     def predict(
         self,
         sequences: Sequence[np.ndarray],
-        cuts: Sequence[Sequence[Window]],
+        cuts: Sequence[Sequence[ContextWindow]],
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
         """Run all windows in batches of similar length; see ``base.Backend.predict``."""
@@ -87,7 +87,7 @@ class TransformersBackend:
     def _run(
         self,
         sequences: Sequence[np.ndarray],
-        batch: Sequence[tuple[int, Window]],
+        batch: Sequence[tuple[int, ContextWindow]],
         uniforms: np.ndarray | None,
         predictions: Predictions,
     ) -> None:

@@ -23,7 +23,7 @@ from stages.logits.backends.base import Predictions, descending, refuse_draws, r
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig, load_config, num_positions
 from stages.models.devices import resolve_device
-from stages.models.windows import Window
+from stages.models.windows import ContextWindow
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,7 @@ class VllmBackend:
     def predict(
         self,
         sequences: Sequence[np.ndarray],
-        cuts: Sequence[Sequence[Window]],
+        cuts: Sequence[Sequence[ContextWindow]],
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
         """Run all windows, some of them at a time; see ``base.Backend.predict``."""
@@ -217,7 +217,7 @@ class VllmBackend:
         self._engine = self._start()
 
     def _run(
-        self, sequences: Sequence[np.ndarray], batch: Sequence[tuple[int, Window]], predictions: Predictions
+        self, sequences: Sequence[np.ndarray], batch: Sequence[tuple[int, ContextWindow]], predictions: Predictions
     ) -> None:
         prompts = [{"prompt_token_ids": window.tokens(sequences[index]).tolist()} for index, window in batch]
         next_ids = [sequences[index][window.end : window.end + 1] for index, window in batch]

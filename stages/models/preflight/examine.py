@@ -162,9 +162,9 @@ def _deep_problems(
     yield from architecture_problems(model, file, skeleton, isolated=isolated)
     method = quantization_method(settings)
     if stored and (method is None or method == "fp8"):  # others pack a weight into tensors of other names
-        comparison = compare_tensors(skeleton, stored)
+        mismatch = compare_tensors(skeleton, stored)
         yield from tensor_problems(
-            comparison, stored, skeleton, model=model.name, folder=str(file.parent), quantised=method is not None
+            mismatch, stored, skeleton, model=model.name, folder=str(file.parent), quantised=method is not None
         )
 
 

@@ -29,7 +29,7 @@ _NAMED: Final = 3
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TensorMismatch:
     """Difference between the tensors of an architecture and of a checkpoint.
 
     Attributes:
@@ -43,7 +43,7 @@ class Comparison:
     reshaped: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 
-def compare_tensors(skeleton: Any, stored: Mapping[str, StoredTensor]) -> Comparison:
+def compare_tensors(skeleton: Any, stored: Mapping[str, StoredTensor]) -> TensorMismatch:
     """Compare a checkpoint's tensors with those of a model, as transformers would load them.
 
     Args:
@@ -70,11 +70,11 @@ def compare_tensors(skeleton: Any, stored: Mapping[str, StoredTensor]) -> Compar
     skeleton._adjust_missing_and_unexpected_keys(found)
     reshaped = ((name, tuple(held), tuple(wanted)) for name, held, wanted in found.mismatched_keys)
     missing = found.missing_keys | found.conversion_errors.keys()
-    return Comparison(_sorted(missing), _sorted(found.unexpected_keys), tuple(sorted(reshaped)))
+    return TensorMismatch(_sorted(missing), _sorted(found.unexpected_keys), tuple(sorted(reshaped)))
 
 
 def tensor_problems(
-    comparison: Comparison,
+    mismatch: TensorMismatch,
     stored: Mapping[str, StoredTensor],
     skeleton: Any,
     *,
@@ -82,10 +82,10 @@ def tensor_problems(
     folder: str,
     quantised: bool,
 ) -> Iterator[Problem]:
-    """Say what of a comparison keeps the checkpoint from being used.
+    """Say what of a mismatch keeps the checkpoint from being used.
 
     Args:
-        comparison: what ``compare_tensors`` gave.
+        mismatch: what ``compare_tensors`` gave.
         stored: the checkpoint's tensors.
         skeleton: the model that they were compared with.
         model: its name.
@@ -97,14 +97,14 @@ def tensor_problems(
         return Problem(model, folder, found, expected, remedy)
 
     class_name = type(skeleton).__name__
-    if comparison.missing:
+    if mismatch.missing:
         yield problem(
-            f"the weights lack {named(comparison.missing)}" + _beside(comparison.extra),
+            f"the weights lack {named(mismatch.missing)}" + _beside(mismatch.extra),
             f"every tensor of {class_name}: one that is missing would be drawn at random",
-            _remedy(comparison, stored, skeleton),
+            _remedy(mismatch, stored, skeleton),
         )
-    layers = _layers_too_many(comparison.extra, skeleton.state_dict().keys())
-    if layers and not comparison.missing:
+    layers = _layers_too_many(mismatch.extra, skeleton.state_dict().keys())
+    if layers and not mismatch.missing:
         yield problem(
             f"the weights have layers that config.json does not count: {named(layers)}",
             f"the {skeleton.config.get_text_config().num_hidden_layers} layers of config.json",
@@ -112,16 +112,16 @@ def tensor_problems(
         )
     if quantised:
         return
-    if comparison.reshaped:
-        name, held, wanted = comparison.reshaped[0]
-        more = f", and {len(comparison.reshaped) - 1} more" if len(comparison.reshaped) > 1 else ""
+    if mismatch.reshaped:
+        name, held, wanted = mismatch.reshaped[0]
+        more = f", and {len(mismatch.reshaped) - 1} more" if len(mismatch.reshaped) > 1 else ""
         yield problem(
             f"{name} has shape {list(held)}{more}",
             f"{list(wanted)}, as config.json says",
             "Take config.json and weights of one model",
         )
     packed = _sorted(name for name, tensor in stored.items() if _PACKED.match(tensor.dtype) and len(tensor.shape) > 1)
-    if packed and not set(packed) <= set(comparison.extra):
+    if packed and not set(packed) <= set(mismatch.extra):
         yield problem(
             f"{named(packed)} holds packed numbers ({stored[packed[0]].dtype})",
             "floating-point weights where config.json has no quantization_config",
@@ -136,7 +136,7 @@ def named(names: Collection[str]) -> str:
     return ", ".join(shown) + more
 
 
-def _remedy(comparison: Comparison, stored: Mapping[str, StoredTensor], skeleton: Any) -> str:
+def _remedy(mismatch: TensorMismatch, stored: Mapping[str, StoredTensor], skeleton: Any) -> str:
     wrapper = _wrapper(stored)
     if wrapper is not None:
         return (
@@ -145,7 +145,7 @@ def _remedy(comparison: Comparison, stored: Mapping[str, StoredTensor], skeleton
         )
     architectures = getattr(skeleton.config, "architectures", None) or []
     others = [name for name in architectures if name != type(skeleton).__name__]
-    head = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} & set(comparison.missing)
+    head = {name for name, _ in skeleton.named_parameters(remove_duplicate=False)} & set(mismatch.missing)
     output = skeleton.get_output_embeddings()
     heads = {name for name, value in skeleton.named_parameters(remove_duplicate=False) if value is output.weight}
     if head and head <= heads:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.evaluation.ensemble import (
-    Mixture,
+    EnsembleScorer,
     SourceRows,
     cover,
     evaluate_ensemble,
@@ -72,7 +72,7 @@ def test_the_mixture_is_the_dense_one_and_sums_to_1(tail: str, weights: tuple[fl
     sources = [random_rows(rng, tail=tail, absent=(4, 7)), random_rows(rng, tail=tail, absent=(7,))]
     expected = (1 - sum(weights)) * own
     expected = expected + sum(weight * dense(source, own) for weight, source in zip(weights, sources, strict=True))
-    score = Mixture(weights, sources)
+    score = EnsembleScorer(weights, sources)
     places = torch.arange(POSITIONS)
     golds = [torch.full((POSITIONS,), gold) for gold in range(VOCABULARY)]
     found = torch.stack([score(logits, gold, places) for gold in golds], dim=1).exp().numpy()
@@ -85,7 +85,7 @@ def test_the_scorer_finds_its_rows_by_place() -> None:
     rng = np.random.default_rng(2)
     logits = torch.from_numpy(rng.normal(0, 3, (POSITIONS, VOCABULARY))).float()
     gold = torch.from_numpy(rng.integers(0, VOCABULARY, POSITIONS))
-    score = Mixture((0.5,), [random_rows(rng, tail="bucket")])
+    score = EnsembleScorer((0.5,), [random_rows(rng, tail="bucket")])
     places = torch.from_numpy(rng.permutation(POSITIONS))
     whole = score(logits[places.argsort()], gold[places.argsort()], torch.arange(POSITIONS))
     torch.testing.assert_close(score(logits, gold, places), whole[places])
@@ -94,7 +94,9 @@ def test_the_scorer_finds_its_rows_by_place() -> None:
 def test_the_tail_is_shared_out_where_the_target_leaves_next_to_nothing() -> None:
     logits = torch.tensor([[60.0, 0.0, 1.0, -30.0]])  # float32 cannot tell p of the first token from 1
     row = SourceRows(torch.tensor([[0]]), torch.tensor([[0.7]], dtype=torch.float64), torch.tensor([0.3]).double())
-    found = [Mixture((0.5,), [row])(logits, torch.tensor([gold]), torch.tensor([0])).exp().item() for gold in range(4)]
+    found = [
+        EnsembleScorer((0.5,), [row])(logits, torch.tensor([gold]), torch.tensor([0])).exp().item() for gold in range(4)
+    ]
     rest = torch.tensor([0.0, 1.0, -30.0]).double().softmax(dim=0) * 0.15
     np.testing.assert_allclose(found, [0.85, *rest.tolist()], rtol=1e-6)
 

@@ -3,16 +3,16 @@ import math
 import numpy as np
 import pytest
 
-from stages.align.teacher import compare_shared, mixture_nll, window_nll
+from stages.align.teacher import compare_shared, mixture_nll, top_k_nll
 from stages.measures.teacher import MAX_NLL
 
 
 def test_a_window_is_narrowed_before_it_is_rescaled():
     ids, probs = np.array([[5, 6, 7], [5, -1, -1], [-1, -1, -1]]), np.array([[0.5, 0.2, 0.1], [0.4, 0, 0], [0, 0, 0]])
     gold = np.array([6, 5, 5])
-    np.testing.assert_allclose(window_nll(ids, probs, gold, top_k=3, top_p=None), [-math.log(0.25), 0, np.nan])
-    np.testing.assert_allclose(window_nll(ids, probs, gold, top_k=2, top_p=None), [-math.log(2 / 7), 0, np.nan])
-    np.testing.assert_allclose(window_nll(ids, probs, gold, top_k=3, top_p=0.45), [MAX_NLL, 0, np.nan])
+    np.testing.assert_allclose(top_k_nll(ids, probs, gold, top_k=3, top_p=None), [-math.log(0.25), 0, np.nan])
+    np.testing.assert_allclose(top_k_nll(ids, probs, gold, top_k=2, top_p=None), [-math.log(2 / 7), 0, np.nan])
+    np.testing.assert_allclose(top_k_nll(ids, probs, gold, top_k=3, top_p=0.45), [MAX_NLL, 0, np.nan])
 
 
 def compare(nll, documents=None, baseline="a"):

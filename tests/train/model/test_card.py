@@ -8,7 +8,7 @@ from stages.measures.standard_error import Estimate
 from stages.models.config import ModelConfig
 from train.config import TrainConfig
 from train.job import StepRecord, TrainJob
-from train.model.card import Comparison, TextFigures, TextRow, add_evaluation, model_card
+from train.model.card import PairedDifferences, TextFigures, TextRow, add_evaluation, model_card
 
 RECORD = StepRecord(
     step=3, num_steps=3, epoch=0, loss=2.5, loss_clm=2.0, loss_fusion=None, learning_rate=1e-5, grad_norm=1.0,
@@ -73,9 +73,9 @@ def test_each_text_has_a_table_of_the_columns_that_hold_something(tmp_path):
     (tmp_path / "README.md").write_text(card())
     kinds = kind_figures(np.array([1.0, 2.0, 6.0]), np.array([300.0, 100.0, 10.0]), ["a", "a", "b"])
     differences = kind_figures(np.array([-0.5, -0.3, 0.1, 0.1]), np.full(4, 10.0), ["a", "a", "b", "b"])
-    against = Comparison(Estimate(-0.25, 0.125), differences)
+    against = PairedDifferences(Estimate(-0.25, 0.125), differences)
     rows = (TextRow("target x before", 1.5, kinds, None, None), TextRow("this model", 1.25, kinds, against, None))
-    plain = (TextRow("this model", 2.0, None, Comparison(Estimate(0.5, math.nan), None), None),)
+    plain = (TextRow("this model", 2.0, None, PairedDifferences(Estimate(0.5, math.nan), None), None),)
     texts = [TextFigures("news", "3 of 4 chosen documents", rows), TextFigures("code", "1 of 1", plain)]
     add_evaluation(tmp_path, [("this model", 1.03, 5000)], dtype="float32", texts=texts)
     text = (tmp_path / "README.md").read_text()

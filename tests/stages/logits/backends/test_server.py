@@ -14,7 +14,7 @@ from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from tests.stages.logits.backends.completions_server import CompletionsServer, serving
 from tests.stages.logits.test_stage import make_stage, shard_table
 from tests.tiny_models import save_model
@@ -54,7 +54,9 @@ def sequences(folder):
 
 
 def predict(backend, ids):
-    return backend.predict(ids, [windows(len(part), max_length=backend.max_length, num_prefix=1) for part in ids])
+    return backend.predict(
+        ids, [context_windows(len(part), max_length=backend.max_length, num_prefix=1) for part in ids]
+    )
 
 
 def assert_equal(found, expected):
@@ -74,7 +76,7 @@ def expected(folder):
 def test_it_gives_what_transformers_gives(server, folder, expected):
     backend = make_backend(folder)
     ids = sequences(folder)
-    assert any(len(windows(len(part), max_length=MAX_LENGTH)) > 1 for part in ids)
+    assert any(len(context_windows(len(part), max_length=MAX_LENGTH)) > 1 for part in ids)
     assert_equal(predict(backend, ids), expected)
     assert backend.versions == {"backend": "server", "server": "vllm 0.0.fake", "served_model": "tiny"}
     assert all(exchange.request["model"] == "tiny" for exchange in server.exchanges)
@@ -100,7 +102,7 @@ def test_nothing_is_drawn_from_a_tail_that_the_server_does_not_give(server, fold
     with pytest.raises(
         ValueError, match=r"tiny-1\.b: 4 draws .*a server gives only the largest entries: set logits\.backend"
     ):
-        backend.predict([np.arange(3)], [windows(3, max_length=8)], np.zeros((3, 4)))
+        backend.predict([np.arange(3)], [context_windows(3, max_length=8)], np.zeros((3, 4)))
     assert len(server.exchanges) == before
 
 

@@ -8,7 +8,7 @@ from stages.logits.backends.base import NotFiniteError, Predictions
 from stages.logits.backends.transformers import TransformersBackend
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from tests.tiny_models import save_model
 
 NUM_VALID = 300
@@ -38,7 +38,7 @@ def sequences(*lengths):
 
 
 def predict(backend, ids):
-    return backend.predict(ids, [windows(len(part), max_length=backend.max_length) for part in ids])
+    return backend.predict(ids, [context_windows(len(part), max_length=backend.max_length) for part in ids])
 
 
 def test_out_of_memory_halves_the_budget(llama):

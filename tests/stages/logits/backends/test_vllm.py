@@ -18,7 +18,7 @@ from stages.logits.backends.vllm import VllmBackend, is_installed, knows_archite
 from stages.logits.config import LogitsConfig
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from tests.stages.logits.test_stage import make_stage, shard_table
 from tests.tiny_models import save_model
 from tests.tiny_run import CONFIG, documents, ptafuse, ptafuse_process
@@ -82,7 +82,7 @@ def both(folder, **changes):
         backend = kind(config, model, num_valid=tokenizer.vocabulary.size)
         assert backend.max_length == MAX_LENGTH
         num_prefix = tokenizer.num_prefix
-        cuts = [windows(len(part), max_length=MAX_LENGTH, num_prefix=num_prefix) for part in ids]
+        cuts = [context_windows(len(part), max_length=MAX_LENGTH, num_prefix=num_prefix) for part in ids]
         assert any(len(cut) > 1 for cut in cuts)
         found.append(backend.predict(ids, cuts))
         del backend

@@ -14,7 +14,7 @@ from stages.logits.backends.server import ServerBackend, ServerError
 from stages.logits.backends.vllm import VllmBackend, is_installed
 from stages.models.config import ModelConfig
 from stages.models.tokenizer import SegmentTokenizer
-from stages.models.windows import windows
+from stages.models.windows import context_windows
 from tests.stages.logits.backends.test_vllm import ENVIRONMENT, MAX_LENGTH, assert_agree, save, settings
 from tests.tiny_tokenizers import TEXTS
 
@@ -85,7 +85,7 @@ def test_the_server_gives_what_the_vllm_backend_gives(model):
     texts = [*TEXTS, "a", "".join(TEXTS[:3])]
     ids = [tokenizer.encode(text, is_last=True).ids for text in texts]
     ids += [ids[-1][:length] for length in (MAX_LENGTH, MAX_LENGTH + 1, 1, 2)]
-    cuts = [windows(len(part), max_length=MAX_LENGTH, num_prefix=num_prefix) for part in ids]
+    cuts = [context_windows(len(part), max_length=MAX_LENGTH, num_prefix=num_prefix) for part in ids]
     assert any(len(cut) > 1 for cut in cuts)
     served = ServerBackend(settings(backend="server", top_k=TOP_K), model, num_valid=num_valid)
     assert served.max_length == MAX_LENGTH
