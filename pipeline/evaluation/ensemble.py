@@ -385,8 +385,8 @@ def _target_rows(
         ModelRows(
             token_ids=encoding.ids,
             byte_end=encoding.byte_end,
-            topk_ids=predictions.topk_ids[predictions.part(index)],
-            topk_probs=np.exp(predictions.topk_logprobs[predictions.part(index)].astype(np.float64)),
+            topk_ids=predictions.topk_ids[predictions.positions_of(index)],
+            topk_probs=np.exp(predictions.topk_logprobs[predictions.positions_of(index)].astype(np.float64)),
             roles=_token_roles(encoding),
         )
         for index, encoding in enumerate(encodings)

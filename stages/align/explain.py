@@ -178,10 +178,10 @@ def _problem(
     A candidate of the source that was not moved (a special token without a counterpart) has a row of zeros.
     """
     problems = aligned.problems
-    found = np.empty(0, np.int64) if problems is None else np.flatnonzero(problems.positions == position)
-    if problems is None or not len(found):
+    matching = np.empty(0, np.int64) if problems is None else np.flatnonzero(problems.positions == position)
+    if problems is None or not len(matching):
         return (), np.zeros((0, 0)), np.zeros((0, 0))
-    index = int(found[0])
+    index = int(matching[0])
     real = np.ix_(np.arange(num_source), problems.support_ids[index] != NO_ID)
     support = _sparse(vocabulary, problems.support_ids[index], problems.prior[index])
     return support, problems.cost[index][real], problems.plan[index][real]

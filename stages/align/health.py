@@ -141,12 +141,12 @@ class AlignHealth:
         )
         self._add_mean("completed_nll", completed)
         self._counts["gold_excluded"] += int(np.isinf(completed).sum())
-        own = exact_nll(target.gold_logprob, covered)
-        self._add_mean("target_exact_nll", own)
+        target_nll = exact_nll(target.gold_logprob, covered)
+        self._add_mean("target_exact_nll", target_nll)
         # The same positions in both: those at which the row knows the gold token at all.
         conditioned = (aligned.outcome[covered] == CONDITION) & np.isfinite(completed)
         self._add_mean("conditioned_nll", completed[conditioned])
-        self._add_mean("conditioned_target_nll", own[conditioned])
+        self._add_mean("conditioned_target_nll", target_nll[conditioned])
 
     def _count(self, aligned: AlignedSegment, positions: np.ndarray, num_covered: int, *, is_missing: bool) -> None:
         """Count one segment, of which ``positions`` (M,) bool have a next token that is learnt."""
@@ -154,7 +154,7 @@ class AlignHealth:
         is_paired = aligned.pairing.is_paired[positions]
         shares_source = aligned.pairing.shares_source()[positions]
         problems = aligned.problems if self._config.method == "transport" else None
-        found = {
+        counts = {
             "segments": 1,
             "positions": len(span),
             "covered": num_covered,
@@ -174,7 +174,7 @@ class AlignHealth:
                 if kind != Inner.NOT_INNER
             },
         }
-        for name, count in found.items():
+        for name, count in counts.items():
             self._counts[name] += count
 
     def _top_k_window(self, rows: ModelRows, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -167,11 +167,11 @@ class Side:
         Raises:
             ValueError: an id that this vocabulary does not have, or tokens that go back in the text.
         """
-        for what, ids in (("token", rows.token_ids), ("candidate", rows.topk_ids)):
+        for kind, ids in (("token", rows.token_ids), ("candidate", rows.topk_ids)):
             largest = int(ids.max(initial=NO_ID))
             if largest >= self.vocabulary.size:
                 raise ValueError(
-                    f"{self.name}: {what} id {largest}, but its tokenizer has {self.vocabulary.size} tokens; were the logits "
+                    f"{self.name}: {kind} id {largest}, but its tokenizer has {self.vocabulary.size} tokens; were the logits "
                     "made with another tokenizer?"
                 )
         if (np.diff(rows.byte_end) < 0).any():

@@ -207,7 +207,7 @@ class SegmentAligner:
         At the start of a text the source's texts count as they are written there: ``written`` (P,) says where one of the two
         models alone writes a space before the text.
         """
-        parts = []
+        batches = []
         for where in (_SOURCE_MARKED, _TARGET_MARKED, _ALIKE):
             here = written == where
             if here.any():
@@ -216,12 +216,12 @@ class SegmentAligner:
                     if where == _ALIKE
                     else self._start_transporter(target_marked=where == _TARGET_MARKED)
                 )
-                parts.append(transporter.transport(target, positions[here], source_ids[here], source_mass[here]))
+                batches.append(transporter.transport(target, positions[here], source_ids[here], source_mass[here]))
         if len(conditioned.positions):
-            parts.append(self._transporter.transport_rests(target, conditioned, self._source.vocabulary))
-        if not parts:  # no position at all: empty arrays of the right widths
-            parts = [self._transporter.transport(target, positions, source_ids, source_mass)]
-        return parts[0] if len(parts) == 1 else TransportBatch.joined(parts)
+            batches.append(self._transporter.transport_rests(target, conditioned, self._source.vocabulary))
+        if not batches:  # no position at all: empty arrays of the right widths
+            batches = [self._transporter.transport(target, positions, source_ids, source_mass)]
+        return batches[0] if len(batches) == 1 else TransportBatch.joined(batches)
 
     def _positions_to_take(
         self, target: ModelRows, source: ModelRows, partner: np.ndarray, exact: np.ndarray
@@ -233,14 +233,14 @@ class SegmentAligner:
             differs only where a text, or a message, begins on both sides.
         """
         paired = np.flatnonzero(partner != NO_POSITION)
-        there = partner[paired]
+        partners = partner[paired]
         is_start, target_marked = self._target.starts(target)
         source_start, source_marked = self._source.starts(source)
-        differs = is_start[paired] & source_start[there] & (source_marked[there] != target_marked[paired])
+        differs = is_start[paired] & source_start[partners] & (source_marked[partners] != target_marked[paired])
         written = np.full(len(target), _ALIKE, np.uint8)
         written[paired[differs]] = np.where(target_marked[paired[differs]], _TARGET_MARKED, _SOURCE_MARKED)
         taken = np.zeros(len(target), np.bool_)
-        taken[paired] = source.predicts_text[there]
+        taken[paired] = source.predicts_text[partners]
         taken &= target.has_label & (exact | (self._config.inexact == "transport"))
         if self.is_identity and target.roles is not None:  # ids are copied, so both must write the message alike
             taken &= written == _ALIKE
@@ -329,8 +329,8 @@ class SegmentAligner:
             counterpart = self._counterpart[ids]
             has_place = counterpart != NO_ID
             if config.method == "transport" and config.support == "target":
-                own = target.topk_ids[target_positions, : config.top_k]
-                has_place &= (own[:, None, :] == counterpart[:, :, None]).any(axis=2)
+                target_ids = target.topk_ids[target_positions, : config.top_k]
+                has_place &= (target_ids[:, None, :] == counterpart[:, :, None]).any(axis=2)
             movable = (ids != NO_ID) & (~self._source.vocabulary.is_special[ids] | has_place)
             ids, probs = np.where(movable, ids, NO_ID), np.where(movable, probs, 0.0)
             special = 1.0 - np.divide(probs.sum(axis=1), window, out=np.ones_like(window), where=window > 0)
@@ -377,9 +377,9 @@ def _check_same_messages(
     """
     pair = ((target.byte_end, target_roles), (source.byte_end, source_roles))
     last = [
-        (int(ends[own[-1]]), roles[own[-1]])
+        (int(ends[outside_template[-1]]), roles[outside_template[-1]])
         for ends, roles in pair
-        if len(own := np.flatnonzero(roles != Role.TEMPLATE))
+        if len(outside_template := np.flatnonzero(roles != Role.TEMPLATE))
     ]
     if all(role == Role.EOS for _, role in last) and len({end for end, _ in last}) > 1:
         raise ValueError(

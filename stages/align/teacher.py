@@ -44,8 +44,8 @@ def mixture_nll(nll: np.ndarray, other: np.ndarray) -> tuple[float, np.ndarray]:
     """
     probs, others = np.exp(-nll), np.exp(-other)
     mixtures = (-np.log((1 - share) * probs + share * others) for share in _SHARES)
-    best, found = min(enumerate(mixtures), key=lambda mixture: float(mixture[1].sum()))
-    return float(_SHARES[best]), found
+    best, mixed_nll = min(enumerate(mixtures), key=lambda mixture: float(mixture[1].sum()))
+    return float(_SHARES[best]), mixed_nll
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, base
     shared = np.logical_and.reduce(list(present.values()))  # (P,) bool
     entries = {}
     for name, values in nll.items():
-        own = present[name] & present[baseline]
+        both_present = present[name] & present[baseline]
         difference = values - nll[baseline]
         share, mixed = mixture_nll(values[shared], nll[baseline][shared])
         entries[name] = ComparedNll(
@@ -123,6 +123,6 @@ def compare_shared(nll: Mapping[str, np.ndarray], *, documents: np.ndarray, base
             mixed_share=share,
             num_positions=int(present[name].sum()),
             coverage=float(present[name].mean()) if len(values) else math.nan,
-            own_difference=clustered_mean(difference[own], documents[own]),
+            own_difference=clustered_mean(difference[both_present], documents[both_present]),
         )
     return SharedNll(int(shared.sum()), len(np.unique(documents[shared])), entries)

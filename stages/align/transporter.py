@@ -54,26 +54,26 @@ class TransportBatch:
     same_text: np.ndarray
 
     @classmethod
-    def joined(cls, parts: Sequence["TransportBatch"]) -> Self:
+    def joined(cls, batches: Sequence["TransportBatch"]) -> Self:
         """Join several batches into one, sorted by position.
 
         All batches have the same n. Narrower supports are padded to the widest m.
         """
-        width = max(part.support_ids.shape[1] for part in parts)
+        width = max(batch.support_ids.shape[1] for batch in batches)
 
         def widened(values: np.ndarray, pad: float) -> np.ndarray:
             missing = [(0, 0)] * (values.ndim - 1) + [(0, width - values.shape[-1])]
             return np.pad(values, missing, constant_values=pad)
 
-        order = np.argsort(np.concatenate([part.positions for part in parts]), kind="stable")
+        order = np.argsort(np.concatenate([batch.positions for batch in batches]), kind="stable")
         pads = {"support_ids": NO_ID, "prior": 0.0, "cost": 0.0, "plan": 0.0, "same_text": False}
         columns = {
             field.name: np.concatenate(
                 [
-                    widened(getattr(part, field.name), pads[field.name])
+                    widened(getattr(batch, field.name), pads[field.name])
                     if field.name in pads
-                    else getattr(part, field.name)
-                    for part in parts
+                    else getattr(batch, field.name)
+                    for batch in batches
                 ]
             )[order]
             for field in fields(cls)

@@ -207,17 +207,17 @@ def prefix_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes,
     """
     texts, specials = text_ids(target, preferred), special_ids(target)
     longest = max(map(len, texts), default=0)
-    found = np.full(source.size, NO_ID, np.int32)
+    mapped = np.full(source.size, NO_ID, np.int32)
     for token_id, token in enumerate(source.token_bytes):
         if source.is_special[token_id]:
-            found[token_id] = specials.get(token, NO_ID)
+            mapped[token_id] = specials.get(token, NO_ID)
             continue
         for length in range(min(len(token), longest), 0, -1):
             match = texts.get(token[:length])
             if match is not None:
-                found[token_id] = match
+                mapped[token_id] = match
                 break
-    return found
+    return mapped
 
 
 def text_ids(vocabulary: Vocabulary, preferred: Mapping[bytes, int]) -> dict[bytes, int]:
@@ -245,7 +245,7 @@ def same_bytes(vocabulary: Vocabulary) -> dict[bytes, list[int]]:
     for token_id, token in enumerate(vocabulary.token_bytes):
         if token and not vocabulary.is_special[token_id]:
             ids[token].append(token_id)
-    return {token: found for token, found in ids.items() if len(found) > 1}
+    return {token: token_ids for token, token_ids in ids.items() if len(token_ids) > 1}
 
 
 def exact_map(source: Vocabulary, target: Vocabulary, preferred: Mapping[bytes, int]) -> np.ndarray:

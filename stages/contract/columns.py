@@ -76,15 +76,15 @@ def list_row(table: pa.Table, name: str, row: int) -> np.ndarray:
 
 def sparse_columns(rows: Sequence[SparseRows], id_type: pa.DataType) -> tuple[pa.ListArray, pa.ListArray]:
     """Build the two nested list columns (ids, logprobs) from one ``SparseRows`` per table row; pads are not stored."""
-    keep = [part.ids != PAD_ID for part in rows]
-    ids = _nested_column([part.ids for part in rows], keep, id_type)
-    logprobs = _nested_column([part.logprobs for part in rows], keep, pa.float32())
+    keep = [row.ids != PAD_ID for row in rows]
+    ids = _nested_column([row.ids for row in rows], keep, id_type)
+    logprobs = _nested_column([row.logprobs for row in rows], keep, pa.float32())
     return ids, logprobs
 
 
 def ids_column(rows: Sequence[np.ndarray], id_type: pa.DataType) -> pa.ListArray:
     """Return a nested list column of ids: one (N, m) array per table row; pads are not stored."""
-    return _nested_column(rows, [part != PAD_ID for part in rows], id_type)
+    return _nested_column(rows, [row != PAD_ID for row in rows], id_type)
 
 
 def _nested_column(rows: Sequence[np.ndarray], keep: Sequence[np.ndarray], element: pa.DataType) -> pa.ListArray:
@@ -93,8 +93,8 @@ def _nested_column(rows: Sequence[np.ndarray], keep: Sequence[np.ndarray], eleme
     inner_offsets = np.zeros(len(inner) + 1, np.int32)
     np.cumsum(inner, out=inner_offsets[1:])
     outer_offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(part) for part in rows], out=outer_offsets[1:])
-    values = np.concatenate([part[mask] for part, mask in zip(rows, keep, strict=True)]) if rows else np.empty(0)
+    np.cumsum([len(row) for row in rows], out=outer_offsets[1:])
+    values = np.concatenate([row[mask] for row, mask in zip(rows, keep, strict=True)]) if rows else np.empty(0)
     leaf = pa.array(values.astype(element.to_pandas_dtype(), copy=False), element)
     lists = pa.ListArray.from_arrays(pa.array(inner_offsets), leaf)
     return pa.ListArray.from_arrays(pa.array(outer_offsets), lists)

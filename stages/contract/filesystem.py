@@ -96,10 +96,10 @@ def refuse_secrets(url: str) -> str:
     """
     if "://" not in url:
         return url
-    parts = urlsplit(url)
-    if parts.password or any(_SECRET_PARAMETERS.search(name) for name, _ in parse_qsl(parts.query)):
+    split = urlsplit(url)
+    if split.password or any(_SECRET_PARAMETERS.search(name) for name, _ in parse_qsl(split.query)):
         raise ValueError(
-            f"{parts.scheme}://...{PurePosixPath(parts.path).name}: the URL holds a password, signature or token, and URLs are "
+            f"{split.scheme}://...{PurePosixPath(split.path).name}: the URL holds a password, signature or token, and URLs are "
             "recorded in the run directory. Give credentials in the environment (AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; for other stores see their fsspec package)"
         )

@@ -96,7 +96,7 @@ class Manifest(BaseModel):
             return cls.model_validate_json(raw)
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            where = ".".join(str(key) for key in first["loc"])
             raise ValueError(
                 f"not a manifest of version {MANIFEST_VERSION}, which this ptafuse reads ({where}: {first['msg']}): it was "
                 "damaged, or written by another version of ptafuse; continue with that version, or start a new run directory"

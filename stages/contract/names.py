@@ -39,11 +39,11 @@ def find_same_folder(names: Iterable[str]) -> tuple[str, str] | None:
     return None
 
 
-def refuse_same_folder(what: str, names: Iterable[str]) -> None:
+def refuse_same_folder(plural: str, names: Iterable[str]) -> None:
     """Refuse names that would name one folder.
 
     Args:
-        what: what has these names, in the plural.
+        plural: what has these names, in the plural.
         names: all names.
 
     Raises:
@@ -54,8 +54,8 @@ def refuse_same_folder(what: str, names: Iterable[str]) -> None:
         return
     first, second = same
     if first == second:
-        raise ValueError(f"{what} must differ (they name folders), but {first!r} is given twice")
+        raise ValueError(f"{plural} must differ (they name folders), but {first!r} is given twice")
     raise ValueError(
-        f"{what} must differ in more than the case of letters (they name folders, which are one on some disks): rename "
+        f"{plural} must differ in more than the case of letters (they name folders, which are one on some disks): rename "
         f"{first!r} or {second!r}"
     )

@@ -118,10 +118,10 @@ class Store:
         """List the names directly in a folder, sorted; empty if there is no such folder."""
         path = self.path(folder) if folder else self._root
         try:
-            found = self._ask(self._fs.ls, path, detail=False, **self._no_cache())
+            paths = self._ask(self._fs.ls, path, detail=False, **self._no_cache())
         except FileNotFoundError:
             return []
-        entries = {entry.rstrip("/") for entry in found} - {path.rstrip("/")}  # some consoles store folders as objects
+        entries = {entry.rstrip("/") for entry in paths} - {path.rstrip("/")}  # some consoles store folders as objects
         return sorted(entry.rsplit("/", 1)[-1] for entry in entries)
 
     def files(self, folder: str) -> list[FileEntry]:
@@ -134,20 +134,20 @@ class Store:
         if self.is_local:
             return sorted(_local_files(self.path(folder), folder), key=lambda entry: entry.key)
         try:
-            found = self._ask(self._fs.find, self.path(folder), detail=True)
+            info_by_path = self._ask(self._fs.find, self.path(folder), detail=True)
         except FileNotFoundError:
             return []
         return [
             _remote_entry(name.removeprefix(f"{self._root}/"), info)
-            for name, info in sorted(found.items())
+            for name, info in sorted(info_by_path.items())
             if info["type"] == "file" and not name.endswith("/")  # some consoles store folders as objects
         ]
 
     def read_all(self, keys: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Yield the bytes of many small files, in order; files that no longer exist are left out."""
         with contextlib.nullcontext() if self.is_local else ThreadPoolExecutor(REMOTE_READS) as pool:
-            found = (pool.map if pool else map)(self._read_if_there, keys)
-            yield from ((key, raw) for key, raw in zip(keys, found, strict=True) if raw is not None)
+            contents = (pool.map if pool else map)(self._read_if_there, keys)
+            yield from ((key, raw) for key, raw in zip(keys, contents, strict=True) if raw is not None)
 
     def _read_if_there(self, key: str) -> bytes | None:
         try:
@@ -201,9 +201,9 @@ class Store:
             store = unread.pop(0)
             keys = [f"configs/{name}" for name in store.names("configs") if name.endswith(".json")]
             named = {json.loads(raw).get("config", {}).get("logits_from") for _, raw in store.read_all(keys)}
-            found = {url.rstrip("/") for url in named if url} - self._homes.keys()
-            self._homes |= {url: Store(url) for url in found}
-            unread += [self._homes[url] for url in found]
+            urls = {url.rstrip("/") for url in named if url} - self._homes.keys()
+            self._homes |= {url: Store(url) for url in urls}
+            unread += [self._homes[url] for url in urls]
 
     def delete(self, key: str) -> None:
         """Remove a file if it is there."""
@@ -305,11 +305,11 @@ class Store:
                 f"{where}: {data.key} is missing although its manifest names it. Run `ptafuse verify {self.url} "
                 f"--repair`, then {remake}."
             ) from None
-        found = sha256(raw)
-        if found != data.sha256:
+        digest = sha256(raw)
+        if digest != data.sha256:
             raise ValueError(
                 f"{where}: {data.key} is not the file that was committed: expected {data.num_bytes} bytes, sha256 "
-                f"{data.sha256[:12]}..., found {len(raw)} bytes, sha256 {found[:12]}.... Run `ptafuse verify {self.url} "
+                f"{data.sha256[:12]}..., found {len(raw)} bytes, sha256 {digest[:12]}.... Run `ptafuse verify {self.url} "
                 f"--repair`, then {remake}."
             )
         # Not pq.read_table: its scanner's threads may still hold the buffer when Python exits, which aborts the process.
@@ -359,9 +359,9 @@ class Store:
     def _upload(self, file: Path, path: str) -> None:
         """Upload a file, and check that all of it arrived."""
         self._fs.put_file(str(file), path, **self._upload_options)
-        found, expected = self._fs.info(path)["size"], file.stat().st_size
-        if found != expected:
-            raise ConnectionError(f"{path}: {found} of {expected} bytes arrived")
+        arrived, expected = self._fs.info(path)["size"], file.stat().st_size
+        if arrived != expected:
+            raise ConnectionError(f"{path}: {arrived} of {expected} bytes arrived")
 
     def _no_cache(self) -> dict[str, Any]:
         return {} if self.is_local else {"refresh": True}

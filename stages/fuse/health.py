@@ -59,7 +59,7 @@ class HealthCounts:
         self._num_fused += int(present.sum())
         self._chosen += np.bincount(chosen[present], minlength=len(self._names))
         self._cut_mass += float(mixture.cut_mass[present].sum())
-        probs, own_probs = (np.exp(part.logprobs.astype(np.float64)) for part in (rows, target))
+        probs, own_probs = (np.exp(sparse_rows.logprobs.astype(np.float64)) for sparse_rows in (rows, target))
         metrics = {"target_exact_nll": exact_nll(gold_logprob, np.arange(len(gold)))}
         if mixed_gold_logprob is not None:
             metrics["completed_nll"] = -mixed_gold_logprob

@@ -74,7 +74,7 @@ def mixed_gold_logprob(candidates: Sequence[Candidate], weights: np.ndarray) -> 
     Returns:
         (N,) float64, NaN where it is not known of a candidate that counts, or none counts; None where the rows say it.
     """
-    known = [part.gold_logprob for part in candidates if part.gold_logprob is not None]
+    known = [candidate.gold_logprob for candidate in candidates if candidate.gold_logprob is not None]
     if len(known) < len(candidates):
         return None
     probs = np.exp(np.stack(known, axis=1).astype(np.float64))
@@ -99,15 +99,15 @@ def mix(candidates: Sequence[Candidate], weights: np.ndarray, *, top_k: int, ren
             f"weights have shape {weights.shape}, expected {(len(candidates[0].rows), len(candidates))}: "
             "one row per position, one column per candidate"
         )
-    ids = np.concatenate([part.rows.ids for part in candidates], axis=1)
+    ids = np.concatenate([candidate.rows.ids for candidate in candidates], axis=1)
     mass = np.concatenate(
         [
-            np.exp(part.rows.logprobs.astype(np.float64)) * weights[:, [column]]
-            for column, part in enumerate(candidates)
+            np.exp(candidate.rows.logprobs.astype(np.float64)) * weights[:, [column]]
+            for column, candidate in enumerate(candidates)
         ],
         axis=1,
     )
-    tail = sum(part.tail_mass * weights[:, column] for column, part in enumerate(candidates))
+    tail = sum(candidate.tail_mass * weights[:, column] for column, candidate in enumerate(candidates))
     ids, mass = _merge(np.where(mass > 0, ids, PAD_ID), mass)
     order = np.lexsort((ids, -mass), axis=1)
     ids, mass = np.take_along_axis(ids, order, axis=1), np.take_along_axis(mass, order, axis=1)

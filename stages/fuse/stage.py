@@ -201,35 +201,35 @@ class FuseStage:
             The positions at which all candidates have a distribution, and none has all its mass on the gold token.
         """
         shard = self._read(inputs)
-        found = [self._segment_gold_nll(shard, row) for row in range(len(shard.lengths))]
-        counts = [len(part) for part in found]
-        nll = np.concatenate(found) if found else np.empty((0, len(self.names)), np.float32)
+        segment_nlls = [self._segment_gold_nll(shard, row) for row in range(len(shard.lengths))]
+        counts = [len(segment_nll) for segment_nll in segment_nlls]
+        nll = np.concatenate(segment_nlls) if segment_nlls else np.empty((0, len(self.names)), np.float32)
         return GoldNll(nll, np.repeat(shard.doc_ids, counts))
 
     def _segment_gold_nll(self, shard: _ShardInputs, row: int) -> np.ndarray:
         candidates = self._candidates(shard, row)
         gold = list_row(shard.target, "token_ids", row)[1:].astype(np.int64)
-        own = candidates[0].rows
-        own_probs = np.exp(own.logprobs[:-1].astype(np.float64))
+        target_rows = candidates[0].rows
+        target_probs = np.exp(target_rows.logprobs[:-1].astype(np.float64))
         gold_logprob = list_row(shard.target, "gold_logprob", row)[:-1]
         columns = [exact_nll(gold_logprob, np.arange(len(gold)))]
-        for part in candidates[1:]:
+        for candidate in candidates[1:]:
             columns.append(
-                -part.gold_logprob[:-1]
-                if part.gold_logprob is not None
+                -candidate.gold_logprob[:-1]
+                if candidate.gold_logprob is not None
                 else completed_nll(
-                    part.rows.ids[:-1],
-                    np.exp(part.rows.logprobs[:-1].astype(np.float64)),
-                    part.tail_mass[:-1],
+                    candidate.rows.ids[:-1],
+                    np.exp(candidate.rows.logprobs[:-1].astype(np.float64)),
+                    candidate.tail_mass[:-1],
                     gold,
-                    own_ids=own.ids[:-1],
-                    own_probs=own_probs,
+                    own_ids=target_rows.ids[:-1],
+                    own_probs=target_probs,
                     own_gold_logprob=gold_logprob,
                 )
             )
         nll = np.stack(columns, axis=1).astype(np.float32)
         is_gold = self._gold_rows(shard, row)[:-1].any(axis=1)
-        return nll[own.present[:-1] & np.isfinite(nll).all(axis=1) & ~is_gold]
+        return nll[target_rows.present[:-1] & np.isfinite(nll).all(axis=1) & ~is_gold]
 
     def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> FusionExplanation:
         """Explain the fused distribution of one position, for ``ptafuse inspect``.
@@ -244,8 +244,8 @@ class FuseStage:
         """
         shard = self._read(inputs)
         if not 0 <= row < len(shard.lengths) or not 0 <= position < shard.lengths[row]:
-            found = f"{shard.lengths[row]} tokens" if 0 <= row < len(shard.lengths) else f"{len(shard.lengths)} rows"
-            raise IndexError(f"no position {position} in row {row}: the shard has {found} there")
+            extent = f"{shard.lengths[row]} tokens" if 0 <= row < len(shard.lengths) else f"{len(shard.lengths)} rows"
+            raise IndexError(f"no position {position} in row {row}: the shard has {extent} there")
         return self._explained(self._fuse_row(shard, row), position)
 
     def fused_segments(self, inputs: Mapping[str, pa.Table], rows: Sequence[int]) -> Iterator[FusedSegment]:
@@ -291,10 +291,10 @@ class FuseStage:
                 name=name,
                 cross_entropy=float(fused.cross_entropy[position, index]),
                 weight=float(fused.weights[position, index]),
-                distribution=_as_text(part.rows, position, vocabulary),
-                tail_mass=float(part.tail_mass[position]),
+                distribution=_as_text(candidate.rows, position, vocabulary),
+                tail_mass=float(candidate.tail_mass[position]),
             )
-            for index, (name, part) in enumerate(zip(self.names, fused.candidates, strict=True))
+            for index, (name, candidate) in enumerate(zip(self.names, fused.candidates, strict=True))
         )
         return FusionExplanation(
             gold=None if following == PAD_ID else vocabulary.text(following),
@@ -365,17 +365,17 @@ class FuseStage:
         table = shard.target if column == 0 else shard.logits[column - 1]
         rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
         is_special = self._vocabularies[column].is_special
-        parts = [
+        values = [
             _segment_cross_entropy(table, int(row), is_special, first_byte=int(first))
             for row, first in zip(rows, first_byte, strict=True)
         ]
         if self.config.granularity == "document":
             totals: dict[int, CrossEntropy] = {}
-            for doc_id, part in zip(shard.doc_ids.tolist(), parts, strict=True):
-                totals[doc_id] = totals.get(doc_id, _NO_CROSS_ENTROPY) + part
-            parts = [totals[doc_id] for doc_id in shard.doc_ids.tolist()]
+            for doc_id, value in zip(shard.doc_ids.tolist(), values, strict=True):
+                totals[doc_id] = totals.get(doc_id, _NO_CROSS_ENTROPY) + value
+            values = [totals[doc_id] for doc_id in shard.doc_ids.tolist()]
         per_byte = self.config.unit == "bits-per-byte"
-        return np.array([part.bits_per_byte if per_byte else part.nats_per_token for part in parts], np.float64)
+        return np.array([value.bits_per_byte if per_byte else value.nats_per_token for value in values], np.float64)
 
     def _fuse_segment(self, shard: _ShardInputs, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
         length = int(shard.lengths[row])
@@ -383,15 +383,15 @@ class FuseStage:
         gold = np.where(_has_label(shard.target, row), next_ids, PAD_ID)
         pieces = packing.pieces_of(row)
         short_context = self._short_context(packing, pieces, length) & (gold != PAD_ID)
-        candidates = tuple(without(part, short_context) for part in self._candidates(shard, row))
+        candidates = tuple(without(candidate, short_context) for candidate in self._candidates(shard, row))
         if self.config.uncovered == "none":
-            is_covered = np.any([part.rows.present for part in candidates[1:]], axis=0)
+            is_covered = np.any([candidate.rows.present for candidate in candidates[1:]], axis=0)
             candidates = (without(candidates[0], ~is_covered), *candidates[1:])
         if self.config.granularity == "token":
             judged = token_cross_entropy(candidates, gold)
         else:
             judged = np.repeat(piece_ce[pieces], packing.length[pieces], axis=0)
-        present = np.stack([part.rows.present for part in candidates], axis=1)
+        present = np.stack([candidate.rows.present for candidate in candidates], axis=1)
         if self.config.function == "fitted":
             assert shard.fitted is not None
             weights = fixed_weights(shard.fitted[row], present)
@@ -426,11 +426,11 @@ class FuseStage:
         if shard.has_draws:
             rows = with_draws(rows, draws_row(shard.target, row))
             own_gold = list_row(shard.target, "gold_logprob", row)
-        own = replace(as_candidate(rows, renormalise=shard.tail == "renormalise"), gold_logprob=own_gold)
-        candidates = [without(own, has_none)]
+        target_candidate = replace(as_candidate(rows, renormalise=shard.tail == "renormalise"), gold_logprob=own_gold)
+        candidates = [without(target_candidate, has_none)]
         for source, table, aligned_row in zip(self.sources, shard.aligned, shard.aligned_rows[row], strict=True):
             if aligned_row < 0:
-                candidates.append(without(own, np.ones(length, bool)))
+                candidates.append(without(target_candidate, np.ones(length, bool)))
                 continue
             rows = sparse_row(table, int(aligned_row))
             if len(rows) != length:
@@ -477,18 +477,18 @@ def _weights_of(doc_ids: np.ndarray, fit: pa.Table, kinds: pa.Table | None) -> n
     """Return the fitted weights of each segment's document, (S, C): its kind's, or the whole text's if it has none."""
     weights = dict(zip(fit["kind"].to_pylist(), fit["weights"].to_pylist(), strict=True))
     kind_of = {} if kinds is None else dict(zip(kinds["doc_id"].to_pylist(), kinds["kind"].to_pylist(), strict=True))
-    found = [weights.get(kind_of.get(doc_id), weights[None]) for doc_id in doc_ids.tolist()]
-    return np.array(found, np.float64).reshape(len(doc_ids), len(weights[None]))
+    segment_weights = [weights.get(kind_of.get(doc_id), weights[None]) for doc_id in doc_ids.tolist()]
+    return np.array(segment_weights, np.float64).reshape(len(doc_ids), len(weights[None]))
 
 
 def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
     """Find each target row's row in the other tables by (doc_id, segment), (S, others); -1 if there is none."""
-    found = np.full((target.num_rows, len(others)), -1, np.int64)
+    other_rows = np.full((target.num_rows, len(others)), -1, np.int64)
     keys = segment_keys(target)
     for column, table in enumerate(others):
         rows = rows_by_segment(table)
-        found[:, column] = [rows.get(key, -1) for key in keys]
-    return found
+        other_rows[:, column] = [rows.get(key, -1) for key in keys]
+    return other_rows
 
 
 def _first_bytes(shard: _ShardInputs) -> np.ndarray:
@@ -501,9 +501,13 @@ def _first_bytes(shard: _ShardInputs) -> np.ndarray:
     return np.array(
         [
             first_common_byte(
-                [list_row(table, "byte_end", int(row)) for table, row in zip(tables, there, strict=True) if row >= 0]
+                [
+                    list_row(table, "byte_end", int(row))
+                    for table, row in zip(tables, segment_rows, strict=True)
+                    if row >= 0
+                ]
             )
-            for there in rows
+            for segment_rows in rows
         ],
         np.int64,
     )
@@ -554,7 +558,9 @@ def _table(shard: _ShardInputs, packing: Packing, segments: list[_Output], schem
         return [flat[start:end] for start, end in itertools.pairwise(block_starts)]
 
     tokens = packing.tokens(shard.lengths)
-    ids, logprobs = (part[tokens] for part in _stack_rows([part.rows for part in segments], int(packing.length.sum())))
+    ids, logprobs = (
+        column[tokens] for column in _stack_rows([segment.rows for segment in segments], int(packing.length.sum()))
+    )
     sparse = [
         SparseRows(block_ids, block_logprobs)
         for block_ids, block_logprobs in zip(blocks(ids), blocks(logprobs), strict=True)
@@ -568,7 +574,9 @@ def _table(shard: _ShardInputs, packing: Packing, segments: list[_Output], schem
         "piece_doc_id": list_column(pieces(shard.doc_ids[packing.segment]), pa.int64()),
         "piece_segment": list_column(pieces(segment_ids[packing.segment]), pa.int32()),
         "piece_offset": list_column(pieces(packing.offset), pa.int32()),
-        "chosen": list_column(blocks(_concatenate([part.chosen for part in segments], np.int8)[tokens]), pa.int8()),
+        "chosen": list_column(
+            blocks(_concatenate([segment.chosen for segment in segments], np.int8)[tokens]), pa.int8()
+        ),
     }
     columns["topk_ids"], columns["topk_logprobs"] = sparse_columns(
         sparse, schema.field("topk_ids").type.value_type.value_type
@@ -577,23 +585,23 @@ def _table(shard: _ShardInputs, packing: Packing, segments: list[_Output], schem
         is_trained = pc.list_flatten(shard.target["is_trained"]).to_numpy(zero_copy_only=False)[tokens]
         columns["is_trained"] = list_column(blocks(is_trained), pa.bool_())
     if shard.tail == "bucket":
-        tail = _concatenate([part.tail_mass for part in segments], np.float32)[tokens]
+        tail = _concatenate([segment.tail_mass for segment in segments], np.float32)[tokens]
         columns["tail_mass"] = list_column(blocks(tail), pa.float32())
     return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-def _stack_rows(parts: list[SparseRows], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def _stack_rows(segments: list[SparseRows], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Stack the rows of all segments, padded to the widest."""
-    width = max((part.ids.shape[1] for part in parts), default=0)
+    width = max((segment.ids.shape[1] for segment in segments), default=0)
     ids = np.full((num_rows, width), PAD_ID, np.int32)
     logprobs = np.full((num_rows, width), -np.inf, np.float32)
     end = 0
-    for part in parts:
-        start, end = end, end + len(part)
-        ids[start:end, : part.ids.shape[1]] = part.ids
-        logprobs[start:end, : part.ids.shape[1]] = part.logprobs
+    for segment in segments:
+        start, end = end, end + len(segment)
+        ids[start:end, : segment.ids.shape[1]] = segment.ids
+        logprobs[start:end, : segment.ids.shape[1]] = segment.logprobs
     return ids, logprobs
 
 
-def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.empty(0, dtype)
+def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype)

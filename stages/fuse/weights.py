@@ -93,8 +93,10 @@ def token_cross_entropy(candidates: Sequence[Candidate], gold: np.ndarray) -> np
     """
     return np.stack(
         [
-            -np.log(gold_probability(part.rows, gold)) if part.gold_logprob is None else -part.gold_logprob
-            for part in candidates
+            -np.log(gold_probability(candidate.rows, gold))
+            if candidate.gold_logprob is None
+            else -candidate.gold_logprob
+            for candidate in candidates
         ],
         axis=1,
     )

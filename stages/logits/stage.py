@@ -202,7 +202,7 @@ class LogitsStage:
         is_special = self._tokenizer.vocabulary.is_special
         for index, segment in enumerate(segments):
             ids, byte_end, role = segment.encoding.ids, segment.encoding.byte_end, segment.encoding.role
-            gold = predictions.gold_logprob[predictions.part(index)]
+            gold = predictions.gold_logprob[predictions.positions_of(index)]
             if role is None or segment.encoding.is_trained is None:
                 total += cross_entropy(gold, byte_end, is_special[ids])
             else:
@@ -240,11 +240,11 @@ class LogitsStage:
 
     def _table(self, segments: Sequence[_Segment], predictions: Predictions) -> pa.Table:
         vocab_size = self._tokenizer.vocabulary.size
-        parts = [predictions.part(index) for index in range(len(segments))]
+        spans = [predictions.positions_of(index) for index in range(len(segments))]
         rounded = round_to_half(predictions.topk_logprobs)
         gold = round_to_half(predictions.gold_logprob)
         ids, logprobs = sparse_columns(
-            [SparseRows(predictions.topk_ids[part], rounded[part]) for part in parts], id_type(vocab_size)
+            [SparseRows(predictions.topk_ids[span], rounded[span]) for span in spans], id_type(vocab_size)
         )
         has_draws = self._config.tail_samples > 0
         known = [(segment.encoding.role, segment.encoding.is_trained) for segment in segments]
@@ -253,14 +253,14 @@ class LogitsStage:
             list_column([trained for _, trained in known if trained is not None], pa.bool_()),
         ]
         conversations = self._model.reads_conversations
-        draws = [ids_column([predictions.sample_ids[part] for part in parts], id_type(vocab_size))] if has_draws else []
+        draws = [ids_column([predictions.sample_ids[span] for span in spans], id_type(vocab_size))] if has_draws else []
         return pa.Table.from_arrays(
             [
                 pa.array([segment.doc_id for segment in segments], pa.int64()),
                 pa.array([segment.index for segment in segments], pa.int32()),
                 list_column([segment.encoding.ids for segment in segments], id_type(vocab_size)),
                 list_column([segment.encoding.byte_end for segment in segments], pa.int32()),
-                list_column([gold[part] for part in parts], pa.float32()),
+                list_column([gold[span] for span in spans], pa.float32()),
                 ids,
                 logprobs,
                 *draws,

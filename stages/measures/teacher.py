@@ -35,8 +35,8 @@ def floored_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> np.ndar
     Returns:
         (P,) nats; NaN where there is no distribution or no gold token.
     """
-    found, total = _listed(ids, probs, gold), probs.sum(axis=1)
-    rescaled = np.divide(found, total, out=np.zeros_like(found), where=total > 0)
+    gold_probs, total = _listed(ids, probs, gold), probs.sum(axis=1)
+    rescaled = np.divide(gold_probs, total, out=np.zeros_like(gold_probs), where=total > 0)
     return np.where(_has_both(ids, gold), -np.log(np.maximum(rescaled, TEACHER_FLOOR)), np.nan)
 
 
@@ -69,17 +69,17 @@ def completed_nll(
         (P,) nats; infinite where a row without a tail does not list the gold token; NaN where there is no distribution or
         no gold token.
     """
-    found = _listed(ids, probs, gold)
+    gold_probs = _listed(ids, probs, gold)
     if tail_mass is not None:
-        rest = np.flatnonzero((found <= 0) & _has_both(ids, gold))
+        rest = np.flatnonzero((gold_probs <= 0) & _has_both(ids, gold))
         own_gold = np.exp(own_gold_logprob[rest].astype(np.float64))
         is_listed = (own_ids[rest][:, :, None] == ids[rest][:, None, :]).any(axis=2)  # (rest, m)
         outside = 1.0 - np.where(is_listed, own_probs[rest], 0.0).sum(axis=1)
         # Rounded logprobs can sum to more than 1; outside the row there is at least the gold token itself.
         share = own_gold / np.maximum(outside, own_gold)
-        found[rest] = np.maximum(tail_mass[rest], SMALLEST_TAIL) * share
+        gold_probs[rest] = np.maximum(tail_mass[rest], SMALLEST_TAIL) * share
     with np.errstate(divide="ignore"):
-        return np.where(_has_both(ids, gold), -np.log(found), np.nan)
+        return np.where(_has_both(ids, gold), -np.log(gold_probs), np.nan)
 
 
 def exact_nll(gold_logprob: np.ndarray, positions: np.ndarray) -> np.ndarray:

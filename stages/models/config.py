@@ -117,7 +117,7 @@ class PretrainedFiles(Settings):
                 f"give its folder, {self.path.parent}"
             )
 
-    def require(self, what: str, patterns: tuple[str, ...]) -> None:
+    def require(self, kind: str, patterns: tuple[str, ...]) -> None:
         """Refuse a local folder without any file of some kinds.
 
         Raises:
@@ -126,9 +126,9 @@ class PretrainedFiles(Settings):
         if self.path is None or not self.path.is_dir():
             return
         if not any(next(self.path.glob(pattern), None) for pattern in patterns):
-            found = ", ".join(sorted(file.name for file in self.path.iterdir())[:8]) or "nothing"
+            names = ", ".join(sorted(file.name for file in self.path.iterdir())[:8]) or "nothing"
             raise FileNotFoundError(
-                f"{self.path} holds no {what} (expected {' or '.join(patterns)}); it holds: {found}"
+                f"{self.path} holds no {kind} (expected {' or '.join(patterns)}); it holds: {names}"
             )
 
 
@@ -374,8 +374,8 @@ def _unpacked_weights(model: ModelConfig, device: str) -> dict[str, Any]:
     if model.is_gguf or device != "cpu":
         return {}
     method = quantization_method(load_config(model).to_dict())
-    found = unpacking(method)
-    return {} if found is None else {"quantization_config": found}
+    unpacking_config = unpacking(method)
+    return {} if unpacking_config is None else {"quantization_config": unpacking_config}
 
 
 def _unpacked_gguf() -> dict[str, Any]:

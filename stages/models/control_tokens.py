@@ -24,7 +24,7 @@ class ControlTokens:
 
     def find(self, text: str) -> set[str]:
         """Return the control tokens whose text a document holds."""
-        found = {match for match in _SHAPE.findall(text) if match in self._known} if self._known else set()
+        tokens = {match for match in _SHAPE.findall(text) if match in self._known} if self._known else set()
         if self._others is not None:
-            found.update(self._others.findall(text))
-        return found
+            tokens.update(self._others.findall(text))
+        return tokens

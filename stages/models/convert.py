@@ -185,11 +185,11 @@ def _pickled_files(folder: Path) -> list[Path]:
 
 def _refuse_to_overwrite(folder: Path, output: Path) -> None:
     if output.resolve() == folder.resolve():
-        there = sorted(file.name for pattern in ("*.safetensors", INDEX_FILE) for file in output.glob(pattern))
-        if there:
+        existing = sorted(file.name for pattern in ("*.safetensors", INDEX_FILE) for file in output.glob(pattern))
+        if existing:
             raise FileExistsError(
-                f"{output} holds {there[0]} already, and nothing is overwritten: use the folder as it is, or give another one "
-                "with --output"
+                f"{output} holds {existing[0]} already, and nothing is overwritten: use the folder as it is, or give "
+                "another one with --output"
             )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -199,7 +199,7 @@ def _refuse_to_overwrite(folder: Path, output: Path) -> None:
 
 
 def _require_room(output: Path, num_bytes: int) -> None:
-    parent = next(part for part in (output, *output.absolute().parents) if part.exists())
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     free = shutil.disk_usage(parent).free
     if free < num_bytes:
         raise OSError(
@@ -241,10 +241,10 @@ def _load(file: Path) -> dict[str, Any]:
     return dict(loaded)
 
 
-def _not_tensors(file: Path, found: str) -> WeightFileError:
+def _not_tensors(file: Path, contents: str) -> WeightFileError:
     return WeightFileError(
         file,
-        f"holds {found}",
+        f"holds {contents}",
         "a dictionary of names and dense tensors, as save_pretrained writes it",
         "Save the model's state_dict, or load it with its own library and save_pretrained it",
     )

@@ -38,18 +38,18 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def require_cuda(what: str) -> None:
+def require_cuda(step: str) -> None:
     """Refuse to compute on CPUs in a process that has a GPU reserved.
 
     Args:
-        what: name of the step that computes, for the message.
+        step: name of the step that computes, for the message.
 
     Raises:
         ValueError: torch sees no GPU; says why, and what to do.
     """
     if not torch.cuda.is_available():
         raise ValueError(
-            f"{what} has a GPU reserved on {socket.gethostname()}, and torch sees none there: {no_cuda_reason()}"
+            f"{step} has a GPU reserved on {socket.gethostname()}, and torch sees none there: {no_cuda_reason()}"
         )
 
 
@@ -66,9 +66,9 @@ def no_cuda_reason() -> str:
             f"there is no NVIDIA driver ({_DRIVER} is missing); install one, or start the container with its GPUs "
             "(docker run --gpus all, runtimeClassName nvidia)"
         )
-    found = _DRIVER_VERSION.search(_DRIVER.read_text())
-    driver, oldest = found[1] if found else "unknown", _OLDEST_DRIVER.get(wanted.split(".", maxsplit=1)[0])
-    if found and oldest is not None and int(driver.split(".", maxsplit=1)[0]) < oldest:
+    match = _DRIVER_VERSION.search(_DRIVER.read_text())
+    driver, oldest = match[1] if match else "unknown", _OLDEST_DRIVER.get(wanted.split(".", maxsplit=1)[0])
+    if match and oldest is not None and int(driver.split(".", maxsplit=1)[0]) < oldest:
         return (
             f"its NVIDIA driver is {driver}, and torch {torch.__version__} for CUDA {wanted} needs {oldest} or newer; update "
             "the driver, or install a torch for an older CUDA"
@@ -148,7 +148,7 @@ def resident_bytes(field: str) -> int:
     Raises:
         LookupError: the value is missing: on other systems, and in sandboxes that imitate Linux.
     """
-    found = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
-    if found is None:
+    match = re.search(rf"{field}:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
+    if match is None:
         raise LookupError(f"{_STATUS} has no {field}: only Linux reports a process's memory there")
-    return int(found[1]) * 1024
+    return int(match[1]) * 1024

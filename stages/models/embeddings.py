@@ -30,14 +30,14 @@ def load_input_embeddings(model: ModelConfig) -> np.ndarray:
     Raises:
         ValueError: the model's files are unavailable.
     """
-    found = None if model.is_gguf else _read_tensor(model)
-    if found is None:
+    embeddings = None if model.is_gguf else _read_tensor(model)
+    if embeddings is None:
         logger.info(
             "model %s: its input embeddings are not a separate tensor in its files; loading the whole model", model.name
         )
         whole = load_model(model, dtype="float32", attention=("eager",), device="cpu")
-        found = whole.get_input_embeddings().weight.detach()
-    return found.half().numpy()
+        embeddings = whole.get_input_embeddings().weight.detach()
+    return embeddings.half().numpy()
 
 
 def _read_tensor(model: ModelConfig) -> "torch.Tensor | None":

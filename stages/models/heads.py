@@ -143,12 +143,12 @@ def check_head(model: Any) -> None:
     try:
         expected = model(input_ids=ids, use_cache=False).logits
         before_end = model(input_ids=other_end, use_cache=False).logits[:, :-1]
-        found = head(body(ids))
+        actual = head(body(ids))
     finally:
         model.train(was_training)
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         raise ValueError(
-            f"{type(model).__name__}: head(body(ids)) has shape {tuple(found.shape)}, the model's logits "
+            f"{type(model).__name__}: head(body(ids)) has shape {tuple(actual.shape)}, the model's logits "
             f"{tuple(expected.shape)}; this architecture's forward is laid out in a way that ptafuse does not know"
         )
     if not bool(torch.isfinite(expected).all()):
@@ -164,7 +164,7 @@ def check_head(model: Any) -> None:
             f"{allowed:.3g}): it is not a causal language model, and what it predicts is what it has seen; choose a "
             "decoder-only model"
         )
-    difference = float((found.double() - expected.double()).abs().max())
+    difference = float((actual.double() - expected.double()).abs().max())
     if not difference <= allowed:
         raise ValueError(
             f"{type(model).__name__}: head(body(ids)) differs from the model's logits by up to {difference:.3g} "

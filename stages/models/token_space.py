@@ -64,6 +64,6 @@ def _ordinary_mean(rows: np.ndarray, is_ordinary: np.ndarray) -> np.ndarray:
     total = np.zeros(rows.shape[1])
     step = max(1, BLOCK_VALUES // rows.shape[1])
     for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        total += rows[part][is_ordinary[part]].sum(axis=0, dtype=np.float64)
+        block = slice(start, start + step)
+        total += rows[block][is_ordinary[block]].sum(axis=0, dtype=np.float64)
     return (total / max(1, int(is_ordinary.sum()))).astype(np.float32)

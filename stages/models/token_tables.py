@@ -239,18 +239,18 @@ def check_file(key: str, raw: bytes) -> None:
         raise DamagedTableError("its metadata do not say what it was made from")
     (table_from_bytes if _OF_TABLE.fullmatch(key) else map_from_bytes)(raw, settings)
     folder = key.rsplit("/", 1)[0]
-    found = (
+    actual = (
         folder.rsplit("/", 1)[-1]
         if _OF_TABLE.fullmatch(key)
-        else "/".join(part.removeprefix("to-") for part in folder.split("/")[-2:])
+        else "/".join(name.removeprefix("to-") for name in folder.split("/")[-2:])
     )
     expected = (
         _fingerprint(settings)
         if _OF_TABLE.fullmatch(key)
         else f"{_fingerprint(settings['source'])}/{_fingerprint(settings['target'])}"
     )
-    if found != expected:
-        raise DamagedTableError(f"it was made for {expected}, and stands in the folder of {found}")
+    if actual != expected:
+        raise DamagedTableError(f"it was made for {expected}, and stands in the folder of {actual}")
 
 
 def is_of_this_version(key: str, raw: bytes) -> bool:

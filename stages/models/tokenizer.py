@@ -208,10 +208,12 @@ class SegmentTokenizer:
         """
         encodings = []
         for batch in _slices(texts):
-            part = texts[batch]
+            batch_texts = texts[batch]
             encodings += [
                 self._with_special(text, ids, byte_end, last)
-                for text, (ids, byte_end), last in zip(part, self._tokenize(part), is_last[batch], strict=True)
+                for text, (ids, byte_end), last in zip(
+                    batch_texts, self._tokenize(batch_texts), is_last[batch], strict=True
+                )
             ]
         return encodings
 
@@ -246,10 +248,10 @@ class SegmentTokenizer:
         if talks and self._conversations is None:
             raise ValueError("conversations need a tokenizer that renders them (`reads_conversations` of its model)")
         if self._conversations is not None:
-            for index, found in zip(
+            for index, conversation in zip(
                 talks, self._conversations.encode([segments[i].messages for i in talks]), strict=True
             ):
-                done[index] = found if isinstance(found, RenderError) else _encoding(found)
+                done[index] = conversation if isinstance(conversation, RenderError) else _encoding(conversation)
         return [done[index] for index in range(len(segments))]
 
     def text_ids(self, text: str) -> list[int]:
@@ -265,22 +267,22 @@ class SegmentTokenizer:
         """Return ``count`` of each text."""
         num_special = self.num_special
         return [
-            len(found) + num_special
+            len(encoding) + num_special
             for batch in _slices(texts)
-            for found in self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
+            for encoding in self._backend.encode_batch_fast(texts[batch], add_special_tokens=False)
         ]
 
     def measure(self, text: str) -> Measured:
         """Tokenize a text in which no document ends; the ends of its tokens are computed only when needed."""
-        (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
 
         def byte_end() -> np.ndarray:
-            ends = ends_by_bytes(text.encode(), self._pieces(found.ids)) if self.spells_text else None
+            ends = ends_by_bytes(text.encode(), self._pieces(encoding.ids)) if self.spells_text else None
             if ends is None:
                 ((_, ends),) = self._tokenize_with_offsets([text])
-            return self._with_special(text, found.ids, ends, is_last=False).byte_end
+            return self._with_special(text, encoding.ids, ends, is_last=False).byte_end
 
-        return Measured(len(found) + self.num_prefix, len(found) > 0, byte_end)
+        return Measured(len(encoding) + self.num_prefix, len(encoding) > 0, byte_end)
 
     @property
     def num_prefix(self) -> int:
@@ -316,10 +318,10 @@ class SegmentTokenizer:
         """
         done: dict[int, tuple[list[int], np.ndarray]] = {}
         if self.spells_text:
-            for index, found in enumerate(self._backend.encode_batch_fast(texts, add_special_tokens=False)):
-                byte_end = ends_by_bytes(texts[index].encode(), self._pieces(found.ids))
+            for index, encoding in enumerate(self._backend.encode_batch_fast(texts, add_special_tokens=False)):
+                byte_end = ends_by_bytes(texts[index].encode(), self._pieces(encoding.ids))
                 if byte_end is not None:
-                    done[index] = (found.ids, byte_end)
+                    done[index] = (encoding.ids, byte_end)
         rest = [index for index in range(len(texts)) if index not in done]
         if rest:
             done |= zip(rest, self._tokenize_with_offsets([texts[index] for index in rest]), strict=True)
@@ -327,14 +329,14 @@ class SegmentTokenizer:
 
     def _tokenize_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], np.ndarray]]:
         records = self._backend.encode_batch(texts, add_special_tokens=False)
-        return [(found.ids, self._ends(text, found)) for text, found in zip(texts, records, strict=True)]
+        return [(encoding.ids, self._ends(text, encoding)) for text, encoding in zip(texts, records, strict=True)]
 
-    def _ends(self, text: str, found: Any) -> np.ndarray:
-        if not found.ids:
+    def _ends(self, text: str, encoding: Any) -> np.ndarray:
+        if not encoding.ids:
             return np.zeros(0, np.int64)
-        pieces = self._pieces(found.ids)
+        pieces = self._pieces(encoding.ids)
         exact = ends_by_bytes(text.encode(), pieces)
-        return ends_by_offsets(text, pieces, found.offsets) if exact is None else exact
+        return ends_by_offsets(text, pieces, encoding.offsets) if exact is None else exact
 
     def _with_special(self, text: str, ids: list[int], byte_end: np.ndarray, is_last: bool) -> Encoding:
         start = [] if self.prefix_id is None else [self.prefix_id]
@@ -361,9 +363,11 @@ def _read_template(chat_template: str | None) -> str | None:
         ) from error
 
 
-def _encoding(found: EncodedConversation) -> Encoding:
-    coordinates = found.coordinates
-    return Encoding(np.array(found.ids, np.int32), coordinates.byte_end, coordinates.role, coordinates.is_trained)
+def _encoding(conversation: EncodedConversation) -> Encoding:
+    coordinates = conversation.coordinates
+    return Encoding(
+        np.array(conversation.ids, np.int32), coordinates.byte_end, coordinates.role, coordinates.is_trained
+    )
 
 
 def _of_conversations(vocabulary: Vocabulary, spelling: Sequence[bytes], turn_end_id: int) -> Vocabulary:
@@ -488,17 +492,20 @@ class _Spelling:
 
     def __init__(self, decoder: Any, description: dict[str, Any]) -> None:
         model = description["model"]
-        parts = [
-            part for name in ("normalizer", "pre_tokenizer", "decoder") for part in _components(description.get(name))
+        components = [
+            component
+            for name in ("normalizer", "pre_tokenizer", "decoder")
+            for component in _components(description.get(name))
         ]
-        kinds = {part["type"] for part in parts}
+        kinds = {component["type"] for component in components}
         self._is_byte_level = "ByteLevel" in kinds
         self._byte_of = _byte_level_alphabet() if self._is_byte_level else {}
         self._has_byte_tokens = "ByteFallback" in kinds or bool(model.get("byte_fallback"))
-        self._spaces = {part["replacement"] for part in parts if part["type"] == "Metaspace"} | {
+        self._spaces = {component["replacement"] for component in components if component["type"] == "Metaspace"} | {
             METASPACE
-            for part in parts
-            if part["type"] == "Replace" and METASPACE in (part["content"], part["pattern"].get("String"))
+            for component in components
+            if component["type"] == "Replace"
+            and METASPACE in (component["content"], component["pattern"].get("String"))
         }
         self._inside = model.get("continuing_subword_prefix") or ""
         self._word_end = model.get("end_of_word_suffix") or ""
@@ -531,8 +538,8 @@ def _components(component: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
     if component is None:
         return
     for name in ("normalizers", "pretokenizers", "decoders"):
-        for part in component.get(name, ()):
-            yield from _components(part)
+        for child in component.get(name, ()):
+            yield from _components(child)
     yield component
 
 

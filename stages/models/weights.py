@@ -131,8 +131,8 @@ def refuse_stand_in(file: Path) -> None:
         WeightFileError: says what it is.
     """
     if not file.is_file():
-        what = "a link to a file that is not there" if file.is_symlink() else "not there"
-        raise WeightFileError(file, what, "a file", _REFETCH)
+        state = "a link to a file that is not there" if file.is_symlink() else "not there"
+        raise WeightFileError(file, state, "a file", _REFETCH)
     with file.open("rb") as opened:
         start = opened.read(64)
     if start.startswith((b"version https://git-lfs", b"/annex/objects/")) or b"/annex/objects/" in start:
@@ -154,10 +154,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises:
         WeightFileError: a file is missing or broken.
     """
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
-        found |= read_header(file)
-    return found
+        tensors |= read_header(file)
+    return tensors
 
 
 def tensor_files(model: ModelConfig) -> Mapping[str, str]:
@@ -185,5 +185,5 @@ def model_file(model: ModelConfig, name: str) -> Path | None:
     if model.path is not None:
         file = model.path / name
         return file if file.exists() else None
-    found = cached_file(model.hub, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
+    cached = cached_file(model.hub, name, revision=model.revision, _raise_exceptions_for_missing_entries=False)
+    return None if cached is None else Path(cached)

@@ -44,10 +44,10 @@ def context_windows(length: int, *, max_length: int, num_prefix: int = 0) -> lis
         num_prefix: tokens at the sequence's start that each further window repeats, 0 or 1.
     """
     first_end = min(length, max_length)
-    found = [ContextWindow(start=0, end=first_end, take_start=0, num_repeated=0)]
-    while (taken := found[-1].end) < length:
+    windows = [ContextWindow(start=0, end=first_end, take_start=0, num_repeated=0)]
+    while (taken := windows[-1].end) < length:
         end = min(length, taken + max_length // 2)
-        found.append(
+        windows.append(
             ContextWindow(start=end - (max_length - num_prefix), end=end, take_start=taken, num_repeated=num_prefix)
         )
-    return found
+    return windows

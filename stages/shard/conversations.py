@@ -92,15 +92,15 @@ def _read_message(index: int, item: Any) -> tuple[str, str]:
         )
     keys = next((keys for keys in _KEYS if keys[0] in item), None)
     if keys is None:
-        found = ", ".join(map(repr, list(item)[:20])) or "no key"
+        present = ", ".join(map(repr, list(item)[:20])) or "no key"
         raise ConversationError(
-            "NotAConversation", f"message {index} has no key 'role' (or ShareGPT's 'from'); found {found}"
+            "NotAConversation", f"message {index} has no key 'role' (or ShareGPT's 'from'); found {present}"
         )
     name, content = item[keys[0]], item.get(keys[1])
     used = next((key for key in _TOOL_KEYS if item.get(key)), None)
     if name in _TOOL_ROLES or used is not None:
-        what = f"has {used}" if used is not None else f"is of the role {name!r}"
-        raise ConversationError("HasTools", f"message {index} {what}: conversations with tools are not learnt from")
+        obstacle = f"has {used}" if used is not None else f"is of the role {name!r}"
+        raise ConversationError("HasTools", f"message {index} {obstacle}: conversations with tools are not learnt from")
     if not isinstance(name, str) or name not in _ROLES:
         raise ConversationError(
             "UnknownRole", f"message {index} is of the role {name!r}; expected one of {', '.join(map(repr, _ROLES))}"
@@ -134,8 +134,8 @@ def _find_media(item: dict[str, Any], content: Any) -> str | None:
     key = next((key for key in _MEDIA_KEYS if item.get(key)), None)
     if key is not None:
         return key
-    parts = content if isinstance(content, list) else [content]
-    kinds = (str(part.get("type", "")) for part in parts if isinstance(part, dict))
+    content_parts = content if isinstance(content, list) else [content]
+    kinds = (str(content_part.get("type", "")) for content_part in content_parts if isinstance(content_part, dict))
     return next((kind for kind in kinds if kind.removesuffix("_url").removeprefix("input_") in _MEDIA_KEYS), None)
 
 
@@ -183,9 +183,9 @@ def cut_conversations(
     whole = [SegmentText.conversation(messages) for messages in conversations]
     encodings = [tokenizer.try_encode_segments(whole) for tokenizer in tokenizers]
     cut: list[list[Piece] | ConversationError] = []
-    for messages, segment, found in zip(conversations, whole, zip(*encodings, strict=True), strict=True):
+    for messages, segment, results in zip(conversations, whole, zip(*encodings, strict=True), strict=True):
         try:
-            encoded = _refuse_errors(found, names)
+            encoded = _refuse_errors(results, names)
             if all(len(encoding.ids) <= max_length for encoding in encoded):
                 num_tokens = tuple(len(encoding.ids) for encoding in encoded)
                 pieces = [Piece(segment, 0, len(segment.text.encode()), num_tokens)]
@@ -203,11 +203,11 @@ def cut_conversations(
     return cut
 
 
-def _refuse_errors(found: Sequence[Encoding | RenderError], names: Sequence[str]) -> list[Encoding]:
-    for name, encoding in zip(names, found, strict=True):
+def _refuse_errors(results: Sequence[Encoding | RenderError], names: Sequence[str]) -> list[Encoding]:
+    for name, encoding in zip(names, results, strict=True):
         if isinstance(encoding, RenderError):
             raise ConversationError("CannotRender", f"model {name}: {encoding}")
-    return [encoding for encoding in found if isinstance(encoding, Encoding)]
+    return [encoding for encoding in results if isinstance(encoding, Encoding)]
 
 
 def _cut(
@@ -232,8 +232,8 @@ def _cut(
         stop = first + max(1, int(fitting.argmin() if not fitting.all() else len(fitting)))
         while True:
             begins = [messages[0]] if first == 0 and has_system else system
-            own = messages[starts[first] : starts[stop]]
-            segment = SegmentText.conversation([*begins, *own])
+            new_messages = messages[starts[first] : starts[stop]]
+            segment = SegmentText.conversation([*begins, *new_messages])
             counts = [
                 len(encoding.ids)
                 for encoding in _refuse_errors(

@@ -98,23 +98,27 @@ def _fitting(piece: str, measures: Sequence[Measure], max_length: int) -> _Fit:
 
     A size below the whole piece is a guess, since the first part alone may be tokenized otherwise.
     """
-    found = []
+    measurements = []
     for measure in measures:
         measured = measure(piece)
-        found.append(measured)
+        measurements.append(measured)
         if measured.num_tokens > max_length - 1:
             fitting = piece.encode()[: measured.byte_end()[max_length - 2]].decode("utf-8", errors="ignore")
             piece = fitting if len(fitting) < len(piece) else piece[:-1]
-    return _Fit(len(piece), [one.num_tokens for one in found], all(one.keeps_text for one in found))
+    return _Fit(
+        len(piece),
+        [measurement.num_tokens for measurement in measurements],
+        all(measurement.keeps_text for measurement in measurements),
+    )
 
 
 def _preferred_cut(piece: str, limit: int) -> int:
     """Choose where to cut a piece, 1..limit; ``limit`` is less than its length."""
     half = limit // 2
     for marks in (("\n\n", "\n\r\n"), ("\n",)):
-        found = max((piece.rfind(mark, half, limit), len(mark)) for mark in marks)
-        if found[0] >= 0:
-            return sum(found)
+        last_mark = max((piece.rfind(mark, half, limit), len(mark)) for mark in marks)
+        if last_mark[0] >= 0:
+            return sum(last_mark)
     for cut in range(limit, half, -1):
         if piece[cut].isspace() and not piece[cut - 1].isspace():
             return cut

@@ -128,13 +128,13 @@ class ShardStage:
         """Count documents that hold the text of control tokens; no figures where there is none."""
         return self._count_found([self._control_tokens.find(document.text) for document in documents])
 
-    def _count_found(self, found: Sequence[set[str]]) -> dict[str, int]:
+    def _count_found(self, tokens_by_document: Sequence[set[str]]) -> dict[str, int]:
         """Count the control tokens that were found in each document."""
-        counts = Counter(token for tokens in found for token in tokens)
+        counts = Counter(token for tokens in tokens_by_document for token in tokens)
         if not counts:
             return {}
         of_tokens = {f"{CONTROL_TOKEN}{token}": count for token, count in counts.items()}
-        return {CONTROL_TOKEN_DOCUMENTS: sum(map(bool, found)), **of_tokens}
+        return {CONTROL_TOKEN_DOCUMENTS: sum(map(bool, tokens_by_document)), **of_tokens}
 
     def _run_conversations(self, table: pa.Table, bad: list[BadRecord]) -> StageOutput:
         """Cut one shard's conversations; see ``run``."""
@@ -160,13 +160,13 @@ class ShardStage:
             cut = cut_conversations(
                 [conversations[doc_id] for doc_id in batch], self._tokenizers, self._config.max_length, names
             )
-            for doc_id, found in zip(batch, cut, strict=True):
-                if isinstance(found, ConversationError):
-                    bad.append(BadRecord(doc_id, -1, found.kind, str(found)))
+            for doc_id, result in zip(batch, cut, strict=True):
+                if isinstance(result, ConversationError):
+                    bad.append(BadRecord(doc_id, -1, result.kind, str(result)))
                 else:
-                    pieces[doc_id] = found
+                    pieces[doc_id] = result
         tokens = {
-            name: sum(piece.num_tokens[index] for found in pieces.values() for piece in found)
+            name: sum(piece.num_tokens[index] for document_pieces in pieces.values() for piece in document_pieces)
             for index, name in enumerate(names)
         }
         segments, health = self._conversation_table(conversations, pieces)
@@ -194,10 +194,10 @@ class ShardStage:
         self, conversations: Mapping[int, tuple[Message, ...]], pieces: Mapping[int, list[Piece]]
     ) -> tuple[pa.Table, dict[str, int]]:
         rows = []
-        for doc_id, found in pieces.items():
+        for doc_id, document_pieces in pieces.items():
             raw = canonical_bytes(conversations[doc_id])
             split = _split(raw, self._config.validation_fraction, self._config.test_fraction)
-            for index, piece in enumerate(found):
+            for index, piece in enumerate(document_pieces):
                 messages = piece.text.messages
                 ends = np.cumsum([len((message.content + TURN_END).encode()) for message in messages]).tolist()
                 rows.append(
@@ -213,7 +213,7 @@ class ShardStage:
                         "message_trained": [message.is_trained for message in messages],
                     }
                 )
-        num_bytes = sum(piece.num_new_bytes for found in pieces.values() for piece in found)
+        num_bytes = sum(piece.num_new_bytes for document_pieces in pieces.values() for piece in document_pieces)
         figures = self._figures([row["split"] for row in rows], num_documents=len(pieces), num_bytes=num_bytes)
         return pa.Table.from_pylist(rows, schema=shard_schema(conversations=True)), figures
 

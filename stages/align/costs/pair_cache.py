@@ -47,19 +47,19 @@ class PairCache:
         Returns:
             (N,) float64; 0 at pads.
         """
-        found = np.empty(len(keys))
+        costs = np.empty(len(keys))
         limit = len(self._table) // 2
         for start in range(0, len(keys), limit):
-            part = keys[start : start + limit]
+            block = keys[start : start + limit]
             # Distinct keys are counted only if the table could get too full: np.unique sorts.
-            if self._num_used + len(part) > limit and self._num_used + len(np.unique(part)) > limit:
+            if self._num_used + len(block) > limit and self._num_used + len(np.unique(block)) > limit:
                 self._clear()
-            values = found[start : start + limit]
-            slots, missing = _find(self._table, self._values, part, values)
+            values = costs[start : start + limit]
+            slots, missing = _find(self._table, self._values, block, values)
             if len(missing):
                 is_computed = False
                 try:
-                    self._values[slots[missing]] = compute(part[missing]).astype(np.float32)
+                    self._values[slots[missing]] = compute(block[missing]).astype(np.float32)
                     is_computed = True
                 finally:
                     # The keys are claimed already, so a failure would leave them with the values of their slots' former keys.
@@ -67,7 +67,7 @@ class PairCache:
                         self._clear()
                 self._num_used += len(missing)
                 values[:] = np.where(slots < 0, 0.0, self._values[slots])
-        return found
+        return costs
 
     def _clear(self) -> None:
         self._table[:, 0] = NO_PAIR

@@ -61,7 +61,7 @@ class RestCosts:
         """
         if len(self._keys) > self._max_rests:
             self._start()
-        keys = [(token, len(part)) for token, part in zip(tokens, seen, strict=True)]
+        keys = [(token, len(prefix)) for token, prefix in zip(tokens, seen, strict=True)]
         new = [key for key in dict.fromkeys(keys) if key not in self._numbers]
         if new:
             rests = [token[num_seen:] for token, num_seen in new]
@@ -115,7 +115,7 @@ class RestCosts:
 
     def _pair_costs(self, keys: np.ndarray) -> np.ndarray:
         """Compute the costs of new pairs, (Q,), each once."""
-        numbers, target_ids = (part.tolist() for part in np.divmod(keys, self._target.size))
+        numbers, target_ids = (array.tolist() for array in np.divmod(keys, self._target.size))
         rests = [self._keys[number][0][self._keys[number][1] :] for number in numbers]
         costs = cpdist(
             [rest.decode("utf-8", errors="surrogateescape") for rest in rests],

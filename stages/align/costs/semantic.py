@@ -73,11 +73,11 @@ def spell(source: Vocabulary, target: Vocabulary, *, exact: np.ndarray, encode: 
     for context in CONTEXTS:
         encodings = encode([context + (texts[token_id] or "") for token_id in open_ids])
         for token_id, encoding in zip(open_ids, encodings, strict=True):
-            found = _after(encoding, len(context.encode()), target)
+            spelling = _after(encoding, len(context.encode()), target)
             if not rows[token_id]:
-                rows[token_id] = found
-            if b"".join(target.token_bytes[piece] for piece in found) == source.token_bytes[token_id]:
-                rows[token_id] = found
+                rows[token_id] = spelling
+            if b"".join(target.token_bytes[piece] for piece in spelling) == source.token_bytes[token_id]:
+                rows[token_id] = spelling
                 settled.add(token_id)
         open_ids = [token_id for token_id in open_ids if token_id not in settled]
     # 2. Cut the others, byte by byte, into the longest tokens of the vocabulary.
@@ -135,8 +135,8 @@ class SemanticCosts:
         """Return the cost matrices of a batch of transport problems; see ``base.Costs``."""
         keys = source_ids[:, :, None].astype(np.int64) * self._size + target_ids[:, None, :]
         keys[(source_ids == NO_ID)[:, :, None] | (target_ids == NO_ID)[:, None, :]] = NO_PAIR
-        found = self._cache.lookup(keys.reshape(-1), lambda new: self._pair_costs(*np.divmod(new, self._size)))
-        return found.reshape(keys.shape)
+        costs = self._cache.lookup(keys.reshape(-1), lambda new: self._pair_costs(*np.divmod(new, self._size)))
+        return costs.reshape(keys.shape)
 
     def _pair_costs(self, source: np.ndarray, target: np.ndarray) -> np.ndarray:
         """Compute the costs of pairs, (Q,) each; the vector of every distinct token is built once."""
@@ -144,13 +144,13 @@ class SemanticCosts:
         # In blocks, since both sides' vectors are (block, H) float32.
         step = max(1, BLOCK_VALUES // self._space.num_dimensions)
         for start in range(0, len(source), step):
-            part = slice(start, start + step)
-            ids, row = np.unique(source[part], return_inverse=True)
+            block = slice(start, start + step)
+            ids, row = np.unique(source[block], return_inverse=True)
             vectors = np.stack([self._vector(self._pieces.row(token_id)) for token_id in ids.tolist()])
-            other_ids, other_row = np.unique(target[part], return_inverse=True)
+            other_ids, other_row = np.unique(target[block], return_inverse=True)
             others = self._space.directions(other_ids)
             cosine = np.einsum("qh,qh->q", vectors[row], others[other_row])
-            costs[part] = self.scale * np.clip(1.0 - cosine, 0.0, 2.0)
+            costs[block] = self.scale * np.clip(1.0 - cosine, 0.0, 2.0)
         starts = self._pieces.starts
         single = np.flatnonzero(starts[source + 1] - starts[source] == 1)
         is_same = self._pieces.ids[starts[source[single]]] == target[single]
@@ -180,8 +180,8 @@ class SemanticCosts:
         total = 0.0
         step = max(1, BLOCK_VALUES // self._space.num_dimensions)
         for start in range(0, SCALE_PAIRS, step):
-            part = slice(start, start + step)
-            directions = self._space.directions(first[part]), self._space.directions(second[part])
+            block = slice(start, start + step)
+            directions = self._space.directions(first[block]), self._space.directions(second[block])
             cosine = np.einsum("qh,qh->q", *directions)
             total += float((1.0 - cosine).sum(dtype=np.float64))
         return float(edits.sum()) / total if total > 0 else 1.0
@@ -208,9 +208,9 @@ def _longest_pieces(token: bytes, known: dict[bytes, int], longest: int) -> list
     start = 0
     while start < len(token):
         for length in range(min(longest, len(token) - start), 0, -1):
-            found = known.get(token[start : start + length])
-            if found is not None:
-                pieces.append(found)
+            piece = known.get(token[start : start + length])
+            if piece is not None:
+                pieces.append(piece)
                 start += length
                 break
         else:

@@ -26,12 +26,12 @@ def text_slices(
     sides = ((source_byte_end, source_roles), (target_byte_end, target_roles))
     if all(_is_one_text(roles) for _, roles in sides):
         ranges = [_text_range(roles) for _, roles in sides]
-        return [(ranges[0], ranges[1])] if all(part.stop > part.start for part in ranges) else []
+        return [(ranges[0], ranges[1])] if all(text_range.stop > text_range.start for text_range in ranges) else []
     runs = [list(_runs(roles)) for _, roles in sides]
     borders = _borders(sides, runs)
     source, target = (
-        {int(np.searchsorted(borders, ends[run.stop - 1])): run for run in found}
-        for (ends, _), found in zip(sides, runs, strict=True)
+        {int(np.searchsorted(borders, ends[run.stop - 1])): run for run in side_runs}
+        for (ends, _), side_runs in zip(sides, runs, strict=True)
     )
     return [(source[number], target[number]) for number in sorted(source.keys() & target.keys())]
 
@@ -68,8 +68,8 @@ def _borders(sides: tuple[tuple[np.ndarray, np.ndarray], ...], runs: list[list[s
     borders = sorted({int(end) for ends, roles in sides for end in ends[(roles == Role.START) | (roles == Role.EOS)]})
     gaps = [
         (int(ends[before.stop - 1]) + 1, int(ends[after.stop - 1]) - 1)
-        for (ends, _), found in zip(sides, runs, strict=True)
-        for before, after in itertools.pairwise(found)
+        for (ends, _), side_runs in zip(sides, runs, strict=True)
+        for before, after in itertools.pairwise(side_runs)
     ]
     for low, high in sorted(gaps, reverse=True):
         index = int(np.searchsorted(borders, low))

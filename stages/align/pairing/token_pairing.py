@@ -100,10 +100,11 @@ def edit_distance_pairing(
         start[target], end[target] = text_start + source.start, text_end + source.start
         cost += text_cost
     for role in (Role.BOS, Role.EOS):
-        there = np.flatnonzero(target_roles == role)
-        partner = _same_end(source_byte_end, target_byte_end[there], np.flatnonzero(source_roles == role))
-        found = partner != NO_POSITION
-        start[there[found]], end[there[found]] = partner[found], partner[found] + 1
+        target_positions = np.flatnonzero(target_roles == role)
+        partner = _same_end(source_byte_end, target_byte_end[target_positions], np.flatnonzero(source_roles == role))
+        is_paired = partner != NO_POSITION
+        paired = target_positions[is_paired]
+        start[paired], end[paired] = partner[is_paired], partner[is_paired] + 1
     return Pairing(start, end, cost)
 
 

@@ -55,8 +55,8 @@ class NearestTokens:
         for token_id in sorted(text_ids(target, preferred).values()):
             by_length[len(target_texts[token_id])].append((token_id, target_texts[token_id]))
         self._buckets = {
-            length: (np.array([token_id for token_id, _ in found], np.int32), [text for _, text in found])
-            for length, found in by_length.items()
+            length: (np.array([token_id for token_id, _ in bucket], np.int32), [text for _, text in bucket])
+            for length, bucket in by_length.items()
         }
         self._longest = max(self._buckets, default=0)
         has_text = np.array([bool(token) for token in source.token_bytes], np.bool_)
@@ -139,10 +139,10 @@ class NearestTokens:
             block = rows[start : start + step]
             distances = cdist(texts[start : start + step], bucket_texts, scorer=Levenshtein.distance, dtype=dtype)
             column = distances.argmin(axis=1)  # the first of equal ones, and a bucket's ids ascend
-            found, found_ids = distances[np.arange(len(block)), column].astype(np.int32), bucket_ids[column]
-            is_better = (found < best[block]) | ((found == best[block]) & (found_ids < ids[block]))
-            best[block[is_better]] = found[is_better]
-            ids[block[is_better]] = found_ids[is_better]
+            nearest, nearest_ids = distances[np.arange(len(block)), column].astype(np.int32), bucket_ids[column]
+            is_better = (nearest < best[block]) | ((nearest == best[block]) & (nearest_ids < ids[block]))
+            best[block[is_better]] = nearest[is_better]
+            ids[block[is_better]] = nearest_ids[is_better]
 
 
 def hard_plan(mapped: np.ndarray, source_mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

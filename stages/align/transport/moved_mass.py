@@ -22,8 +22,8 @@ def text_numbers(source: Vocabulary, target: Vocabulary) -> tuple[np.ndarray, np
 
     def of(vocabulary: Vocabulary) -> np.ndarray:
         keys = zip(vocabulary.token_bytes, vocabulary.is_special.tolist(), strict=True)
-        found = [numbers.setdefault(key, len(numbers)) if key[0] else UNKNOWN_TEXT for key in keys]
-        return np.array(found, np.int32)
+        assigned = [numbers.setdefault(key, len(numbers)) if key[0] else UNKNOWN_TEXT for key in keys]
+        return np.array(assigned, np.int32)
 
     return of(source), of(target)
 

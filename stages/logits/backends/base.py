@@ -70,7 +70,7 @@ class Predictions:
             sample_ids=np.full((starts[-1], num_samples), PAD_ID, np.int32),
         )
 
-    def part(self, sequence: int) -> slice:
+    def positions_of(self, sequence: int) -> slice:
         """Return the positions of a sequence."""
         return slice(self.starts[sequence], self.starts[sequence + 1])
 

@@ -146,23 +146,23 @@ class ServerBackend:
         answer = self._connection.ask("/v1/completions", request, read=_prompt_logprobs)
         if len(answer) != len(prompt):
             raise self._wrong(f"{len(answer)} prompt logprobs for {len(prompt)} tokens")
-        parts = [self._entries(entries, token) for entries, token in zip(answer[1:], prompt[1:], strict=True)]
+        rows = [self._entries(entries, token) for entries, token in zip(answer[1:], prompt[1:], strict=True)]
         ids, logprobs = descending(
-            np.stack([part[0] for part in parts]).astype(np.int32),
-            np.stack([part[1] for part in parts]).astype(np.float32),
+            np.stack([row[0] for row in rows]).astype(np.int32),
+            np.stack([row[1] for row in rows]).astype(np.float32),
         )
-        return ids, logprobs, np.array([part[2] for part in parts], np.float32)
+        return ids, logprobs, np.array([row[2] for row in rows], np.float32)
 
     def _entries(self, entries: Any, next_token: int) -> tuple[np.ndarray, np.ndarray, float]:
         """Return a position's k largest ids and logprobs, in any order, and the logprob of the next token."""
         try:
-            found = {int(token): _number(entry["logprob"]) for token, entry in entries.items()}
+            logprob_by_id = {int(token): _number(entry["logprob"]) for token, entry in entries.items()}
         except (AttributeError, KeyError, TypeError, ValueError):
             raise self._wrong(f"a position's entries {str(entries)[:120]}") from None
-        if next_token not in found:
+        if next_token not in logprob_by_id:
             raise self._wrong(f"no logprob of token {next_token}, which was sent there (is it another tokenizer's?)")
-        ids = np.fromiter(found.keys(), np.int64, len(found))
-        logprobs = np.fromiter(found.values(), np.float64, len(found))
+        ids = np.fromiter(logprob_by_id.keys(), np.int64, len(logprob_by_id))
+        logprobs = np.fromiter(logprob_by_id.values(), np.float64, len(logprob_by_id))
         # The next token is listed in addition to the k largest, or is one of them. Values that are not finite come first.
         order = np.argsort(-np.nan_to_num(logprobs, nan=np.inf), kind="stable")[: self._width]
         if len(order) < self._width:
@@ -172,11 +172,11 @@ class ServerBackend:
                 f"token {largest} among the {self._width} most likely ones, which the tokenizer of {self._num_valid} tokens "
                 "does not have"
             )
-        return ids[order], logprobs[order], found[next_token]
+        return ids[order], logprobs[order], logprob_by_id[next_token]
 
-    def _wrong(self, found: str) -> ServerError:
+    def _wrong(self, answer: str) -> ServerError:
         return ServerError(
-            f"model {self._name}: {self._connection.url} gave {found}: expected what vLLM's server gives. Does it serve this "
+            f"model {self._name}: {self._connection.url} gave {answer}: expected what vLLM's server gives. Does it serve this "
             "very model? (`served_model` under [logits] names it where it serves several)"
         )
 
@@ -248,7 +248,7 @@ class _Connection:
         Raises:
             ServerError: it serves another model, or several and none is named.
         """
-        models = self.ask("/v1/models", None, read=lambda content: {part["id"]: part for part in content["data"]})
+        models = self.ask("/v1/models", None, read=lambda content: {model["id"]: model for model in content["data"]})
         names = ", ".join(models) or "none"
         if wanted is not None and wanted not in models:
             raise ServerError(
@@ -299,20 +299,20 @@ def _own_variable(variable: str, model: str) -> str:
 
 def _from_environment(variable: str, model: str) -> tuple[str, str]:
     """Return the variable that holds a value for a model, its own one first, and the value; empty where none does."""
-    own = _own_variable(variable, model)
-    if value := os.environ.get(own, "").strip():
-        return own, value
+    model_variable = _own_variable(variable, model)
+    if value := os.environ.get(model_variable, "").strip():
+        return model_variable, value
     return variable, os.environ.get(variable, "").strip()
 
 
 def _prompt_logprobs(content: Any) -> list[Any]:
-    found = content["choices"][0].get("prompt_logprobs")
-    if not isinstance(found, list):
+    logprobs = content["choices"][0].get("prompt_logprobs")
+    if not isinstance(logprobs, list):
         raise ServerError(
             "gives no prompt_logprobs: expected a server that does, as vLLM's (OpenAI's own does not). Compute this model with "
             "logits.backend = 'transformers' or 'vllm'"
         )
-    return found
+    return logprobs
 
 
 def _number(value: Any) -> float:
@@ -323,8 +323,8 @@ def _message(response: requests.Response) -> str:
     """Return what an error's body says: the message of OpenAI's shape, or its beginning."""
     try:
         content = response.json()
-        found = content.get("error", content)
-        return str(found["message"] if isinstance(found, dict) else found)[:500]
+        error = content.get("error", content)
+        return str(error["message"] if isinstance(error, dict) else error)[:500]
     except (requests.RequestException, KeyError, AttributeError):
         return response.text[:200].strip() or "(nothing)"
 

@@ -74,20 +74,20 @@ def topk_logprobs(
     """
     if uniforms is None:
         uniforms = gold_ids.new_empty((len(gold_ids), 0), dtype=torch.float64)
-    parts = []
-    pieces = (part.split(chunk_positions) for part in (hidden, gold_ids, uniforms))
+    chunks = []
+    pieces = (tensor.split(chunk_positions) for tensor in (hidden, gold_ids, uniforms))
     for states, gold, chosen in zip(*pieces, strict=True):
         logits = head(states)
         rows = len(states) if logits.is_cuda else max(1, _CACHED_LOGITS // num_valid)
-        parts += [
+        chunks += [
             _chunk_topk(*few, top_k=top_k, num_valid=num_valid)
             for few in zip(logits.split(rows), gold.split(rows), chosen.split(rows), strict=True)
         ]
     return TopK(
-        ids=torch.cat([part.ids for part in parts]),
-        logprobs=torch.cat([part.logprobs for part in parts]),
-        gold_logprob=torch.cat([part.gold_logprob for part in parts]),
-        sample_ids=torch.cat([part.sample_ids for part in parts]),
+        ids=torch.cat([chunk.ids for chunk in chunks]),
+        logprobs=torch.cat([chunk.logprobs for chunk in chunks]),
+        gold_logprob=torch.cat([chunk.gold_logprob for chunk in chunks]),
+        sample_ids=torch.cat([chunk.sample_ids for chunk in chunks]),
     )
 
 

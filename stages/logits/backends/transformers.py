@@ -109,7 +109,7 @@ class TransformersBackend:
             uniforms=None if uniforms is None else on_device(uniforms[inputs.rows]),
         )
         kept = (top.ids, top.logprobs, top.gold_logprob, top.sample_ids)
-        ids, logprobs, gold_logprob, sample_ids = (part.cpu().numpy() for part in kept)
+        ids, logprobs, gold_logprob, sample_ids = (tensor.cpu().numpy() for tensor in kept)
         predictions.forward_seconds += time.perf_counter() - started  # the copies waited for the device
         predictions.put(inputs.rows, ids, logprobs, gold_logprob, sample_ids)
 

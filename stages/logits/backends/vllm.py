@@ -75,10 +75,10 @@ class ValidIds:
         from vllm.model_executor.layers.logits_processor import LogitsProcessor
 
         model: Any = self.get_model()  # type: ignore[attr-defined]  # of the worker this is mixed into
-        found = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
-        for module in found:
+        processors = [module for module in model.modules() if isinstance(module, LogitsProcessor)]
+        for module in processors:
             module.org_vocab_size = min(module.org_vocab_size, num_valid)
-        return len(found)
+        return len(processors)
 
 
 def engine_arguments(
@@ -253,16 +253,16 @@ class VllmBackend:
 
     def _entries(self, output: Any, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Return a window's ids and logprobs, (length, k + 1): of the token that follows, and the k largest."""
-        parts = (output.prompt_logprobs, output.outputs[0].logprobs)
+        flat_logprobs = (output.prompt_logprobs, output.outputs[0].logprobs)
         shape = (length, self._width + 1)
-        num_entries = sum(len(part.token_ids) for part in parts)
+        num_entries = sum(len(flat.token_ids) for flat in flat_logprobs)
         if num_entries != shape[0] * shape[1]:
             raise RuntimeError(
                 f"model {self._model.name}: vLLM {vllm_version()} gave {num_entries} logprobs for {length} positions, expected "
                 f"{shape[1]} each"
             )
-        ids = np.concatenate([np.array(part.token_ids, np.int32) for part in parts]).reshape(shape)
-        logprobs = np.concatenate([np.array(part.logprobs, np.float32) for part in parts]).reshape(shape)
+        ids = np.concatenate([np.array(flat.token_ids, np.int32) for flat in flat_logprobs]).reshape(shape)
+        logprobs = np.concatenate([np.array(flat.logprobs, np.float32) for flat in flat_logprobs]).reshape(shape)
         return ids, logprobs
 
 

@@ -76,26 +76,28 @@ class ConversationEncoder:
 
     def encode(self, conversations: Sequence[Sequence[Message]]) -> list[EncodedConversation | RenderError]:
         """Tokenize conversations; one that cannot be rendered or read gives the error in its place."""
-        found: list[EncodedConversation | RenderError] = []
+        results: list[EncodedConversation | RenderError] = []
         rendered: list[tuple[int, Rendered]] = []
         for index, messages in enumerate(conversations):
             try:
                 rendered.append((index, self._template.render(messages)))
             except RenderError as error:
-                found.append(error)
+                results.append(error)
             else:
-                found.append(RenderError("it is not tokenized yet"))
-        for (index, rendering), tokens in zip(rendered, self._tokenize([part for _, part in rendered]), strict=True):
+                results.append(RenderError("it is not tokenized yet"))
+        for (index, rendering), tokens in zip(
+            rendered, self._tokenize([rendering for _, rendering in rendered]), strict=True
+        ):
             messages = conversations[index]
             try:
                 if control_tokens_in_contents(tokens, rendering):
                     tokens, rendering = self._tokenize_as_text(rendering)  # noqa: PLW2901
                 coordinates = in_common_coordinates(tokens, rendering, messages, self.turn_end_id)
             except RenderError as error:
-                found[index] = error
+                results[index] = error
             else:
-                found[index] = EncodedConversation(tokens.ids, coordinates)
-        return found
+                results[index] = EncodedConversation(tokens.ids, coordinates)
+        return results
 
     def _render_probe(self) -> tuple[tuple[Message, ...], Rendered]:
         try:

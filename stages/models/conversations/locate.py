@@ -86,12 +86,12 @@ def control_tokens_in_contents(tokens: Tokens, rendered: Rendered) -> list[int]:
     """Return the places of control tokens that came from a content; a content may hold the text of one."""
     pieces = _piece_spans(rendered)
     raw = rendered.text.encode()
-    found = []
+    indices = []
     for index in np.flatnonzero(tokens.is_control).tolist():
         low, high = _core(raw, tokens, index)
         if not any(start <= low and high <= end for start, end in pieces):
-            found.append(index)
-    return found
+            indices.append(index)
+    return indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,14 +172,14 @@ def in_common_coordinates(
 
 def _last_inside(spans: Sequence[tuple[int, int]], following: int, low: int, high: int) -> int | None:
     """Return the last message, from ``following`` on, of whose content a token holds bytes, or stands strictly inside."""
-    found = None
+    last = None
     for number in range(following, len(spans)):
         begins, ends = spans[number]
         if begins >= high:
             break
         if low < ends and begins < ends:
-            found = number
-    return found
+            last = number
+    return last
 
 
 def _content_spans(rendered: Rendered) -> list[tuple[int, int]]:

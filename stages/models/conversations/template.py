@@ -165,9 +165,9 @@ class ChatTemplate:
             num_dropped.append(len(message.content[: len(message.content) - len(kept)].encode()))
             contents.append(_strip(kept.rstrip, behind))
         rendered = Rendered(shape.pieces, tuple(contents), tuple(num_dropped))
-        found = self.apply([(message.role, message.content) for message in messages])
-        if rendered.text != found:
-            raise RenderError(_rewritten(messages, rendered, found))
+        written = self.apply([(message.role, message.content) for message in messages])
+        if rendered.text != written:
+            raise RenderError(_rewritten(messages, rendered, written))
         return rendered
 
     def _shape(self, roles: tuple[str, ...]) -> _Shape:
@@ -189,10 +189,10 @@ class ChatTemplate:
         """Run the template with placeholders, and take apart what it writes; then with white space around them."""
         pieces, spaced = self._apart(roles, "", ""), self._apart(roles, _LEAD, _TAIL)
         kept: list[tuple[str, str]] = []  # of each piece: white space that is left in front of it and behind it
-        for index, (piece, found) in enumerate(zip(pieces, spaced, strict=True)):
+        for index, (piece, spaced_piece) in enumerate(zip(pieces, spaced, strict=True)):
             tails = [left[::-1] for left in _TRIMMED] if index > 0 else [""]
             leads = list(_TRIMMED) if index < len(roles) else [""]
-            matching = [(tail, lead) for tail, lead in product(tails, leads) if f"{tail}{piece}{lead}" == found]
+            matching = [(tail, lead) for tail, lead in product(tails, leads) if f"{tail}{piece}{lead}" == spaced_piece]
             if not matching:
                 raise RenderError(
                     f"the chat template changes white space of message {max(index - 1, 0)} ({roles[max(index - 1, 0)]}), or of "
@@ -208,9 +208,9 @@ class ChatTemplate:
         rest = self.apply([(role, f"{lead}{mark}{tail}") for role, mark in zip(roles, marks, strict=True)])
         pieces = []
         for index, (role, mark) in enumerate(zip(roles, marks, strict=True)):
-            piece, found, rest = rest.partition(mark)
-            if not found or mark in rest or _OPEN in piece:
-                how = "more than once" if mark in rest else "not in its place" if found else "not at all"
+            piece, separator, rest = rest.partition(mark)
+            if not separator or mark in rest or _OPEN in piece:
+                how = "more than once" if mark in rest else "not in its place" if separator else "not at all"
                 raise RenderError(f"the chat template writes message {index} ({role}) {how}")
             pieces.append(piece)
         return (*pieces, rest)
@@ -226,20 +226,20 @@ def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
     return "".join(piece + content for piece, content in zip(pieces, (*contents, ""), strict=True))
 
 
-def _rewritten(messages: Sequence[Message], rendered: Rendered, found: str) -> str:
+def _rewritten(messages: Sequence[Message], rendered: Rendered, written: str) -> str:
     """Say of which message a template made something else."""
     position = 0
     for index, (piece, content) in enumerate(zip(rendered.pieces, rendered.contents, strict=False)):
         expected = piece + content
-        if not found.startswith(expected, position):
+        if not written.startswith(expected, position):
             return (
                 f"the chat template rewrites message {index} ({messages[index].role}), or what stands before it: expected "
-                f"{_shown(expected)}, found {_shown(found[position : position + len(expected)])}"
+                f"{_shown(expected)}, found {_shown(written[position : position + len(expected)])}"
             )
         position += len(expected)
     return (
         f"the chat template rewrites what stands behind message {len(messages) - 1} ({messages[-1].role}): expected "
-        f"{_shown(rendered.pieces[-1])}, found {_shown(found[position:])}"
+        f"{_shown(rendered.pieces[-1])}, found {_shown(written[position:])}"
     )
 
 

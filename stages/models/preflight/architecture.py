@@ -156,11 +156,11 @@ def architecture_problems(model: ModelConfig, file: Path, skeleton: Any, *, isol
         return
     kinds = sorted({*(getattr(config, "layer_types", None) or ())} & {*_RECURRENT})
     if kinds or not takes_position_ids(skeleton):
-        what = f"layers of {', '.join(kinds)}" if kinds else "no attention that takes position ids"
+        obstacle = f"layers of {', '.join(kinds)}" if kinds else "no attention that takes position ids"
         yield Problem(
             model.name,
             str(file),
-            f"{type(skeleton).__name__} has {what}, so packed documents cannot be kept apart",
+            f"{type(skeleton).__name__} has {obstacle}, so packed documents cannot be kept apart",
             "attention in every layer where train.isolate_documents = true",
             "Set train.isolate_documents = false, or train another architecture",
         )

@@ -58,28 +58,28 @@ def examine(
     except FileNotFoundError as error:
         return [Problem(model.name, "", str(error))]
     if model.is_gguf:
-        found = list(_gguf_problems(model))
+        problems = list(_gguf_problems(model))
     else:
         folder = local_folder(model)
-        found = (
+        problems = (
             []
             if folder is None
             else list(_model_problems(model, folder, trained=trained, isolated=isolated, has_weights=has_weights))
         )
         if has_weights and may_ask_hub and model.path is None:
-            found += pickled_alone(model, folder)
+            problems += pickled_alone(model, folder)
     files = model.tokenizer_files
     if files.path is None and not may_ask_hub:
-        return found
+        return problems
     folder = None if files.is_gguf else local_folder(files)
     place = files.path if files.is_gguf else folder
     if place is None:
-        return found  # of the hub, and not in the cache
+        return problems  # of the hub, and not in the cache
     needed = place if files.is_gguf else place / CONFIG_FILE  # it says of which kind the tokenizer is
-    if any(problem.file == str(needed) for problem in found):
-        return found
+    if any(problem.file == str(needed) for problem in problems):
+        return problems
     num_rows = embedding_rows(model)
-    return found + examine_once(
+    return problems + examine_once(
         ["tokenizer", model.model_dump_json(), num_rows],
         [place, *([Path(model.chat_template)] if model.chat_template not in (None, PLAIN) else [])],
         lambda: tokenizer_problems(model, folder, num_rows=num_rows),
@@ -116,9 +116,9 @@ def local_folder(files: PretrainedFiles) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     for name in (CONFIG_FILE, "tokenizer.json", "tokenizer_config.json"):
-        found = try_to_load_from_cache(str(files.hub), name, revision=files.revision)
-        if isinstance(found, str):
-            return Path(found).parent
+        cached = try_to_load_from_cache(str(files.hub), name, revision=files.revision)
+        if isinstance(cached, str):
+            return Path(cached).parent
     return None
 
 
@@ -133,15 +133,15 @@ def _model_problems(
     except WeightFileError as error:
         yield _file_problem(model, error)
         return
-    found = list(settings_problems(model, config_file, settings, trained=trained))
-    yield from found
+    problems = list(settings_problems(model, config_file, settings, trained=trained))
+    yield from problems
     yield from _other_files(model, folder)
     stored: dict[str, StoredTensor] = {}
     broken = False
     for problem in _read_headers(model, folder, stored) if has_weights else ():
         broken = True
         yield problem
-    if found:
+    if problems:
         return  # transformers would say the same again in its own words
     here = model.model_copy(update={"hub": None, "revision": None, "path": folder})
     yield from examine_once(

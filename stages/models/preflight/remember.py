@@ -44,10 +44,10 @@ def examine_once(
 
 
 def _digest(key: Sequence[Any], places: Sequence[Path]) -> str:
-    found = {
+    in_folders = {
         file for place in places if place.is_dir() for name in _FILES for file in place.glob(name) if file.exists()
     }
-    files = sorted(found | {place for place in places if place.is_file()})
+    files = sorted(in_folders | {place for place in places if place.is_file()})
     stamps = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     versions = [metadata.version(name) for name in ("transformers", "tokenizers", "torch")]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py"))))

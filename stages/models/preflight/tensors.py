@@ -64,13 +64,13 @@ def compare_tensors(skeleton: Any, stored: Mapping[str, StoredTensor]) -> Tensor
     settings = LoadStateDictConfig(
         device_map={"": meta}, dtype=torch.float32, weight_mapping=get_model_conversion_mapping(skeleton)
     )
-    found, _ = convert_and_load_state_dict_in_model(model=skeleton, state_dict=tensors, load_config=settings)
-    skeleton.mark_tied_weights_as_initialized(found)
-    skeleton.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
-    skeleton._adjust_missing_and_unexpected_keys(found)
-    reshaped = ((name, tuple(held), tuple(wanted)) for name, held, wanted in found.mismatched_keys)
-    missing = found.missing_keys | found.conversion_errors.keys()
-    return TensorMismatch(_sorted(missing), _sorted(found.unexpected_keys), tuple(sorted(reshaped)))
+    loading_info, _ = convert_and_load_state_dict_in_model(model=skeleton, state_dict=tensors, load_config=settings)
+    skeleton.mark_tied_weights_as_initialized(loading_info)
+    skeleton.tie_weights(missing_keys=loading_info.missing_keys, recompute_mapping=False)
+    skeleton._adjust_missing_and_unexpected_keys(loading_info)
+    reshaped = ((name, tuple(held), tuple(wanted)) for name, held, wanted in loading_info.mismatched_keys)
+    missing = loading_info.missing_keys | loading_info.conversion_errors.keys()
+    return TensorMismatch(_sorted(missing), _sorted(loading_info.unexpected_keys), tuple(sorted(reshaped)))
 
 
 def tensor_problems(
@@ -182,6 +182,8 @@ def _sorted(names: Any) -> tuple[str, ...]:
     return tuple(
         sorted(
             names,
-            key=lambda name: [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)],
+            key=lambda name: [
+                (int(piece), "") if piece.isdigit() else (0, piece) for piece in re.split(r"(\d+)", name)
+            ],
         )
     )

@@ -67,22 +67,22 @@ def _differences(model: ModelConfig, file: Path, tokenizer: SegmentTokenizer) ->
     """Compare the ids of the probes with those of tokenizer.json itself."""
     from tokenizers import Tokenizer
 
-    own = Tokenizer.from_file(str(file))
-    _let_alone(own)
+    reference = Tokenizer.from_file(str(file))
+    _let_alone(reference)
     for text in PROBES:
-        expected = own.encode(text, add_special_tokens=False).ids
-        found = tokenizer.text_ids(text)
-        if found == expected:
+        expected = reference.encode(text, add_special_tokens=False).ids
+        actual = tokenizer.text_ids(text)
+        if actual == expected:
             continue
         first = next(
-            (index for index, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]),
-            min(len(found), len(expected)),
+            (index for index, pair in enumerate(zip(actual, expected, strict=False)) if pair[0] != pair[1]),
+            min(len(actual), len(expected)),
         )
         yield Problem(
             model.name,
             str(file),
             f"transformers makes another tokenizer of this folder than tokenizer.json is: of {text!r} token {first} becomes "
-            f"{_shown(found, first)}, and by the file {_shown(expected, first)}",
+            f"{_shown(actual, first)}, and by the file {_shown(expected, first)}",
             "the same tokens",
             "Take `model_type` in config.json and tokenizer.json of one model; or copy the tokenizer's files into a folder of "
             'their own, set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, and give it as '
