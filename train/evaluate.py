@@ -108,7 +108,7 @@ def bits_per_byte(
     device = resolve_device(config.device)
     set_threads(device, cpus)
     tokenizer = SegmentTokenizer.load(model)
-    encodings = tokenizer.encode_segments([part.segment_text for part in segments])
+    encodings = tokenizer.encode_segments([segment.segment_text for segment in segments])
     attention = attention_choices(config.attention, device, half_precision=config.dtype == "bfloat16")
     loaded = load_model(model, dtype=config.dtype, attention=attention, device=str(device))
     check_head(loaded)
@@ -126,11 +126,11 @@ def bits_per_byte(
         if not np.isfinite(gold[:-1]).all():
             raise FloatingPointError(f"model {model.name}: a logprob of document {segment.doc_id} is not finite")
         if segment.messages:
-            part = content_cross_entropy(gold, segment.messages, encoding)
+            segment_loss = content_cross_entropy(gold, segment.messages, encoding)
         else:
             is_special = tokenizer.vocabulary.is_special[encoding.ids]
-            part = cross_entropy(gold, encoding.byte_end, is_special, first_byte=segment.first_byte)
-        totals[segment.doc_id] = totals.get(segment.doc_id, CrossEntropy(0.0, 0, 0)) + part
+            segment_loss = cross_entropy(gold, encoding.byte_end, is_special, first_byte=segment.first_byte)
+        totals[segment.doc_id] = totals.get(segment.doc_id, CrossEntropy(0.0, 0, 0)) + segment_loss
     answers = None
     if config.num_generations and score is own_logprob:
         prompts = last_prompts(segments, encodings, config.num_generations)
@@ -193,9 +193,9 @@ def _refuse_tokens_without_rows(
 
 def first_documents(segments: Sequence[Segment], max_documents: int | None) -> list[Segment]:
     """Return the segments of the first ``max_documents`` documents, in their order; all segments if it is None."""
-    kept = list(dict.fromkeys(part.doc_id for part in segments))[:max_documents]
+    kept = list(dict.fromkeys(segment.doc_id for segment in segments))[:max_documents]
     wanted = set(kept)
-    return [part for part in segments if part.doc_id in wanted]
+    return [segment for segment in segments if segment.doc_id in wanted]
 
 
 @torch.inference_mode()
@@ -225,7 +225,7 @@ def gold_logprobs(
     device = model.get_input_embeddings().weight.device
     sequences = [encoding.ids for encoding in encodings]
     starts = np.append(0, np.cumsum([len(ids) for ids in sequences], dtype=np.int64))
-    found = np.full(starts[-1], np.nan, np.float32)
+    logprobs = np.full(starts[-1], np.nan, np.float32)
     inputs = [
         (index, window)
         for index, ids in enumerate(sequences)
@@ -241,6 +241,6 @@ def gold_logprobs(
         gold = torch.from_numpy(batch.gold_ids[wanted]).to(device)
         places = torch.from_numpy(batch.rows[wanted]).to(device)
         chunks = zip(*(array.split(config.chunk_positions) for array in (states, gold, places)), strict=True)
-        parts = [score(head(part)[:, :num_ids].float(), ids, where) for part, ids, where in chunks]
-        found[batch.rows[wanted]] = torch.cat(parts).cpu().numpy()
-    return np.split(found, starts[1:-1])
+        scores = [score(head(chunk)[:, :num_ids].float(), ids, where) for chunk, ids, where in chunks]
+        logprobs[batch.rows[wanted]] = torch.cat(scores).cpu().numpy()
+    return np.split(logprobs, starts[1:-1])

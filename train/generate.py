@@ -53,16 +53,16 @@ def prompt_of(segment: SegmentText, encoding: Encoding) -> np.ndarray | None:
     if encoding.role is None or not answers:
         return None
     start = sum(len(message.content.encode()) + 1 for message in segment.messages[: answers[-1]])
-    found = np.flatnonzero((encoding.role == Role.START) & (encoding.byte_end == start))
-    return encoding.ids[: int(found[-1]) + 1] if len(found) else None
+    starts = np.flatnonzero((encoding.role == Role.START) & (encoding.byte_end == start))
+    return encoding.ids[: int(starts[-1]) + 1] if len(starts) else None
 
 
 def stop_ids(model: Any, tokenizer: SegmentTokenizer) -> list[int]:
     """Return the tokens that end a turn: that of the chat template, and those of the model's generation settings."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    own = [] if configured is None else configured if isinstance(configured, list) else [configured]
+    configured_ids = [] if configured is None else configured if isinstance(configured, list) else [configured]
     turn_end = tokenizer.vocabulary.eos_id
-    return sorted({int(token) for token in [*own, *([] if turn_end is None else [turn_end])]})
+    return sorted({int(token) for token in [*configured_ids, *([] if turn_end is None else [turn_end])]})
 
 
 @torch.inference_mode()
@@ -116,14 +116,14 @@ def _greedy(
         pad_token_id=stops[0] if stops else 0,
     )
     try:
-        found = model.generate(
+        generated = model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
             logits_processor=LogitsProcessorList([_KnownIds(num_ids)]),
         )
     finally:
         model.generation_config = configured
-    return [_up_to_stop(row, set(stops)) for row in found[:, width:].tolist()]
+    return [_up_to_stop(row, set(stops)) for row in generated[:, width:].tolist()]
 
 
 class _KnownIds:

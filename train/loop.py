@@ -84,7 +84,7 @@ def train(
         # If each machine has its own disk, checkpoints are complete only in an object store: refuse a job without one.
         disk = compare_disks(output, workers, store=job.checkpoint_store, marker=marker)
         with workers.fail_together():
-            done = _published(job, found) if workers.is_first and (found := finished(job)) is not None else None
+            done = _published(job, trained) if workers.is_first and (trained := finished(job)) is not None else None
         done = workers.broadcast(done)  # other machines may have nothing in their folders
         if done is not None:
             return done

@@ -102,7 +102,9 @@ class Stepper:
     def _gradients(self, batch: StepBatch, clm_factor: float, fusion_factor: float) -> tuple[float, float]:
         """Accumulate the gradient; return the sums of the two losses over all workers."""
         self._optimizer.zero_grad(set_to_none=True)
-        sums = torch.stack([self._backward(part, clm_factor, fusion_factor) for part in batch.micro_batches])
+        sums = torch.stack(
+            [self._backward(micro_batch, clm_factor, fusion_factor) for micro_batch in batch.micro_batches]
+        )
         clm, fusion = self._workers.sum(sums.double().sum(dim=0).tolist())
         # The sums are the same on every worker, so all of them raise, and none waits in a collective for the others.
         if not math.isfinite(clm + fusion):
@@ -115,10 +117,10 @@ class Stepper:
             )
         return clm, fusion
 
-    def _backward(self, part: MicroBatch, clm_factor: float, fusion_factor: float) -> Tensor:
+    def _backward(self, micro_batch: MicroBatch, clm_factor: float, fusion_factor: float) -> Tensor:
         """Run one forward and backward pass; return the two sums, (2,) float32, without waiting for the device."""
         total, clm, fusion = self._root(
-            part.to(self._workers.device), clm_factor=clm_factor, fusion_factor=fusion_factor
+            micro_batch.to(self._workers.device), clm_factor=clm_factor, fusion_factor=fusion_factor
         )
         total.backward()
         return torch.stack([clm, fusion])
@@ -129,7 +131,9 @@ class Stepper:
         parameters = [parameter for parameter in self._root.parameters() if parameter.grad is not None]
         norm = total_norm(parameters)
         if not math.isfinite(norm):
-            blocks = [name for names in self._workers.gather(batch.names) for part in names for name in part]
+            blocks = [
+                name for names in self._workers.gather(batch.names) for block_names in names for name in block_names
+            ]
             raise FloatingPointError(
                 f"step {batch.step + 1}: the gradient's norm is {norm} on blocks {', '.join(blocks)}; the last checkpoint "
                 "is unharmed"

@@ -265,10 +265,10 @@ def _read_state(folder: Path, expected: TrainState) -> TrainState:
     """
     state = TrainState(**json.loads((folder / STATE).read_text()))
     for name in ("fingerprint", "dataset", "seed", "num_blocks"):
-        found, wanted = getattr(state, name), getattr(expected, name)
-        if found != wanted:
+        actual, wanted = getattr(state, name), getattr(expected, name)
+        if actual != wanted:
             raise ValueError(
-                f"{folder} belongs to another job: its {name} is {found!r}, this job's is {wanted!r}. Train into "
+                f"{folder} belongs to another job: its {name} is {actual!r}, this job's is {wanted!r}. Train into "
                 f"another output folder, or remove {folder.parent}"
             )
     return state

@@ -32,8 +32,8 @@ def checkpoint_step(name: str) -> int | None:
 
 
 def _folders(output: Path) -> list[tuple[int, Path]]:
-    found = ((checkpoint_step(folder.name), folder) for folder in output.glob("checkpoint-*"))
-    return [(step, folder) for step, folder in found if step is not None]
+    numbered = ((checkpoint_step(folder.name), folder) for folder in output.glob("checkpoint-*"))
+    return [(step, folder) for step, folder in numbered if step is not None]
 
 
 def remove_torn_checkpoints(output: Path) -> None:

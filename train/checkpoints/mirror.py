@@ -96,7 +96,7 @@ class CheckpointMirror:
         # Each phase ends on all workers before the next one begins: nobody overwrites a file of a copy that still counts,
         # and nobody commits a copy of which a file has not arrived.
         _all(peers, begin)
-        hashes = {name: digest for part in _all(peers, upload) for name, digest in part.items()}
+        hashes = {name: digest for uploaded in _all(peers, upload) for name, digest in uploaded.items()}
 
         def commit() -> None:
             if peers.is_first:
@@ -251,8 +251,8 @@ class CheckpointMirror:
 
     def _steps(self) -> list[int]:
         """Return the steps of all copies, complete or not, ascending."""
-        found = (checkpoint_step(name) for name in self._store.names(""))
-        return sorted(step for step in found if step is not None)
+        steps = (checkpoint_step(name) for name in self._store.names(""))
+        return sorted(step for step in steps if step is not None)
 
     def _committed(self) -> list[int]:
         return [step for step in self._steps() if self._store.exists(f"{checkpoint_folder(Path(), step)}/{COMMITTED}")]

@@ -343,12 +343,14 @@ def _joined(blocks: Sequence[Block]) -> Block:
 def _joined_rows(rows: Sequence[SparseRows]) -> SparseRows | None:
     if not rows:
         return None
-    width = max(part.ids.shape[1] for part in rows)
-    gaps = [((0, 0), (0, width - part.ids.shape[1])) for part in rows]
+    width = max(sparse.ids.shape[1] for sparse in rows)
+    gaps = [((0, 0), (0, width - sparse.ids.shape[1])) for sparse in rows]
     return SparseRows(
-        np.concatenate([np.pad(part.ids, gap, constant_values=PAD_ID) for part, gap in zip(rows, gaps, strict=True)]),
         np.concatenate(
-            [np.pad(part.logprobs, gap, constant_values=-np.inf) for part, gap in zip(rows, gaps, strict=True)]
+            [np.pad(sparse.ids, gap, constant_values=PAD_ID) for sparse, gap in zip(rows, gaps, strict=True)]
+        ),
+        np.concatenate(
+            [np.pad(sparse.logprobs, gap, constant_values=-np.inf) for sparse, gap in zip(rows, gaps, strict=True)]
         ),
     )
 

@@ -121,23 +121,23 @@ class Feed:
         num_micro_batches = -(-len(slices[0]) // self._micro_batch_size)
         self._blocks.prepare(slices[self._rank].tolist())
         blocks = [self._blocks.block(int(index)) for index in slices[self._rank]]
-        parts = [
+        groups = [
             blocks[number * self._micro_batch_size : (number + 1) * self._micro_batch_size]
             for number in range(num_micro_batches)
         ]
         return StepBatch(
             step=step,
             blocks=tuple(int(index) for index in indices),
-            names=tuple(tuple(block.name for block in part) for part in parts),
-            micro_batches=tuple(self._micro_batch(part) for part in parts),
+            names=tuple(tuple(block.name for block in group) for group in groups),
+            micro_batches=tuple(self._micro_batch(group) for group in groups),
             num_labels=num_labels(blocks),
             num_fused=sum(int(block.fused.present.sum()) for block in blocks if block.fused is not None),
             num_tokens=sum(len(block.ids) for block in blocks),
         )
 
-    def _micro_batch(self, part: Sequence[Block]) -> MicroBatch:
+    def _micro_batch(self, blocks: Sequence[Block]) -> MicroBatch:
         """Collate some blocks; for a GPU in pinned memory, so that this thread and not the training pays for the copy."""
-        micro_batch = collate(part, flatten=self._flatten) if part else empty_micro_batch()
+        micro_batch = collate(blocks, flatten=self._flatten) if blocks else empty_micro_batch()
         return micro_batch.pin_memory() if self._pins else micro_batch
 
     def __enter__(self) -> Self:

@@ -99,13 +99,13 @@ def survey(
     """
     # A file that is named several times is examined once.
     known: dict[FusedFile, FileFacts] = {}
-    found = {}
+    facts = {}
     for number, file in enumerate(files):
         if number % share[1] == share[0]:
             if file not in known:
                 known[file] = _survey_remote(file, columns, scratch) if is_remote(file) else _survey_local(file)
-            found[number] = known[file]
-    return found
+            facts[number] = known[file]
+    return facts
 
 
 def _survey_local(file: FusedFile) -> FileFacts:
@@ -150,10 +150,10 @@ def _download(file: FusedFile, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _refuse_other_file(file: FusedFile, found: str) -> None:
-    if found != file.sha256:
+def _refuse_other_file(file: FusedFile, digest: str) -> None:
+    if digest != file.sha256:
         raise ValueError(
-            f"{file.path} has sha256 {found}, its manifest says {file.sha256}: the file was changed or truncated "
+            f"{file.path} has sha256 {digest}, its manifest says {file.sha256}: the file was changed or truncated "
             "after fuse committed it. Run `ptafuse verify RUN --repair`, then `make fuse`"
         )
 
@@ -220,20 +220,20 @@ class RemoteFile:
 
     def is_here(self, group: int) -> bool:
         """Return whether a row group is on this machine's disk."""
-        return self._whole.exists() or self._part(group).exists()
+        return self._whole.exists() or self._group_path(group).exists()
 
     def fetch(self, group: int) -> None:
         """Fetch a row group to this machine's disk; nothing where that is nearly full."""
         if not _is_nearly_full(self._scratch):
             self._keep(group, self._download(group, column_ranges(self.metadata, group, self._names)))
 
-    def _part(self, group: int) -> Path:
+    def _group_path(self, group: int) -> Path:
         return self._scratch / f"{self._file.sha256}-{group:06d}.part"
 
     def _read(self, group: int, ranges: Sequence[Range]) -> bytes:
         """Return the bytes of some ranges, one after the other: from this machine's disk where they are there."""
-        part = self._part(group)
-        for path, places in ((self._whole, ranges), (part, None)):
+        group_path = self._group_path(group)
+        for path, places in ((self._whole, ranges), (group_path, None)):
             try:
                 with path.open("rb") as file:
                     raw = file.read() if places is None else b"".join(_local_ranges(file, places))
@@ -269,15 +269,15 @@ class RemoteFile:
         """Store a row group on this machine's disk, unless that is nearly full."""
         if _is_nearly_full(self._scratch):
             return
-        part = self._part(group)
-        temporary = _temporary(part)
+        group_path = self._group_path(group)
+        temporary = _temporary(group_path)
         try:
             temporary.write_bytes(raw)
-            temporary.replace(part)
+            temporary.replace(group_path)
         except OSError as error:
-            if local_error(error, str(part)) is error:  # neither space nor permissions are the cause
+            if local_error(error, str(group_path)) is error:  # neither space nor permissions are the cause
                 raise
-            logger.warning("%s is not kept, and fetched again when it is needed: %s", part, error)
+            logger.warning("%s is not kept, and fetched again when it is needed: %s", group_path, error)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -380,7 +380,7 @@ def largest_value(metadata: pq.FileMetaData, name: str) -> int | None:
 
 def merged(surveys: Iterable[Mapping[int, FileFacts]]) -> dict[int, FileFacts]:
     """Return the facts of all files, from what each worker found of its share."""
-    return {number: facts for part in surveys for number, facts in part.items()}
+    return {number: facts for share in surveys for number, facts in share.items()}
 
 
 def _local_ranges(file: Any, ranges: Sequence[Range]) -> Iterable[bytes]:

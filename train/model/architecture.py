@@ -117,9 +117,17 @@ def _build(config: Any, dtype: torch.dtype, lora: LoraConfig | None) -> Any:
 
 
 def _saved(config: Any, block_tokens: int, dtype: torch.dtype, lora: LoraConfig | None) -> Saved:
-    one, two = (saved_bytes(config, number, block_tokens, dtype, lora, recompute=False) for number in (1, 2))
-    first, second = (saved_bytes(config, number, block_tokens, dtype, lora, recompute=True) for number in (1, 2))
-    return Saved(outside_layers=max(0, 2 * one - two), layer=two - one, layer_recomputed=second - first)
+    one_layer, two_layers = (
+        saved_bytes(config, number, block_tokens, dtype, lora, recompute=False) for number in (1, 2)
+    )
+    one_recomputed, two_recomputed = (
+        saved_bytes(config, number, block_tokens, dtype, lora, recompute=True) for number in (1, 2)
+    )
+    return Saved(
+        outside_layers=max(0, 2 * one_layer - two_layers),
+        layer=two_layers - one_layer,
+        layer_recomputed=two_recomputed - one_recomputed,
+    )
 
 
 def saved_bytes(
@@ -136,10 +144,10 @@ def saved_bytes(
     with FakeTensorMode(), warnings.catch_warnings(action="ignore", category=FutureWarning):
         _put_fake_tensors(model, dtype)
         body, _ = split_head(model)
-        found = SavedTensors(model)
-        with found.hooks():
+        saved = SavedTensors(model)
+        with saved.hooks():
             body(torch.zeros((1, block_tokens), dtype=torch.int64))
-        return found.num_bytes
+        return saved.num_bytes
 
 
 def _put_fake_tensors(model: nn.Module, dtype: torch.dtype) -> None:

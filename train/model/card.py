@@ -168,11 +168,11 @@ def _text_table(text: TextFigures) -> str:
     for row in text.rows:
         comparisons = (row.against_before, row.against_gold_only)
         cells = [row.label, f"{row.bits_per_byte:.4f}"]
-        cells += ["" if found is None else _difference(found.over_bytes) for found in comparisons]
+        cells += ["" if differences is None else _difference(differences.over_bytes) for differences in comparisons]
         if has_kinds:
             cells.append("" if row.by_kind is None else f"{row.by_kind.average.mean:.4f}")
-            for found in comparisons:
-                kinds = None if found is None else found.by_kind
+            for differences in comparisons:
+                kinds = None if differences is None else differences.by_kind
                 cells += ["", ""] if kinds is None else [_difference(kinds.average), kinds.won]
         lines.append(cells)
     used = [index for index in range(len(columns)) if any(cells[index] for cells in lines)]

@@ -106,7 +106,7 @@ def _folder_of(files: PretrainedFiles) -> Path | None:
 def _other_files(folder: Path) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         parents = file.relative_to(folder).parts[:-1]
-        is_left_out = any(_matches(part, _LEFT_OUT_FOLDERS) for part in parents) or file.name.startswith(".")
+        is_left_out = any(_matches(parent, _LEFT_OUT_FOLDERS) for parent in parents) or file.name.startswith(".")
         is_own = not parents and file.name in _OWN
         if file.is_file() and not (is_left_out or is_own or _matches(file.name, _WEIGHTS)):
             yield file

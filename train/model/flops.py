@@ -69,4 +69,4 @@ def peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     if device.type != "cuda" or config.autocast != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in PEAK_TFLOPS.items() if part in name), None)
+    return next((tflops * 1e12 for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)

@@ -70,7 +70,9 @@ def rounding_survival(model: ModelConfig, weights: Mapping[str, Tensor]) -> Roun
                 continue
             if before.element_size() == 1:  # FP8, which is a weight only together with its scale
                 continue
-            part = count_changes(before, weights[name].cpu())
+            changes = count_changes(before, weights[name].cpu())
             total = total or RoundingSurvival(0, 0)
-            total = RoundingSurvival(total.num_changed + part.num_changed, total.num_surviving + part.num_surviving)
+            total = RoundingSurvival(
+                total.num_changed + changes.num_changed, total.num_surviving + changes.num_surviving
+            )
     return total

@@ -134,9 +134,9 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients = _Gradients(hidden, ctx.needs_input_grad[0], weights) if with_gradient else None
         sums = hidden.new_zeros(2, dtype=torch.float32)
         for start in range(0, len(labels), settings.chunk_positions):
-            part = slice(start, start + settings.chunk_positions)
-            rows = None if targets is None else targets.select(part)
-            sums += _chunk(hidden, part, head, labels[part], rows, settings, gradients)
+            chunk = slice(start, start + settings.chunk_positions)
+            rows = None if targets is None else targets.select(chunk)
+            sums += _chunk(hidden, chunk, head, labels[chunk], rows, settings, gradients)
         ctx.gradients = gradients
         clm, fusion = sums.unbind()
         ctx.mark_non_differentiable(clm, fusion)
@@ -190,7 +190,7 @@ class _Gradients:
 
     def add(
         self,
-        part: slice,
+        chunk: slice,
         states: Tensor,
         logits: Tensor,
         grad_logits: Tensor,
@@ -202,12 +202,12 @@ class _Gradients:
         others = [weight for weight in self.weights if id(weight) not in linear]
         wanted = [states] if self.hidden is not None else []
         wanted += [output for _, _, output in layers] + others
-        found = list(torch.autograd.grad(logits, wanted, grad_logits, allow_unused=True))
+        grads = list(torch.autograd.grad(logits, wanted, grad_logits, allow_unused=True))
         if self.hidden is not None:
-            self.hidden[part] = found.pop(0)
+            self.hidden[chunk] = grads.pop(0)
         for layer, inputs, _ in layers:
-            self._add_linear(layer, inputs.detach(), found.pop(0))
-        for weight, gradient in zip(others, found, strict=True):
+            self._add_linear(layer, inputs.detach(), grads.pop(0))
+        for weight, gradient in zip(others, grads, strict=True):
             if gradient is not None:  # a weight that this head does not use
                 self.totals[id(weight)] += gradient
 
@@ -227,7 +227,7 @@ class _Gradients:
 
 def _chunk(
     hidden: Tensor,
-    part: slice,
+    chunk: slice,
     head: TrainableHead,
     labels: Tensor,
     targets: SparseTargets | None,
@@ -235,7 +235,7 @@ def _chunk(
     gradients: _Gradients | None,
 ) -> Tensor:
     """Compute the two sums of one chunk, (2,) float32, and add its gradients to ``gradients``."""
-    states = hidden[part].detach()  # (C, H): a graph of its own, which ends here
+    states = hidden[chunk].detach()  # (C, H): a graph of its own, which ends here
     asked = targets is not None and asks_for_rest(targets, settings.divergence, settings.temperature)
     left_out = targets.ids if targets is not None and asked else None
     if gradients is None:
@@ -246,7 +246,7 @@ def _chunk(
     with torch.enable_grad(), gradients.watch(head) as layers:
         logits = head(states.requires_grad_(gradients.hidden is not None))  # (C, V)
     # 2. Compute the loss of a few numbers per position, with a second graph that does not contain the logits.
-    needed = [part.requires_grad_() for part in _needed_of(logits.detach(), labels, targets, left_out)]
+    needed = [tensor.requires_grad_() for tensor in _needed_of(logits.detach(), labels, targets, left_out)]
     with torch.enable_grad():
         total, sums = _loss_of(needed, labels, targets, settings, with_rest=asked)
     # 3. Join the two graphs by hand: gradient of those numbers -> gradient of the logits -> states and weights.
@@ -254,7 +254,7 @@ def _chunk(
         of_needed = [gradient.float() for gradient in torch.autograd.grad(total, needed)]
         others = needed[0].detach().float()
         of_logits = _of_logits(logits.detach(), others, of_needed, labels, targets, left_out)
-        gradients.add(part, states, logits, of_logits, layers)
+        gradients.add(chunk, states, logits, of_logits, layers)
     return sums
 
 
