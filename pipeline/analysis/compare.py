@@ -168,13 +168,13 @@ def compare(
     run = Run(resolve(config, store, request), store, Console(stderr=True), local=True)
     chosen = [model for model in config.sources if source in (None, model.name)]
     target_key = f"logits/{config.target.name}"
-    found = []
+    comparisons = []
     for model in chosen:
         total = require_complete(run, [target_key, f"logits/{model.name}"], "compare")
         shards = _sample(run, target_key, total, num_shards)
         log.info("%s: %d ways of aligning on %d of %d shards", model.name, len(variants), len(shards), total)
-        found.append(_compare_source(run, model, variants, shards, total))
-    return config, found
+        comparisons.append(_compare_source(run, model, variants, shards, total))
+    return config, comparisons
 
 
 def _sample(run: Run, key: str, total: int, wanted: int | None) -> tuple[int, ...]:
@@ -207,19 +207,19 @@ def _compare_source(
         }
         rows = _ShardNll(inputs["target"], inputs["source"], run.config.align)
         documents.append(rows.documents())
-        found = {TARGET_ROW: rows.target_nll()}
+        nll_by_label = {TARGET_ROW: rows.target_nll()}
         for label, stage in stages.items():
             aligned = stage.run(inputs).table
-            found[label] = rows.aligned_nll(aligned)
+            nll_by_label[label] = rows.aligned_nll(aligned)
             if label == partner_label:
-                found[SOURCE_ROW] = rows.source_nll(aligned)
+                nll_by_label[SOURCE_ROW] = rows.source_nll(aligned)
         for label in labels:
-            completed[label].append(found[label].completed)
-            floored[label].append(found[label].floored)
+            completed[label].append(nll_by_label[label].completed)
+            floored[label].append(nll_by_label[label].floored)
     place = np.concatenate(documents)
 
     def compared(nll: dict[str, list[np.ndarray]]) -> SharedNll:
-        joined = {label: np.concatenate(parts) for label, parts in nll.items()}
+        joined = {label: np.concatenate(per_shard) for label, per_shard in nll.items()}
         return compare_shared(joined, documents=place, baseline=TARGET_ROW)
 
     return Comparison(source.name, shards, total, len(place), variants, compared(completed), compared(floored))
@@ -272,42 +272,42 @@ class _ShardNll:
     def aligned_nll(self, aligned: pa.Table) -> _PositionNll:
         """Compute the NLL of aligned distributions; NaN where the row was quarantined."""
         rows = rows_by_segment(aligned)
-        parts = []
+        segments = []
         for key, row in self._rows.items():
             here = self._positions(row)
             if key not in rows:
-                parts.append(_nothing(len(here)))
+                segments.append(_nothing(len(here)))
                 continue
-            found, own = sparse_row(aligned, rows[key]), sparse_row(self._target, row)
-            ids, probs = found.ids[here], np.exp(found.logprobs[here].astype(np.float64))
+            aligned_rows, target_rows = sparse_row(aligned, rows[key]), sparse_row(self._target, row)
+            ids, probs = aligned_rows.ids[here], np.exp(aligned_rows.logprobs[here].astype(np.float64))
             gold = list_row(self._target, "token_ids", row).astype(np.int64)[here + 1]
             completed = completed_nll(
                 ids,
                 probs,
                 list_row(aligned, "tail_mass", rows[key])[here].astype(np.float64),
                 gold,
-                own_ids=own.ids[here],
-                own_probs=np.exp(own.logprobs[here].astype(np.float64)),
+                own_ids=target_rows.ids[here],
+                own_probs=np.exp(target_rows.logprobs[here].astype(np.float64)),
                 own_gold_logprob=list_row(self._target, "gold_logprob", row)[here],
             )
-            parts.append(_PositionNll(completed, floored_nll(ids, probs, gold)))
-        return _joined(parts)
+            segments.append(_PositionNll(completed, floored_nll(ids, probs, gold)))
+        return _joined(segments)
 
     def source_nll(self, aligned: pa.Table) -> _PositionNll:
         """Compute the NLL of the source for its own next token, at the positions whose distribution was taken."""
         rows = rows_by_segment(aligned)
-        parts = []
+        segments = []
         for key, row in self._rows.items():
             here = self._positions(row)
-            found = _nothing(len(here))
+            segment_nll = _nothing(len(here))
             if key in rows and key in self._source_rows:
                 taken = list_row(aligned, "source_position", rows[key])[here]
                 source_row = self._source_rows[key]
                 has_next = (taken >= 0) & (taken < len(list_row(self._source, "token_ids", source_row)) - 1)
                 completed, floored = self._model_nll(self._source, source_row, taken[has_next])
-                found.completed[has_next], found.floored[has_next] = completed, floored
-            parts.append(found)
-        return _joined(parts)
+                segment_nll.completed[has_next], segment_nll.floored[has_next] = completed, floored
+            segments.append(segment_nll)
+        return _joined(segments)
 
     def _model_nll(self, table: pa.Table, row: int, positions: np.ndarray) -> _PositionNll:
         """Compute the NLL of a model's own distributions for its own next tokens."""
@@ -327,6 +327,6 @@ def _nothing(num_positions: int) -> _PositionNll:
     return _PositionNll(np.full(num_positions, np.nan), np.full(num_positions, np.nan))
 
 
-def _joined(parts: list[_PositionNll]) -> _PositionNll:
-    parts = parts or [_nothing(0)]
-    return _PositionNll(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+def _joined(segments: list[_PositionNll]) -> _PositionNll:
+    segments = segments or [_nothing(0)]
+    return _PositionNll(*(np.concatenate(columns) for columns in zip(*segments, strict=True)))

@@ -22,39 +22,39 @@ def comparison_json(config: RunConfig, comparisons: Sequence[Comparison]) -> dic
         "target": config.target.name,
         "sources": [
             {
-                "source": found.source,
-                "shards": list(found.shards),
-                "num_shards": found.num_shards,
-                "num_positions": found.num_positions,
-                "num_shared_positions": found.completed.num_positions,
-                "num_documents": found.completed.num_documents,
+                "source": comparison.source,
+                "shards": list(comparison.shards),
+                "num_shards": comparison.num_shards,
+                "num_positions": comparison.num_positions,
+                "num_shared_positions": comparison.completed.num_positions,
+                "num_documents": comparison.completed.num_documents,
                 "rows": [
                     {
                         **_variant_json(variant),
-                        "completed": _finite(asdict(found.completed.entries[label])),
-                        "floored": _finite(asdict(found.floored.entries[label])),
+                        "completed": _finite(asdict(comparison.completed.entries[label])),
+                        "floored": _finite(asdict(comparison.floored.entries[label])),
                     }
-                    for label, variant in _rows(found)
+                    for label, variant in _rows(comparison)
                 ],
             }
-            for found in comparisons
+            for comparison in comparisons
         ],
     }
 
 
-def print_comparison(config: RunConfig, found: Comparison, console: Console) -> None:
+def print_comparison(config: RunConfig, comparison: Comparison, console: Console) -> None:
     """Show one source's table."""
-    shared = found.completed
+    shared = comparison.completed
     if not shared.num_positions:
         raise StageError(
-            f"{found.source}: none of the {found.num_positions:,} positions has a distribution under every way of aligning; "
-            "read more shards with --shards"
+            f"{comparison.source}: none of the {comparison.num_positions:,} positions has a distribution under every way of "
+            "aligning; read more shards with --shards"
         )
     table = Table(
-        title=f"Teacher NLL, {found.source} for {config.target.name}: mean -ln p(gold next token), nats, completed: what a row "
-        f"does not list is divided as the target divides it. On the {shared.num_positions:,} of {found.num_positions:,} "
-        f"positions that every row has; {shared.num_documents:,} documents, {len(found.shards)} of {found.num_shards} "
-        "shards; ± standard error over documents",
+        title=f"Teacher NLL, {comparison.source} for {config.target.name}: mean -ln p(gold next token), nats, completed: what "
+        f"a row does not list is divided as the target divides it. On the {shared.num_positions:,} of "
+        f"{comparison.num_positions:,} positions that every row has; {shared.num_documents:,} documents, "
+        f"{len(comparison.shards)} of {comparison.num_shards} shards; ± standard error over documents",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -65,7 +65,7 @@ def print_comparison(config: RunConfig, found: Comparison, console: Console) -> 
     columns = ("NLL", "against target", "mixed with it", "covers", "against it on\nall it covers", "floored\nNLL")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
-    for label, variant in _rows(found):
+    for label, variant in _rows(comparison):
         entry = shared.entries[label]
         is_target = label == TARGET_ROW
         table.add_row(
@@ -76,7 +76,7 @@ def print_comparison(config: RunConfig, found: Comparison, console: Console) -> 
             "" if is_target else _signed(entry.mixed_difference),
             f"{entry.coverage:.1%}",
             "" if is_target else _signed(entry.own_difference),
-            f"{found.floored.entries[label].nll.mean:.3f}",
+            f"{comparison.floored.entries[label].nll.mean:.3f}",
         )
     console.print(table)
     console.print(
@@ -95,8 +95,8 @@ def _named(variant: AlignmentVariant) -> str:
     return f"{variant.name}{epsilon}{' *' if variant.is_configured else ''}"
 
 
-def _rows(found: Comparison) -> list[tuple[str, AlignmentVariant | None]]:
-    return [(TARGET_ROW, None), (SOURCE_ROW, None), *((variant.label, variant) for variant in found.variants)]
+def _rows(comparison: Comparison) -> list[tuple[str, AlignmentVariant | None]]:
+    return [(TARGET_ROW, None), (SOURCE_ROW, None), *((variant.label, variant) for variant in comparison.variants)]
 
 
 def _signed(estimate: Estimate) -> str:
@@ -119,5 +119,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Estimate):
         return {"mean": _finite(value.mean), "error": _finite(value.error)}
     if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
+        return {name: _finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -119,35 +119,37 @@ def show_aligned(inspected: InspectedRow, table: pa.Table, position: int | None,
     stage = AlignStage(inspected.run.config.align, target, source, inspected.tables)
     stage.setup()
     keys = table["doc_id"][inspected.row].as_py(), table["segment"][inspected.row].as_py()
-    found = stage.explain(inputs, find_row(inputs["target"], *keys), position)
+    explanation = stage.explain(inputs, find_row(inputs["target"], *keys), position)
     console.print(f"{_where(table, inspected.row)}, position {position} of {len(table['outcome'][inspected.row])}")
-    _show_context(found.context, position, target.name, source.name, console)
-    gold = visible(found.gold_next) if found.gold_next is not None else "(the segment ends)"
-    console.print(Text(f"gold next token: {gold}   outcome: {found.outcome}"))
-    if found.seen:
+    _show_context(explanation.context, position, target.name, source.name, console)
+    gold = visible(explanation.gold_next) if explanation.gold_next is not None else "(the segment ends)"
+    console.print(Text(f"gold next token: {gold}   outcome: {explanation.outcome}"))
+    if explanation.seen:
         console.print(
-            Text(f"{source.name} conditioned on: {visible(found.seen)} (what is left of its candidates is moved)")
+            Text(f"{source.name} conditioned on: {visible(explanation.seen)} (what is left of its candidates is moved)")
         )
     # With draws a source's row has the exact entries of its window, and the tokens that were drawn.
-    num_drawn = max(0, len(found.source_topk) - inspected.run.config.align.top_k)
+    num_drawn = max(0, len(explanation.source_topk) - inspected.run.config.align.top_k)
     drawn = f" and {num_drawn} drawn" if num_drawn else ""
     lists = [
         distribution_table(
-            f"{source.name} top {len(found.source_topk) - num_drawn}{drawn}",
-            _pairs(found.source_topk),
-            _rest(found.source_topk),
+            f"{source.name} top {len(explanation.source_topk) - num_drawn}{drawn}",
+            _pairs(explanation.source_topk),
+            _rest(explanation.source_topk),
         ),
         distribution_table(
-            f"{target.name} top {len(found.target_topk)}", _pairs(found.target_topk), _rest(found.target_topk)
+            f"{target.name} top {len(explanation.target_topk)}",
+            _pairs(explanation.target_topk),
+            _rest(explanation.target_topk),
         ),
-        distribution_table("projected", _pairs(found.projected), found.tail_mass),
+        distribution_table("projected", _pairs(explanation.projected), explanation.tail_mass),
     ]
     console.print(side_by_side(*lists))
-    if found.plan.size:
+    if explanation.plan.size:
         title = f"plan, % of mass: {source.name} down, {inspected.run.config.target.name} across"
-        labels = [part.text for part in found.source_topk], [part.text for part in found.support]
-        console.print(plan_table(title, *labels, found.plan))
-    _check_against_stored(found, table, inspected, position)
+        labels = [token.text for token in explanation.source_topk], [token.text for token in explanation.support]
+        console.print(plan_table(title, *labels, explanation.plan))
+    _check_against_stored(explanation, table, inspected, position)
 
 
 def _show_context(context: tuple[PairedToken, ...], position: int, target: str, source: str, console: Console) -> None:
@@ -165,11 +167,13 @@ def _show_context(context: tuple[PairedToken, ...], position: int, target: str, 
     console.print(view)
 
 
-def _check_against_stored(found: AlignmentExplanation, table: pa.Table, inspected: InspectedRow, position: int) -> None:
+def _check_against_stored(
+    explanation: AlignmentExplanation, table: pa.Table, inspected: InspectedRow, position: int
+) -> None:
     """Refuse to show a position whose recomputed distribution is not the one in the shard."""
     stored = sparse_row(table, inspected.row)
     probs = np.exp(stored.logprobs[position][stored.ids[position] != PAD_ID])
-    shown = np.array([part.prob for part in found.projected])
+    shown = np.array([token.prob for token in explanation.projected])
     if probs.shape != shown.shape or not np.allclose(probs, shown, rtol=2e-2, atol=1e-6):
         raise StageError(
             f"{inspected.step.key} shard {inspected.shard} row {inspected.row} position {position}: the shard holds another "
@@ -200,19 +204,24 @@ def show_fused(inspected: InspectedRow, table: pa.Table, position: int | None, c
     stage = FuseStage(config.fuse, config.target, config.sources, inspected.tables)
     stage.setup()
     row = find_row(inputs[f"logits/{config.target.name}"], where.doc_id, where.segment)
-    found = stage.explain(inputs, row, where.position)
+    explanation = stage.explain(inputs, row, where.position)
     console.print(f"document {where.doc_id}, segment {where.segment}, position {where.position} of it")
     console.print(token_line(tokens, position))
-    gold = "(the segment ends)" if found.gold is None else visible(found.gold)
-    console.print(Text(f"gold next token: {gold}{'' if found.is_learnt or found.gold is None else ' (not learnt)'}"))
+    gold = "(the segment ends)" if explanation.gold is None else visible(explanation.gold)
+    console.print(
+        Text(f"gold next token: {gold}{'' if explanation.is_learnt or explanation.gold is None else ' (not learnt)'}")
+    )
     unit = "nats" if config.fuse.granularity == "token" else config.fuse.unit
     view = Table("candidate", f"cross-entropy ({unit}, {config.fuse.granularity})", "weight")
-    for candidate in found.candidates:
+    for candidate in explanation.candidates:
         view.add_row(candidate.name, f"{candidate.cross_entropy:.4f}", f"{candidate.weight:.3f}")
     console.print(view)
-    console.print(f"chosen: {found.chosen or 'none: no candidate has a distribution here'}")
-    parts = [distribution_table(part.name, part.distribution, part.tail_mass) for part in found.candidates]
-    console.print(side_by_side(*parts, distribution_table("fused", found.fused, found.tail_mass)))
+    console.print(f"chosen: {explanation.chosen or 'none: no candidate has a distribution here'}")
+    tables = [
+        distribution_table(candidate.name, candidate.distribution, candidate.tail_mass)
+        for candidate in explanation.candidates
+    ]
+    console.print(side_by_side(*tables, distribution_table("fused", explanation.fused, explanation.tail_mass)))
 
 
 VIEWS: Final[dict[str, Callable[[InspectedRow, pa.Table, int | None, Console], None]]] = {
@@ -270,11 +279,11 @@ def _roles(table: pa.Table, row: int) -> list[str]:
 
 
 def _pairs(candidates: tuple[TokenProb, ...]) -> list[tuple[str, float]]:
-    return [(part.text, part.prob) for part in candidates]
+    return [(candidate.text, candidate.prob) for candidate in candidates]
 
 
 def _rest(candidates: tuple[TokenProb, ...]) -> float:
-    return 1 - sum(part.prob for part in candidates)
+    return 1 - sum(candidate.prob for candidate in candidates)
 
 
 def _where(table: pa.Table, row: int) -> str:

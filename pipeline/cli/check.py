@@ -17,18 +17,18 @@ def check(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> No
     loaded = load_config(config, tuple(sets or ()))
     problems = model_problems(loaded)
     for model in loaded.models:
-        own = [problem for problem in problems if problem.model == model.name]
-        found = []
-        for problem in own:
+        of_model = [problem for problem in problems if problem.model == model.name]
+        messages = []
+        for problem in of_model:
             file = problem.file.removeprefix(f"{model.path}/") if model.path else problem.file
             where = "" if problem.file in ("", str(model.path)) else f"{file}: "
-            found.append(f"{where}{problem.text}")
+            messages.append(f"{where}{problem.text}")
         left_out = unexamined(model, has_weights=not is_served(model))
-        _show(model.name, str(model.path or f"{model.hub}@{model.revision}"), found, left_out)
+        _show(model.name, str(model.path or f"{model.hub}@{model.revision}"), messages, left_out)
     of_datasets = dataset_problems(loaded)
     for dataset in (loaded.dataset, *loaded.eval.texts):
-        found = of_datasets[dataset.section]
-        _show(dataset.section, str(dataset.path or f"{dataset.hub}@{dataset.revision}"), found)
+        messages = of_datasets[dataset.section]
+        _show(dataset.section, str(dataset.path or f"{dataset.hub}@{dataset.revision}"), messages)
     if problems or any(of_datasets.values()):
         raise typer.Exit(1)
 

@@ -47,11 +47,11 @@ def plan(
     loaded = load_config(request.config_path, request.overrides)
     refuse_unusable_models(loaded, may_ask_hub=False)
     store = Store(run)
-    found = forecast(resolve(loaded, store, request), store)
+    config_forecast = forecast(resolve(loaded, store, request), store)
     if as_json:
-        sys.stdout.write(json.dumps(forecast_json(found), indent=1, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(forecast_json(config_forecast), indent=1, allow_nan=False) + "\n")
     else:
-        print_forecast(found, console())
+        print_forecast(config_forecast, console())
 
 
 @app.command()
@@ -77,11 +77,11 @@ def status(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None  # as the shell says of a program that Ctrl-C ended
         return
-    found = reader.read()
+    run_status = reader.read()
     if as_json:
-        sys.stdout.write(json.dumps(status_json(found), indent=1) + "\n")
+        sys.stdout.write(json.dumps(status_json(run_status), indent=1) + "\n")
     else:
-        print_status(found, console(), all_metrics=all_metrics)
+        print_status(run_status, console(), all_metrics=all_metrics)
 
 
 @app.command()
@@ -140,12 +140,12 @@ def compare(
     from pipeline.analysis.compare_view import comparison_json, print_comparison
 
     request = Request(config, tuple(sets or ()))
-    loaded, found = compare_run(request, run, source=source, num_shards=shards, epsilons=tuple(epsilon or ()))
+    loaded, comparisons = compare_run(request, run, source=source, num_shards=shards, epsilons=tuple(epsilon or ()))
     if as_json:
-        sys.stdout.write(json.dumps(comparison_json(loaded, found), indent=1) + "\n")
+        sys.stdout.write(json.dumps(comparison_json(loaded, comparisons), indent=1) + "\n")
         return
-    for part in found:
-        print_comparison(loaded, part, console())
+    for comparison in comparisons:
+        print_comparison(loaded, comparison, console())
 
 
 @app.command()
@@ -163,11 +163,11 @@ def interpret(
 
     progress = Console(stderr=True) if as_json else console()
     opened = open_run(Request(config, tuple(sets or ())), run, progress, local=True)
-    found = interpret_run(opened)
+    interpretation = interpret_run(opened)
     if as_json:
-        sys.stdout.write(json.dumps(found, indent=1, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(interpretation, indent=1, allow_nan=False) + "\n")
         return
-    for table in interpretation_tables(opened.config.name, found):
+    for table in interpretation_tables(opened.config.name, interpretation):
         print_table(table, console())
 
 

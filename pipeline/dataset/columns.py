@@ -53,18 +53,18 @@ def document_column(dataset: DatasetConfig) -> Column:
     return Column(dataset.document_column, dataset.document_setting, dataset.has_conversations)
 
 
-def describe_missing(column: Column, found: list[str], section: str) -> str:
+def describe_missing(column: Column, names: list[str], section: str) -> str:
     """Return what a message says of data without a column: the columns that there are, and how to name one.
 
     Args:
         column: the column that is wanted.
-        found: names of the columns that there are.
+        names: names of the columns that there are.
         section: the section of the configuration.
     """
-    likely = [name for name in found if name in _LIKELY and column.setting == "text_column"]
+    likely = [name for name in names if name in _LIKELY and column.setting == "text_column"]
     hint = f" (conversations: set {section}.messages_column = {likely[0]!r})" if likely else ""
     return (
-        f"has no column {column.name!r}: set {section}.{column.setting} to one of {', '.join(map(repr, found))}{hint}"
+        f"has no column {column.name!r}: set {section}.{column.setting} to one of {', '.join(map(repr, names))}{hint}"
     )
 
 
@@ -103,8 +103,8 @@ def wrong_value(column: Column, value: Any, section: str) -> str | None:
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     if is_list and all(not {"role", "from"}.isdisjoint(message) for message in messages):
         return None
-    found = str(value) if len(str(value)) <= _MAX_SHOWN else f"{str(value)[:_MAX_SHOWN]}..."
-    return f"column {column.name!r} holds {found}: set {section}.{column.setting} to a column of {EXPECTED}"
+    shown = str(value) if len(str(value)) <= _MAX_SHOWN else f"{str(value)[:_MAX_SHOWN]}..."
+    return f"column {column.name!r} holds {shown}: set {section}.{column.setting} to a column of {EXPECTED}"
 
 
 def as_binary(values: pa.Array) -> pa.Array:

@@ -54,7 +54,9 @@ class ShardRange:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Restore from the result of ``to_json``."""
         return cls(
-            values["first_doc_id"], values["num_documents"], tuple(FileRange(**part) for part in values["files"])
+            values["first_doc_id"],
+            values["num_documents"],
+            tuple(FileRange(**file_range) for file_range in values["files"]),
         )
 
 
@@ -141,8 +143,8 @@ def _read_column(dataset: DatasetConfig, shard_range: ShardRange, column: Column
     texts: list[pa.Array] = []
     errors: list[pa.Array] = []
     files = find_files(dataset)
-    for part in shard_range.files:
-        for text, error in _read_rows(files, part, column):
+    for file_range in shard_range.files:
+        for text, error in _read_rows(files, file_range, column):
             texts.append(text)
             errors.append(pa.nulls(len(text), pa.string()) if error is None else error)
     ids = pa.array(range(shard_range.first_doc_id, shard_range.first_doc_id + shard_range.num_documents), pa.int64())
@@ -184,14 +186,14 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
             return
 
 
-def _read_rows(files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
+def _read_rows(files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
     """Read a range of a file's rows, exactly as many as were planned."""
-    if part.file not in files.paths:
-        raise FileNotFoundError(f"{part.file} was in the dataset when it was planned, and is gone: put it back")
-    chunks = FORMATS[files.format].read(files, part, column)
+    if file_range.file not in files.paths:
+        raise FileNotFoundError(f"{file_range.file} was in the dataset when it was planned, and is gone: put it back")
+    chunks = FORMATS[files.format].read(files, file_range, column)
     num_rows = sum(len(texts) for texts, _ in chunks)
-    if num_rows != part.end - part.start:
-        raise changed(part, f"found {num_rows} rows")
+    if num_rows != file_range.end - file_range.start:
+        raise changed(file_range, f"found {num_rows} rows")
     return chunks
 
 
@@ -230,10 +232,10 @@ class _ShardBuilder:
     def shards(self, where: str) -> list[ShardRange]:
         if not self._shards:
             raise DatasetError(f"{where} holds no documents")
-        sizes = [sum(part.end - part.start for part in parts) for parts in self._shards]
+        sizes = [sum(file_range.end - file_range.start for file_range in ranges) for ranges in self._shards]
         return [
-            ShardRange(index * self._documents_per_shard, size, tuple(parts))
-            for index, (size, parts) in enumerate(zip(sizes, self._shards, strict=True))
+            ShardRange(index * self._documents_per_shard, size, tuple(ranges))
+            for index, (size, ranges) in enumerate(zip(sizes, self._shards, strict=True))
         ]
 
 

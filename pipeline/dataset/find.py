@@ -65,32 +65,32 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
         check_reachable(filesystem, root, url)
     kind = _kind(filesystem, root, url)
     root, question, query = root.partition("?") if url.startswith(("http://", "https://")) else (root, "", "")
-    found = LocalFiles()
+    local_files = LocalFiles()
     if kind == "file":  # first: a file's name may hold a bracket
-        base, found.paths = root.rpartition("/")[0], [root]
+        base, local_files.paths = root.rpartition("/")[0], [root]
     elif has_magic(root):
         base = root[: min(root.index(mark) for mark in "*?[" if mark in root)].rpartition("/")[0]
-        found = _matches(filesystem, root, url)
-        _refuse_unreadable(found, setting)
-        if not found.paths:
+        local_files = _matches(filesystem, root, url)
+        _refuse_unreadable(local_files, setting)
+        if not local_files.paths:
             raise FileNotFoundError(f"{setting} = {url!r} matches no file; {EXPECTED}")
     elif kind == "directory":
         base = root
-        found = _in_folder(filesystem, root, url)
-        _refuse_unreadable(found, setting)
+        local_files = _in_folder(filesystem, root, url)
+        _refuse_unreadable(local_files, setting)
     else:
         link = describe_link(root) if is_on_disk(filesystem) else None
-        what = f"is {link}" if link else "is not a file or folder"
+        obstacle = f"is {link}" if link else "is not a file or folder"
         raise FileNotFoundError(
-            f"{setting} = {url!r} {what} (looked for {root}): correct it; a dataset of the Hugging Face hub is named by "
+            f"{setting} = {url!r} {obstacle} (looked for {root}): correct it; a dataset of the Hugging Face hub is named by "
             f"{dataset.section}.hub and {dataset.section}.revision"
         )
-    names = {path[len(base) :].lstrip("/"): f"{path}{question}{query}" for path in found.paths}
-    notes = [f"{path} is {read_as} by a link: it is read once" for path, read_as in found.doubles.items()]
-    if found.passed_over:
+    names = {path[len(base) :].lstrip("/"): f"{path}{question}{query}" for path in local_files.paths}
+    notes = [f"{path} is {read_as} by a link: it is read once" for path, read_as in local_files.doubles.items()]
+    if local_files.passed_over:
         notes.append(
-            f"{url}: {len(found.passed_over)} files are not read, {found.passed_over[0]} the first: "
-            f"{_remedy(found.passed_over[0])}"
+            f"{url}: {len(local_files.passed_over)} files are not read, {local_files.passed_over[0]} the first: "
+            f"{_remedy(local_files.passed_over[0])}"
         )
     if dataset.split is not None:
         names = _of_split(dataset, names, notes)
@@ -215,10 +215,10 @@ def _matches(filesystem: Any, pattern: str, url: str) -> LocalFiles:
 def _in_folder(filesystem: Any, root: str, url: str) -> LocalFiles:
     """List the files in and below a folder that are data of a known format, sorted."""
     if is_on_disk(filesystem):
-        found = _listed(walk_files, root)
+        listed = _listed(walk_files, root)
     else:
-        found = LocalFiles(sorted(retry_transient(filesystem.find, root, url=url)))
-    shown = [path for path in found.paths if not _is_hidden(path[len(root) :])]
+        listed = LocalFiles(sorted(retry_transient(filesystem.find, root, url=url)))
+    shown = [path for path in listed.paths if not _is_hidden(path[len(root) :])]
     known = _without_metadata([path for path in shown if format_of(path)])
     if not known:
         remedy = next(filter(None, map(_remedy, shown)), None)
@@ -227,8 +227,8 @@ def _in_folder(filesystem: Any, root: str, url: str) -> LocalFiles:
             f"the folder {url} has no file that can be read: {EXPECTED}; found {names}"
             + (f". {remedy[0].upper()}{remedy[1:]}" if remedy else "")
         )
-    doubles = {path: read_as for path, read_as in found.doubles.items() if read_as in known}
-    unreadable = {path: why for path, why in found.unreadable.items() if not _is_hidden(path[len(root) :])}
+    doubles = {path: read_as for path, read_as in listed.doubles.items() if read_as in known}
+    unreadable = {path: why for path, why in listed.unreadable.items() if not _is_hidden(path[len(root) :])}
     unreadable = {path: why for path, why in unreadable.items() if format_of(path)}
     passed_over = [path for path in shown if format_of(path) is None and _remedy(path) is not None]
     return LocalFiles(known, doubles, unreadable, passed_over)
@@ -241,13 +241,13 @@ def _listed(search: Any, path: str) -> LocalFiles:
         DatasetError: a folder may not be listed.
     """
     try:
-        found: LocalFiles = search(path)
+        listed: LocalFiles = search(path)
     except PermissionError as error:
         raise DatasetError(
             f"the folder {error.filename} may not be listed ({error.strerror}), so its files would be missing: give this user "
             "the right to read it, or name the files that are wanted with a glob"
         ) from None
-    return found
+    return listed
 
 
 def _without_metadata(paths: list[str]) -> list[str]:
@@ -258,13 +258,13 @@ def _without_metadata(paths: list[str]) -> list[str]:
     return data
 
 
-def _refuse_unreadable(found: LocalFiles, setting: str) -> None:
+def _refuse_unreadable(listed: LocalFiles, setting: str) -> None:
     """Refuse entries that are named like a file of documents but are not one.
 
     Raises:
         DatasetError: names it.
     """
-    for path, why in found.unreadable.items():
+    for path, why in listed.unreadable.items():
         raise DatasetError(f"{setting}: {path} is {why}: put the file there, or remove it")
 
 
@@ -275,4 +275,4 @@ def _remedy(name: str) -> str | None:
 
 def _is_hidden(relative: str) -> bool:
     """Return whether a file is not part of the data: Spark's ``_SUCCESS``, ``.git``, half-written temporaries."""
-    return any(part.startswith((".", "_")) for part in relative.split("/"))
+    return any(name.startswith((".", "_")) for name in relative.split("/"))

@@ -95,7 +95,7 @@ class Format(Protocol):
         """
         ...
 
-    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
+    def read(self, files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
         """Read a range of a file's rows: their texts, and what is wrong with them.
 
         Raises:
@@ -145,33 +145,33 @@ class Parquet:
         with files.open(name) as stream:
             return _open_parquet(stream, files, name, column).metadata.num_rows, {}
 
-    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
+    def read(self, files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
         """See ``Format``."""
-        with files.open(part.file) as stream:
-            parquet = _open_parquet(stream, files, part.file, column)
+        with files.open(file_range.file) as stream:
+            parquet = _open_parquet(stream, files, file_range.file, column)
             sizes = [parquet.metadata.row_group(index).num_rows for index in range(parquet.metadata.num_row_groups)]
             firsts = [sum(sizes[:index]) for index in range(len(sizes))]
             groups = [
                 index
                 for index, (first, size) in enumerate(zip(firsts, sizes, strict=True))
-                if first < part.end and first + size > part.start
+                if first < file_range.end and first + size > file_range.start
             ]
             chunks: Chunks = []
             for index in groups:
                 row = firsts[index]
                 try:
                     for batch in parquet.iter_batches(batch_size=1024, row_groups=[index], columns=[column.name]):
-                        start, end = max(part.start - row, 0), min(part.end - row, len(batch))
+                        start, end = max(file_range.start - row, 0), min(file_range.end - row, len(batch))
                         if start < end:
                             chunks.append((as_binary(batch.column(0).slice(start, end - start)), None))
                         row += len(batch)
-                        if row >= part.end:
+                        if row >= file_range.end:
                             break
                 except (pa.ArrowException, OSError) as error:
                     if _is_of_storage(error):
                         raise
                     raise DatasetError(
-                        f"{files.paths[part.file]}: row group {index} of {len(sizes)} (rows {firsts[index]} to "
+                        f"{files.paths[file_range.file]}: row group {index} of {len(sizes)} (rows {firsts[index]} to "
                         f"{firsts[index] + sizes[index]}) cannot be decoded: {error}. The file is damaged: fetch or write it "
                         "again, or leave it out"
                     ) from error
@@ -224,9 +224,9 @@ class JsonLines:
         del column  # a line without it is a bad record, and is counted
         return _count_lines(files, name, wanted)
 
-    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
+    def read(self, files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
         """See ``Format``; a line that cannot be read is a row with an error."""
-        records = [_text_of_line(line, column) for line in _read_lines(files, part)]
+        records = [_text_of_line(line, column) for line in _read_lines(files, file_range)]
         texts = pa.array([text for text, _ in records], pa.large_binary())
         return [(texts, pa.array([error for _, error in records], pa.string()))]
 
@@ -250,13 +250,13 @@ class TextFiles:
         del files, name, column, wanted
         return 1, {}
 
-    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
+    def read(self, files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
         """See ``Format``; a file in UTF-16 is a row with an error."""
         del column
-        with files.open(part.file) as stream:
+        with files.open(file_range.file) as stream:
             raw = stream.read()
         if raw.startswith(_UTF_16_MARKS):
-            error = f"{part.file} {_NOT_UTF_8}"
+            error = f"{file_range.file} {_NOT_UTF_8}"
             return [(pa.nulls(1, pa.large_binary()), pa.array([error]))]
         return [(pa.array([raw.removeprefix(codecs.BOM_UTF8)], pa.large_binary()), None)]
 
@@ -284,10 +284,10 @@ class TextLines:
         del column
         return _count_lines(files, name, wanted)
 
-    def read(self, files: DatasetFiles, part: FileRange, column: Column) -> Chunks:
+    def read(self, files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
         """See ``Format``."""
         del column
-        rows = [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") for line in _read_lines(files, part)]
+        rows = [line.removeprefix(codecs.BOM_UTF8).rstrip(b"\r\n") for line in _read_lines(files, file_range)]
         return [(pa.array(rows, pa.large_binary()), None)]
 
 
@@ -310,11 +310,11 @@ def format_of(path: str) -> Format | None:
     return FORMATS[max(matching)[1]] if matching else None
 
 
-def changed(part: FileRange, found: str) -> DatasetError:
+def changed(file_range: FileRange, reason: str) -> DatasetError:
     """Return the error about a file that is not the one that was planned."""
     return DatasetError(
-        f"{part.file} is not the file that was planned: expected rows {part.start} to {part.end}, {found}. Put the file "
-        "back, or start a new run"
+        f"{file_range.file} is not the file that was planned: expected rows {file_range.start} to {file_range.end}, "
+        f"{reason}. Put the file back, or start a new run"
     )
 
 
@@ -389,20 +389,20 @@ def _count_lines(files: DatasetFiles, name: str, wanted: RowCount) -> tuple[int,
     return row, byte_starts
 
 
-def _read_lines(files: DatasetFiles, part: FileRange) -> list[bytes]:
+def _read_lines(files: DatasetFiles, file_range: FileRange) -> list[bytes]:
     """Read a range of the rows of a file of lines, their line ends with them.
 
     Raises:
         DatasetError: the file has changed since it was planned.
     """
-    with files.open(part.file) as stream:
-        if part.byte_start:
-            stream.seek(part.byte_start - 1)
+    with files.open(file_range.file) as stream:
+        if file_range.byte_start:
+            stream.seek(file_range.byte_start - 1)
             if stream.read(1) != b"\n":
-                raise changed(part, f"no line begins at byte {part.byte_start}")
-        skipped = part.start if part.byte_start is None else 0
-        lines = _lines(stream, files.paths[part.file])
-        return list(itertools.islice(lines, skipped, skipped + part.end - part.start))
+                raise changed(file_range, f"no line begins at byte {file_range.byte_start}")
+        skipped = file_range.start if file_range.byte_start is None else 0
+        lines = _lines(stream, files.paths[file_range.file])
+        return list(itertools.islice(lines, skipped, skipped + file_range.end - file_range.start))
 
 
 def _refuse_utf_16(line: bytes, path: str) -> None:

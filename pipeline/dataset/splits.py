@@ -29,12 +29,12 @@ def splits_of(names: Sequence[str]) -> dict[str, list[str]]:
     Returns:
         split -> its files, in the order of ``names``.
     """
-    found: dict[str, list[str]] = {}
+    splits: dict[str, list[str]] = {}
     for name in names:
         split = _split_of(name)
         if split is not None:
-            found.setdefault(split, []).append(name)
-    return found or {"train": list(names)}
+            splits.setdefault(split, []).append(name)
+    return splits or {"train": list(names)}
 
 
 def canonical_split(split: str) -> str:
@@ -62,5 +62,5 @@ def _split_of(name: str) -> str | None:
     return _named(file)
 
 
-def _named(part: str) -> str | None:
-    return next((split for split, pattern in _WORDS.items() if pattern.search(part)), None)
+def _named(word: str) -> str | None:
+    return next((split for split, pattern in _WORDS.items() if pattern.search(word)), None)

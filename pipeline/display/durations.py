@@ -39,7 +39,7 @@ def format_estimate(seconds: float) -> str:
 def format_duration(seconds: float) -> str:
     """Format a duration in two units at most: ``"42 s"``, ``"5 min 20 s"``, ``"2 h 10 min"``, ``"3 d 4 h"``."""
     whole = round(seconds)
-    for unit, size, smaller, part in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
+    for unit, size, smaller, smaller_size in (("d", 86_400, "h", 3_600), ("h", 3_600, "min", 60), ("min", 60, "s", 1)):
         if whole >= size:
-            return f"{whole // size} {unit} {whole % size // part} {smaller}"
+            return f"{whole // size} {unit} {whole % size // smaller_size} {smaller}"
     return f"{whole} s"

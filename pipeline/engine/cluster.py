@@ -82,11 +82,11 @@ def require_cluster(address: str, seconds: float) -> None:
     # As Ray itself: a proxy for the web does not lead to a cluster.
     with grpc.insecure_channel(place, options=(("grpc.enable_http_proxy", 0),)) as channel:
         is_ready = grpc.channel_ready_future(channel)
-        for part in (min(2.0, seconds), max(0.0, seconds - 2.0)):
+        for timeout in (min(2.0, seconds), max(0.0, seconds - 2.0)):
             try:
-                is_ready.result(timeout=part)
+                is_ready.result(timeout=timeout)
             except grpc.FutureTimeoutError:
-                if part < seconds:
+                if timeout < seconds:
                     log.info("waiting for the Ray cluster at %s, up to %g s", address, seconds)
             else:
                 return
@@ -190,7 +190,7 @@ def num_places(node: Mapping[str, float], cpus: float, gpus: float) -> int:
     return min((int(node.get(name, 0) / amount) for name, amount in needed.items() if amount), default=1)
 
 
-def warn_of_idle_gpus(what: str, cpus: float, gpus: float) -> None:
+def warn_of_idle_gpus(name: str, cpus: float, gpus: float) -> None:
     """Warn of machines whose CPUs do not suffice for a worker on each of their GPUs."""
     for node in _live_nodes():
         by_gpus, places = num_places(node, 0, gpus) if gpus else 0, num_places(node, cpus, gpus)
@@ -198,19 +198,19 @@ def warn_of_idle_gpus(what: str, cpus: float, gpus: float) -> None:
             log.warning(
                 "%s: a machine with %g CPUs and %g GPUs has room for %d workers of %g CPUs and %g GPUs, so %g GPUs stay "
                 "idle: lower cpus_per_worker to %g, or give each machine %g CPUs",
-                *(what, node.get("CPU", 0), node["GPU"], places, cpus, gpus, node["GPU"] - places * gpus),
+                *(name, node.get("CPU", 0), node["GPU"], places, cpus, gpus, node["GPU"] - places * gpus),
                 *(node.get("CPU", 0) / by_gpus, by_gpus * cpus),
             )
             return
 
 
-def require_resources(what: str, cpus: float, gpus: float, engine: EngineConfig, *, count: int = 1) -> None:
+def require_resources(name: str, cpus: float, gpus: float, engine: EngineConfig, *, count: int = 1) -> None:
     """Wait until workers fit, if necessary until the cluster has grown. Ray itself would wait silently and forever.
 
     If the cluster can grow, its autoscaler is asked for the machines, since nothing else requests them yet.
 
     Args:
-        what: name of what needs the workers, for messages.
+        name: name of what needs the workers, for messages.
         cpus: CPUs of each worker.
         gpus: GPUs of each worker.
         engine: whether the cluster can grow, and how long to wait.
@@ -219,7 +219,7 @@ def require_resources(what: str, cpus: float, gpus: float, engine: EngineConfig,
     Raises:
         ValueError: they do not fit, and nothing will change that, or nothing has within ``cluster_timeout_seconds``.
     """
-    shortage = _shortage(what, cpus, gpus, count)
+    shortage = _shortage(name, cpus, gpus, count)
     if shortage is None:
         return
     if not can_grow(engine):
@@ -232,19 +232,19 @@ def require_resources(what: str, cpus: float, gpus: float, engine: EngineConfig,
     try:
         while not group.wait(min(REPORT_SECONDS, max(1.0, started + limit - time.monotonic()))):
             waited = time.monotonic() - started
-            shortage = _shortage(what, cpus, gpus, count) or f"{what}: there is room, and other jobs use it"
+            shortage = _shortage(name, cpus, gpus, count) or f"{name}: there is room, and other jobs use it"
             if waited >= limit:
                 raise ValueError(
                     f"{shortage}. The cluster has not grown within engine.cluster_timeout_seconds = {limit}: look at `ray "
                     "status` on its head (quota, spot capacity, images that cannot be pulled), then run the command again"
                 )
-            log.warning("%s: still waiting after %d s: %s", what, waited, shortage)
+            log.warning("%s: still waiting after %d s: %s", name, waited, shortage)
     finally:
         ray.util.remove_placement_group(group)  # the room is for the workers, which come next
-    log.info("%s: the cluster has grown, after %d s", what, time.monotonic() - started)
+    log.info("%s: the cluster has grown, after %d s", name, time.monotonic() - started)
 
 
-def _shortage(what: str, cpus: float, gpus: float, count: int) -> str | None:
+def _shortage(name: str, cpus: float, gpus: float, count: int) -> str | None:
     """Return why workers do not fit now; None if they do."""
     nodes = _live_nodes()
     places = sum(num_places(node, cpus, gpus) for node in nodes)
@@ -252,7 +252,7 @@ def _shortage(what: str, cpus: float, gpus: float, count: int) -> str | None:
         return None
     largest = max(((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes), default=(0, 0))
     return (
-        f"{what} asks for {cpus:g} CPUs and {gpus:g} GPUs per worker, {count} worker(s) at once, and there is room for {places}"
+        f"{name} asks for {cpus:g} CPUs and {gpus:g} GPUs per worker, {count} worker(s) at once, and there is room for {places}"
         f": the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. Lower num_workers, "
         "cpus_per_worker or gpus_per_worker, or use more or larger machines"
     )

@@ -74,8 +74,8 @@ def fitted_rows(nll: np.ndarray, kinds: np.ndarray) -> list[dict[str, Any]]:
     whole = fit_weights(nll)
     rows = [_row(None, nll, whole)]
     for kind in np.unique(kinds[kinds != ""]).tolist():
-        part = nll[kinds == kind]
-        rows.append(_row(kind, part, shrunk(fit_weights(part), len(part), whole)))
+        kind_nll = nll[kinds == kind]
+        rows.append(_row(kind, kind_nll, shrunk(fit_weights(kind_nll), len(kind_nll), whole)))
     return rows
 
 
@@ -97,17 +97,17 @@ def _gold_nll(run: Run, step: Step, shards: Sequence[int]) -> tuple[np.ndarray, 
     config = run.config
     stage = FuseStage(config.fuse, config.target, config.sources, TokenTables(run.store))
     stage.setup()
-    parts: list[np.ndarray] = []
+    nll: list[np.ndarray] = []
     kinds: list[np.ndarray] = []
     with StepProgress(run.console, step.key, len(shards), 0) as progress:
         for shard in shards:
             inputs = read_inputs(run.resolved, run.store, step, shard)
-            found = stage.gold_nll(inputs)
-            stride = max(1, -(-len(found.nll) * len(shards) // MAX_POSITIONS))
-            parts.append(found.nll[::stride])
-            kinds.append(_kinds_of(found.doc_ids[::stride], inputs.get("kinds")))
-            progress.add(ShardStatus(shard, "done", num_tokens=len(found.nll)))
-    return np.concatenate(parts), np.concatenate(kinds)
+            gold = stage.gold_nll(inputs)
+            stride = max(1, -(-len(gold.nll) * len(shards) // MAX_POSITIONS))
+            nll.append(gold.nll[::stride])
+            kinds.append(_kinds_of(gold.doc_ids[::stride], inputs.get("kinds")))
+            progress.add(ShardStatus(shard, "done", num_tokens=len(gold.nll)))
+    return np.concatenate(nll), np.concatenate(kinds)
 
 
 def _kinds_of(doc_ids: np.ndarray, kinds: pa.Table | None) -> np.ndarray:

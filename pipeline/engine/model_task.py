@@ -35,14 +35,14 @@ class _Failure:
     message: str
 
 
-def run_with_model(run: Run, what: str, work: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+def run_with_model(run: Run, name: str, work: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
     """Call a generator that loads a model, and yield what it yields, as it comes.
 
     On Ray it is a task with ``eval.cpus_per_worker`` CPUs, and with a GPU where ``eval.device`` asks for one.
 
     Args:
         run: the run.
-        what: name of the work, for messages.
+        name: name of the work, for messages.
         work: the generator; called with the run, whose console is silent in another process, and the arguments.
         *arguments: arguments of the call; small, and valid in another process.
 
@@ -57,9 +57,9 @@ def run_with_model(run: Run, what: str, work: Callable[..., Iterator[Any]], *arg
 
     url = run.store.path("").rstrip("/") if run.store.is_local else run.store.url
     values = ray_task.run_task(
-        what,
+        name,
         _in_task,
-        (what, run.resolved, url, work, arguments),
+        (name, run.resolved, url, work, arguments),
         cpus=run.config.eval_cpus,
         gpus=lambda: _num_gpus(run.config),
         engine=run.config.engine,
@@ -88,7 +88,7 @@ def _num_gpus(config: RunConfig) -> float:
 
 def _in_task(
     num_gpus: float,
-    what: str,
+    name: str,
     resolved: ResolvedRun,
     url: str,
     work: Callable[..., Iterator[Any]],
@@ -97,7 +97,7 @@ def _in_task(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     try:
         if num_gpus:
-            _require_cuda(what)
+            _require_cuda(name)
         yield from work(Run(resolved, Store(url), Console(quiet=True), local=True), *arguments)
     # The boundary between two processes. Raised here, an error would arrive inside Ray's tracebacks.
     except Exception as error:
@@ -106,10 +106,10 @@ def _in_task(
         yield _failure(error)
 
 
-def _require_cuda(what: str) -> None:
+def _require_cuda(name: str) -> None:
     from stages.models.devices import require_cuda  # torch takes seconds to import
 
-    require_cuda(what)
+    require_cuda(name)
 
 
 def _failure(error: Exception) -> _Failure:

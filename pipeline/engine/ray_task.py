@@ -15,7 +15,7 @@ TASK_RETRIES: Final = 2
 
 
 def run_task(
-    what: str,
+    name: str,
     function: Callable[..., Iterator[Any]],
     arguments: tuple[Any, ...],
     *,
@@ -26,7 +26,7 @@ def run_task(
     """Call a generator in a task, and yield what it yields, as it comes.
 
     Args:
-        what: the task's name, for messages.
+        name: the task's name, for messages.
         function: the generator; called with the GPUs that the task has, then the arguments. After the death of its worker it
             is called again, from the beginning.
         arguments: arguments of the call; they are sent to another machine, so keep them small.
@@ -40,14 +40,14 @@ def run_task(
     """
     start_ray(engine)
     reserved = gpus()
-    require_resources(what, cpus, reserved, engine)
+    require_resources(name, cpus, reserved, engine)
     task = ray.remote(num_cpus=cpus, num_gpus=reserved, max_retries=TASK_RETRIES, num_returns="streaming")(_call)
     try:
-        for reference in task.options(name=what).remote(DriverEnvironment.here(), function, (reserved, *arguments)):
+        for reference in task.options(name=name).remote(DriverEnvironment.here(), function, (reserved, *arguments)):
             yield ray.get(reference)
     except ray.exceptions.RayError as error:
         raise RuntimeError(
-            f"{what}: Ray ended the task: {error}\nWhat is finished is kept; run the same command again."
+            f"{name}: Ray ended the task: {error}\nWhat is finished is kept; run the same command again."
         ) from error
 
 

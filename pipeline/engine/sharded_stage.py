@@ -57,7 +57,7 @@ def _warn_of_few_documents(run: Run) -> None:
     step = run.resolved.steps["shard"]
     plan = read_plan(run.store, step.folder)
     if plan is not None and pending_shards(run.store, step, plan.num_shards):
-        for warning in expected_warnings(run.config, sum(part.num_documents for part in plan.ranges)):
+        for warning in expected_warnings(run.config, sum(shard.num_documents for shard in plan.ranges)):
             log.warning("%s", warning)
 
 
@@ -124,16 +124,16 @@ def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -
     other = _shared_store(run)
     if other is None or not sharded_stage(step.stage).can_be_shared or not pending:
         return pending
-    found = import_shards(step, run.store, other, pending, num_shards)
-    left = [shard for shard in pending if shard not in found.shards]
+    imported = import_shards(step, run.store, other, pending, num_shards)
+    left = [shard for shard in pending if shard not in imported.shards]
     run.console.print(
-        f"{step.key}: {len(found.shards)} of {len(pending)} shards are read in {other.url}", soft_wrap=True
+        f"{step.key}: {len(imported.shards)} of {len(pending)} shards are read in {other.url}", soft_wrap=True
     )
-    if found.other_rows:
+    if imported.other_rows:
         log.warning(
             "%s: %d shards of %s are of other rows than the segments here (cut by other library versions): computed here",
             step.key,
-            len(found.other_rows),
+            len(imported.other_rows),
             other.url,
         )
     if left:

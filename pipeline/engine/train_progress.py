@@ -86,7 +86,7 @@ class TrainProgress:
 
 def _described(record: StepRecord) -> str:
     """Format the losses and the speed of a step."""
-    parts = (("gold", record.loss_clm), ("fusion", record.loss_fusion))
-    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in parts if loss is not None)
+    losses_by_name = (("gold", record.loss_clm), ("fusion", record.loss_fusion))
+    losses = ", ".join(f"{name} {loss:.4f}" for name, loss in losses_by_name if loss is not None)
     seconds_left = (record.num_steps - record.step) * record.num_tokens / record.step / record.tokens_per_second
     return f"loss {record.loss:.4f} ({losses}), {record.tokens_per_second:,.0f} tokens/s, ETA {seconds_left:,.0f} s"

@@ -226,10 +226,10 @@ class ShardWorker:
         Raises:
             ValueError: says which.
         """
-        for what, found in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
-            if found != self._job.step.settings[what]:
+        for kind, identity in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
+            if identity != self._job.step.settings[kind]:
                 raise ValueError(
-                    f"model {model.name}: {what} on {socket.gethostname()}: not the files that the command began with: "
+                    f"model {model.name}: {kind} on {socket.gethostname()}: not the files that the command began with: "
                     "they were changed since, or this machine has others; make them the same everywhere and run it again"
                 )
 

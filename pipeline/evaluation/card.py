@@ -27,7 +27,7 @@ def complete_card(run: Run) -> None:
     held_out = _results(run, None)
     figures = [(labels[model], value["bits_per_byte"], value["num_bytes"]) for model, value in held_out.items()]
     endings = [
-        (labels[model], *found) for model, value in held_out.items() if (found := count_endings(value)) is not None
+        (labels[model], *counts) for model, value in held_out.items() if (counts := count_endings(value)) is not None
     ]
     peers = _recorded(run) if run.config.eval.texts else []
     texts = [_text_figures(run, text.name, labels, peers) for text in run.config.eval.texts]
@@ -43,8 +43,8 @@ def complete_card(run: Run) -> None:
 
 def _results(run: Run, text: str | None) -> dict[str, dict[str, Any]]:
     """Read the results of each model that has some, in the order of the steps."""
-    found = {step.model: read_result(run.store, step) for step in run.resolved.of_stage("eval") if step.text == text}
-    return {model: value for model, value in found.items() if model and value is not None and "refused" not in value}
+    results = {step.model: read_result(run.store, step) for step in run.resolved.of_stage("eval") if step.text == text}
+    return {model: value for model, value in results.items() if model and value is not None and "refused" not in value}
 
 
 def _text_figures(run: Run, text: str, labels: Mapping[str, str], peers: list[ResolvedRun]) -> TextFigures | None:
@@ -80,8 +80,8 @@ def _comparison(value: Mapping[str, Any], baseline: Mapping[str, Any] | None) ->
 def _recorded(run: Run) -> list[ResolvedRun]:
     """Read the recorded configurations that name a text, since one of them may train on the gold tokens alone."""
     try:
-        found = list(recorded_configurations(run.store).values())
+        recorded = list(recorded_configurations(run.store).values())
     except ValueError as error:  # of another version: the card is not worth ending the command for
         log.warning("the model card is not compared with training on the gold tokens alone: %s", error)
         return []
-    return [other for other in found if other.config.eval.texts]
+    return [other for other in recorded if other.config.eval.texts]

@@ -81,18 +81,18 @@ class EnsembleScorer:
 
     def __call__(self, logits: torch.Tensor, gold: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         """See ``train.evaluate.Scorer``."""
-        own = own_logprob(logits, gold, places).double()
-        parts = [own + np.log1p(-sum(self._weights))]
+        target_logprob = own_logprob(logits, gold, places).double()
+        weighted = [target_logprob + np.log1p(-sum(self._weights))]
         for weight, source in zip(self._weights, self._sources, strict=True):
             if weight > 0:
-                parts.append(_source_logprob(source, logits, own, gold, places) + np.log(weight))
-        return torch.stack(parts).logsumexp(dim=0)
+                weighted.append(_source_logprob(source, logits, target_logprob, gold, places) + np.log(weight))
+        return torch.stack(weighted).logsumexp(dim=0)
 
 
 def _source_logprob(
     source: SourceRows,
     logits: torch.Tensor,
-    own: torch.Tensor,
+    target_logprob: torch.Tensor,
     gold: torch.Tensor,
     places: torch.Tensor,
 ) -> torch.Tensor:
@@ -107,7 +107,7 @@ def _source_logprob(
     unnamed = logits.scatter(1, filled, -torch.inf)
     in_tail = tail_mass.log() + own_logprob(unnamed, gold, places)
     in_tail = torch.where(is_gold.any(dim=1), -torch.inf, in_tail)
-    return torch.where(present, torch.logaddexp(named, in_tail), own)
+    return torch.where(present, torch.logaddexp(named, in_tail), target_logprob)
 
 
 def evaluate_ensemble(
@@ -132,16 +132,16 @@ def evaluate_ensemble(
     """
     segments = first_documents(segments, config.eval.max_documents)
     tokenizer = SegmentTokenizer.load(config.target)
-    encodings = tokenizer.encode_segments([part.segment_text for part in segments])
-    own = _target_rows(config, tokenizer, encodings, cpus)
+    encodings = tokenizer.encode_segments([segment.segment_text for segment in segments])
+    target_rows = _target_rows(config, tokenizer, encodings, cpus)
     rows, notes = [], {}
     for source in config.sources:
-        found = _SourceReader(config, source, cpus).read(segments, encodings, own)
-        rows.append(found.rows)
-        notes[source.name] = {"covered": found.covered, "tokens_read": found.num_tokens}
+        reading = _SourceReader(config, source, cpus).read(segments, encodings, target_rows)
+        rows.append(reading.rows)
+        notes[source.name] = {"covered": reading.covered, "tokens_read": reading.num_tokens}
     weights = config.baselines.source_weights(ENSEMBLE, len(config.sources))
     evaluation = bits_per_byte(config.target, segments, config.eval, cpus=cpus, score=EnsembleScorer(weights, rows))
-    positions = sum(int(rows.has_label.sum()) for rows in own)
+    positions = sum(int(rows.has_label.sum()) for rows in target_rows)
     return evaluation, {"positions": positions, "sources": notes}
 
 
@@ -208,9 +208,9 @@ def message_contexts(segment: SegmentText, target: Encoding, tokenizer: SegmentT
     encodings = dict(zip(prefixes, tokenizer.try_encode_segments(list(prefixes.values())), strict=True))
     contexts: list[np.ndarray | None] = [None] * len(target.ids)
     for position in wanted:
-        found = encodings.get(int(target.byte_end[position]))
-        if isinstance(found, Encoding):
-            contexts[position] = _up_to(found, target, position)
+        encoding = encodings.get(int(target.byte_end[position]))
+        if isinstance(encoding, Encoding):
+            contexts[position] = _up_to(encoding, target, position)
     return cover(contexts)
 
 
@@ -242,10 +242,10 @@ def _up_to(source: Encoding, target: Encoding, position: int) -> np.ndarray | No
     """
     assert source.role is not None and target.role is not None  # noqa: PT018 - both are conversations
     alike = (source.byte_end == target.byte_end[position]) & (source.role == target.role[position])
-    found = np.flatnonzero(alike)
-    if not len(found):
+    ends = np.flatnonzero(alike)
+    if not len(ends):
         return None
-    end = int(found[-1]) + 1
+    end = int(ends[-1]) + 1
     if target.role[position + 1] == Role.EOS and source.role[end : end + 1].tolist() != [Role.EOS]:
         return None
     return source.ids[:end]
@@ -260,7 +260,7 @@ def cover(contexts: Sequence[np.ndarray | None]) -> Contexts:
     raw = [b"" if ids is None else np.ascontiguousarray(ids, np.int32).tobytes() for ids in contexts]
     kept: list[bytes] = []
     sequence_of: dict[bytes, int] = {b"": -1}
-    for context in sorted(set(raw), key=lambda found: (-len(found), found)):
+    for context in sorted(set(raw), key=lambda ids: (-len(ids), ids)):
         if not context:
             continue
         index = next((index for index, longer in enumerate(kept) if longer.startswith(context)), len(kept))
@@ -269,7 +269,7 @@ def cover(contexts: Sequence[np.ndarray | None]) -> Contexts:
         sequence_of[context] = index
     width = np.dtype(np.int32).itemsize
     return Contexts(
-        sequences=tuple(np.frombuffer(found, np.int32) for found in kept),
+        sequences=tuple(np.frombuffer(ids, np.int32) for ids in kept),
         sequence=np.array([sequence_of[context] for context in raw], np.int64),
         position=np.array([len(context) // width - 1 for context in raw], np.int64),
     )
@@ -311,41 +311,45 @@ class _SourceReader:
             SegmentTokenizer.load(config.target).vocabulary, self._tokenizer.vocabulary
         )
 
-    def read(self, segments: Sequence[Segment], encodings: Sequence[Encoding], own: Sequence[ModelRows]) -> _Read:
+    def read(
+        self, segments: Sequence[Segment], encodings: Sequence[Encoding], target_rows: Sequence[ModelRows]
+    ) -> _Read:
         """Read all segments, a group at a time."""
         rows: list[SourceRows] = []
         num_tokens = 0
-        for some, contexts in self._groups(segments, encodings):
-            sequences = [ids for part in contexts for ids in part.sequences]
+        for group, contexts in self._groups(segments, encodings):
+            sequences = [ids for of_segment in contexts for ids in of_segment.sequences]
             predictions = _predict(
                 self._backend, self._source, sequences, self._cuts(contexts), self._tokenizer.num_prefix
             )
             num_tokens += int(predictions.starts[-1])
             first = 0
-            for index, part in zip(some, contexts, strict=True):
-                source = _source_rows(own[index], part, predictions, first, is_marked=self._tokenizer.has_dummy_prefix)
-                aligned = self._align.align_rows(own[index], source)
+            for index, of_segment in zip(group, contexts, strict=True):
+                source = _source_rows(
+                    target_rows[index], of_segment, predictions, first, is_marked=self._tokenizer.has_dummy_prefix
+                )
+                aligned = self._align.align_rows(target_rows[index], source)
                 tensors = (aligned.ids.astype(np.int64), aligned.probs, aligned.tail_mass)
                 rows.append(SourceRows(*map(torch.from_numpy, tensors)))
-                first += len(part.sequences)
+                first += len(of_segment.sequences)
         names = ("ids", "probs", "tail_mass")
-        found = SourceRows(*(torch.cat([getattr(part, name) for part in rows]) for name in names))
-        return _Read(found, int((found.ids[:, 0] != NO_ID).sum()), num_tokens)
+        joined = SourceRows(*(torch.cat([getattr(of_segment, name) for of_segment in rows]) for name in names))
+        return _Read(joined, int((joined.ids[:, 0] != NO_ID).sum()), num_tokens)
 
     def _groups(
         self, segments: Sequence[Segment], encodings: Sequence[Encoding]
     ) -> Iterator[tuple[list[int], list[Contexts]]]:
         """Yield groups of segments whose contexts together have about ``TOKENS_AT_A_TIME`` tokens."""
-        some: list[int] = []
+        group: list[int] = []
         contexts: list[Contexts] = []
         for index, (segment, encoding) in enumerate(zip(segments, encodings, strict=True)):
-            some.append(index)
+            group.append(index)
             contexts.append(self._contexts(segment, encoding))
-            if sum(len(ids) for part in contexts for ids in part.sequences) >= TOKENS_AT_A_TIME:
-                yield some, contexts
-                some, contexts = [], []
-        if some:
-            yield some, contexts
+            if sum(len(ids) for of_segment in contexts for ids in of_segment.sequences) >= TOKENS_AT_A_TIME:
+                yield group, contexts
+                group, contexts = [], []
+        if group:
+            yield group, contexts
 
     def _contexts(self, segment: Segment, encoding: Encoding) -> Contexts:
         if segment.messages:
@@ -363,14 +367,14 @@ class _SourceReader:
         if not self._same_vocabulary:
             return False
         is_special = self._tokenizer.vocabulary.is_special
-        return np.array_equal(*(part.ids[~is_special[part.ids]] for part in (source, target)))
+        return np.array_equal(*(encoding.ids[~is_special[encoding.ids]] for encoding in (source, target)))
 
     def _cuts(self, contexts: Sequence[Contexts]) -> list[int]:
         """Return the first position of each sequence that is needed."""
         return [
-            int(part.position[part.sequence == index].min())
-            for part in contexts
-            for index in range(len(part.sequences))
+            int(of_segment.position[of_segment.sequence == index].min())
+            for of_segment in contexts
+            for index in range(len(of_segment.sequences))
         ]
 
 

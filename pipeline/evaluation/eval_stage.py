@@ -133,11 +133,11 @@ def _figures(evaluation: Evaluation, kinds: Mapping[int, str]) -> dict[str, Any]
             {
                 "doc_id": doc_id,
                 **({"kind": kinds[doc_id]} if doc_id in kinds else {}),
-                "bits_per_byte": part.bits_per_byte,
-                "num_bytes": part.num_bytes,
+                "bits_per_byte": cross_entropy.bits_per_byte,
+                "num_bytes": cross_entropy.num_bytes,
             }
-            for doc_id, part in evaluation.documents
-            if part.num_bytes  # a document of one token under a model without BOS has nothing to predict
+            for doc_id, cross_entropy in evaluation.documents
+            if cross_entropy.num_bytes  # a document of one token under a model without BOS has nothing to predict
         ],
         **({} if evaluation.answers is None else {"answers": [asdict(answer) for answer in evaluation.answers]}),
     }
@@ -151,8 +151,8 @@ def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
     """
     split, step = run.config.eval.split, run.resolved.steps["shard"]
     manifests = run.store.manifests(step.folder)
-    parts = [run.store.read_table(manifests[shard].data, remake="`make shard`") for shard in range(num_shards)]
-    rows = pa.concat_tables([part.filter(pc.equal(part["split"], split)) for part in parts])
+    tables = [run.store.read_table(manifests[shard].data, remake="`make shard`") for shard in range(num_shards)]
+    rows = pa.concat_tables([table.filter(pc.equal(table["split"], split)) for table in tables])
     if not rows.num_rows:
         fraction = run.config.shard.fraction_of(split)
         raise StageError(
@@ -160,6 +160,6 @@ def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
             f"{command(run, 'shard')} and the stages after it"
         )
     return [
-        Segment(doc_id, part.text, part.is_last, messages=part.messages)
-        for doc_id, part in zip(rows["doc_id"].to_pylist(), segment_texts(rows), strict=True)
+        Segment(doc_id, segment.text, segment.is_last, messages=segment.messages)
+        for doc_id, segment in zip(rows["doc_id"].to_pylist(), segment_texts(rows), strict=True)
     ]

@@ -47,8 +47,8 @@ def document_differences(
         OtherDocumentsError: one has a document that the other lacks, and they may have been scored on different documents.
     """
     pairs = _paired_documents(result, baseline, same_documents=same_documents)
-    differences = np.array([part["bits_per_byte"] - other["bits_per_byte"] for part, other in pairs])
-    return differences, np.array([part["num_bytes"] for part, _ in pairs], dtype=np.float64)
+    differences = np.array([document["bits_per_byte"] - other["bits_per_byte"] for document, other in pairs])
+    return differences, np.array([document["num_bytes"] for document, _ in pairs], dtype=np.float64)
 
 
 def document_kinds(
@@ -62,7 +62,7 @@ def document_kinds(
         OtherDocumentsError: see ``document_differences``.
     """
     pairs = _paired_documents(result, result if baseline is None else baseline, same_documents=same_documents)
-    kinds = [part.get("kind") for part, _ in pairs]
+    kinds = [document.get("kind") for document, _ in pairs]
     return None if not kinds or None in kinds else [str(kind) for kind in kinds]
 
 
@@ -71,8 +71,10 @@ def figures_by_kind(result: Mapping[str, Any]) -> KindFigures | None:
     kinds = document_kinds(result)
     if kinds is None:
         return None
-    figures = np.array([part["bits_per_byte"] for part in result["documents"]])
-    return kind_figures(figures, np.array([part["num_bytes"] for part in result["documents"]], np.float64), kinds)
+    figures = np.array([document["bits_per_byte"] for document in result["documents"]])
+    return kind_figures(
+        figures, np.array([document["num_bytes"] for document in result["documents"]], np.float64), kinds
+    )
 
 
 def differences_by_kind(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> KindFigures | None:
@@ -88,26 +90,26 @@ def differences_by_kind(result: Mapping[str, Any], baseline: Mapping[str, Any]) 
 def _paired_documents(
     result: Mapping[str, Any], baseline: Mapping[str, Any], *, same_documents: bool
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    own, before = ({part["doc_id"]: part for part in found["documents"]} for found in (result, baseline))
-    lacking = own.keys() ^ before.keys()
+    after, before = ({entry["doc_id"]: entry for entry in evaluation["documents"]} for evaluation in (result, baseline))
+    lacking = after.keys() ^ before.keys()
     if lacking and not same_documents and not _have_same_documents(result, baseline):
         raise OtherDocumentsError(
-            f"results on different documents cannot be paired: of {len(own.keys() | before.keys())} documents {len(lacking)} "
+            f"results on different documents cannot be paired: of {len(after.keys() | before.keys())} documents {len(lacking)} "
             "are in one of the two evaluations alone"
         )
-    return [(part, before[doc_id]) for doc_id, part in own.items() if doc_id in before]
+    return [(entry, before[doc_id]) for doc_id, entry in after.items() if doc_id in before]
 
 
 def _have_same_documents(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> bool:
     """Return whether both evaluations recorded the same split of the same shards, or the same other text."""
     if "settings" not in result or "settings" not in baseline:
         return False
-    own, other = (
+    result_ids, baseline_ids = (
         (
-            *(found["settings"]["inputs"].get(name) for name in ("shard", "documents", "tokenizers")),
-            found["settings"].get("text"),
-            *(found["settings"]["eval"].get(name) for name in ("split", "max_documents")),
+            *(evaluation["settings"]["inputs"].get(name) for name in ("shard", "documents", "tokenizers")),
+            evaluation["settings"].get("text"),
+            *(evaluation["settings"]["eval"].get(name) for name in ("split", "max_documents")),
         )
-        for found in (result, baseline)
+        for evaluation in (result, baseline)
     )
-    return own == other
+    return result_ids == baseline_ids

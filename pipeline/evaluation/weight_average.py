@@ -59,7 +59,7 @@ def average_weights(models: Sequence[ModelConfig], weights: Sequence[float], fol
         weight_map = {}
         for number, name in enumerate(names, start=1):
             weight_map[name] = f"model-{number:05d}-of-{len(names):05d}.safetensors"
-            mean = mean_tensor((part.read(name) for part in tensors), weights)
+            mean = mean_tensor((model_tensors.read(name) for model_tensors in tensors), weights)
             save_file({name: mean}, folder / weight_map[name], metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = model_file(target, "config.json")

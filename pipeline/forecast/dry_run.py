@@ -50,11 +50,16 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
         ValueError: the target's shape is not known here.
     """
     shape, origin = target_shape(config.target)
-    found = _architecture(shape, config, config.train.lora)
-    memory = estimate_memory(found, config.train, block_tokens=config.fuse.max_length)
-    trained = "" if found.num_trained == found.num_parameters else f", {found.num_trained:,} of them trained"
+    architecture = _architecture(shape, config, config.train.lora)
+    memory = estimate_memory(architecture, config.train, block_tokens=config.fuse.max_length)
+    trained = (
+        ""
+        if architecture.num_trained == architecture.num_parameters
+        else f", {architecture.num_trained:,} of them trained"
+    )
     console.print(
-        f"target {config.target.name}: {found.num_parameters:,} parameters{trained} (shape: {origin})", soft_wrap=True
+        f"target {config.target.name}: {architecture.num_parameters:,} parameters{trained} (shape: {origin})",
+        soft_wrap=True,
     )
     console.print(_amount_line(_amount(config, store, tokens), config.train), soft_wrap=True)
     train = config.train
@@ -70,7 +75,7 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
         console.print("Set train.gpu_memory_gb to have it compared with a GPU's memory.")
         return
     if not fits(memory, config.train.gpu_memory_gb):
-        raise StageError(_refusal(memory, shape, found, config))
+        raise StageError(_refusal(memory, shape, architecture, config))
     console.print(f"It fits into {USABLE:.0%} of {config.train.gpu_memory_gb:g} GB.")
 
 
@@ -149,7 +154,7 @@ def _memory_table(memory: Memory) -> Table:
     return table
 
 
-def _refusal(memory: Memory, shape: Any, found: Architecture, config: RunConfig) -> str:
+def _refusal(memory: Memory, shape: Any, architecture: Architecture, config: RunConfig) -> str:
     train, length = config.train, config.fuse.max_length
     limit = train.gpu_memory_gb
     assert limit is not None
@@ -158,7 +163,7 @@ def _refusal(memory: Memory, shape: Any, found: Architecture, config: RunConfig)
         "or several, of these:"
     )
     lines = [head]
-    choices = [(text, found, changed) for text, changed in remedies(found, train, block_tokens=length)]
+    choices = [(text, architecture, changed) for text, changed in remedies(architecture, train, block_tokens=length)]
     if train.lora is None:
         adapted = train.model_copy(update={"lora": LoraConfig()})
         choices.append((f"train.lora.r={LoraConfig().r}", _architecture(shape, config, adapted.lora), adapted))

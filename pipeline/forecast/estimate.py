@@ -33,8 +33,8 @@ class Cost:
 
     def price(self, prices: PricesConfig) -> float | None:
         """Return the cost in the prices' currency; None if something that is needed has no price."""
-        parts = ((self.gpu_hours, prices.gpu_hour), (self.core_hours, prices.core_hour))
-        needed = [(hours, price) for hours, price in parts if hours]
+        priced_hours = ((self.gpu_hours, prices.gpu_hour), (self.core_hours, prices.core_hour))
+        needed = [(hours, price) for hours, price in priced_hours if hours]
         if any(price is None for _, price in needed):
             return None
         return sum(hours * price for hours, price in needed if price is not None)

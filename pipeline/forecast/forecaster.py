@@ -175,14 +175,14 @@ class _Forecaster:
     def _other_results(self, step: Step) -> tuple[str, Step] | None:
         """Find the closest version of a step under another fingerprint that has results, and its configuration's name."""
         names = {other.fingerprint: name for name, other in self._earlier if other.key == step.key}
-        own = {other.fingerprint for name, other in self._earlier if name == self._config.name}
+        own_fingerprints = {other.fingerprint for name, other in self._earlier if name == self._config.name}
         for other in others_by_closeness(step, [other for _, other in self._earlier]):
             if step.is_sharded:
                 has_results = bool(self._figures.read(other.folder).shards)
             else:
                 has_results = self._store.exists(result_key(other))
             if has_results:
-                return (self._config.name if other.fingerprint in own else names[other.fingerprint]), other
+                return (self._config.name if other.fingerprint in own_fingerprints else names[other.fingerprint]), other
         return None
 
     def _why(self, step: Step, status: StepStatus, other: tuple[str, Step] | None) -> tuple[str, ...]:
@@ -216,9 +216,9 @@ class _Forecaster:
         known = shards or (self._figures.read(other.folder).shards if other and _has_same_rate(step, other) else {})
         known_tokens = sum(done.num_tokens for done in known.values())
         if known_tokens:
-            part = left / known_tokens
-            cost = self._cost_of(step, known) * part
-            num_bytes = sum(done.num_bytes for done in known.values()) * part
+            ratio = left / known_tokens
+            cost = self._cost_of(step, known) * ratio
+            num_bytes = sum(done.num_bytes for done in known.values()) * ratio
             basis = f"measured: {len(known)} shards" + (f" of {other.fingerprint}" if other and not shards else "")
         else:
             cost = assumed.cost(self.outlook, step, left) if left else Cost()

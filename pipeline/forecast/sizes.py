@@ -86,8 +86,8 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
             "dataset.max_documents takes a part of the text, and how many documents there are is not known: give it with "
             "--set assumptions.num_documents=..."
         )
-    part = min(1.0, dataset.max_documents / num_documents)
-    return min(num_documents, dataset.max_documents), text_bytes * part, source
+    fraction = min(1.0, dataset.max_documents / num_documents)
+    return min(num_documents, dataset.max_documents), text_bytes * fraction, source
 
 
 def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
@@ -143,17 +143,17 @@ def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
         if tensors:
             return Parameters(float(sum(tensor.num_elements for tensor in tensors.values())), "its weights")
     name = model.hub or str(model.path)
-    found = _PARAMETERS.findall(name.rsplit("/", 1)[-1])
-    if not found:
+    counts = _PARAMETERS.findall(name.rsplit("/", 1)[-1])
+    if not counts:
         raise ValueError(
             f"the number of parameters of {name} is unknown: give it with --set assumptions.parameters.{model.name}=7e9"
         )
-    number, unit = found[-1]
+    number, unit = counts[-1]
     return Parameters(float(number) * (1e9 if unit.lower() == "b" else 1e6), "its name")
 
 
 def _planned_documents(plan: ShardPlan) -> int:
-    return sum(part.num_documents for part in plan.ranges)
+    return sum(shard.num_documents for shard in plan.ranges)
 
 
 def _files_size(dataset: DatasetConfig, documents_per_shard: int, assumed: Assumed) -> tuple[int | None, float]:
@@ -167,4 +167,4 @@ def _files_size(dataset: DatasetConfig, documents_per_shard: int, assumed: Assum
     if not files.is_local or sum(sizes.values()) > COUNTED_BYTES:
         return None, text_bytes
     everything = dataset.model_copy(update={"max_documents": None})
-    return sum(part.num_documents for part in plan_documents(everything, documents_per_shard)), text_bytes
+    return sum(shard.num_documents for shard in plan_documents(everything, documents_per_shard)), text_bytes

@@ -154,7 +154,7 @@ def _evaluated_tokens(outlook: Outlook, step: Step) -> list[tuple[ModelConfig, f
 def _eval_cost(outlook: Outlook, step: Step, tokens: float) -> Cost:
     del tokens  # each model has its own
     device = outlook.config.eval.device
-    return sum((outlook.forward(*part, device) for part in _evaluated_tokens(outlook, step)), Cost())
+    return sum((outlook.forward(*work, device) for work in _evaluated_tokens(outlook, step)), Cost())
 
 
 STAGE_COSTS: Final[dict[str, StageCost]] = {

@@ -12,15 +12,15 @@ from pipeline.forecast.forecaster import NEVER, Forecast, StepForecast
 from pipeline.settings.planning import AssumptionsConfig
 
 
-def print_forecast(found: Forecast, console: Console) -> None:
+def print_forecast(forecast: Forecast, console: Console) -> None:
     """Show a forecast: what each step takes, why it is not done, and what was assumed."""
-    prices = found.config.prices
+    prices = forecast.config.prices
     has_prices = any(price is not None for price in prices.model_dump().values())
     columns = ["step", "state", "shards", "tokens left", "GPU time", "core time", "size", "rates"]
-    table = Table(title=f"{found.config.name} in {found.url}", title_justify="left")
+    table = Table(title=f"{forecast.config.name} in {forecast.url}", title_justify="left")
     for column in (*columns, *(["money"] if has_prices else [])):
         table.add_column(column, justify="left" if column in ("step", "state", "rates") else "right")
-    for step in found.steps:
+    for step in forecast.steps:
         work = step.work
         table.add_row(
             step.key,
@@ -33,62 +33,67 @@ def print_forecast(found: Forecast, console: Console) -> None:
             work.basis,
             *([_money(work.left.price(prices))] if has_prices else []),
         )
-    total = found.left
+    total = forecast.left
     table.add_section()
     times = (format_estimate(3600 * total.gpu_hours), format_estimate(3600 * total.core_hours))
-    sums = (*times, format_bytes(found.num_bytes))
+    sums = (*times, format_bytes(forecast.num_bytes))
     table.add_row("left", "", "", "", *sums, "", *([_money(total.price(prices))] if has_prices else []))
     console.print(table)
     console.print(
-        f"text: {format_bytes(found.sizes.text_bytes)} in {_documents(found)} documents, by {found.sizes.source}",
+        f"text: {format_bytes(forecast.sizes.text_bytes)} in {_documents(forecast)} documents, by {forecast.sizes.source}",
         soft_wrap=True,
     )
-    known = ", ".join(f"{name} {_amount(one.count)} by {one.source}" for name, one in found.parameters.items())
+    known = ", ".join(
+        f"{name} {_amount(parameters.count)} by {parameters.source}" for name, parameters in forecast.parameters.items()
+    )
     if known:
         console.print(f"parameters: {known}", soft_wrap=True)
-    _print_prices(found, console)
-    never = [step.key for step in found.steps if step.why == (NEVER,)]
+    _print_prices(forecast, console)
+    never = [step.key for step in forecast.steps if step.why == (NEVER,)]
     if never:
         console.print(f"{NEVER}: {', '.join(never)}", soft_wrap=True)
-    for step in found.steps:
+    for step in forecast.steps:
         if step.why and step.key not in never:
             console.print(f"{step.key} is {step.state}: {'; '.join(step.why)}", soft_wrap=True)
-    for name in found.assumptions:
-        console.print(f"assumed: {_assumption(found, name)}", soft_wrap=True)
-    for warning in found.warnings:
+    for name in forecast.assumptions:
+        console.print(f"assumed: {_assumption(forecast, name)}", soft_wrap=True)
+    for warning in forecast.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
-    if all(step.state == "done" for step in found.steps):
+    if all(step.state == "done" for step in forecast.steps):
         console.print("everything is done")
 
 
-def forecast_json(found: Forecast) -> dict[str, Any]:
+def forecast_json(forecast: Forecast) -> dict[str, Any]:
     """Build the output of ``ptafuse plan --json``."""
     fields = AssumptionsConfig.model_fields
-    prices = found.config.prices
+    prices = forecast.config.prices
     return {
-        "config": found.config.name,
-        "run": found.url,
+        "config": forecast.config.name,
+        "run": forecast.url,
         "text": {
-            "num_documents": found.sizes.num_documents,
-            "num_bytes": found.sizes.text_bytes,
-            "tokens": found.sizes.tokens,
-            "source": found.sizes.source,
+            "num_documents": forecast.sizes.num_documents,
+            "num_bytes": forecast.sizes.text_bytes,
+            "tokens": forecast.sizes.tokens,
+            "source": forecast.sizes.source,
         },
-        "parameters": {name: {"count": one.count, "source": one.source} for name, one in found.parameters.items()},
-        "steps": [_step_json(step, found) for step in found.steps],
-        "left": _cost_json(found.left, found),
-        "num_bytes": found.num_bytes,
-        "storage_money_per_month": None if prices.gb_month is None else found.num_bytes / 1e9 * prices.gb_month,
+        "parameters": {
+            name: {"count": parameters.count, "source": parameters.source}
+            for name, parameters in forecast.parameters.items()
+        },
+        "steps": [_step_json(step, forecast) for step in forecast.steps],
+        "left": _cost_json(forecast.left, forecast),
+        "num_bytes": forecast.num_bytes,
+        "storage_money_per_month": None if prices.gb_month is None else forecast.num_bytes / 1e9 * prices.gb_month,
         "prices": prices.model_dump(),
-        "warnings": list(found.warnings),
+        "warnings": list(forecast.warnings),
         "assumptions": {
-            name: {"value": getattr(found.config.assumptions, name), "source": fields[name].description}
-            for name in found.assumptions
+            name: {"value": getattr(forecast.config.assumptions, name), "source": fields[name].description}
+            for name in forecast.assumptions
         },
     }
 
 
-def _step_json(step: StepForecast, found: Forecast) -> dict[str, Any]:
+def _step_json(step: StepForecast, forecast: Forecast) -> dict[str, Any]:
     return {
         "step": step.key,
         "fingerprint": step.fingerprint,
@@ -99,38 +104,38 @@ def _step_json(step: StepForecast, found: Forecast) -> dict[str, Any]:
         "num_tokens": step.work.num_tokens,
         "num_tokens_left": step.work.num_tokens_left,
         "num_bytes": step.work.num_bytes,
-        "left": _cost_json(step.work.left, found),
-        "spent": _cost_json(step.work.spent, found),
+        "left": _cost_json(step.work.left, forecast),
+        "spent": _cost_json(step.work.spent, forecast),
         "basis": step.work.basis,
     }
 
 
-def _cost_json(cost: Cost, found: Forecast) -> dict[str, float | None]:
+def _cost_json(cost: Cost, forecast: Forecast) -> dict[str, float | None]:
     return {
         "gpu_hours": cost.gpu_hours,
         "core_hours": cost.core_hours,
-        "money": cost.price(found.config.prices),
+        "money": cost.price(forecast.config.prices),
     }
 
 
-def _print_prices(found: Forecast, console: Console) -> None:
-    prices = found.config.prices
+def _print_prices(forecast: Forecast, console: Console) -> None:
+    prices = forecast.config.prices
     if prices.gb_month is not None:
-        console.print(f"storage: {_money(found.num_bytes / 1e9 * prices.gb_month)} per month when all is done")
-    needed = {"gpu_hour": found.left.gpu_hours, "core_hour": found.left.core_hours}
+        console.print(f"storage: {_money(forecast.num_bytes / 1e9 * prices.gb_month)} per month when all is done")
+    needed = {"gpu_hour": forecast.left.gpu_hours, "core_hour": forecast.left.core_hours}
     missing = [name for name, hours in needed.items() if hours and getattr(prices, name) is None]
     if missing:
         sets = " ".join(f"--set prices.{name}=..." for name in missing)
         console.print(f"money: give the prices of what is used under [prices], or with {sets}", soft_wrap=True)
 
 
-def _assumption(found: Forecast, name: str) -> str:
-    value = getattr(found.config.assumptions, name)
+def _assumption(forecast: Forecast, name: str) -> str:
+    value = getattr(forecast.config.assumptions, name)
     return f"assumptions.{name} = {value:g}: {AssumptionsConfig.model_fields[name].description}"
 
 
-def _documents(found: Forecast) -> str:
-    count = found.sizes.num_documents
+def _documents(forecast: Forecast) -> str:
+    count = forecast.sizes.num_documents
     return "an unknown number of" if count is None else f"{count:,}"
 
 

@@ -86,7 +86,9 @@ def held_out(
             if is_baseline == (step.model in BASELINE_LABELS):
                 row = _held_out_row(label, read(step))
                 if is_baseline:
-                    beside = [other for other in runs if step.folder in {own.folder for own in other.steps.values()}]
+                    beside = [
+                        other for other in runs if step.folder in {run_step.folder for run_step in other.steps.values()}
+                    ]
                     row = _compared(row, read(step), read(_target_before(run, text)), _of_all(beside, gold_only, text))
                 rows.append(row)
     fused_key = eval_key(FUSED, text)
@@ -120,26 +122,26 @@ def _untrained_once(
         (label, the first run that has it, its step); two results of one label are distinguished by their runs.
     """
     latest = {run.config.name: run for run in runs}
-    found: dict[str, tuple[str, ResolvedRun, Step]] = {}
+    untrained_steps: dict[str, tuple[str, ResolvedRun, Step]] = {}
     for run in runs:
         for label, step in untrained(run, text):
             if run is latest[run.config.name] or read(step) is not None:
-                found.setdefault(step.folder, (label, run, step))
-    labels = [label for label, _, _ in found.values()]
+                untrained_steps.setdefault(step.folder, (label, run, step))
+    labels = [label for label, _, _ in untrained_steps.values()]
     return [
         (label if labels.count(label) == 1 else f"{label}, {run.label}", run, step)
-        for label, run, step in found.values()
+        for label, run, step in untrained_steps.values()
     ]
 
 
 def _remembering(store: Store) -> Callable[[Step], _Result]:
     """Wrap ``read_result`` so that each file is read once, since many runs are compared with the same ones."""
-    found: dict[str, _Result] = {}
+    results: dict[str, _Result] = {}
 
     def read(step: Step) -> _Result:
-        if step.folder not in found:
-            found[step.folder] = read_result(store, step)
-        return found[step.folder]
+        if step.folder not in results:
+            results[step.folder] = read_result(store, step)
+        return results[step.folder]
 
     return read
 
@@ -212,8 +214,8 @@ def _endings(row: HeldOutRow) -> str:
 
 def in_precisions(dtypes: Iterable[str | None]) -> str:
     """Return the precisions of evaluations for a title; empty without evaluations."""
-    found = sorted({dtype for dtype in dtypes if dtype is not None})
-    return f", evaluated in {' and '.join(found)}" if found else ""
+    names = sorted({dtype for dtype in dtypes if dtype is not None})
+    return f", evaluated in {' and '.join(names)}" if names else ""
 
 
 def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
@@ -269,11 +271,11 @@ def _compared(row: HeldOutRow, result: _Result, before: _Result, gold_only: Gold
 
 def _describe_baseline(run: ResolvedRun, baseline: Baseline, text: str | None) -> str:
     weights = run.config.baselines.source_weights(baseline, len(run.config.sources))
-    parts = [f"{weight:.3g} {model.name}" for weight, model in zip(weights, run.config.sources, strict=True)]
+    sources = [f"{weight:.3g} {model.name}" for weight, model in zip(weights, run.config.sources, strict=True)]
     if baseline != ENSEMBLE:
-        return " + ".join([f"{1 - sum(weights):.3g} {run.config.target.name}", *parts]) + _unusual(run, text)
+        return " + ".join([f"{1 - sum(weights):.3g} {run.config.target.name}", *sources]) + _unusual(run, text)
     align, contexts = run.config.align, run.config.baselines.ensemble_contexts
-    return f"{' + '.join(parts)}, {align.preset or align.marginals}, contexts by {contexts}{_unusual(run, text)}"
+    return f"{' + '.join(sources)}, {align.preset or align.marginals}, contexts by {contexts}{_unusual(run, text)}"
 
 
 def _target_before(run: ResolvedRun, text: str | None) -> Step:

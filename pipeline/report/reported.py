@@ -31,12 +31,12 @@ def reported_runs(store: Store) -> list[ResolvedRun]:
     for run in reversed(recorded_configurations(store).values()):
         is_latest = run.config.name not in shown
         folders = shown.setdefault(run.config.name, set())
-        own = {step.folder: step for step in run.steps.values() if step.folder not in folders}
+        new_steps = {step.folder: step for step in run.steps.values() if step.folder not in folders}
         distributions = (run.config.name, run.steps["fuse"].folder)
         adds_interpretation = distributions not in interpreted and read_interpretation(run, store) is not None
-        if is_latest or adds_interpretation or any(_has_result(step, store) for step in own.values()):
+        if is_latest or adds_interpretation or any(_has_result(step, store) for step in new_steps.values()):
             kept.append(run)
-            folders.update(own)
+            folders.update(new_steps)
             if adds_interpretation:
                 interpreted.add(distributions)
     return _told_apart(kept[::-1])
@@ -136,17 +136,17 @@ def _flat(settings: Settings, prefix: str, *, everything: bool) -> Iterator[tupl
             continue
         if isinstance(value, Settings):
             yield from _flat(value, f"{key}.", everything=everything)
-        elif isinstance(value, tuple) and any(isinstance(part, ModelConfig | TextConfig) for part in value):
-            yield key, tuple(part.name for part in value)
-            for part in value:
-                yield from _flat(part, f"{key}.{part.name}.", everything=everything)
+        elif isinstance(value, tuple) and any(isinstance(item, ModelConfig | TextConfig) for item in value):
+            yield key, tuple(item.name for item in value)
+            for item in value:
+                yield from _flat(item, f"{key}.{item.name}.", everything=everything)
         else:
             yield key, value
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(_shown(part) for part in value)
+        return " ".join(_shown(item) for item in value)
     if isinstance(value, float):
         return f"{value:.6g}"
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

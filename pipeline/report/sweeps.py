@@ -120,9 +120,9 @@ def sweep_results(
         run = runs.get((cell.name, seed))
         if run is None or eval_key(FUSED, text) not in run.steps:
             continue
-        found = read_result(store, run.steps[eval_key(FUSED, text)])
-        if found is not None:
-            figures[cell.name, seed] = _Figures(found, _documents(run, text))
+        result = read_result(store, run.steps[eval_key(FUSED, text)])
+        if result is not None:
+            figures[cell.name, seed] = _Figures(result, _documents(run, text))
         own_tokens = {model.name for model in run.config.sources}
         steps |= {
             step.folder: (label, step, _documents(run, text), step.model not in own_tokens)
@@ -133,9 +133,9 @@ def sweep_results(
         for cell in cells_of(sweep)
     ]
     others = [
-        _untrained_result(sweep, label, _Figures(found, documents), figures if is_compared else {}, measure)
+        _untrained_result(sweep, label, _Figures(result, documents), figures if is_compared else {}, measure)
         for label, step, documents, is_compared in steps.values()
-        if (found := read_result(store, step)) is not None
+        if (result := read_result(store, step)) is not None
     ]
     return [*cells, *others]
 
@@ -161,7 +161,7 @@ def _documents(run: ResolvedRun, text: str | None) -> dict[str, Any]:
 def _untrained_result(
     sweep: SweepConfig,
     label: str,
-    found: _Figures,
+    untrained: _Figures,
     figures: Mapping[tuple[str, int], _Figures],
     measure: Measure,
 ) -> CellResult:
@@ -170,34 +170,34 @@ def _untrained_result(
     Args:
         sweep: the sweep.
         label: name of the evaluated model.
-        found: its figures.
+        untrained: its figures.
         figures: results of the cells; none for a source, which leaves out other first tokens.
         measure: what is summed up.
     """
-    if "refused" in found.result:
-        return CellResult(f"{label}; refused: {found.result['refused']}", (), None, is_trained=False)
-    of_seeds = {(label, seed): found for seed in sweep.seeds}
+    if "refused" in untrained.result:
+        return CellResult(f"{label}; refused: {untrained.result['refused']}", (), None, is_trained=False)
+    of_seeds = {(label, seed): untrained for seed in sweep.seeds}
     compared = _cell_result(sweep, label, {**figures, **of_seeds}, measure)
-    return replace(compared, bits_per_byte=(found.value(measure),), is_trained=False)
+    return replace(compared, bits_per_byte=(untrained.value(measure),), is_trained=False)
 
 
 def _cell_result(
     sweep: SweepConfig, name: str, figures: Mapping[tuple[str, int], _Figures], measure: Measure
 ) -> CellResult:
-    own = {seed: figures[name, seed] for seed in sweep.seeds if (name, seed) in figures}
-    values = tuple(found.value(measure) for found in own.values())
+    of_cell = {seed: figures[name, seed] for seed in sweep.seeds if (name, seed) in figures}
+    values = tuple(seed_figures.value(measure) for seed_figures in of_cell.values())
     baseline = sweep.baseline
     if baseline is None or baseline == name:
         return CellResult(name, values, None)
-    pairs = [(own[seed], figures[baseline, seed]) for seed in own if (baseline, seed) in figures]
+    pairs = [(of_cell[seed], figures[baseline, seed]) for seed in of_cell if (baseline, seed) in figures]
     if not pairs:
         return CellResult(name, values, None)
     refused = _other_documents(pairs)
     if refused is not None:
         return CellResult(name, values, None, not_compared=refused)
-    parts = [document_differences(one.result, other.result, same_documents=True) for one, other in pairs]
-    differences = np.stack([difference for difference, _ in parts])  # (seeds, documents)
-    weights = parts[0][1]
+    paired = [document_differences(cell.result, other.result, same_documents=True) for cell, other in pairs]
+    differences = np.stack([difference for difference, _ in paired])  # (seeds, documents)
+    weights = paired[0][1]
     kinds = document_kinds(pairs[0][0].result, pairs[0][1].result, same_documents=True) if measure.by_kind else None
     won = ""
     if kinds is None:
@@ -216,18 +216,18 @@ def _cell_result(
 def _other_documents(pairs: Sequence[tuple[_Figures, _Figures]]) -> str | None:
     """Explain why these seeds and the baseline do not score the same documents; None if they do."""
     first = pairs[0][1]
-    for found in itertools.chain.from_iterable(pairs):
-        differing = other_documents(found.documents, first.documents)
+    for seed_figures in itertools.chain.from_iterable(pairs):
+        differing = other_documents(seed_figures.documents, first.documents)
         if differing is not None:
             return f"{differing}, so other documents are scored"
-    scored = {frozenset(_ids(one) & _ids(other)) for one, other in pairs}
+    scored = {frozenset(_ids(cell) & _ids(other)) for cell, other in pairs}
     if len(scored) > 1:
         return "its seeds have figures of different documents"
     return None if any(scored) else "no document has figures of both"
 
 
 def _ids(figures: _Figures) -> set[int]:
-    return {part["doc_id"] for part in figures.result["documents"]}
+    return {document["doc_id"] for document in figures.result["documents"]}
 
 
 def cells_table(sweep: SweepConfig) -> ResultTable:
@@ -289,4 +289,6 @@ def _precisions(results: Sequence[CellResult]) -> str:
 
 
 def _dtypes(figures: Mapping[tuple[str, int], _Figures], name: str) -> frozenset[str]:
-    return frozenset(evaluation_dtype(found.result) for (cell, _), found in figures.items() if cell == name)
+    return frozenset(
+        evaluation_dtype(seed_figures.result) for (cell, _), seed_figures in figures.items() if cell == name
+    )

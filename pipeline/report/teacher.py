@@ -172,8 +172,8 @@ def _mean(figure: HealthMetric | None) -> float | None:
     return figure.value if isinstance(figure, Mean) and figure.count else None
 
 
-def _share(part: HealthMetric | None, whole: HealthMetric | None) -> float | None:
-    return part / whole if isinstance(part, int) and isinstance(whole, int) and whole else None
+def _share(count: HealthMetric | None, whole: HealthMetric | None) -> float | None:
+    return count / whole if isinstance(count, int) and isinstance(whole, int) and whole else None
 
 
 def _nats(value: float | None) -> str:

@@ -34,10 +34,10 @@ def unfinished_attempts(store: Store, folder: str, done: Container[int]) -> dict
         shard = int(name.removeprefix("shard-"))
         if shard not in done and file.endswith(".json"):
             shards[entry.key] = shard
-    found: dict[int, list[dict[str, Any]]] = {}
+    attempts: dict[int, list[dict[str, Any]]] = {}
     for key, raw in store.read_all(list(shards)):
-        found.setdefault(shards[key], []).append(json.loads(raw))
-    return {shard: sorted(records, key=lambda record: record["started"]) for shard, records in sorted(found.items())}
+        attempts.setdefault(shards[key], []).append(json.loads(raw))
+    return {shard: sorted(records, key=lambda record: record["started"]) for shard, records in sorted(attempts.items())}
 
 
 def is_running(record: Mapping[str, Any], *, longest_seconds: float) -> bool:

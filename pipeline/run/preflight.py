@@ -62,11 +62,11 @@ def dataset_problems(config: RunConfig) -> dict[str, list[str]]:
     Returns:
         Section of the configuration -> what is wrong there, at most one message.
     """
-    found: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {}
     for dataset in (config.dataset, *config.eval.texts):
-        found[dataset.section] = []
+        problems[dataset.section] = []
         try:
             reading(dataset, check_dataset, dataset)
         except (DatasetError, OSError) as error:
-            found[dataset.section].append(str(error))
-    return found
+            problems[dataset.section].append(str(error))
+    return problems

@@ -51,15 +51,15 @@ def recorded_configurations(store: Store) -> dict[str, ResolvedRun]:
     """
     records = _records(store)
     latest = {value["config"]["name"]: key for key, value in records.items()}
-    found = {}
+    configurations = {}
     for key, value in records.items():
         try:
-            found[key] = _from_record(value, f"{store.url}/{key}")
+            configurations[key] = _from_record(value, f"{store.url}/{key}")
         except ValueError as error:
             if key == latest[value["config"]["name"]]:
                 raise
             log.warning("left out: %s", error)
-    return found
+    return configurations
 
 
 def recorded_runs(store: Store) -> list[ResolvedRun]:

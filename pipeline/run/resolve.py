@@ -63,10 +63,10 @@ def _document_step(spec: ShardedStage, config: RunConfig, stores: Sequence[Store
     needed = sorted(set(tokenizers.values()))
     fitted = needed
     wanted = {"settings": settings, "dataset": dataset, "version": spec.version}
-    found = [(store, name, have) for store in stores for name, have in _existing_shards(store, wanted)]
-    own = _shard_fingerprint(spec, settings, dataset, needed)
-    if own not in [name for _, name, _ in found]:
-        fingerprints = {name: have for store, name, have in found if _is_complete(store, name)}
+    existing = [(store, name, have) for store in stores for name, have in _existing_shards(store, wanted)]
+    fingerprint = _shard_fingerprint(spec, settings, dataset, needed)
+    if fingerprint not in [name for _, name, _ in existing]:
+        fingerprints = {name: have for store, name, have in existing if _is_complete(store, name)}
         target = tokenizers[config.target.name]
         wider = [have for have in fingerprints.values() if set(have) >= set(needed)]
         narrower = [have for have in fingerprints.values() if set(have) < set(needed) and target in have]

@@ -85,26 +85,26 @@ def pending_shards(store: Store, step: Step, num_shards: int) -> list[int]:
     return [shard for shard in range(num_shards) if manifest_key("", shard).rsplit("/", 1)[-1] not in names]
 
 
-def require_complete(run: Run, keys: Sequence[str], what: str) -> int:
+def require_complete(run: Run, keys: Sequence[str], name: str) -> int:
     """Refuse to continue while an input step is incomplete.
 
     Args:
         run: the run.
         keys: steps that must be complete.
-        what: name of what needs them, for the message.
+        name: name of what needs them, for the message.
 
     Returns:
         The number of shards.
     """
     plan = read_plan(run.store, run.resolved.steps["shard"].folder)
     if plan is None:
-        raise StageError(f"{what} needs shards, and shard has not run yet: run {command(run, 'shard')}")
+        raise StageError(f"{name} needs shards, and shard has not run yet: run {command(run, 'shard')}")
     for key in keys:
         step = run.resolved.steps[key]
         if not step.is_sharded:
             if not run.store.exists(result_key(step)):
                 raise StageError(
-                    f"{what} needs the result of {key}, which has not run yet: run {command(run, step.stage)}"
+                    f"{name} needs the result of {key}, which has not run yet: run {command(run, step.stage)}"
                 )
             continue
         missing = len(pending_shards(run.store, step, plan.num_shards))

@@ -29,7 +29,7 @@ def freeze_plan(run: ResolvedRun, store: Store) -> "ShardPlan":
         "tokenizers": inputs["tokenizers"],
     }
     ranges = plan_documents(run.config.dataset, run.config.shard.documents_per_shard)
-    lines = [json.dumps(header, sort_keys=True), *(json.dumps(part.to_json(), sort_keys=True) for part in ranges)]
+    lines = [json.dumps(header, sort_keys=True), *(json.dumps(shard.to_json(), sort_keys=True) for shard in ranges)]
     store.create(plan_key(step.folder), ("\n".join(lines) + "\n").encode())  # another driver's plan is as good as ours
     plan = read_plan(store, step.folder)
     assert plan is not None

@@ -65,10 +65,10 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
         ValueError: a manifest there is of another plan.
     """
     folder = _folder_there(step, other)
-    there = {} if folder is None else other.manifests(folder)
+    manifests = {} if folder is None else other.manifests(folder)
     taken, other_rows = [], []
     for shard in pending:
-        manifest = there.get(shard)
+        manifest = manifests.get(shard)
         if manifest is None:
             continue
         if (manifest.fingerprint, manifest.num_shards) != (step.fingerprint, num_shards):
@@ -98,8 +98,8 @@ def _folder_there(step: Step, other: Store) -> str | None:
 def _same_inputs(manifest: Manifest, step: Step, store: Store) -> bool:
     """Return whether a shard was computed from exactly the rows that this run directory has."""
     for name in step.inputs:
-        own = store.read_manifest(manifest.inputs[name].folder, manifest.shard)
-        if own is None or own.data.sha256 != manifest.inputs[name].data_sha256:
+        input_manifest = store.read_manifest(manifest.inputs[name].folder, manifest.shard)
+        if input_manifest is None or input_manifest.data.sha256 != manifest.inputs[name].data_sha256:
             return False
     return True
 

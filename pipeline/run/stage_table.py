@@ -317,7 +317,7 @@ def _eval_identities(config: RunConfig, name: str | None) -> dict[str, str]:
     model, text = model_and_text(name)
     if text is None:
         return _evaluated_identities(config, model)
-    tokenizers = sorted({part.tokenizer_identity() for part in config.models})
+    tokenizers = sorted({each_model.tokenizer_identity() for each_model in config.models})
     documents = dataset_identity(config.eval.find_text(text))
     return {**_evaluated_identities(config, model), "documents": documents, "tokenizers": ",".join(tokenizers)}
 
@@ -328,9 +328,9 @@ def _evaluated_identities(config: RunConfig, name: str | None) -> dict[str, str]
     if name in config.baselines.methods:
         roles = ("target", *(f"source {number}" for number in range(1, len(config.models))))
         return {
-            f"{what} of {role}": identity
+            f"{kind} of {role}": identity
             for role, model in zip(roles, config.models, strict=True)
-            for what, identity in _model_identities(model).items()
+            for kind, identity in _model_identities(model).items()
         }
     return _model_identities(config.find_model(name))
 

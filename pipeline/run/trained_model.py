@@ -160,5 +160,5 @@ def discard_model(run: Run) -> None:
         copies.remove()
     here = local_folder(run, step)
     (here / MANIFEST).unlink(missing_ok=True)
-    for part in (*here.glob("model"), *here.glob("checkpoint-*")):
-        shutil.rmtree(part)
+    for model_folder in (*here.glob("model"), *here.glob("checkpoint-*")):
+        shutil.rmtree(model_folder)

@@ -46,8 +46,8 @@ class AdaptConfig(Settings):
         runtime = {
             name: getattr(like, name) for name, field in TrainConfig.model_fields.items() if RUNTIME in field.metadata
         }
-        own = {name: getattr(self, name) for name in type(self).model_fields if name != "max_length"}
-        return TrainConfig.model_validate({**runtime, **own, "lambda": 1.0, "isolate_documents": isolate})
+        settings = {name: getattr(self, name) for name in type(self).model_fields if name != "max_length"}
+        return TrainConfig.model_validate({**runtime, **settings, "lambda": 1.0, "isolate_documents": isolate})
 
 
 class SourceConfig(ModelConfig):

@@ -86,13 +86,13 @@ def shipped_sweeps() -> list[Path]:
     return sorted((_SHIPPED / "sweeps").glob("*.toml"))
 
 
-def find_toml(path: Path, shipped: list[Path], what: str) -> Path:
+def find_toml(path: Path, shipped: list[Path], kind: str) -> Path:
     """Return a file by its path, or a shipped one by its name, its stem, or its path in a checkout of ptafuse.
 
     Args:
         path: path as the user gave it.
         shipped: the files that come with ptafuse.
-        what: kind of file, for the message.
+        kind: kind of file, for the message.
 
     Raises:
         ConfigError: there is neither; names the shipped ones.
@@ -103,7 +103,7 @@ def find_toml(path: Path, shipped: list[Path], what: str) -> Path:
         if path in (Path(known.name), Path(known.stem), "pipeline" / known.relative_to(_SHIPPED.parent)):
             return known
     names = ", ".join(known.stem for known in shipped)
-    raise ConfigError(f"no such {what}: {path}. Give the path of a TOML file, or one of the shipped ones: {names}")
+    raise ConfigError(f"no such {kind}: {path}. Give the path of a TOML file, or one of the shipped ones: {names}")
 
 
 def config_id(config: RunConfig) -> str:
@@ -134,12 +134,12 @@ def _set(values: dict[str, Any], override: str) -> None:
     where = values
     while "." in key:
         table, key = key.split(".", 1)
-        found = where.setdefault(table, {})
-        if isinstance(found, list):
-            found, key = _entry(found, key, override)
-        if not isinstance(found, dict):
+        section = where.setdefault(table, {})
+        if isinstance(section, list):
+            section, key = _entry(section, key, override)
+        if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: {table} is not a table")
-        where = found
+        where = section
     where[key] = value
 
 

@@ -222,11 +222,13 @@ class RunConfig(Settings):
                     "from saw another conversation before its own: leave isolate_documents out, with dataset.messages_column "
                     "it is true"
                 )
-            own = next((model for model in self.models if model.bos is not None and model.chat_template != PLAIN), None)
-            if own is not None:
+            with_bos = next(
+                (model for model in self.models if model.bos is not None and model.chat_template != PLAIN), None
+            )
+            if with_bos is not None:
                 raise ValueError(
-                    f"model {own.name}: bos = {str(own.bos).lower()} is of texts, and in conversations its chat template "
-                    "decides whether BOS stands before them: leave bos out"
+                    f"model {with_bos.name}: bos = {str(with_bos.bos).lower()} is of texts, and in conversations its chat "
+                    "template decides whether BOS stands before them: leave bos out"
                 )
         else:
             if self.eval.num_generations:
@@ -294,7 +296,7 @@ class RunConfig(Settings):
 
     def logits_of(self, name: str | None) -> LogitsConfig:
         """Return the settings of the logits stage for one model."""
-        own = {
+        overrides = {
             key: value
             for source in self.sources
             if source.name == name
@@ -302,7 +304,11 @@ class RunConfig(Settings):
             if value is not None
         }
         # Checked again: a backend that goes with no other setting of the section is refused like that of the section.
-        return LogitsConfig.model_validate({**self.logits.model_dump(by_alias=True), **own}) if own else self.logits
+        return (
+            LogitsConfig.model_validate({**self.logits.model_dump(by_alias=True), **overrides})
+            if overrides
+            else self.logits
+        )
 
     def find_model(self, name: str | None) -> ModelConfig:
         """Return the model of that name: the target or a source.

@@ -61,24 +61,24 @@ def collect_garbage(store: Store, console: Console, *, older_than_seconds: float
     Raises:
         ValueError: a manifest cannot be read, so what it names is unknown. Nothing was removed.
     """
-    found = find_garbage(store, older_than_seconds=older_than_seconds)
-    for entry in found.files:
+    garbage = find_garbage(store, older_than_seconds=older_than_seconds)
+    for entry in garbage.files:
         if not dry_run:
             store.delete(entry.key)
         console.print(
             f"{'would remove' if dry_run else 'removed'} {entry.key} ({entry.num_bytes:,} bytes)", soft_wrap=True
         )
-    num_bytes = sum(entry.num_bytes for entry in found.files)
+    num_bytes = sum(entry.num_bytes for entry in garbage.files)
     console.print(
-        f"{len(found.files):,} files, {num_bytes:,} bytes {'would be ' if dry_run else ''}removed", soft_wrap=True
+        f"{len(garbage.files):,} files, {num_bytes:,} bytes {'would be ' if dry_run else ''}removed", soft_wrap=True
     )
-    if found.kept:
+    if garbage.kept:
         console.print(
-            f"{len(found.kept):,} files that no manifest names stay: younger than {format_duration(older_than_seconds)}, "
+            f"{len(garbage.kept):,} files that no manifest names stay: younger than {format_duration(older_than_seconds)}, "
             "or of a running attempt",
             soft_wrap=True,
         )
-    return found
+    return garbage
 
 
 def find_garbage(store: Store, *, older_than_seconds: float) -> Garbage:

@@ -68,12 +68,12 @@ class StepStatus:
     @property
     def failed(self) -> dict[int, str]:
         """Shards that are neither done nor running and had an error -> the last error."""
-        found = {}
+        last_errors = {}
         for shard, records in self.attempts.items():
             errors = [record["error"] for record in records if record.get("error")]
             if errors and shard not in self.running:
-                found[shard] = errors[-1]
-        return found
+                last_errors[shard] = errors[-1]
+        return last_errors
 
     @property
     def num_tokens(self) -> int:
@@ -185,21 +185,21 @@ def read_status(resolved: ResolvedRun, store: Store) -> RunStatus:
 
 
 def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
-    found = []
+    warnings = []
     for step in steps:
         covered, positions = step.health.get("covered"), step.health.get("positions")
         if isinstance(covered, int) and isinstance(positions, int) and covered < LOW_COVERAGE * positions:
-            found.append(
+            warnings.append(
                 f"{step.key}: only {covered / positions:.0%} of the positions have an aligned distribution; training would "
                 "learn from the gold tokens almost alone. Try align.inexact = 'transport', or another source."
             )
         quarantined = sum(shard.num_quarantined for shard in step.shards.values())
         if quarantined:
-            found.append(
+            warnings.append(
                 f"{step.key}: {quarantined} records are in quarantine{_reasons(step)}; see "
                 f"{step.key}/{step.fingerprint}/quarantine"
             )
-    return found
+    return warnings
 
 
 def _reasons(step: StepStatus) -> str:

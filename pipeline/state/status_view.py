@@ -139,13 +139,13 @@ def _print_health(status: RunStatus, console: Console, *, all_metrics: bool) -> 
 
 def _meanings(step: StepStatus) -> dict[str, str]:
     """Return the step's important metrics, in the order in which they are shown, and what each is."""
-    found: dict[str, str] = {}
+    meanings: dict[str, str] = {}
     for name, meaning in HEADLINES.get(step.stage, {}).items():
         names = [name] if name in step.metrics else []
         if name.endswith("/"):
             names = sorted(metric for metric in step.metrics if metric.startswith(name))
-        found |= dict.fromkeys(names, meaning)
-    return found
+        meanings |= dict.fromkeys(names, meaning)
+    return meanings
 
 
 def _with_share(name: str, metric: HealthMetric, step: StepStatus) -> str:

@@ -83,15 +83,15 @@ def _training_folders(store: Store) -> list[str]:
 
 def stage_folders(store: Store) -> list[str]:
     """List the folders of the run directory that hold a sharded stage's results, of any configuration."""
-    found = []
+    folders = []
     for stage in (spec.name for spec in SHARDED_STAGES):
         for name in store.names(stage):
             if store.manifest_names(f"{stage}/{name}"):
-                found.append(f"{stage}/{name}")
+                folders.append(f"{stage}/{name}")
             else:
-                inner = [f"{stage}/{name}/{part}" for part in store.names(f"{stage}/{name}")]
-                found.extend(folder for folder in inner if store.manifest_names(folder))
-    return found
+                inner = [f"{stage}/{name}/{fingerprint}" for fingerprint in store.names(f"{stage}/{name}")]
+                folders.extend(folder for folder in inner if store.manifest_names(folder))
+    return folders
 
 
 def _model_problem(store: Store, folder: str) -> str | None:

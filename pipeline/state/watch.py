@@ -134,14 +134,14 @@ def _lines(status: RunStatus, now: float) -> dict[str, str]:
         if not (done or step.running or step.failed):
             continue
         speed = step_speed(step, now)
-        parts = [
+        fields = [
             f"{done:,}/{total:,} {'steps' if step.training else 'shards'}" if total > 1 else "done",
             f"{len(step.running):,} running" if step.running else "",
             f"{len(step.failed):,} failed" if step.failed else "",
             f"{speed.tokens_per_second:,.0f} tokens/s" if speed else "",
             f"ETA {format_duration(speed.seconds_left)}" if speed else "",
         ]
-        lines[step.key] = f"{step.key}: {', '.join(filter(None, parts))}"
+        lines[step.key] = f"{step.key}: {', '.join(filter(None, fields))}"
     return lines | {warning: f"warning: {warning}" for warning in status.warnings}
 
 

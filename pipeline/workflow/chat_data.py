@@ -84,14 +84,14 @@ def _topics() -> Iterator[tuple[str, list[Exchange]]]:
 def _docstrings(library: Path) -> Iterator[tuple[str, list[Exchange]]]:
     """Yield questions that docstrings of public functions, classes and their methods answer."""
     for path in sorted(library.rglob("*.py")):
-        parts = path.relative_to(library).with_suffix("").parts
-        if _LEFT_OUT.intersection(parts) or any(part.startswith("_") and part != "__init__" for part in parts):
+        names = path.relative_to(library).with_suffix("").parts
+        if _LEFT_OUT.intersection(names) or any(name.startswith("_") and name != "__init__" for name in names):
             continue
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):  # a few files are templates, or broken on purpose
             continue
-        module = ".".join(part for part in parts if part != "__init__")
+        module = ".".join(name for name in names if name != "__init__")
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and (answer := _answer(node)) is not None:
                 yield (

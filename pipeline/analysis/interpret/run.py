@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.analysis.interpret.figures import DocumentFigures, distance_rows, win_rows
-from pipeline.analysis.interpret.pairs import most_moved, part_of
+from pipeline.analysis.interpret.pairs import most_moved, summarize_pairs
 from pipeline.analysis.interpret.sample import choose_rows, choose_shards, length_kind
 from pipeline.dataset.documents import read_kinds
 from pipeline.display.text import printable
@@ -62,33 +62,33 @@ def interpret(run: Run) -> dict[str, Any]:
         StageError: logits, align or fuse are incomplete, or the sample has no fused position.
         DatasetError: ``dataset.kind_column`` cannot be read.
     """
-    found = read_interpretation(run.resolved, run.store)
-    if found is not None:
+    recorded = read_interpretation(run.resolved, run.store)
+    if recorded is not None:
         run.console.print(f"interpret: nothing to do ({_result_key(run.resolved)} is there)", soft_wrap=True)
-        return found
+        return recorded
     steps = [step.key for step in run.resolved.fused_steps]
     num_shards = require_complete(run, steps, "interpret")
     settings = run.config.interpret
     shards = choose_shards(num_shards, max_shards=settings.max_shards, seed=settings.seed)
     interpreter = _Interpreter(run, -(-settings.max_positions // len(shards)))
-    parts = []
+    shard_results = []
     for number, shard in enumerate(shards, start=1):
-        parts.append(_part(run, interpreter, shard))
+        shard_results.append(_shard_result(run, interpreter, shard))
         run.console.print(f"interpret: shard {shard} ({number} of {len(shards)})", soft_wrap=True)
-    result = _result(run, parts, shards, num_shards)
+    result = _result(run, shard_results, shards, num_shards)
     run.store.create(_result_key(run.resolved), (json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
     for shard in shards:
-        run.store.delete(_part_key(run.resolved, shard))
+        run.store.delete(_shard_result_key(run.resolved, shard))
     return result
 
 
-def _part(run: Run, interpreter: "_Interpreter", shard: int) -> dict[str, Any]:
+def _shard_result(run: Run, interpreter: "_Interpreter", shard: int) -> dict[str, Any]:
     """Return one shard's figures, and read them if an earlier command computed them."""
-    key = _part_key(run.resolved, shard)
+    key = _shard_result_key(run.resolved, shard)
     try:
         raw = run.store.read(key)
     except FileNotFoundError:
-        raw = json.dumps(interpreter.part(shard), allow_nan=False).encode()
+        raw = json.dumps(interpreter.interpret_shard(shard), allow_nan=False).encode()
         run.store.create(key, raw)
     return json.loads(raw)
 
@@ -106,7 +106,7 @@ class _Interpreter:
         self._max_positions = max_positions
         self._stages: tuple[FuseStage, dict[str, AlignStage], TokenSpace] | None = None
 
-    def part(self, shard: int) -> dict[str, Any]:
+    def interpret_shard(self, shard: int) -> dict[str, Any]:
         """Compute the figures of a shard's documents, and the pairs of tokens of each source."""
         fuse, aligns, space = self._loaded()
         run, target_name = self._run, self._run.config.target.name
@@ -118,16 +118,17 @@ class _Interpreter:
         )
         figures: dict[int, DocumentFigures] = {}
         for row, segment in zip(rows, fuse.fused_segments(inputs, rows), strict=True):
-            doc_id, found = int(doc_ids[row]), DocumentFigures.of_segment(segment, space)
-            figures[doc_id] = figures[doc_id] + found if doc_id in figures else found
+            doc_id, segment_figures = int(doc_ids[row]), DocumentFigures.of_segment(segment, space)
+            figures[doc_id] = figures[doc_id] + segment_figures if doc_id in figures else segment_figures
         kinds = self._kinds(shard, target, rows)
         pairs = {}
         for name, stage in aligns.items():
             tables = {"target": target, "source": inputs[f"logits/{name}"]}
-            pairs[name] = part_of(stage.pair_mass(tables, _aligned_rows(target, inputs[f"align/{name}"], rows)))
+            pairs[name] = summarize_pairs(stage.pair_mass(tables, _aligned_rows(target, inputs[f"align/{name}"], rows)))
         return {
             "documents": [
-                {"doc_id": doc_id, "kind": kinds[doc_id], **found.to_json()} for doc_id, found in figures.items()
+                {"doc_id": doc_id, "kind": kinds[doc_id], **segment_figures.to_json()}
+                for doc_id, segment_figures in figures.items()
             ],
             "pairs": pairs,
         }
@@ -157,8 +158,8 @@ class _Interpreter:
             return {doc_id: length_kind(size) for doc_id, size in num_bytes.items()}
         plan = read_plan(run.store, run.resolved.steps["shard"].folder)
         assert plan is not None  # the shard is fused
-        found = read_kinds(run.config.dataset, plan.ranges[shard])
-        chosen = {int(doc_ids[row]): found[int(doc_ids[row])] for row in rows}
+        kind_of = read_kinds(run.config.dataset, plan.ranges[shard])
+        chosen = {int(doc_ids[row]): kind_of[int(doc_ids[row])] for row in rows}
         missing = sum(kind is None for kind in chosen.values())
         if missing:
             log.warning(
@@ -190,20 +191,20 @@ def _aligned_rows(target: pa.Table, aligned: pa.Table, rows: list[int]) -> list[
     return [row for row in rows if keys[row] in done]
 
 
-def _result(run: Run, parts: list[dict[str, Any]], shards: list[int], num_shards: int) -> dict[str, Any]:
+def _result(run: Run, shard_results: list[dict[str, Any]], shards: list[int], num_shards: int) -> dict[str, Any]:
     config = run.config
-    records = [record for part in parts for record in part["documents"]]
+    records = [record for shard in shard_results for record in shard["documents"]]
     documents = [DocumentFigures.from_json(record) for record in records]
-    if not any(part.num_fused for part in documents):
+    if not any(document.num_fused for document in documents):
         raise StageError(
-            f"interpret: none of the {sum(part.num_positions for part in documents):,} positions in {len(shards)} of "
+            f"interpret: none of the {sum(document.num_positions for document in documents):,} positions in {len(shards)} of "
             f"{num_shards} shards has a fused distribution: look at the health of {command(run, 'fuse')}, or read more with "
             "--set interpret.max_shards"
         )
     candidates = [model.name for model in config.models]
     tables = TokenTables(run.store)
     vocabularies = {model.name: tables.read(model).vocabulary for model in config.models}
-    own = vocabularies[config.target.name]
+    target_vocabulary = vocabularies[config.target.name]
     return {
         "target": config.target.name,
         "sources": [model.name for model in config.sources],
@@ -217,16 +218,16 @@ def _result(run: Run, parts: list[dict[str, Any]], shards: list[int], num_shards
         "shards": shards,
         "num_shards": num_shards,
         "num_documents": len(documents),
-        "num_positions": sum(part.num_positions for part in documents),
+        "num_positions": sum(document.num_positions for document in documents),
         "distances": distance_rows(documents, [*candidates, FUSED]),
         "wins": win_rows(documents, [record["kind"] for record in records], candidates),
         "pairs": [
             {
                 "source": model.name,
                 **most_moved(
-                    [part["pairs"][model.name] for part in parts],
+                    [shard["pairs"][model.name] for shard in shard_results],
                     vocabularies[model.name],
-                    own,
+                    target_vocabulary,
                     num_pairs=config.interpret.num_pairs,
                 ),
             }
@@ -239,5 +240,5 @@ def _result_key(run: ResolvedRun) -> str:
     return f"{folder_of(run)}/figures.json"
 
 
-def _part_key(run: ResolvedRun, shard: int) -> str:
+def _shard_result_key(run: ResolvedRun, shard: int) -> str:
     return f"{folder_of(run)}/parts/shard-{shard:05d}.json"

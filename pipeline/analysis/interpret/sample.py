@@ -50,6 +50,6 @@ LENGTH_KINDS: Sequence[tuple[int, str]] = (
 LONGEST = "over 64 kB"
 
 
-def _draw(seed: int, what: str, number: int) -> bytes:
+def _draw(seed: int, kind: str, number: int) -> bytes:
     """Return a number that looks random and is the same in every version of every library."""
-    return hashlib.sha256(f"{seed}:{what}:{number}".encode()).digest()
+    return hashlib.sha256(f"{seed}:{kind}:{number}".encode()).digest()

@@ -19,8 +19,8 @@ def interpretations(runs: Sequence[ResolvedRun], store: Store) -> list[tuple[str
     for run in runs:
         names.setdefault(folder_of(run), []).append(run.label)
     distinct = {folder_of(run): run for run in runs}
-    found = [(", ".join(names[folder]), read_interpretation(run, store)) for folder, run in distinct.items()]
-    return [(name, figures) for name, figures in found if figures is not None]
+    recorded = [(", ".join(names[folder]), read_interpretation(run, store)) for folder, run in distinct.items()]
+    return [(name, figures) for name, figures in recorded if figures is not None]
 
 
 def interpretation_tables(name: str, figures: Mapping[str, Any]) -> list[ResultTable]:

@@ -106,9 +106,9 @@ def selected(names: tuple[str, ...]) -> dict[str, tuple[str, ...] | None]:
     Args:
         names: as in ``[eval] suites``: ``"bbh"``, ``"bbh/navigate"``. A suite that is named whole is run whole.
     """
-    found: dict[str, tuple[str, ...] | None] = {}
+    subtasks: dict[str, tuple[str, ...] | None] = {}
     for name in names:
         suite, slash, subtask = name.partition("/")
-        before = found.get(suite, ())
-        found[suite] = None if not slash or before is None else tuple(dict.fromkeys((*before, subtask)))
-    return found
+        before = subtasks.get(suite, ())
+        subtasks[suite] = None if not slash or before is None else tuple(dict.fromkeys((*before, subtask)))
+    return subtasks

@@ -136,7 +136,7 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None, as_chat: bo
     from lm_eval.evaluator import evaluate
 
     name = task.task_name
-    found = evaluate(
+    results = evaluate(
         model,
         {"tasks": {name: task}},
         limit=limit,
@@ -145,7 +145,7 @@ def score(model: Any, suite: Suite, task: Any, *, limit: int | None, as_chat: bo
         apply_chat_template=as_chat,
         fewshot_as_multiturn=as_chat,
     )
-    samples = found["samples"][name]
+    samples = results["samples"][name]
     values = {}
     for metric in suite.metrics:
         key, _, filter_name = metric.key.rpartition(",")

@@ -42,13 +42,13 @@ def local_tasks(suite: str, folder: Path) -> dict[str, LocalTask]:
     Raises:
         FileNotFoundError: it has none; says what was expected.
     """
-    found = {task.subtask: task for task in _FINDERS[suite](folder)}
-    if not found:
+    tasks = {task.subtask: task for task in _FINDERS[suite](folder)}
+    if not tasks:
         raise FileNotFoundError(
             f"{folder} has no data of the suite {suite}: expected {EXPECTED[suite]} there. Without `eval.data` (and without "
             "the variable PTAFUSE_DATA) it is fetched from the Hugging Face hub"
         )
-    return found
+    return tasks
 
 
 EXPECTED: Final = {
@@ -102,9 +102,9 @@ def _mmlu(folder: Path) -> list[LocalTask]:
     def task(test: Path) -> LocalTask:
         subject = test.name.removesuffix("_test.csv")
         splits = {"test": test, "dev": test.with_name(f"{subject}_dev.csv")}
-        there = {split: file for split, file in splits.items() if file.is_file()}
+        present = {split: file for split, file in splits.items() if file.is_file()}
         return LocalTask(
-            subject, tuple(there.values()), lambda: {split: _mmlu_rows(file) for split, file in there.items()}
+            subject, tuple(present.values()), lambda: {split: _mmlu_rows(file) for split, file in present.items()}
         )
 
     return [task(test) for test in sorted(folder.glob("mmlu/*_test.csv"))]

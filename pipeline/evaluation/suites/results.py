@@ -133,18 +133,18 @@ class _Model:
 
 def _models(runs: Sequence[ResolvedRun]) -> dict[str, _Model]:
     """Map what identifies a model to its label and its target before training; each model once, in the runs' order."""
-    found: dict[str, _Model] = {}
+    models: dict[str, _Model] = {}
     for run in runs:
         target = run.config.target.name
         labels = {target: f"target {target} before"} | {
             model.name: f"source {model.name}" for model in run.config.evaluated_sources
         }
         for name, label in labels.items():
-            is_taken = label in {model.label for model in found.values()}
-            found.setdefault(_identity(run, name), _Model(f"{label}, {run.label}" if is_taken else label, None))
+            is_taken = label in {model.label for model in models.values()}
+            models.setdefault(_identity(run, name), _Model(f"{label}, {run.label}" if is_taken else label, None))
     for run in runs:
-        found.setdefault(_identity(run, FUSED), _Model(f"after {run.label}", _identity(run, run.config.target.name)))
-    return found
+        models.setdefault(_identity(run, FUSED), _Model(f"after {run.label}", _identity(run, run.config.target.name)))
+    return models
 
 
 def _identity(run: ResolvedRun, model: str) -> str:
@@ -162,15 +162,15 @@ def _grouped(results: Sequence[Result]) -> dict[tuple[str, str, int], dict[str, 
     A sub-task that was evaluated on other files later is another row, not the same documents twice.
     """
     data: dict[tuple[str, str, str], list[str]] = {}
-    found: dict[tuple[str, str, int], dict[str, list[Result]]] = {}
+    groups: dict[tuple[str, str, int], dict[str, list[Result]]] = {}
     for result in sorted(results, key=lambda result: result["data"]):
         suite, settings = result["suite"], _settings(result)
         seen = data.setdefault((suite, settings, result["subtask"]), [])
         if result["data"] not in seen:
             seen.append(result["data"])
-        group = found.setdefault((suite, settings, seen.index(result["data"])), {})
+        group = groups.setdefault((suite, settings, seen.index(result["data"])), {})
         group.setdefault(canonical_json(result["model_inputs"]), []).append(result)
-    return found
+    return groups
 
 
 def _settings(result: Result) -> str:

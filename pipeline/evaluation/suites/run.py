@@ -73,8 +73,8 @@ class PlannedTask:
             model: what identifies it.
         """
         inputs = {**model, "data": self.data_identity}
-        print_ = fingerprint("suite", SUITE_VERSION, dict(self.settings), inputs)
-        return f"{FOLDER}/{self.suite.name}/{self.subtask}/{print_}.json"
+        task_fingerprint = fingerprint("suite", SUITE_VERSION, dict(self.settings), inputs)
+        return f"{FOLDER}/{self.suite.name}/{self.subtask}/{task_fingerprint}.json"
 
 
 def model_inputs(step: Step) -> dict[str, str]:
@@ -139,12 +139,12 @@ def _checked_here(task: PlannedTask) -> PlannedTask:
     """
     machine, planned = socket.gethostname(), task.settings["harness"]
     try:
-        found = harness_version()
+        version = harness_version()
     except HarnessMissingError as error:
         raise HarnessMissingError(f"{machine}: {error}") from None
-    if found != planned:
+    if version != planned:
         raise ValueError(
-            f"lm-evaluation-harness on {machine} is {found}, and {planned} where the command was started: install the same "
+            f"lm-evaluation-harness on {machine} is {version}, and {planned} where the command was started: install the same "
             "version on all machines"
         )
     if task.suite.folder is not None:
@@ -241,23 +241,23 @@ def _subtasks(
             "in [eval]. They run in a sandbox; docs/evaluation.md says what that does not isolate"
         )
     everything = languages_on_hub() if suite.folder is None else harness_subtasks(suite)
-    there: Mapping[str, LocalTask | None]
-    there = dict.fromkeys(everything) if folder is None else local_tasks(suite.name, folder)
-    for subtask in wanted or there:
-        if subtask not in there:
+    available: Mapping[str, LocalTask | None]
+    available = dict.fromkeys(everything) if folder is None else local_tasks(suite.name, folder)
+    for subtask in wanted or available:
+        if subtask not in available:
             place = "the harness" if folder is None else f"{folder} (expected {EXPECTED[suite.name]})"
-            raise ValueError(f"{suite.name}/{subtask} is not in {place}; there: {', '.join(there)}")
+            raise ValueError(f"{suite.name}/{subtask} is not in {place}; there: {', '.join(available)}")
         if suite.folder is not None and subtask not in everything:
             raise ValueError(f"{suite.name} has no sub-task {subtask!r}; it has: {', '.join(everything)}")
-    names = wanted or tuple(there)
+    names = wanted or tuple(available)
     if suite.folder is None:
         names = _runnable(names, console, insists=wanted is not None)
-    return {name: there[name] for name in names}
+    return {name: available[name] for name in names}
 
 
 def _runnable(languages: Sequence[str], console: Console, *, insists: bool) -> tuple[str, ...]:
     """List the languages whose programs run here; others are reported, or refused if they were named."""
-    found = []
+    runnable = []
     for language in languages:
         try:
             isolation = check_language(language)
@@ -266,16 +266,16 @@ def _runnable(languages: Sequence[str], console: Console, *, insists: bool) -> t
                 raise
             console.print(f"multipl-e leaves out {error}", soft_wrap=True)
         else:
-            found.append(language)
+            runnable.append(language)
             if not isolation.has_namespaces:
                 log.warning(
                     "multipl-e/%s: this system gives programs no namespaces of their own: they have the network, and can write "
                     "where their user can (docs/evaluation.md)",
                     language,
                 )
-    if not found:
+    if not runnable:
         raise LanguageMissingError(f"multipl-e: no language of {', '.join(languages)} can be run here")
-    return tuple(found)
+    return tuple(runnable)
 
 
 def _planned(suite: Suite, subtask: str, config: EvalConfig, version: str, local: LocalTask | None) -> PlannedTask:
@@ -346,9 +346,9 @@ def _metric(label: str, estimate: tuple[float, float]) -> dict[str, Any]:
 
 def _line(name: str, result: Mapping[str, Any]) -> str:
     figures = ", ".join(
-        f"{part['label']} {part['value']:.4f}"
-        + ("" if part["standard_error"] is None else f" ± {part['standard_error']:.4f}")
-        for part in result["metrics"].values()
+        f"{metric['label']} {metric['value']:.4f}"
+        + ("" if metric["standard_error"] is None else f" ± {metric['standard_error']:.4f}")
+        for metric in result["metrics"].values()
     )
     count, whole = result["num_documents"], result["num_documents_in_data"]
     cut = result["num_truncated_prompts"]

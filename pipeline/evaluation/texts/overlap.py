@@ -48,7 +48,7 @@ class OverlapIndex:
         self._words = _WordHashes()
         grams = [_grams(self._words(words(text))) for text in texts]
         self._known = np.unique(np.concatenate([np.empty(0, np.uint64), *grams]))
-        self._places = [np.searchsorted(self._known, part) for part in grams]
+        self._places = [np.searchsorted(self._known, ngrams) for ngrams in grams]
         self._is_found = np.zeros(len(self._known), bool)
         self._keys = [{_key(text), _key(whole)} for text, whole in zip(texts, wholes or texts, strict=True)]
         self._wanted = set().union(*self._keys)
@@ -59,7 +59,7 @@ class OverlapIndex:
         self._equal |= self._wanted.intersection(map(_key, texts))
         hashes = [self._words(words(text)) for text in texts]
         # The n-grams of all documents at once: numpy calls on single documents would take longer than the work in them.
-        lengths = np.array([len(part) for part in hashes], np.int64)
+        lengths = np.array([len(hashed) for hashed in hashes], np.int64)
         grams = _grams(np.concatenate([np.empty(0, np.uint64), *hashes]))
         if not len(grams) or not len(self._known):
             return
@@ -88,14 +88,14 @@ class _WordHashes:
     def __init__(self) -> None:
         self._known: dict[str, int] = {}
 
-    def __call__(self, found: Sequence[str]) -> np.ndarray:
+    def __call__(self, word_list: Sequence[str]) -> np.ndarray:
         """Hash words, (N,) uint64."""
         known = self._known
         if len(known) > _MAX_WORDS_KNOWN:
             known.clear()
-        for word in set(found).difference(known):
+        for word in set(word_list).difference(known):
             known[word] = int.from_bytes(blake2b(word.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
-        return np.fromiter((known[word] for word in found), np.uint64, len(found))
+        return np.fromiter((known[word] for word in word_list), np.uint64, len(word_list))
 
 
 def _grams(hashes: np.ndarray) -> np.ndarray:

@@ -90,7 +90,11 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
         cut = _cut_conversations if text.has_conversations else _segments
         segments, num_uncut = cut(text, kept, tokenizers, run.config.shard.max_length)
         scored = {segment.doc_id for segment in segments}
-        kinds = {part.doc_id: part.kind for part in kept if part.kind is not None and part.doc_id in scored}
+        kinds = {
+            document.doc_id: document.kind
+            for document in kept
+            if document.kind is not None and document.doc_id in scored
+        }
         counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
         if not segments:
             raise StageError(_nothing_left(text, counts))
@@ -105,18 +109,18 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
 def _read_chosen(text: TextConfig) -> tuple[list[_Document], dict[str, int]]:
     """Read the chosen documents of a corpus, and count all its documents and kinds."""
     ranges = plan_documents(text, DOCUMENTS_AT_A_TIME)
-    total = sum(part.num_documents for part in ranges)
+    total = sum(shard.num_documents for shard in ranges)
     kinds = [NO_KIND] * total
     if text.kind_column is not None:
-        for part in ranges:
-            for number, kind in read_kinds(text, part).items():
+        for shard in ranges:
+            for number, kind in read_kinds(text, shard).items():
                 kinds[number] = NO_KIND if kind is None else kind
     chosen = set(choose_documents(kinds, num_documents=text.num_documents, fraction=text.fraction))
     documents = []
-    for part in ranges:
-        if chosen.isdisjoint(range(part.first_doc_id, part.first_doc_id + part.num_documents)):
+    for shard in ranges:
+        if chosen.isdisjoint(range(shard.first_doc_id, shard.first_doc_id + shard.num_documents)):
             continue
-        for row in read_documents(text, part).to_pylist():
+        for row in read_documents(text, shard).to_pylist():
             if row["doc_id"] in chosen:
                 kind = None if text.kind_column is None else kinds[row["doc_id"]]
                 documents.append(_decoded(row, kind, text))
@@ -126,8 +130,8 @@ def _read_chosen(text: TextConfig) -> tuple[list[_Document], dict[str, int]]:
 def _decoded(row: Mapping[str, Any], kind: str | None, text: TextConfig) -> _Document:
     raw = row["text"]
     if raw is None:
-        what = "messages" if text.has_conversations else "text"
-        return _Document(row["doc_id"], kind, None, row["error"] or f"the {what} column is null in this record")
+        column = "messages" if text.has_conversations else "text"
+        return _Document(row["doc_id"], kind, None, row["error"] or f"the {column} column is null in this record")
     if text.has_conversations:
         return _decoded_conversation(row["doc_id"], raw, kind, text)
     try:
@@ -176,34 +180,37 @@ def _read_overlaps(run: Run, text: TextConfig) -> dict[int, Overlap] | None:
         value = json.loads(run.store.read(_overlap_key(run, text)))
     except FileNotFoundError:
         return None
-    return {part["doc_id"]: Overlap(part["is_equal"], part["share"]) for part in value["documents"]}
+    return {document["doc_id"]: Overlap(document["is_equal"], document["share"]) for document in value["documents"]}
 
 
 def _measure_overlaps(
     run: Run, texts: Mapping[str, TextConfig], documents: Mapping[str, Sequence[_Document]], num_shards: int
 ) -> dict[str, dict[int, Overlap]]:
     """Read the training documents once for several texts, and record what each shares with them."""
-    readable = [(name, part) for name in texts for part in documents[name] if part.whole is not None]
+    readable = [(name, document) for name in texts for document in documents[name] if document.whole is not None]
     if not readable:
         return {name: {} for name in texts}
     index = OverlapIndex(
-        [_scored(texts[name], part) for name, part in readable], [str(part.whole) for _, part in readable]
+        [_scored(texts[name], document) for name, document in readable],
+        [str(document.whole) for _, document in readable],
     )
     for training in _training_documents(run, num_shards):
         index.read(training)
-    found: dict[str, dict[int, Overlap]] = {name: {} for name in texts}
-    for (name, part), overlap in zip(readable, index.overlaps(), strict=True):
-        found[name][part.doc_id] = overlap
+    overlaps: dict[str, dict[int, Overlap]] = {name: {} for name in texts}
+    for (name, document), overlap in zip(readable, index.overlaps(), strict=True):
+        overlaps[name][document.doc_id] = overlap
     for name, text in texts.items():
         records = [
-            {"doc_id": part.doc_id, "kind": part.kind, **asdict(found[name][part.doc_id])}
-            for part in documents[name]
-            if part.doc_id in found[name]
+            {"doc_id": document.doc_id, "kind": document.kind, **asdict(overlaps[name][document.doc_id])}
+            for document in documents[name]
+            if document.doc_id in overlaps[name]
         ]
-        unreadable = [{"doc_id": part.doc_id, "reason": part.reason} for part in documents[name] if part.reason]
+        unreadable = [
+            {"doc_id": document.doc_id, "reason": document.reason} for document in documents[name] if document.reason
+        ]
         value = {"text": name, "documents": records, "unreadable": unreadable}
         run.store.create(_overlap_key(run, text), (json.dumps(value, indent=1) + "\n").encode())
-    return found
+    return overlaps
 
 
 def _training_documents(run: Run, num_shards: int) -> Iterator[list[str]]:
@@ -212,10 +219,10 @@ def _training_documents(run: Run, num_shards: int) -> Iterator[list[str]]:
     for shard in range(num_shards):
         table = run.store.read_table(manifests[shard].data, remake="`make shard`")
         rows = table.filter(pc.equal(table["split"], "train"))
-        parts: dict[int, list[SegmentText]] = {}
+        segments_by_document: dict[int, list[SegmentText]] = {}
         for doc_id, segment in zip(rows["doc_id"].to_pylist(), segment_texts(rows), strict=True):
-            parts.setdefault(doc_id, []).append(segment)
-        yield [_joined(segments) for segments in parts.values()]
+            segments_by_document.setdefault(doc_id, []).append(segment)
+        yield [_joined(segments) for segments in segments_by_document.values()]
 
 
 def _joined(segments: Sequence[SegmentText]) -> str:
@@ -233,13 +240,16 @@ def _keep(
     Raises:
         StageError: a document shares text with the training documents, and that is refused.
     """
-    readable = [part for part in documents if part.whole is not None]
+    readable = [document for document in documents if document.whole is not None]
     shared = [
-        part for part in readable if overlaps[part.doc_id].is_equal or overlaps[part.doc_id].share > text.max_overlap
+        document
+        for document in readable
+        if overlaps[document.doc_id].is_equal or overlaps[document.doc_id].share > text.max_overlap
     ]
     if shared and text.overlap == "refuse":
         named = ", ".join(
-            f"document {part.doc_id} ({_describe(overlaps[part.doc_id])})" for part in shared[:_NAMED_DOCUMENTS]
+            f"document {document.doc_id} ({_describe(overlaps[document.doc_id])})"
+            for document in shared[:_NAMED_DOCUMENTS]
         )
         more = f" and {len(shared) - _NAMED_DOCUMENTS} more" if len(shared) > _NAMED_DOCUMENTS else ""
         raise StageError(
@@ -247,8 +257,8 @@ def _keep(
             f"{text.max_overlap} of their 13-grams with the training documents, or are one of them: {named}{more}. Leave them "
             f'out of the text, or set overlap = "filter" there, then run {command(run, "eval")}'
         )
-    without = {part.doc_id for part in shared}
-    kept = [part for part in readable if part.doc_id not in without]
+    without = {document.doc_id for document in shared}
+    kept = [document for document in readable if document.doc_id not in without]
     counts = {
         "chosen": len(documents),
         "unreadable": len(documents) - len(readable),

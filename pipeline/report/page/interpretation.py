@@ -36,8 +36,10 @@ def described_interpretations(runs: Sequence[ResolvedRun], store: Store) -> list
 def _distance_plot(figures: Mapping[str, Any]) -> str:
     """Plot Inner Distances, then Center Distances, with one colour per distribution."""
     entries = [
-        Bar(f"{what}: {label(row['name'], figures)}", row[key]["mean"], row[key]["error"], group=group, signed=False)
-        for what, key in (("Inner", "inner"), ("Center", "center"))
+        Bar(
+            f"{distance}: {label(row['name'], figures)}", row[key]["mean"], row[key]["error"], group=group, signed=False
+        )
+        for distance, key in (("Inner", "inner"), ("Center", "center"))
         for group, row in enumerate(figures["distances"])
         if row[key]["mean"] is not None and not (key == "center" and row["name"] == figures["target"])
     ]

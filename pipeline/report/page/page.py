@@ -213,12 +213,12 @@ def _loss_plot(runs: Sequence[ResolvedRun], store: Store) -> str:
 
 
 def _health_tables(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus]) -> list[ResultTable]:
-    found: dict[str, ResultTable] = {}
+    tables: dict[str, ResultTable] = {}
     for run in runs:
         for step in statuses[run.label].steps:
             if step.health:
-                found.setdefault(run.steps[step.key].folder, _health_table(run, step))
-    return list(found.values())
+                tables.setdefault(run.steps[step.key].folder, _health_table(run, step))
+    return list(tables.values())
 
 
 def _health_table(run: ResolvedRun, step: StepStatus) -> ResultTable:

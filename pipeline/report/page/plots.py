@@ -113,9 +113,9 @@ def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: s
         axes = figure.add_subplot()
         left = [0.0] * len(rows)
         for index, name in enumerate(names):
-            parts = [parts[index] for parts in rows.values()]
-            axes.barh(range(len(rows)), parts, left=left, height=0.7, label=name, color=COLOURS[index % len(COLOURS)])
-            left = [start + part for start, part in zip(left, parts, strict=True)]
+            widths = [bar[index] for bar in rows.values()]
+            axes.barh(range(len(rows)), widths, left=left, height=0.7, label=name, color=COLOURS[index % len(COLOURS)])
+            left = [start + width for start, width in zip(left, widths, strict=True)]
         axes.set_yticks(range(len(rows)), [plain(label) for label in rows])
         axes.invert_yaxis()
         axes.set_xlim(0, max(1.0, *left))

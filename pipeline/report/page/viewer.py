@@ -119,41 +119,41 @@ def _documents(
     for stage in aligns.values():
         stage.setup()
     vocabulary = tables.read(target).vocabulary
-    found = []
+    documents = []
     shard, inputs, messages = -1, {}, None
     for segments in chosen:
         if segments[0].shard != shard:
             shard = segments[0].shard
             inputs = read_inputs(run, store, run.steps["fuse"], shard)
             messages = _table(store, run.steps["shard"], shard) if run.config.dataset.has_conversations else None
-        own = inputs[f"logits/{target.name}"]
-        parts = []
+        target_logits = inputs[f"logits/{target.name}"]
+        segment_entries = []
         for segment in segments:
             candidates = [
-                stage.explain_row({"target": own, "source": inputs[f"logits/{name}"]}, segment.row)
+                stage.explain_row({"target": target_logits, "source": inputs[f"logits/{name}"]}, segment.row)
                 for name, stage in aligns.items()
             ]
             positions = zip(fuse.explain_row(inputs, segment.row), *candidates, strict=True)
-            token_ids = list_row(own, "token_ids", segment.row).tolist()
-            parts.append(
+            token_ids = list_row(target_logits, "token_ids", segment.row).tolist()
+            segment_entries.append(
                 {
                     "segment": segment.number,
                     "tokens": [texts(token_text(vocabulary, token_id)) for token_id in token_ids],
                     "positions": [_position(fusion, sources, texts) for fusion, *sources in positions],
-                    **({} if messages is None else _turns(segment_turns(messages, own, segment.row))),
+                    **({} if messages is None else _turns(segment_turns(messages, target_logits, segment.row))),
                 }
             )
-        found.append({"doc": segments[0].doc_id, "shard": shard, "segments": parts})
-    return found
+        documents.append({"doc": segments[0].doc_id, "shard": shard, "segments": segment_entries})
+    return documents
 
 
-def _turns(found: SegmentTurns | None) -> dict[str, Any]:
+def _turns(segment_turns: SegmentTurns | None) -> dict[str, Any]:
     """Encode the messages of a segment (role, number of tokens, whether it is learnt) and the template's tokens."""
-    if found is None:
+    if segment_turns is None:
         return {}
     return {
-        "turns": [[turn.role, turn.end - turn.start, int(turn.is_trained)] for turn in found.turns],
-        "bare": np.flatnonzero(found.is_template).tolist(),
+        "turns": [[turn.role, turn.end - turn.start, int(turn.is_trained)] for turn in segment_turns.turns],
+        "bare": np.flatnonzero(segment_turns.is_template).tolist(),
     }
 
 
@@ -169,11 +169,11 @@ def _spread(shards: Sequence[int]) -> list[int]:
 
 def _segments_by_document(run: ResolvedRun, store: Store, shard: int) -> list[list[_Segment]]:
     table = _table(store, run.steps[f"logits/{run.config.target.name}"], shard)
-    found: dict[int, list[_Segment]] = {}
+    segments: dict[int, list[_Segment]] = {}
     columns = (table["doc_id"].to_pylist(), table["segment"].to_pylist(), table["token_ids"])
     for row, (doc_id, number, tokens) in enumerate(zip(*columns, strict=True)):
-        found.setdefault(doc_id, []).append(_Segment(shard, row, doc_id, number, len(tokens)))
-    return list(found.values())
+        segments.setdefault(doc_id, []).append(_Segment(shard, row, doc_id, number, len(tokens)))
+    return list(segments.values())
 
 
 def _table(store: Store, step: Step, shard: int) -> pa.Table:
@@ -188,31 +188,31 @@ def _position(fusion: FusionExplanation, sources: Sequence[AlignmentExplanation]
     return {
         "g": -1 if fusion.gold is None else texts(fusion.gold),
         **({} if fusion.is_learnt or fusion.gold is None else {"x": 1}),
-        "t": _flat(((part.text, part.prob) for part in target), texts),
-        "w": -1 if fusion.chosen is None else [part.name for part in fusion.candidates].index(fusion.chosen),
-        "c": [[_rounded(part.cross_entropy), round(part.weight, 4)] for part in fusion.candidates],
+        "t": _flat(((token.text, token.prob) for token in target), texts),
+        "w": -1 if fusion.chosen is None else [candidate.name for candidate in fusion.candidates].index(fusion.chosen),
+        "c": [[_rounded(candidate.cross_entropy), round(candidate.weight, 4)] for candidate in fusion.candidates],
         "f": _flat(fusion.fused, texts),
         "z": _units(fusion.tail_mass),
-        "s": [_source(part, texts) for part in sources],
+        "s": [_source(source, texts) for source in sources],
     }
 
 
-def _source(part: AlignmentExplanation, texts: TextTable) -> dict[str, Any]:
-    here = next(token for token in part.context if token.position == part.position)
-    found: dict[str, Any] = {
-        "o": part.outcome,
-        "e": int(part.exact_context),
+def _source(source: AlignmentExplanation, texts: TextTable) -> dict[str, Any]:
+    here = next(token for token in source.context if token.position == source.position)
+    encoded: dict[str, Any] = {
+        "o": source.outcome,
+        "e": int(source.exact_context),
         "p": [here.source_start, [texts(text) for text in here.source_texts]],
-        "k": _flat(((entry.text, entry.prob) for entry in part.source_topk), texts),
-        "r": _flat(((entry.text, entry.prob) for entry in part.projected), texts),
-        "z": _units(part.tail_mass),
+        "k": _flat(((entry.text, entry.prob) for entry in source.source_topk), texts),
+        "r": _flat(((entry.text, entry.prob) for entry in source.projected), texts),
+        "z": _units(source.tail_mass),
     }
-    if part.seen:
-        found["n"] = texts(part.seen)
-    if part.plan.size:
-        found["u"] = [texts(entry.text) for entry in part.support]
-        found["m"] = [[_units(mass) for mass in row] for row in part.plan.tolist()]
-    return found
+    if source.seen:
+        encoded["n"] = texts(source.seen)
+    if source.plan.size:
+        encoded["u"] = [texts(entry.text) for entry in source.support]
+        encoded["m"] = [[_units(mass) for mass in row] for row in source.plan.tolist()]
+    return encoded
 
 
 def _flat(entries: Iterable[tuple[str, float]], texts: TextTable) -> list[int]:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.analysis.interpret.figures import MAX_KINDS, DocumentFigures, distance_rows, win_rows
-from pipeline.analysis.interpret.pairs import most_moved, part_of
+from pipeline.analysis.interpret.pairs import most_moved, summarize_pairs
 from stages.align.pair_mass import PairMass
 from stages.contract.columns import PAD_ID
 from stages.fuse.mix import Candidate, mix
@@ -90,8 +90,8 @@ def pair_mass(*pairs: tuple[int, int, float, bool]) -> PairMass:
 
 
 def test_pairs_of_shards_add_up_and_the_cut_mass_is_reported():
-    first = part_of(pair_mass((1, 1, 3.0, True), (1, 2, 2.0, False), (2, 3, 1.0, False)), kept=1)
-    second = part_of(pair_mass((2, 3, 5.0, False), (1, 2, 1.0, False)))
+    first = summarize_pairs(pair_mass((1, 1, 3.0, True), (1, 2, 2.0, False), (2, 3, 1.0, False)), kept=1)
+    second = summarize_pairs(pair_mass((2, 3, 5.0, False), (1, 2, 1.0, False)))
     names = vocabulary(5)
     found = most_moved([first, second], names, names, num_pairs=1)
     assert (found["same_mass"], found["moved_mass"], found["cut_mass"], found["num_positions"]) == (3, 9, 1, 5)
