@@ -4,7 +4,7 @@ import ctypes
 import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
@@ -51,7 +51,7 @@ class _Threads:
                 while running:
                     done, running = wait(running, return_when=FIRST_COMPLETED)
                     statuses = [future.result() for future in done]
-                    running |= self._submit(pool, shards, len(done))
+                    running |= {pool.submit(self._compute, shard) for shard in islice(shards, len(done))}
                     yield from statuses
             except Exception:
                 raise  # the pool waits for the shards under way: their results are kept
@@ -59,9 +59,6 @@ class _Threads:
             except BaseException:
                 self._interrupt()
                 raise
-
-    def _submit(self, pool: ThreadPoolExecutor, shards: Iterator[int], count: int) -> set[Future[ShardStatus]]:
-        return {pool.submit(self._compute, shard) for shard in islice(shards, count)}
 
     def _compute(self, shard: int) -> ShardStatus:
         self._computing.add(threading.get_ident())

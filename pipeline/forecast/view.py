@@ -56,7 +56,8 @@ def print_forecast(forecast: Forecast, console: Console) -> None:
         if step.why and step.key not in never:
             console.print(f"{step.key} is {step.state}: {'; '.join(step.why)}", soft_wrap=True)
     for name in forecast.assumptions:
-        console.print(f"assumed: {_assumption(forecast, name)}", soft_wrap=True)
+        value, source = getattr(forecast.config.assumptions, name), AssumptionsConfig.model_fields[name].description
+        console.print(f"assumed: assumptions.{name} = {value:g}: {source}", soft_wrap=True)
     for warning in forecast.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if all(step.state == "done" for step in forecast.steps):
@@ -127,11 +128,6 @@ def _print_prices(forecast: Forecast, console: Console) -> None:
     if missing:
         sets = " ".join(f"--set prices.{name}=..." for name in missing)
         console.print(f"money: give the prices of what is used under [prices], or with {sets}", soft_wrap=True)
-
-
-def _assumption(forecast: Forecast, name: str) -> str:
-    value = getattr(forecast.config.assumptions, name)
-    return f"assumptions.{name} = {value:g}: {AssumptionsConfig.model_fields[name].description}"
 
 
 def _documents(forecast: Forecast) -> str:

@@ -143,19 +143,21 @@ class StatusReader:
             following = resolved.command(unfinished.stage, url)
             if unfinished.failed:
                 following = f"`ptafuse retry {url}`, then {following}"
-        warnings = [warning for step in steps for warning in self._shard_warnings(step)]
+        warnings = [
+            warning
+            for step in steps
+            if step.stage == "shard" and step.is_done
+            for warning in shard_warnings(resolved.config, step.health)
+        ]
         tables = tuple(entry.key for entry in self._store.files(FOLDER) if entry.key.endswith(f"/{TABLE_FILE}"))
         return RunStatus(url, resolved.config.name, steps, following, (*warnings, *_warnings(steps)), tables)
-
-    def _shard_warnings(self, step: StepStatus) -> list[str]:
-        is_complete = step.stage == "shard" and step.is_done
-        return shard_warnings(self._resolved.config, step.health) if is_complete else []
 
     def _read_step(self, step: Step, num_shards: int) -> StepStatus:
         if not step.is_sharded:
             is_done = self._store.exists(result_key(step))
             job = job_stage(step.stage)
-            training = self._last_training_step(step) if job.keeps_log else None
+            records = read_training_log(step, self._store) if job.keeps_log else []
+            training = records[-1] if records else None
             health = job.metrics(read_result(self._store, step) or {}) if is_done and job.metrics else {}
             return StepStatus(step.key, step.fingerprint, health=health, is_done=is_done, training=training)
         done = self._reader.read(step.folder)
@@ -173,10 +175,6 @@ class StatusReader:
             running=frozenset(running),
             is_done=is_done,
         )
-
-    def _last_training_step(self, step: Step) -> dict[str, Any] | None:
-        records = read_training_log(step, self._store)
-        return records[-1] if records else None
 
 
 def read_status(resolved: ResolvedRun, store: Store) -> RunStatus:

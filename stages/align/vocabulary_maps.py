@@ -116,11 +116,10 @@ class ModelPair:
     @cached_property
     def preferred(self) -> dict[bytes, int]:
         """Token that the tokenizer itself gives a text, for texts that are the bytes of several target tokens."""
-        ids = self.keep("preferred", self._preferred_ids).tolist()
+        ids = self.keep(
+            "preferred", lambda: np.array(list(preferred_tokens(self.target, self.encode).values()), np.int32)
+        ).tolist()
         return {self.target.token_bytes[token_id]: token_id for token_id in ids}
-
-    def _preferred_ids(self) -> np.ndarray:
-        return np.array(list(preferred_tokens(self.target, self.encode).values()), np.int32)
 
     @cached_property
     def exact(self) -> np.ndarray:
@@ -161,12 +160,11 @@ class ModelPair:
     @cached_property
     def writes_mark(self) -> tuple[bool, bool]:
         """Whether the target's and the source's tokenizer by themselves begin a text with a space that it does not have."""
-        target, source = self.keep("marks", self._marks).tolist()
-        return bool(target), bool(source)
-
-    def _marks(self) -> np.ndarray:
         sides = ((self.encode, self.target), (self.encode_source, self.source))
-        return np.array([_writes_mark(encode, vocabulary) for encode, vocabulary in sides], np.int32)
+        target, source = self.keep(
+            "marks", lambda: np.array([_writes_mark(*side) for side in sides], np.int32)
+        ).tolist()
+        return bool(target), bool(source)
 
 
 def preferred_tokens(vocabulary: Vocabulary, encode: Encode) -> dict[bytes, int]:

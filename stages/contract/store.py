@@ -117,8 +117,9 @@ class Store:
     def names(self, folder: str) -> list[str]:
         """List the names directly in a folder, sorted; empty if there is no such folder."""
         path = self.path(folder) if folder else self._root
+        no_cache = {} if self.is_local else {"refresh": True}
         try:
-            paths = self._ask(self._fs.ls, path, detail=False, **self._no_cache())
+            paths = self._ask(self._fs.ls, path, detail=False, **no_cache)
         except FileNotFoundError:
             return []
         entries = {entry.rstrip("/") for entry in paths} - {path.rstrip("/")}  # some consoles store folders as objects
@@ -362,9 +363,6 @@ class Store:
         arrived, expected = self._fs.info(path)["size"], file.stat().st_size
         if arrived != expected:
             raise ConnectionError(f"{path}: {arrived} of {expected} bytes arrived")
-
-    def _no_cache(self) -> dict[str, Any]:
-        return {} if self.is_local else {"refresh": True}
 
     @contextlib.contextmanager
     def _local_temporary(self, key: str) -> Iterator[Path]:

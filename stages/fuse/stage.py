@@ -178,8 +178,10 @@ class FuseStage:
             rows = fused.mixture.rows
             rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
             segments.append(_Output(rows, round_to_half(fused.mixture.tail_mass), fused.chosen))
+        vocab_size = self._vocabularies[0].size
+        schema = fused_schema(vocab_size, shard.tail, self.names, conversations=has_roles(shard.target))
         return StageOutput(
-            table=_table(shard, packing, segments, self._schema(shard)),
+            table=_table(shard, packing, segments, schema),
             num_tokens=int(shard.lengths.sum()),
             health={
                 "segments": len(shard.lengths),
@@ -263,10 +265,6 @@ class FuseStage:
         shard = self._read(inputs)
         fused = self._fuse_row(shard, row)
         return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
-
-    def _schema(self, shard: _ShardInputs) -> pa.Schema:
-        size = self._vocabularies[0].size
-        return fused_schema(size, shard.tail, self.names, conversations=has_roles(shard.target))
 
     def _pack(self, shard: _ShardInputs) -> Packing:
         if self.config.packing == "cut" and has_roles(shard.target):

@@ -44,14 +44,16 @@ def _read_tensor(model: ModelConfig) -> "torch.Tensor | None":
     from safetensors import safe_open
 
     skeleton = _skeleton(model)
-    name, shape = _embedding_name(skeleton)
+    weight = skeleton.get_input_embeddings().weight
+    parameters = skeleton.named_parameters(remove_duplicate=False)
+    name = next(name for name, parameter in parameters if parameter is weight)
     place = _file_of(model, _checkpoint_names(name, skeleton))
     if place is None:
         return None
     file, stored_name = place
     with safe_open(str(file), framework="pt") as tensors:
         tensor: torch.Tensor = tensors.get_tensor(stored_name)
-    return tensor if tensor.shape == shape else None
+    return tensor if tensor.shape == weight.shape else None
 
 
 def _skeleton(model: ModelConfig) -> Any:
@@ -66,12 +68,6 @@ def _skeleton(model: ModelConfig) -> Any:
         raise ValueError(f"model {model.name}: its configuration cannot be loaded: {error}") from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-
-
-def _embedding_name(skeleton: Any) -> "tuple[str, torch.Size]":
-    weight = skeleton.get_input_embeddings().weight
-    names = (name for name, parameter in skeleton.named_parameters(remove_duplicate=False) if parameter is weight)
-    return next(names), weight.shape
 
 
 def _checkpoint_names(name: str, skeleton: Any) -> list[str]:

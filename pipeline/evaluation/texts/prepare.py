@@ -97,7 +97,10 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
         }
         counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
         if not segments:
-            raise StageError(_nothing_left(text, counts))
+            raise StageError(
+                f"{text.section}: no document is left to score: {describe_counts(counts)}. Give another text or more of it, or "
+                "raise max_overlap there"
+            )
         run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
         prepared[name] = PreparedText(tuple(segments), kinds, counts)
     return prepared
@@ -269,13 +272,6 @@ def _keep(
 
 def _describe(overlap: Overlap) -> str:
     return "equal" if overlap.is_equal else f"{overlap.share:.0%}"
-
-
-def _nothing_left(text: TextConfig, counts: Mapping[str, int]) -> str:
-    return (
-        f"{text.section}: no document is left to score: {describe_counts(counts)}. Give another text or more of it, or raise "
-        "max_overlap there"
-    )
 
 
 # --- segments ---------------------------------------------------------------------------------------------------------

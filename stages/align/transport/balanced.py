@@ -83,7 +83,9 @@ def _solve(
                     is_working = True
                     break
                 if lanes.epsilon[lane] > epsilon:
-                    _lower_epsilon(lanes, lane, cost[lanes.problem[lane]], epsilon, tolerance)
+                    _absorb_factors(lanes, lane)
+                    smaller = max(epsilon, _SCALING * lanes.epsilon[lane])
+                    _set_epsilon(lanes, lane, cost[lanes.problem[lane]], smaller, epsilon, tolerance)
                     continue
                 problem = lanes.problem[lane]
                 error[problem] = _put(lanes, lane, plan[problem])
@@ -144,12 +146,6 @@ def _set_epsilon(lanes: Lanes, lane: int, cost: np.ndarray, current: float, last
     lanes.target_error[lane] = tolerance if current <= last else max(tolerance, _STAGE_TOLERANCE * mass)
     lanes.step_fraction[lane] = 1.0
     _evaluate(lanes, lane, cost)
-
-
-@njit(cache=True)
-def _lower_epsilon(lanes: Lanes, lane: int, cost: np.ndarray, last: float, tolerance: float) -> None:
-    _absorb_factors(lanes, lane)
-    _set_epsilon(lanes, lane, cost, max(last, _SCALING * lanes.epsilon[lane]), last, tolerance)
 
 
 @njit(cache=True)

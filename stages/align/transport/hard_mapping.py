@@ -79,7 +79,11 @@ class NearestTokens:
         """
         is_real = source_ids != NO_ID
         wanted = np.unique(source_ids[is_real])
-        self._search(wanted[self._ids[wanted] == _UNKNOWN].tolist())
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for token_id in wanted[self._ids[wanted] == _UNKNOWN].tolist():
+            by_length[len(self._source_texts[token_id])].append(token_id)
+        for length, group in by_length.items():
+            self._search_group(np.array(group), length)
         safe = np.where(is_real, source_ids, 0)
         return np.where(is_real, self._ids[safe], NO_ID), np.where(is_real, self._distances[safe], 0)
 
@@ -103,13 +107,6 @@ class NearestTokens:
             top_k_distances,
             self._target_is_special,
         )
-
-    def _search(self, source_ids: list[int]) -> None:
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for token_id in source_ids:
-            by_length[len(self._source_texts[token_id])].append(token_id)
-        for length, group in by_length.items():
-            self._search_group(np.array(group), length)
 
     def _search_group(self, group: np.ndarray, length: int) -> None:
         """Search for source tokens of one length together.

@@ -93,7 +93,7 @@ class Rendered:
     @property
     def text(self) -> str:
         """The whole rendering."""
-        return _interleave(self.pieces, self.contents)
+        return "".join(piece + content for piece, content in zip(self.pieces, (*self.contents, ""), strict=True))
 
 
 @dataclass(frozen=True)
@@ -220,10 +220,6 @@ def _strip(strip: Any, characters: str | None) -> str:
     """Take white space off one end: none of it for ``""``, all of it for None."""
     stripped: str = strip(characters)
     return stripped
-
-
-def _interleave(pieces: Sequence[str], contents: Sequence[str]) -> str:
-    return "".join(piece + content for piece, content in zip(pieces, (*contents, ""), strict=True))
 
 
 def _rewritten(messages: Sequence[Message], rendered: Rendered, written: str) -> str:

@@ -98,8 +98,9 @@ def tensor_problems(
 
     class_name = type(skeleton).__name__
     if mismatch.missing:
+        extra = f", and hold {named(mismatch.extra)} that it has no place for" if mismatch.extra else ""
         yield problem(
-            f"the weights lack {named(mismatch.missing)}" + _beside(mismatch.extra),
+            f"the weights lack {named(mismatch.missing)}{extra}",
             f"every tensor of {class_name}: one that is missing would be drawn at random",
             _remedy(mismatch, stored, skeleton),
         )
@@ -165,10 +166,6 @@ def _wrapper(stored: Mapping[str, StoredTensor]) -> str | None:
         (wrapper for wrapper in WRAPPERS if any(f".{wrapper}." in f".{name}" for name in stored)),
         None,
     )
-
-
-def _beside(extra: tuple[str, ...]) -> str:
-    return f", and hold {named(extra)} that it has no place for" if extra else ""
 
 
 def _layers_too_many(extra: Collection[str], wanted: Collection[str]) -> tuple[str, ...]:
