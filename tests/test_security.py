@@ -99,7 +99,7 @@ def test_pickled_weights_are_not_read(model_folder: Path, tmp_path: Path) -> Non
     load_model(model, dtype="float32", attention=("eager",), device="cpu")
     (model_folder / "model.safetensors").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"pickled weights alone \(pytorch_model.bin\), which could run anything"
+        FileNotFoundError, match=r"only pickled weights \(pytorch_model.bin\), which can run arbitrary code"
     ):
         model.check()
     with pytest.raises(OSError, match="safetensors"):

@@ -86,10 +86,10 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
             f"{dataset.section}.hub and {dataset.section}.revision"
         )
     names = {path[len(base) :].lstrip("/"): f"{path}{question}{query}" for path in local_files.paths}
-    notes = [f"{path} is {read_as} by a link: it is read once" for path, read_as in local_files.doubles.items()]
+    notes = [f"{path} links to {read_as}: the file is read once" for path, read_as in local_files.doubles.items()]
     if local_files.passed_over:
         notes.append(
-            f"{url}: {len(local_files.passed_over)} files are not read, {local_files.passed_over[0]} the first: "
+            f"{url}: {len(local_files.passed_over)} files are not read, the first one is {local_files.passed_over[0]}: "
             f"{_remedy(local_files.passed_over[0])}"
         )
     if dataset.split is not None:
@@ -150,14 +150,14 @@ def _of_split(dataset: DatasetConfig, names: dict[str, str], notes: list[str]) -
     wanted = canonical_split(str(dataset.split))
     if wanted not in splits:
         raise DatasetError(
-            f"{dataset.path} has no files of the split {dataset.split!r}. By their names there are: "
-            f"{describe_splits(splits)}. Set {setting} to one of these, or leave it out to read all files"
+            f"{dataset.path} has no files of the split {dataset.split!r}. The file names show these splits: "
+            f"{describe_splits(splits)}. Set {setting} to one of these, or remove it to read all files"
         )
     unnamed = len(names) - sum(map(len, splits.values()))
     if unnamed:
         notes.append(
-            f"{dataset.path}: {unnamed} of {len(names)} files are of no split by their names, and are left out by {setting} = "
-            f"{dataset.split!r}"
+            f"{dataset.path}: {unnamed} of {len(names)} files belong to no split by their names, and are excluded by "
+            f"{setting} = {dataset.split!r}"
         )
     return {name: names[name] for name in splits[wanted]}
 

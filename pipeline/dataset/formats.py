@@ -172,8 +172,8 @@ class Parquet:
                         raise
                     raise DatasetError(
                         f"{files.paths[file_range.file]}: row group {index} of {len(sizes)} (rows {firsts[index]} to "
-                        f"{firsts[index] + sizes[index]}) cannot be decoded: {error}. The file is damaged: fetch or write it "
-                        "again, or leave it out"
+                        f"{firsts[index] + sizes[index]}) cannot be decoded: {error}. The file is damaged: download or "
+                        "write it again, or exclude it"
                     ) from error
             return chunks
 
@@ -296,8 +296,8 @@ _ALL: Final[tuple[Format, ...]] = (Parquet(), JsonLines(), TextFiles())
 FORMATS: Final[dict[str, Format]] = {kind.name: kind for kind in (*_ALL, TextLines())}
 
 _NOT_UTF_8: Final = (
-    "is UTF-16 or UTF-32 by the byte order mark that it begins with; expected UTF-8: convert it, e.g. "
-    "`iconv -f UTF-16 -t UTF-8 FILE > NEW`"
+    "begins with a UTF-16 or UTF-32 byte order mark; expected UTF-8: convert it, e.g. `iconv -f UTF-16 -t UTF-8 FILE > "
+    "NEW`"
 )
 
 EXPECTED: Final = f"expected {', '.join(kind.described for kind in _ALL[:-1])}, or {_ALL[-1].described}"
@@ -313,8 +313,8 @@ def format_of(path: str) -> Format | None:
 def changed(file_range: FileRange, reason: str) -> DatasetError:
     """Return the error about a file that is not the one that was planned."""
     return DatasetError(
-        f"{file_range.file} is not the file that was planned: expected rows {file_range.start} to {file_range.end}, "
-        f"{reason}. Put the file back, or start a new run"
+        f"{file_range.file} changed after the run was planned: expected rows {file_range.start} to {file_range.end}, {reason}. Restore "
+        "the file, or start a new run"
     )
 
 
@@ -333,7 +333,7 @@ def _open_parquet(stream: BinaryIO, files: DatasetFiles, name: str, column: Colu
         if _is_of_storage(error):
             raise
         raise DatasetError(
-            f"{path} is not a whole Parquet file: {str(error).strip()}. Fetch or write it again, or leave it out"
+            f"{path} is not a complete Parquet file: {str(error).strip()}. Download or write it again, or exclude it"
         ) from error
     if column.name not in names:
         raise DatasetError(f"{path} {describe_missing(column, names, files.section)}")
@@ -356,10 +356,11 @@ def _whole_lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
             raise
         if "too much memory" in str(error):  # zstd's own words for a window that a decoder need not accept
             raise DatasetError(
-                f"{path} was compressed with a longer window than is read here ({error}), as `zstd --long` or `--ultra` does: "
-                f"compress it again without, e.g. `zstd -d --long=31 -c FILE | zstd -o NEW`, or as .gz"
+                f"{path} was compressed with a longer window than is supported ({error}), as `zstd --long` or "
+                "`--ultra` does: compress it again without that option, e.g. `zstd -d --long=31 -c FILE | zstd -o "
+                "NEW`, or as .gz"
             ) from error
-        raise DatasetError(f"{path} cannot be read to its end: {error}. Is the file whole?") from error
+        raise DatasetError(f"{path} cannot be read to its end: {error}. Is the file complete?") from error
 
 
 def _lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
@@ -420,14 +421,14 @@ def _text_of_line(line: bytes, column: Column) -> tuple[bytes | None, str | None
     try:
         record = _loads(line)
     except (ValueError, RecursionError) as error:
-        return None, f"not a JSON line: {error}; it begins {line[:40]!r}"
+        return None, f"not valid JSON: {error}; the line begins with {line[:40]!r}"
     if not isinstance(record, dict):
         return (
             None,
             f"expected a JSON object with the key {column.name!r}, found {type(record).__name__}: {line[:40]!r}",
         )
     if column.name not in record:
-        return None, f"no key {column.name!r}; found {', '.join(map(repr, list(record)[:20])) or 'no key'}"
+        return None, f"the key {column.name!r} is missing; found {', '.join(map(repr, list(record)[:20])) or 'no keys'}"
     text = record[column.name]
     if column.holds_messages and isinstance(text, list):
         return as_json(text), None

@@ -66,7 +66,7 @@ def match_files(pattern: str) -> LocalFiles:
 
 def describe_link(path: str) -> str | None:
     """Return what a link that leads nowhere is, in words; None where there is no link."""
-    return f"a link to {os.readlink(path)}, which is not there" if os.path.islink(path) else None  # noqa: PTH114, PTH115
+    return f"a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else None  # noqa: PTH114, PTH115
 
 
 def _walk(
@@ -129,5 +129,5 @@ def _kind(entry: os.DirEntry[str]) -> str:
         if entry.is_file():
             return "file"
     except OSError as error:  # a link to itself
-        return f"a link that leads nowhere ({error.strerror})"
+        return f"a broken link ({error.strerror})"
     return describe_link(entry.path) or "neither a file nor a folder"

@@ -232,7 +232,7 @@ def require_resources(name: str, cpus: float, gpus: float, engine: EngineConfig,
     try:
         while not group.wait(min(REPORT_SECONDS, max(1.0, started + limit - time.monotonic()))):
             waited = time.monotonic() - started
-            shortage = _shortage(name, cpus, gpus, count) or f"{name}: there is room, and other jobs use it"
+            shortage = _shortage(name, cpus, gpus, count) or f"{name}: there is room, but other jobs use it"
             if waited >= limit:
                 raise ValueError(
                     f"{shortage}. The cluster has not grown within engine.cluster_timeout_seconds = {limit}: look at `ray "
@@ -252,9 +252,9 @@ def _shortage(name: str, cpus: float, gpus: float, count: int) -> str | None:
         return None
     largest = max(((node.get("CPU", 0), node.get("GPU", 0)) for node in nodes), default=(0, 0))
     return (
-        f"{name} asks for {cpus:g} CPUs and {gpus:g} GPUs per worker, {count} worker(s) at once, and there is room for {places}"
-        f": the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. Lower num_workers, "
-        "cpus_per_worker or gpus_per_worker, or use more or larger machines"
+        f"{name} asks for {cpus:g} CPUs and {gpus:g} GPUs per worker, {count} worker(s) at once, and the cluster has "
+        f"room for {places}: the largest of {len(nodes)} node(s) has {largest[0]:g} CPUs and {largest[1]:g} GPUs. "
+        "Lower num_workers, cpus_per_worker or gpus_per_worker, or use more or larger machines"
     )
 
 

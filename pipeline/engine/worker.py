@@ -229,8 +229,9 @@ class ShardWorker:
         for kind, identity in (("weights", model.weights_identity()), ("tokenizer", model.tokenizer_identity())):
             if identity != self._job.step.settings[kind]:
                 raise ValueError(
-                    f"model {model.name}: {kind} on {socket.gethostname()}: not the files that the command began with: "
-                    "they were changed since, or this machine has others; make them the same everywhere and run it again"
+                    f"model {model.name}: the files of its {kind} on {socket.gethostname()} differ from those that the "
+                    "command started with: they have changed since, or this machine has different ones; make them the "
+                    "same everywhere and run the command again"
                 )
 
     def _compute(self, stage: Stage, shard: int, attempt: "Attempt") -> ShardStatus:
@@ -317,9 +318,9 @@ class ShardWorker:
         if len(output.quarantine) > allowed * num_rows_in:
             first = output.quarantine[0]
             raise TooManyBadRecordsError(
-                f"{len(output.quarantine)} of {num_rows_in} records of {self._job.step.key} shard {shard} are bad, more than "
-                f"{self._spec.name}.max_bad_fraction = {allowed} allows; the first: document {first.doc_id}, segment "
-                f"{first.segment}: {first.error}: {first.message}"
+                f"{len(output.quarantine)} of {num_rows_in} records of {self._job.step.key} shard {shard} are bad, "
+                f"more than {self._spec.name}.max_bad_fraction = {allowed} allows; the first one: document "
+                f"{first.doc_id}, segment {first.segment}: {first.error}: {first.message}"
             )
 
     def _write(

@@ -50,8 +50,9 @@ def expected_warnings(config: RunConfig, num_documents: int | None) -> list[str]
     if expected >= MIN_EXPECTED_DOCUMENTS:
         return []
     return [
-        f"of {num_documents:,} documents shard.{split}_fraction = {fraction:g} leaves about {expected:.1f} to evaluate on, and "
-        f"none with a probability of {math.pow(1 - fraction, num_documents):.0%}: set it to {_suggested(num_documents):g}, say"
+        f"shard.{split}_fraction = {fraction:g} of {num_documents:,} documents holds out about {expected:.1f} to "
+        f"evaluate on, and none with a probability of {math.pow(1 - fraction, num_documents):.0%}: set it to "
+        f"{_suggested(num_documents):g}, say"
         + _lines_hint(config.dataset, num_documents)
     ]
 

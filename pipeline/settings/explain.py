@@ -28,11 +28,11 @@ _WORDS: Final = {
 _TOML_HINTS: Final = (
     (
         "twice",
-        "a section is written once; of tables that there can be several of, each begins with two brackets: [[sources]]",
+        "a section can appear only once; tables that can be repeated are written with two brackets: [[sources]]",
     ),
-    ("overwrite", "a setting or a section is given twice: leave one out, or write [[sources]] with two brackets"),
-    ("hex value", "in double quotes a backslash begins an escape: put a Windows path in single quotes"),
-    ("'\\'", "in double quotes a backslash begins an escape: put a Windows path in single quotes"),
+    ("overwrite", "a setting or a section is given twice: remove one, or write [[sources]] with two brackets"),
+    ("hex value", "in double quotes a backslash starts an escape sequence: put a Windows path in single quotes"),
+    ("'\\'", "in double quotes a backslash starts an escape sequence: put a Windows path in single quotes"),
     ("Invalid value", 'texts stand in quotes (name = "my-run"), and true and false are written in lower case'),
 )
 """Part of a message of ``tomllib`` -> what to write instead."""
@@ -137,9 +137,9 @@ def _describe(problem: Any, location: _Location, model: type[Settings]) -> str:
         )
     is_table, is_list = isinstance(value, dict), isinstance(value, list | tuple)
     if is_table and _is_list_of_sections(location.annotation):
-        return f"write [[{location.table}]] with two brackets: there can be several, and each begins so"
+        return f"write [[{location.table}]] with two brackets: it can be repeated"
     if is_list and _section_in(location.annotation) is not None and not _is_list_of_sections(location.annotation):
-        return f"write [{location.table}] with one bracket: there is one"
+        return f"write [{location.table}] with one bracket: it cannot be repeated"
     if location.annotation is None:
         return str(problem["msg"])
     choices = _choices(location.annotation)
@@ -153,15 +153,15 @@ def _describe_unknown(location: _Location, model: type[Settings]) -> str:
     near = _near(key, known)
     elsewhere = [table for table, section in _sections(model) if key in _setting_names(section)]
     if near:
-        return f"there is no such setting; did you mean {near!r}?"
+        return f"unknown setting; did you mean {near!r}?"
     if elsewhere:
         tables = " or ".join(
             f"[{table}]" if table else "the top of the file, before the first section" for table in elsewhere
         )
-        hint = f"it belongs in {tables}; known here: "
+        hint = f"it belongs in {tables}; known settings: "
     else:
-        hint = "known here: "
-    return f"there is no such setting; {hint}{', '.join(known)}"
+        hint = "known settings: "
+    return f"unknown setting; {hint}{', '.join(known)}"
 
 
 def _describe_missing(location: _Location) -> str:

@@ -205,7 +205,7 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"{text.section} holds {held}, and the run's models read {read}: "
                     + (
-                        "leave messages_column out there, or evaluate it in a run on conversations"
+                        "remove messages_column there, or evaluate it in a run on conversations"
                         if text.has_conversations
                         else "set messages_column there, or evaluate it in a run on texts"
                     )
@@ -213,14 +213,15 @@ class RunConfig(Settings):
         if self.dataset.has_conversations:
             if self.fuse.packing != "whole":
                 raise ValueError(
-                    f"fuse.packing = {self.fuse.packing!r} cuts segments at the borders of blocks, and dataset.messages_column "
-                    "says that they are conversations, which are learnt whole: set fuse.packing = 'whole'"
+                    f"fuse.packing = {self.fuse.packing!r} cuts segments at block boundaries, and "
+                    "dataset.messages_column says that they are conversations, which must stay whole: set "
+                    "fuse.packing = 'whole'"
                 )
             if not self.train.isolate_documents:
                 raise ValueError(
-                    "train.isolate_documents = false lets packed conversations see each other, and no model that is learned "
-                    "from saw another conversation before its own: leave isolate_documents out, with dataset.messages_column "
-                    "it is true"
+                    "train.isolate_documents = false lets packed conversations see each other, but the models that it "
+                    "learns from saw each conversation alone: remove isolate_documents; with dataset.messages_column "
+                    "it defaults to true"
                 )
             with_bos = next(
                 (model for model in self.models if model.bos is not None and model.chat_template != PLAIN), None

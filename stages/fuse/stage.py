@@ -269,7 +269,7 @@ class FuseStage:
     def _pack(self, shard: _ShardInputs) -> Packing:
         if self.config.packing == "cut" and has_roles(shard.target):
             raise ValueError(
-                "fuse.packing = 'cut' cuts segments at the borders of blocks, and these are conversations, which are learnt "
+                "fuse.packing = 'cut' cuts segments at block boundaries, and these are conversations, which must stay "
                 "whole: set fuse.packing = 'whole'"
             )
         return pack(shard.lengths, max_length=self.config.max_length, packing=self.config.packing)

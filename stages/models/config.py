@@ -202,9 +202,9 @@ class ModelConfig(PretrainedFiles):
             if pickled:
                 more = f" and {len(pickled) - 1} more" if len(pickled) > 1 else ""
                 raise FileNotFoundError(
-                    f"{self.path} holds pickled weights alone ({pickled[0]}{more}), which could run anything and are not read "
-                    f"(expected *.safetensors): `ptafuse convert {self.path}` writes them as safetensors, and runs none of "
-                    "their code"
+                    f"{self.path} holds only pickled weights ({pickled[0]}{more}), which can run arbitrary code and "
+                    f"are not loaded (expected *.safetensors): `ptafuse convert {self.path}` converts them to "
+                    "safetensors without running any of their code"
                 )
         self.require("weights", ("*.safetensors",))
 
@@ -266,7 +266,7 @@ def _switch_off_sampling(model: ModelConfig, tokenizer: Any) -> None:
             continue
         if value:
             log.warning(
-                "model %s: its tokenizer draws at random how it splits words (%s = %s in tokenizer.json); that is switched off",
+                "model %s: its tokenizer splits words at random (%s = %s in tokenizer.json); this is disabled",
                 model.name,
                 name,
                 value,
@@ -363,8 +363,9 @@ def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) 
         names = sorted(report["missing_keys"])
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"model {model.name}: the weights lack {', '.join(names[:3])}{more}, which transformers drew at random; expected "
-            f"every tensor of {type(loaded).__name__}. Fetch the weights again, or correct config.json; see `ptafuse check`"
+            f"model {model.name}: the weights lack {', '.join(names[:3])}{more}, which transformers initialised at "
+            f"random; expected every tensor of {type(loaded).__name__}. Fetch the weights again, or correct "
+            "config.json; see `ptafuse check`"
         )
     return loaded.to(device).eval()
 

@@ -109,7 +109,7 @@ def convert(
 
     Raises:
         FileNotFoundError: the folder holds no model with pickled weights.
-        FileExistsError: there are safetensors, or other files in ``output``; nothing is overwritten.
+        FileExistsError: there are safetensors, or other files in ``output``; existing files are not overwritten.
         WeightFileError: a file does not load as a dictionary of tensors without running code, or is not what the index says.
         OSError: the disk has too little room.
     """
@@ -173,7 +173,7 @@ def _pickled_files(folder: Path) -> list[Path]:
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
             raise WeightFileError(
-                index, f"names {absent[0]}, which is not there", f"all {len(names)} files", "Fetch them"
+                index, f"names {absent[0]}, which does not exist", f"all {len(names)} files", "Fetch them"
             )
         return [folder / name for name in names]
     if not (folder / PICKLED_FILE).exists():
@@ -188,13 +188,14 @@ def _refuse_to_overwrite(folder: Path, output: Path) -> None:
         existing = sorted(file.name for pattern in ("*.safetensors", INDEX_FILE) for file in output.glob(pattern))
         if existing:
             raise FileExistsError(
-                f"{output} holds {existing[0]} already, and nothing is overwritten: use the folder as it is, or give "
-                "another one with --output"
+                f"{output} already holds {existing[0]}, and existing files are not overwritten: use the folder as it is, "
+                "or give another one with --output"
             )
         return
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(
-            f"{output} is there already, and nothing is overwritten: give --output a folder that is not there or empty"
+            f"{output} already exists, and existing files are not overwritten: give --output a folder that is empty or "
+            "does not exist"
         )
 
 
@@ -221,15 +222,15 @@ def _load(file: Path) -> dict[str, Any]:
         if function is not None:
             raise WeightFileError(
                 file,
-                f"asks for {function[1]}, which could run anything: it is not loaded",
-                "tensors alone",
-                "Ask whoever made the file for safetensors",
+                f"refers to {function[1]}, which can run arbitrary code, so the file was not loaded",
+                "only tensors",
+                "Ask the author of the file for safetensors",
             ) from error
         reason = (
             "not a pickle of tensors" if "Weights only" in str(error) else (str(error).splitlines() or ["no reason"])[0]
         )
         raise WeightFileError(
-            file, f"cannot be read ({reason})", "what torch.save writes of tensors", "Fetch the file again"
+            file, f"cannot be read ({reason})", "a file of tensors written by torch.save", "Fetch the file again"
         ) from error
     if not isinstance(loaded, dict) or not loaded:
         raise _not_tensors(file, f"a {type(loaded).__name__}" if not isinstance(loaded, dict) else "nothing")
@@ -311,9 +312,7 @@ def _compare(file: Path, digests: dict[str, str]) -> None:
         names = set(written.keys())
         wrong = names ^ digests.keys() or {name for name in names if _digest(written.get_tensor(name)) != digests[name]}
     if wrong:
-        raise WeightFileError(
-            file, f"{min(wrong)} was read back otherwise than it was written", "the same tensors", "Check the disk"
-        )
+        raise WeightFileError(file, f"{min(wrong)} differs when it is read back", "the same tensors", "Check the disk")
 
 
 def _digest(tensor: Any) -> str:

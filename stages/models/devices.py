@@ -49,7 +49,7 @@ def require_cuda(step: str) -> None:
     """
     if not torch.cuda.is_available():
         raise ValueError(
-            f"{step} has a GPU reserved on {socket.gethostname()}, and torch sees none there: {no_cuda_reason()}"
+            f"{step} has a GPU reserved on {socket.gethostname()}, and torch sees no GPU there: {no_cuda_reason()}"
         )
 
 

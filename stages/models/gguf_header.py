@@ -32,7 +32,7 @@ def check_gguf(file: Path) -> None:
     with file.open("rb") as opened:
         start = opened.read(8)
         if start[:4] != b"GGUF" or len(start) < 8:
-            raise WeightFileError(file, f"it begins {start!r}", "a GGUF file", _REFETCH)
+            raise WeightFileError(file, f"it begins with {start!r}", "a GGUF file", _REFETCH)
         version = struct.unpack("<I", start[4:])[0]
         if version not in _VERSIONS:
             raise WeightFileError(

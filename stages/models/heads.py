@@ -149,7 +149,8 @@ def check_head(model: Any) -> None:
     if actual.shape != expected.shape:
         raise ValueError(
             f"{type(model).__name__}: head(body(ids)) has shape {tuple(actual.shape)}, the model's logits "
-            f"{tuple(expected.shape)}; this architecture's forward is laid out in a way that ptafuse does not know"
+            f"{tuple(expected.shape)}; ptafuse does not support the way in which this architecture's forward is "
+            "structured"
         )
     if not bool(torch.isfinite(expected).all()):
         raise ValueError(
@@ -160,13 +161,14 @@ def check_head(model: Any) -> None:
     difference = float((before_end.double() - expected[:, :-1].double()).abs().max())
     if not difference <= allowed:
         raise ValueError(
-            f"{type(model).__name__}: another last token changes the logits before it by up to {difference:.3g} (allowed "
-            f"{allowed:.3g}): it is not a causal language model, and what it predicts is what it has seen; choose a "
-            "decoder-only model"
+            f"{type(model).__name__}: changing the last token changes the logits before it by up to {difference:.3g} "
+            f"(allowed {allowed:.3g}): this is not a causal language model: it sees the tokens that it is to predict; "
+            "choose a decoder-only model"
         )
     difference = float((actual.double() - expected.double()).abs().max())
     if not difference <= allowed:
         raise ValueError(
             f"{type(model).__name__}: head(body(ids)) differs from the model's logits by up to {difference:.3g} "
-            f"(allowed {allowed:.3g}); this architecture's forward is laid out in a way that ptafuse does not know"
+            f"(allowed {allowed:.3g}); ptafuse does not support the way in which this architecture's forward is "
+            "structured"
         )

@@ -181,7 +181,7 @@ class TokenTables:
         except FileNotFoundError:
             is_there = False
         except DamagedTableError as error:
-            log.warning("%s/%s: %s; it is made again from the tokenizer", store.url, key, error)
+            log.warning("%s/%s: %s; it is rebuilt from the tokenizer", store.url, key, error)
         content = make()
         if self._may_write:
             try:

@@ -101,10 +101,10 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
         raw = opened.read(length) if 2 <= length <= _MAX_HEADER_BYTES else b""
     if not raw.startswith(b"{"):
-        raise WeightFileError(file, f"not a safetensors file (it begins {start!r})", "the length of a header", _REFETCH)
+        raise WeightFileError(file, f"not a safetensors file (it begins with {start!r})", "the length of a header", _REFETCH)
     if len(raw) < length:
         raise WeightFileError(
-            file, f"cut short: {size:,} bytes, and its header alone has {length:,}", "a whole file", _REFETCH
+            file, f"cut short: {size:,} bytes, and its header alone takes {length:,}", "a whole file", _REFETCH
         )
     try:
         header = json.loads(raw)
@@ -131,7 +131,7 @@ def refuse_stand_in(file: Path) -> None:
         WeightFileError: says what it is.
     """
     if not file.is_file():
-        state = "a link to a file that is not there" if file.is_symlink() else "not there"
+        state = "a link to a file that does not exist" if file.is_symlink() else "missing"
         raise WeightFileError(file, state, "a file", _REFETCH)
     with file.open("rb") as opened:
         start = opened.read(64)

@@ -100,7 +100,7 @@ def _read_message(index: int, item: Any) -> tuple[str, str]:
     used = next((key for key in _TOOL_KEYS if item.get(key)), None)
     if name in _TOOL_ROLES or used is not None:
         obstacle = f"has {used}" if used is not None else f"is of the role {name!r}"
-        raise ConversationError("HasTools", f"message {index} {obstacle}: conversations with tools are not learnt from")
+        raise ConversationError("HasTools", f"message {index} {obstacle}: conversations that use tools are not supported")
     if not isinstance(name, str) or name not in _ROLES:
         raise ConversationError(
             "UnknownRole", f"message {index} is of the role {name!r}; expected one of {', '.join(map(repr, _ROLES))}"
@@ -108,12 +108,13 @@ def _read_message(index: int, item: Any) -> tuple[str, str]:
     where = f"message {index} ({name})"
     media = _find_media(item, content)
     if media is not None:
-        raise ConversationError("HasMedia", f"{where} holds {media}: expected text alone")
+        raise ConversationError("HasMedia", f"{where} holds {media}: expected only text")
     reasoning = next((key for key in _REASONING_KEYS if item.get(key)), None)
     if reasoning is not None:
         raise ConversationError(
             "OtherContent",
-            f"{where} has {reasoning} besides its content: expected content alone (put the reasoning into it, or drop it)",
+            f"{where} has {reasoning} besides its content: expected only content (put the reasoning into it, or drop "
+            "it)",
         )
     if not isinstance(content, str):
         raise ConversationError(
@@ -246,9 +247,9 @@ def _cut(
                 longest = int(np.argmax(counts))
                 raise ConversationError(
                     "CannotCut",
-                    f"messages {starts[first]} to {starts[stop] - 1} have {counts[longest]} tokens under model {names[longest]}"
-                    f"{' with the system message' if has_system else ''}, and nothing is cut inside an exchange: expected at "
-                    f"most {max_length}; raise shard.max_length",
+                    f"messages {starts[first]} to {starts[stop] - 1} have {counts[longest]} tokens under model "
+                    f"{names[longest]}{' with the system message' if has_system else ''}, and an exchange is never "
+                    f"cut: expected at most {max_length}; raise shard.max_length",
                 )
             stop -= 1
         begins_at = 0 if first == 0 else bases[starts[first]]

@@ -100,7 +100,7 @@ GOOD = [f"Plain sentence number {number} of a document that is good." for number
 def test_empty_and_blank_documents_are_counted(corpus: Corpus) -> None:
     corpus.write(*GOOD, "", " \n\t ", "\u3000").ptafuse("shard")
     assert re.search(said("an empty document"), ptafuse("status", str(corpus.run)).stdout.replace("\n", " "))
-    assert said("only white space") == said("an empty document")
+    assert said("only whitespace") == said("an empty document")
     assert status(corpus.run)["shard"]["health"]["empty_documents"] == 3
     assert corpus.quarantined("shard") == []
 
@@ -155,7 +155,7 @@ def test_parquet_file_cut_short_is_refused(corpus: Corpus) -> None:
     corpus.file = corpus.folder / "corpus.parquet"
     pq.write_table(pa.table({"text": GOOD * 50}), corpus.file)
     corpus.file.write_bytes(corpus.file.read_bytes()[:-40])
-    assert re.search(said("a Parquet file cut short"), corpus.refused("shard"))
+    assert re.search(said("a truncated Parquet file"), corpus.refused("shard"))
 
 
 def test_dataset_that_changed_after_planning_is_noticed(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_model_whose_weights_are_nan_is_refused_before_its_first_shard(corpus: C
         weights["model.norm.weight"][0] = float("nan")
 
     refused = corpus.write(*GOOD).refused("logits", **model_with(corpus, "llama", poison))
-    assert re.search(said("a model that gives NaN for anything"), refused)
+    assert re.search(said("a model that returns NaN for every input"), refused)
 
 
 def test_record_for_which_a_model_gives_nan_is_named_after_three_tries(corpus: Corpus) -> None:
@@ -204,7 +204,7 @@ def test_record_for_which_a_model_gives_nan_is_named_after_three_tries(corpus: C
 
     corpus.write(*GOOD, odd)
     refused = corpus.refused("logits", "shard.validation_fraction=0.0", **model_with(corpus, "llama", poison))
-    assert re.search(said("a model that gives NaN for some record"), refused)
+    assert re.search(said("a model that returns NaN for some records"), refused)
     assert f"doc_id {len(GOOD)}, segment 0" in refused
     assert "ptafuse retry" in refused
     states = {
@@ -232,7 +232,7 @@ def test_text_with_a_token_that_the_model_has_no_row_for_is_quarantined(corpus: 
     corpus.write(known, unknown, known).ptafuse("fuse", *sets, neox=str(folder))
     (bad,) = corpus.quarantined("logits/neox")
     assert bad["doc_id"] == 1
-    assert re.search(said("a text with a token that the model has no row for"), bad["message"])
+    assert re.search(said("a training text with a token without an embedding row"), bad["message"])
     assert status(corpus.run)["fuse"]["is_done"]
 
 
@@ -267,7 +267,7 @@ def test_tokenizer_that_changes_while_the_stage_starts_is_noticed(
         change_tokenizer(copy)
 
     monkeypatch.setattr(sharded_stage, "_check_tokenizers", check_and_change)
-    row = "a tokenizer that changed while a stage runs, or differs on another machine"
+    row = "a tokenizer that changes while a stage runs, or differs on another machine"
     assert re.search(said(row), corpus.refused("logits", llama=str(copy)))
 
 
@@ -305,8 +305,8 @@ def test_run_folder_of_another_version_is_refused(corpus: Corpus) -> None:
     text = path.read_text()
     path.write_text(text.replace('"manifest_version": 1', '"manifest_version": 2'))
     shown = ptafuse("verify", str(corpus.run), check=False)
-    assert re.search(said("a manifest of another version"), shown.stdout.replace("\n", " "))
-    assert re.search(said("a manifest of another version"), corpus.refused("logits"))
+    assert re.search(said("a manifest from another version"), shown.stdout.replace("\n", " "))
+    assert re.search(said("a manifest from another version"), corpus.refused("logits"))
     path.write_text(text)
     record = next(corpus.run.glob("configs/*.json"))
     value = json.loads(record.read_text())
@@ -321,12 +321,12 @@ def test_changed_data_file_is_refused(corpus: Corpus) -> None:
     corpus.write(*GOOD).ptafuse("shard")
     path = next(corpus.run.glob("shard/*/data/*"))
     path.write_bytes(path.read_bytes()[:-8])
-    assert re.search(said("a data file that was changed or cut"), corpus.refused("logits"))
+    assert re.search(said("a data file that was changed or truncated"), corpus.refused("logits"))
 
 
 def test_kind_column_that_is_not_there_is_refused(corpus: Corpus) -> None:
     refused = corpus.write(*GOOD).refused("shard", "dataset.kind_column=kind")
-    assert re.search(said("a missing `kind_column`, or one beside plain text files"), refused)
+    assert re.search(said("a missing `kind_column`, or one for plain text files"), refused)
 
 
 def test_documents_without_a_kind_are_counted(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
@@ -336,7 +336,7 @@ def test_documents_without_a_kind_are_counted(corpus: Corpus, caplog: pytest.Log
     sets = ("dataset.kind_column=kind", "shard.validation_fraction=0.0", "shard.documents_per_shard=10")
     corpus.ptafuse("fuse", *sets)
     shown = ptafuse("interpret", str(corpus.config()), "--run", str(corpus.run), *(f"--set={one}" for one in sets))
-    row = "a document whose kind is missing, null or no string"
+    row = "a document whose kind is missing, null or not a string"
     assert re.search(said(row), caplog.text)
     assert "3 of 6 documents" in caplog.text
     assert "(none)" in shown.stdout
@@ -383,11 +383,11 @@ def test_texts_that_cannot_be_read_are_refused_before_anything_runs(corpus: Corp
     essays.write("An essay.")
     of_kinds = essays.setting('kind_column = "genre"')
     refused = corpus.refused("eval", f"eval.texts=[{of_kinds}]")
-    assert re.search(said("a text without its column, of text or of kinds"), refused)
+    assert re.search(said("a text whose text or kind column is missing"), refused)
     refused = corpus.refused("eval", f"eval.texts=[{essays.setting()}, {essays.setting()}]")
-    assert re.search(said("two texts of one name"), refused)
+    assert re.search(said("two texts with the same name"), refused)
     refused = corpus.refused("eval", f"eval.texts=[{essays.setting(name='heldout')}]")
-    assert re.search(said("a text called like the held-out split"), refused)
+    assert re.search(said("a text named like the held-out split"), refused)
     assert not list(corpus.run.glob("shard/*"))
 
 
@@ -396,17 +396,17 @@ def test_documents_of_a_text_that_are_not_scored_are_counted(corpus: Corpus) -> 
     essays = Essays(corpus).write("An essay of its own.", *training, "", None, " ")
     shown = essays.eval()
     assert re.search(said("a document of a text that shares text with the training documents"), shown)
-    assert re.search(said("a document of a text that is empty, null, or no text"), shown)
-    assert "3 that are empty or no text" in shown
+    assert re.search(said("a document of a text that is empty, null, or not text"), shown)
+    assert "3 that are empty or not text" in shown
     assert list(corpus.run.glob("eval/llama/news/*/bits-per-byte.json"))
     refused = essays.eval('overlap = "refuse"')
-    assert re.search(said("the same where `overlap` says to refuse"), refused)
+    assert re.search(said('such a document with `overlap = "refuse"`'), refused)
 
 
 def test_a_text_of_which_nothing_is_left_is_refused_before_any_model_runs(corpus: Corpus) -> None:
     refused = Essays(corpus).write("", None).eval()
-    assert re.search(said("a text of which nothing is left"), refused)
-    assert "left out: 2 that are empty or no text" in refused
+    assert re.search(said("a text with no documents left"), refused)
+    assert "left out: 2 that are empty or not text" in refused
     assert not list(corpus.run.glob("eval/*"))
 
 
@@ -425,7 +425,7 @@ def test_links_are_followed_and_dangling_links_are_refused(corpus: Corpus, caplo
     assert re.search(said("links to files and folders; a file with two names"), caplog.text)
     assert status(corpus.run)["shard"]["health"]["documents"] == len(GOOD)
     (data / "b.jsonl").symlink_to("gone.jsonl")
-    assert re.search(said("a link that leads nowhere"), corpus.refused("shard"))
+    assert re.search(said("a broken link"), corpus.refused("shard"))
 
 
 def test_files_of_several_splits_are_reported(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
@@ -435,7 +435,7 @@ def test_files_of_several_splits_are_reported(corpus: Corpus, caplog: pytest.Log
         corpus.write(*GOOD)
     corpus.file = corpus.file.parent
     refused = corpus.refused("shard", "dataset.split=test")
-    assert re.search(said("a `split` that no file's name says"), refused)
+    assert re.search(said("a `split` that no file name contains"), refused)
     (corpus.file / "train-1.jsonl").rename(corpus.file / "test-0.jsonl")
     corpus.ptafuse("shard")
     assert re.search(said("files of several splits, and no `split`"), caplog.text)
@@ -446,7 +446,7 @@ def test_files_that_other_tools_wrote_are_recognised(corpus: Corpus) -> None:
 
     corpus.file = corpus.folder / "saved"
     datasets.Dataset.from_dict({"text": GOOD}).save_to_disk(corpus.file)
-    assert re.search(said("a folder that `Dataset.save_to_disk` wrote"), corpus.refused("shard"))
+    assert re.search(said("a folder written by `Dataset.save_to_disk`"), corpus.refused("shard"))
     corpus.file = corpus.folder / "long.jsonl.zst"
     frame = b'{"text": "x"}\n'
     # A frame of zstd whose header asks for a window of 2 GiB, with one block that is not compressed.
@@ -474,9 +474,9 @@ def test_texts_with_nothing_to_evaluate_are_reported_before_training(
     corpus: Corpus, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus.write(*GOOD).ptafuse("shard", "shard.validation_fraction=0.01")
-    assert re.search(said("few documents under a small share to hold out"), caplog.text)
+    assert re.search(said("few documents and a small held-out fraction"), caplog.text)
     refused = corpus.refused("eval", "shard.validation_fraction=0.01")
-    assert re.search(said("no document held out at all"), refused)
+    assert re.search(said("no held-out document"), refused)
     assert not list(corpus.run.glob("logits/*"))
     corpus.file = corpus.folder / "book.txt"
     corpus.file.write_text("\n".join(GOOD))
@@ -488,7 +488,7 @@ def test_texts_with_nothing_to_evaluate_are_reported_before_training(
 
 def test_rendered_conversations_are_counted(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
     corpus.write(*GOOD, *(f"<|endoftext|>{text}" for text in GOOD)).ptafuse("shard")
-    row = "control tokens as text, in one of a hundred documents or more"
+    row = "control tokens as text, in at least 1 % of the documents"
     assert re.search(said(row), caplog.text)
     assert "6 of 12 documents" in caplog.text
 
@@ -511,8 +511,8 @@ def test_conversations_that_are_not_learnt_from_are_quarantined_with_the_reason(
     bad = {
         "a conversation with tools": talk(("user", "a"), ("tool", "b")),
         "a conversation with images, audio or video": talk(("user", image), ("assistant", "b")),
-        "a message that is no text": talk(("user", None), ("assistant", "b")),
-        "a message of an unknown role": talk(("narrator", "a")),
+        "a message that is not text": talk(("user", None), ("assistant", "b")),
+        "a message with an unknown role": talk(("narrator", "a")),
         "a conversation that a chat template refuses or rewrites": talk(
             ("system", "a"), ("user", "b"), ("assistant", "c")
         ),
@@ -534,7 +534,7 @@ def test_conversations_that_are_not_learnt_from_are_quarantined_with_the_reason(
 
 def test_columns_that_hold_no_conversations_are_refused(corpus: Corpus) -> None:
     corpus.write(*GOOD)
-    row = "a column of messages that holds something else"
+    row = "a messages column that holds something else"
     assert re.search(said(row), corpus.refused("shard", *CONVERSATIONS).replace("'text'", "'messages'"))
     corpus.file = corpus.folder / "talks.parquet"
     pq.write_table(pa.table({"text": TALKS}), corpus.file)
@@ -550,15 +550,15 @@ def test_models_that_cannot_render_conversations_are_refused_before_anything_run
     endless = tmp_path / "endless.jinja"
     endless.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     refused = corpus.refused("shard", *CONVERSATIONS, f"target.chat_template={endless}")
-    assert re.search(said("conversations, and a chat template that ends no answer"), refused)
+    assert re.search(said("conversations, and a chat template that does not end answers"), refused)
     assert not list(corpus.run.glob("shard/*/manifests/*"))
 
 
 @pytest.mark.parametrize(
     ("row", "setting"),
     [
-        ("conversations that blocks are to cut", "fuse.packing=cut"),
-        ("conversations that are to see each other in a block", "train.isolate_documents=false"),
+        ('conversations with `fuse.packing = "cut"`', "fuse.packing=cut"),
+        ("conversations with `train.isolate_documents = false`", "train.isolate_documents=false"),
     ],
 )
 def test_conversations_are_packed_whole_and_isolated(corpus: Corpus, row: str, setting: str) -> None:
@@ -574,14 +574,14 @@ TALK_TEXT = '[[eval.texts]]\nname = "talks"\npath = "talks.jsonl"\nmessages_colu
     ("row", "old", "new"),
     [
         ("`[sources]` for `[[sources]]`", "[[sources]]", "[sources]"),
-        ("a setting that there is not", "[train]", "[train]\nlearning-rate = 1"),
-        ("a setting of the wrong kind, or out of bounds", "[train]", '[train]\nseed = "x"'),
+        ("an unknown setting", "[train]", "[train]\nlearning-rate = 1"),
+        ("a setting of the wrong type, or out of bounds", "[train]", '[train]\nseed = "x"'),
         ("an infinite number, or NaN", "learning_rate = 1e-3", "learning_rate = inf"),
-        ("a name that no folder can have", 'name = "tiny"', 'name = "my run"'),
-        ("two names that differ in case only", 'name = "neox"', 'name = "LLAMA"'),
-        ("answers asked for in a run on texts", "[eval]", "[eval]\nnum_generations = 5"),
+        ("a name that cannot be a folder name", 'name = "tiny"', 'name = "my run"'),
+        ("two names that differ only in case", 'name = "neox"', 'name = "LLAMA"'),
+        ("`eval.num_generations` in a run on texts", "[eval]", "[eval]\nnum_generations = 5"),
         ("a text of conversations in a run on texts", "[engine]", f"{TALK_TEXT}\n[engine]"),
-        ("a text of conversations that is to be shortened", "[engine]", f"{TALK_TEXT}max_characters = 9\n[engine]"),
+        ("a text of conversations with `max_characters`", "[engine]", f"{TALK_TEXT}max_characters = 9\n[engine]"),
     ],
 )
 def test_wrong_settings_are_explained_in_the_words_of_the_file(corpus: Corpus, row: str, old: str, new: str) -> None:
@@ -598,7 +598,7 @@ def test_configuration_that_is_not_filled_in_is_refused(corpus: Corpus) -> None:
     toml = corpus.folder / "new.toml"
     ptafuse("init", str(toml))
     refused = ptafuse("run", str(toml), "--run", str(corpus.run), check=False)
-    assert re.search(said("a configuration of `ptafuse init` that is not filled in"), refused.stderr)
+    assert re.search(said("a configuration from `ptafuse init` that is not filled in"), refused.stderr)
 
 
 def test_ray_address_that_refuses_is_named(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -609,13 +609,13 @@ def test_ray_address_that_refuses_is_named(corpus: Corpus, monkeypatch: pytest.M
     waits = ("--set", "engine.connect_timeout_seconds=0.5")
     refused = ptafuse("shard", str(toml), "--run", str(corpus.run), *waits, check=False)
     assert refused.returncode == 1
-    assert re.search(said("a `RAY_ADDRESS` at which nobody answers"), refused.stderr)
+    assert re.search(said("a `RAY_ADDRESS` at which no cluster answers"), refused.stderr)
 
 
 def test_a_stage_that_a_cluster_of_fixed_size_has_no_room_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
-    row = said("a stage that asks for more than a cluster of fixed size has")
+    row = said("a stage that asks for more than a fixed-size cluster has")
     with pytest.raises(ValueError, match=row):
         cluster.require_resources("train", 8, 1, EngineConfig(autoscaling=False), count=8)
 
@@ -623,7 +623,7 @@ def test_a_stage_that_a_cluster_of_fixed_size_has_no_room_for_is_refused(monkeyp
 def test_gpus_that_may_come_later_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     with pytest.raises(
-        ValueError, match=said('`device = "auto"` on a cluster that may grow, whose GPUs may come later')
+        ValueError, match=said('`device = "auto"` on a cluster that may grow and whose GPUs may join later')
     ):
         cluster.gpus_per_worker(None, "auto", EngineConfig(), section="train")
 
@@ -631,12 +631,12 @@ def test_gpus_that_may_come_later_are_not_guessed(monkeypatch: pytest.MonkeyPatc
 def test_disks_that_training_cannot_use_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A marker that the command has made is not in the folder that the worker sees: another disk."""
     with join_workers(torch.device("cpu")) as alone:
-        row = said("several machines that train and share no disk, with a run directory that is a folder")
+        row = said("training on several machines without a shared disk, with a local run directory")
         with pytest.raises(ValueError, match=row):
             compare_disks(tmp_path, alone, store=None, marker=".started-elsewhere")
         assert compare_disks(tmp_path, alone, store="s3://bucket/run", marker=".started-elsewhere").is_shared
         monkeypatch.setattr(Path, "write_text", refuse_to_write)
-        with pytest.raises(ValueError, match=said("an `engine.scratch` that a machine cannot write")):
+        with pytest.raises(ValueError, match=said("an `engine.scratch` that a machine cannot write to")):
             compare_disks(tmp_path, alone, store="s3://bucket/run")
 
 
@@ -652,7 +652,7 @@ def test_fused_file_that_changes_while_it_is_trained_on_is_refused(tmp_path: Pat
     facts = survey(files, columns, scratch=tmp_path / "other-machine")
     shutil.copy(here[1].path, here[0].path)
     opened = open_file(files[0], facts[0], columns, scratch=tmp_path / "machine")
-    row = said("a fused file in an object store that is changed while it is trained on")
+    row = said("a fused file in an object store that changes while it is trained on")
     with pytest.raises(ValueError, match=row):
         opened.read_row_group(0, columns=["token_ids"])
 
@@ -710,33 +710,33 @@ def config_with(**changes: Any) -> Callable[[Path], None]:
 
 
 SPOILED: dict[str, Callable[[Path], Any]] = {
-    "weights without their LM head, with names that a wrapper changed (`torch.compile`), or of a classifier": (
+    "weights without an LM head, with tensor names changed by a wrapper (`torch.compile`), or of a classifier": (
         lambda folder: change_weights(folder, no_head)
     ),
-    "weights with more layers than config.json counts": config_with(num_hidden_layers=1),
-    "weights of other shapes than config.json says": config_with(vocab_size=390),
-    "a Git LFS pointer in the place of a file": (
+    "weights with more layers than config.json says": config_with(num_hidden_layers=1),
+    "weights whose shapes differ from config.json": config_with(vocab_size=390),
+    "a Git LFS pointer instead of a file": (
         lambda folder: (folder / "model.safetensors").write_text(LFS_POINTER) and None
     ),
-    "a weight file cut short": cut_short,
-    "an index that names a file that is not there": missing_shard,
+    "a truncated weight file": cut_short,
+    "an index that names a missing file": missing_shard,
     "the path of a weight file instead of its folder": lambda folder: folder / "model.safetensors",
     "pickled weights (`pytorch_model.bin`) without safetensors": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin") and None
     ),
-    "an adapter beside the weights": lambda folder: (folder / "adapter_config.json").write_text("{}") and None,
+    "an adapter in the model's folder": lambda folder: (folder / "adapter_config.json").write_text("{}") and None,
     "an encoder-decoder (T5)": config_with(model_type="t5", is_encoder_decoder=True),
-    'a model that sees the text behind a token (BERT; `"is_causal": false`)': config_with(is_causal=False),
+    'a bidirectional model (BERT; `"is_causal": false`)': config_with(is_causal=False),
     "a recurrent model (Mamba) as target, with `train.isolate_documents`": recurrent,
     "quantised weights whose package is missing": config_with(quantization_config={"quant_method": "hqq"}),
-    "quantised weights of a model that is trained; in FP8 and MXFP4 they are unpacked": (
+    "quantised weights of a model that is to be trained (FP8 and MXFP4 are unpacked instead)": (
         config_with(quantization_config={"quant_method": "bitnet"})
     ),
     "a padding token outside the vocabulary": config_with(pad_token_id=32000),
-    'a tokenizer.json that transformers reads as another tokenizer (Llama-3\'s beside `"model_type": "qwen2"`)': (
+    'a tokenizer.json that transformers loads as a different tokenizer (Llama-3\'s next to `"model_type": "qwen2"`)': (
         read_as_another_tokenizer
     ),
-    "a BOS or EOS that the model has no row for": bos_without_row,
+    "a BOS or EOS token without an embedding row": bos_without_row,
 }
 
 
@@ -765,7 +765,7 @@ def test_a_model_that_is_not_causal_is_refused_where_it_is_loaded(
     """As a model of the hub that was not in the cache before."""
     monkeypatch.setattr("pipeline.run.session.refuse_unusable_models", lambda config: None)
     refused = corpus.write(*GOOD).refused("logits", **spoiled(corpus, config_with(is_causal=False)))
-    assert re.search(said("the same in a model whose files do not tell"), refused)
+    assert re.search(said("a bidirectional model whose files do not say so"), refused)
 
 
 def test_a_tokenizer_that_draws_at_random_is_made_not_to(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
@@ -778,7 +778,7 @@ def test_a_tokenizer_that_draws_at_random_is_made_not_to(corpus: Corpus, caplog:
     plain = corpus.run
     corpus.run = corpus.folder / "drawn"
     corpus.ptafuse("logits", "shard.validation_fraction=0.0", **spoiled(corpus, dropout))
-    assert re.search(said("a tokenizer that draws how it splits words (BPE dropout)"), caplog.text)
+    assert re.search(said("a tokenizer that splits words at random (BPE dropout)"), caplog.text)
     one, two = (
         [
             row["token_ids"]
@@ -804,7 +804,7 @@ def test_a_held_out_text_with_a_token_without_a_row_ends_eval(corpus: Corpus) ->
     refused = ptafuse(
         "eval", str(corpus.config(**files)), "--run", str(corpus.run), "--local", f"--set={held_out}", check=False
     )
-    assert re.search(said("the same in a held-out text"), refused.stderr)
+    assert re.search(said("a token without an embedding row in a held-out text"), refused.stderr)
 
 
 def test_check_names_everything_at_once_and_computes_nothing(corpus: Corpus) -> None:
@@ -837,13 +837,13 @@ def test_ten_broken_models_and_data_sets_are_ten_messages_on_one_screen(corpus: 
     import datasets
 
     spoilers = [
-        *("a weight file cut short", "a Git LFS pointer in the place of a file", "an adapter beside the weights"),
+        *("a truncated weight file", "a Git LFS pointer instead of a file", "an adapter in the model's folder"),
         *(
             "an encoder-decoder (T5)",
             "a padding token outside the vocabulary",
-            "weights of other shapes than config.json says",
+            "weights whose shapes differ from config.json",
         ),
-        *("an index that names a file that is not there", "quantised weights whose package is missing"),
+        *("an index that names a missing file", "quantised weights whose package is missing"),
     ]
     toml = corpus.write(*GOOD).config()
     models = []
@@ -862,7 +862,7 @@ def test_ten_broken_models_and_data_sets_are_ten_messages_on_one_screen(corpus: 
     assert sum(line.startswith("  - ") for line in lines) == 10
     assert sum(": 1 problem" in line for line in lines) == 10
     assert len(lines) <= 24
-    assert re.search(said("a folder that `Dataset.save_to_disk` wrote"), done.stdout)
+    assert re.search(said("a folder written by `Dataset.save_to_disk`"), done.stdout)
 
 
 def spoiled_again(corpus: Corpus) -> dict[str, str]:
@@ -881,7 +881,7 @@ def test_pickled_weights_of_the_hub_are_refused_before_they_are_fetched(
         refuse_unusable_models(config)
     assert len(refused.value.problems) == len(config.models)
     for problem in refused.value.problems:
-        assert re.search(said("the same on the hub, not fetched yet"), str(problem))
+        assert re.search(said("pickled weights on the hub that are not downloaded yet"), str(problem))
 
 
 class Trap:
@@ -899,11 +899,11 @@ def test_a_pickle_is_converted_without_running_code_and_without_overwriting(corp
     torch.save({"weight": Trap(corpus.folder / "sprung")}, folder / "pytorch_model.bin")
     there = ptafuse("convert", str(folder), check=False)
     assert there.returncode == 1
-    assert re.search(said("safetensors where `ptafuse convert` would write"), there.stderr)
+    assert re.search(said("existing safetensors where `ptafuse convert` would write"), there.stderr)
     (folder / "model.safetensors").unlink()
     trap = ptafuse("convert", str(folder), check=False)
     assert trap.returncode == 1
-    documented = said("a pickle that asks for more than tensors, given to `ptafuse convert`")
+    documented = said("a pickle that holds more than tensors, given to `ptafuse convert`")
     assert re.search(documented, trap.stderr), trap.stderr
     assert not (corpus.folder / "sprung").exists()
     assert not list(folder.glob("*.safetensors"))
@@ -917,7 +917,7 @@ def test_a_damaged_token_table_is_made_again(corpus: Corpus, caplog: pytest.LogC
     token_tables._LOADED.clear()  # as in a new process
     caplog.clear()
     corpus.ptafuse("align")
-    assert re.search(said("a damaged or stale file of the folder `tokenizers` of a run directory"), caplog.text)
+    assert re.search(said("a damaged or stale file in a run directory's `tokenizers` folder"), caplog.text)
     assert table.read_bytes() == sound
 
 

@@ -120,7 +120,7 @@ def test_a_training_worker_without_its_reserved_gpu_trains_nothing(tiny_job, tmp
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(launch, "train", lambda *_, **__: pytest.fail("it trains on CPUs"))
     settings = trainer_of(tiny_job, tmp_path, monkeypatch, num_gpus=1)["train_loop_config"]
-    with pytest.raises(ValueError, match=r"train has a GPU reserved on .*, and torch sees none there"):
+    with pytest.raises(ValueError, match=r"train has a GPU reserved on .*, and torch sees no GPU there"):
         launch._train_worker(settings)
 
 

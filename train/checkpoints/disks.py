@@ -94,7 +94,7 @@ def appears(path: Path, *, waits: bool) -> bool:
 
 def _refusal(who: str, whom: str, output: Path) -> str:
     return (
-        f"{who} does not see what {whom} wrote to {output}: each has a disk of its own there, and the parts of a checkpoint "
-        "would lie scattered over the machines. Give a run directory on a disk that all machines share (RUN=/shared/...), or "
-        "one in an object store (RUN=s3://bucket/prefix)"
+        f"{who} does not see what {whom} wrote to {output}: their disks are separate, so the parts of a checkpoint "
+        "would be scattered over the machines. Give a run directory on a disk that all machines share "
+        "(RUN=/shared/...), or one in an object store (RUN=s3://bucket/prefix)"
     )

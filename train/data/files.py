@@ -241,7 +241,7 @@ class RemoteFile:
                 continue
             if sha256(raw).digest() == self._hashes[group]:
                 return raw
-            logger.warning("%s is damaged, as after a power cut: removed, and fetched again", path)
+            logger.warning("%s is damaged (a power cut?): removed and fetched again", path)
             path.unlink(missing_ok=True)
         raw = self._download(group, ranges)
         self._keep(group, raw)
@@ -260,8 +260,8 @@ class RemoteFile:
             ) from None
         if sha256(raw).digest() != self._hashes[group]:
             raise ValueError(
-                f"row group {group} of {self._file.path} is not what was checked when training began: the file was changed. "
-                "Run `ptafuse verify RUN --repair`, then `make fuse`"
+                f"row group {group} of {self._file.path} differs from what was verified when training began: the file "
+                "has changed. Run `ptafuse verify RUN --repair`, then `make fuse`"
             )
         return raw
 
@@ -277,7 +277,7 @@ class RemoteFile:
         except OSError as error:
             if local_error(error, str(group_path)) is error:  # neither space nor permissions are the cause
                 raise
-            logger.warning("%s is not kept, and fetched again when it is needed: %s", group_path, error)
+            logger.warning("%s cannot be kept, and is fetched again when it is needed: %s", group_path, error)
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -15,8 +15,8 @@ def describe_counts(counts: Mapping[str, int]) -> str:
         f"{counts[name]:,} {words}"
         for name, words in (
             ("overlapping", "that share text with the training documents"),
-            ("unreadable", "that are empty or no text"),
-            ("uncut", "that have no cut that fits every tokenizer"),
+            ("unreadable", "that are empty or not text"),
+            ("uncut", "that cannot be cut to fit every tokenizer"),
         )
         if counts[name]
     ]

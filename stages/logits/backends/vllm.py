@@ -201,8 +201,8 @@ class VllmBackend:
         )
         if not all(engine.collective_rpc("keep_ids_below", args=(self._num_valid,))):
             raise ValueError(
-                f"model {model.name}: vLLM {vllm_version()} applies this architecture's head in a way that ptafuse does not "
-                "know: set logits.backend = 'transformers'"
+                f"model {model.name}: vLLM {vllm_version()} applies this architecture's head in a way that ptafuse "
+                "does not support: set logits.backend = 'transformers'"
             )
         # The next model of this process finds the memory free: an engine does not end with its last reference.
         self._stop = weakref.finalize(self, _stop_engine, engine)

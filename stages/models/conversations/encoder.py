@@ -138,9 +138,9 @@ class ConversationEncoder:
                 return tokens.ids[int(np.argmax(inside))]
             position = len("".join([*rendered.pieces[:number], *rendered.contents[: number - 1]]).encode())
         raise ValueError(
-            "its chat template ends the assistant's turn with no control token, so nothing would teach a model to stop: "
-            f"expected one behind the answer, found {rendered.pieces[-1][:60]!r}. Correct its template, or set `chat_template` "
-            "of this model to another one ('plain' ends turns with the tokenizer's EOS)"
+            "its chat template does not end the assistant's turn with a control token, so a model would never learn "
+            f"to stop: expected one after the answer, found {rendered.pieces[-1][:60]!r}. Correct its template, or set "
+            "`chat_template` of this model to another one ('plain' ends turns with the tokenizer's EOS)"
         )
 
     def _tokenize(self, renderings: Sequence[Rendered]) -> list[Tokens]:

@@ -42,9 +42,9 @@ def settings_problems(
     assert isinstance(text, Mapping)
     if text.get("is_causal") is False:
         yield problem(
-            "`is_causal` is false: each position sees the text behind it",
+            "`is_causal` is false: each position sees the text after it",
             "a causal language model",
-            'Choose another model, or set "is_causal": true if its weights were trained so',
+            'Choose another model, or set "is_causal": true if its weights were trained that way',
         )
     yield from _padding(model, file, text)
     method = quantization_method(settings)
@@ -54,7 +54,7 @@ def settings_problems(
     if packages:
         yield problem(
             f"the weights are quantised ({method}), and {' and '.join(packages)} is not installed",
-            "what reads them",
+            "the packages that read them",
             f"`pip install {' '.join(packages)}`, or give the model's unquantised weights",
         )
     if trained and method not in UNPACKED:
@@ -143,7 +143,7 @@ def architecture_problems(model: ModelConfig, file: Path, skeleton: Any, *, isol
         yield Problem(
             model.name,
             str(file),
-            f"{config.model_type} is an encoder here (`is_decoder` is false): each position sees the text behind it",
+            f"{config.model_type} is an encoder here (`is_decoder` is false): each position sees the text after it",
             "a causal language model",
             _OTHER_MODEL,
         )
@@ -160,7 +160,7 @@ def architecture_problems(model: ModelConfig, file: Path, skeleton: Any, *, isol
         yield Problem(
             model.name,
             str(file),
-            f"{type(skeleton).__name__} has {obstacle}, so packed documents cannot be kept apart",
+            f"{type(skeleton).__name__} has {obstacle}, so packed documents cannot be isolated",
             "attention in every layer where train.isolate_documents = true",
             "Set train.isolate_documents = false, or train another architecture",
         )

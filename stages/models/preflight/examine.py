@@ -97,7 +97,7 @@ def unexamined(model: ModelConfig, *, has_weights: bool = True) -> str | None:
         return None
     folder = local_folder(model)
     if folder is None or not (folder / CONFIG_FILE).exists():
-        return "it is not in the local cache of the hub, so it is examined after its first download"
+        return "it is not in the local cache of the hub, so it is checked after its first download"
     if not has_weights:
         return None
     try:
@@ -105,7 +105,7 @@ def unexamined(model: ModelConfig, *, has_weights: bool = True) -> str | None:
     except WeightFileError:
         return None
     if not files or not all(file.exists() for file in files):
-        return "its weights are not in the local cache of the hub, so they are examined after their first download"
+        return "its weights are not in the local cache of the hub, so they are checked after the first download"
     return None
 
 
@@ -190,8 +190,8 @@ def _other_files(model: ModelConfig, folder: Path) -> Iterator[Problem]:
         yield Problem(
             model.name,
             str(folder / ADAPTER_FILE),
-            "an adapter lies beside the model, and whether it is applied depends on whether peft is installed",
-            "one model",
+            "the folder also holds an adapter, which transformers applies only where peft is installed",
+            "a model without an adapter file",
             "Merge it into the weights (merge_and_unload, save_pretrained), or move it elsewhere",
         )
     generation = folder / "generation_config.json"
@@ -227,7 +227,7 @@ def _read_headers(model: ModelConfig, folder: Path, stored: dict[str, StoredTens
         yield Problem(
             model.name,
             str(folder),
-            f"the index names {absent[0]}{more}, which is not there",
+            f"the index names {absent[0]}{more}, which does not exist",
             f"all {len(files)} files",
             "Fetch them",
         )
@@ -249,7 +249,7 @@ def _gguf_problems(model: ModelConfig) -> Iterator[Problem]:
             model.name,
             str(model.path),
             f"{' and '.join(absent)} is not installed",
-            "what reads a GGUF file",
+            "the packages that read GGUF files",
             "`pip install ptafuse[demo]`",
         )
         return

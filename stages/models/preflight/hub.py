@@ -37,10 +37,10 @@ def pickled_alone(model: ModelConfig, folder: Path | None) -> Iterator[Problem]:
     yield Problem(
         model.name,
         f"{model.hub}@{model.revision}",
-        f"it has pickled weights alone ({pickled[0]}{more}), which could run anything and are not read",
+        f"the model has only pickled weights ({pickled[0]}{more}), which can run arbitrary code and are not loaded",
         "*.safetensors",
-        f"`ptafuse convert {model.hub} --revision {model.revision} --output FOLDER` writes them as safetensors, and runs none "
-        "of their code; then give FOLDER as `path`, in place of `hub` and `revision`",
+        f"`ptafuse convert {model.hub} --revision {model.revision} --output FOLDER` converts them to safetensors "
+        "without running any of their code; then give FOLDER as `path`, in place of `hub` and `revision`",
     )
 
 

@@ -101,13 +101,13 @@ def tensor_problems(
         extra = f", and hold {named(mismatch.extra)} that it has no place for" if mismatch.extra else ""
         yield problem(
             f"the weights lack {named(mismatch.missing)}{extra}",
-            f"every tensor of {class_name}: one that is missing would be drawn at random",
+            f"every tensor of {class_name}: a missing tensor would be initialised at random",
             _remedy(mismatch, stored, skeleton),
         )
     layers = _layers_too_many(mismatch.extra, skeleton.state_dict().keys())
     if layers and not mismatch.missing:
         yield problem(
-            f"the weights have layers that config.json does not count: {named(layers)}",
+            f"the weights have more layers than config.json says: {named(layers)}",
             f"the {skeleton.config.get_text_config().num_hidden_layers} layers of config.json",
             "Set `num_hidden_layers` to what the weights have, or fetch config.json again",
         )
@@ -119,7 +119,7 @@ def tensor_problems(
         yield problem(
             f"{name} has shape {list(held)}{more}",
             f"{list(wanted)}, as config.json says",
-            "Take config.json and weights of one model",
+            "Use config.json and weights from the same model",
         )
     packed = _sorted(name for name, tensor in stored.items() if _PACKED.match(tensor.dtype) and len(tensor.shape) > 1)
     if packed and not set(packed) <= set(mismatch.extra):
@@ -141,8 +141,8 @@ def _remedy(mismatch: TensorMismatch, stored: Mapping[str, StoredTensor], skelet
     wrapper = _wrapper(stored)
     if wrapper is not None:
         return (
-            f"The names hold `{wrapper}.`, which {WRAPPERS[wrapper]} puts there: take it out of them, or save the model that "
-            "is wrapped with save_pretrained"
+            f"The names contain `{wrapper}.`, which {WRAPPERS[wrapper]} adds: remove it, or save the unwrapped model "
+            "with save_pretrained"
         )
     architectures = getattr(skeleton.config, "architectures", None) or []
     others = [name for name in architectures if name != type(skeleton).__name__]
@@ -150,13 +150,13 @@ def _remedy(mismatch: TensorMismatch, stored: Mapping[str, StoredTensor], skelet
     output = skeleton.get_output_embeddings()
     heads = {name for name, value in skeleton.named_parameters(remove_duplicate=False) if value is output.weight}
     if head and head <= heads:
-        kind = f"They are those of {others[0]}: a" if others else "This is a body without LM head. A"
+        kind = f"They belong to {others[0]}: a" if others else "This is a body without LM head. A"
         return (
             f'{kind} language model has one; if it shares the embedding\'s weights, set "tie_word_embeddings": true in '
             "config.json"
         )
     if others:
-        return f"They are those of {others[0]}: take the language model's own checkpoint"
+        return f"They belong to {others[0]}: use the language model's own checkpoint"
     return "Fetch the weights again, or give the folder that save_pretrained wrote"
 
 

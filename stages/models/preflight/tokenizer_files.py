@@ -81,12 +81,12 @@ def _differences(model: ModelConfig, file: Path, tokenizer: SegmentTokenizer) ->
         yield Problem(
             model.name,
             str(file),
-            f"transformers makes another tokenizer of this folder than tokenizer.json is: of {text!r} token {first} becomes "
-            f"{_shown(actual, first)}, and by the file {_shown(expected, first)}",
+            f"transformers loads a different tokenizer from this folder than tokenizer.json describes: in {text!r}, "
+            f"token {first} is {_shown(actual, first)}, and tokenizer.json gives {_shown(expected, first)}",
             "the same tokens",
-            "Take `model_type` in config.json and tokenizer.json of one model; or copy the tokenizer's files into a folder of "
-            'their own, set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, and give it as '
-            f"`tokenizer = {{path = ...}}` of {model.name}",
+            "Use `model_type` in config.json and tokenizer.json from the same model; or copy the tokenizer's files "
+            'into a separate folder, set "tokenizer_class": "PreTrainedTokenizerFast" in its tokenizer_config.json, and '
+            f"give that folder as `tokenizer = {{path = ...}}` of {model.name}",
         )
         return
 
@@ -120,7 +120,7 @@ def _tokens_without_rows(
                 model.name,
                 place,
                 f"the tokenizer {role} documents with token {token_id}, and the model's embedding has {num_rows} rows",
-                "a row for each token that every text has",
-                "Take tokenizer and weights of one model, or enlarge the embedding (resize_token_embeddings)",
+                "a row for each token that is added to every text",
+                "Use tokenizer and weights from the same model, or enlarge the embedding (resize_token_embeddings)",
             )
             return

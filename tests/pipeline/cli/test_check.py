@@ -17,7 +17,7 @@ def test_a_model_of_the_hub_that_is_not_in_the_cache_is_not_called_sound(
     config = tmp_path / "hub.toml"
     config.write_text(tiny_config.read_text().replace(local, 'hub = "some/llama"\nrevision = "main"'))
     assert ptafuse("check", str(config)).stdout.splitlines()[:2] == [
-        "llama (some/llama@main): it is not in the local cache of the hub, so it is examined after its first download",
+        "llama (some/llama@main): it is not in the local cache of the hub, so it is checked after its first download",
         f"neox ({tiny_config.parent}/neox): nothing wrong was found",
     ]
 

@@ -30,7 +30,7 @@ def test_a_folder_is_converted_and_the_command_says_what_to_write(pickled: Path)
     assert f"equal to the pickled ones: give the model as `path = '{pickled}'`" in shown
     again = ptafuse("convert", str(pickled), check=False)
     assert again.returncode == 1
-    assert "nothing is overwritten" in again.stderr
+    assert "existing files are not overwritten" in again.stderr
     assert "Traceback" not in again.stderr
 
 

@@ -90,7 +90,7 @@ def test_a_damaged_footer_of_one_file_of_many_is_named(tmp_path: Path) -> None:
         pq.write_table(pa.table({"text": ["x"]}), tmp_path / f"{number}.parquet")
     path = tmp_path / "1.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"X")
-    with pytest.raises(DatasetError, match=r"1\.parquet is not a whole Parquet file"):
+    with pytest.raises(DatasetError, match=r"1\.parquet is not a complete Parquet file"):
         plan_documents(dataset(tmp_path), 20)
 
 

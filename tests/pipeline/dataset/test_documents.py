@@ -264,12 +264,12 @@ def test_records_that_cannot_be_read_keep_their_number(tmp_path: Path) -> None:
     assert rows[5] == (None, None)
     assert rows[7] == (b"\xed\xa0\x80", None)  # a lone surrogate stays bytes that are not UTF-8
     for number, part in {
-        1: "not a JSON line",
+        1: "not valid JSON",
         2: "'other'",
         3: "found list",
         4: "is int",
-        6: "not a JSON line",
-        8: "not a JSON",
+        6: "not valid JSON",
+        8: "not valid JSON",
     }.items():
         text, error = rows[number]
         assert text is None
@@ -349,7 +349,7 @@ def test_identity_is_of_names_and_contents(tmp_path: Path) -> None:
             "no column 'text'.*'other', 'body'",
         ),
         ({"a.parquet": _parquet([1], pa.int64())}, "a.parquet", DatasetError, "column 'text' is int64, not text"),  # type: ignore[list-item]
-        ({"a.parquet": b"PAR1 no"}, "a.parquet", DatasetError, "not a whole Parquet file"),
+        ({"a.parquet": b"PAR1 no"}, "a.parquet", DatasetError, "not a complete Parquet file"),
         ({"a.json": b'[\n{"text": "x"}\n]'}, "a.json", DatasetError, "is one JSON array; expected JSON lines"),
         ({"a.jsonl": b"plain words\n"}, "a.jsonl", DatasetError, "none of its first lines is a JSON object"),
         ({"a.jsonl": b"\n\n"}, "a.jsonl", DatasetError, "holds no documents"),
@@ -378,7 +378,7 @@ def test_a_dataset_without_documents_has_no_plan(tmp_path: Path) -> None:
 def test_a_truncated_compressed_file_is_no_shorter_dataset(tmp_path: Path) -> None:
     raw = _zstd(_lines(TEXTS))
     _write(tmp_path, {"a.jsonl.zst": raw[:-20]})
-    with pytest.raises(DatasetError, match="Is the file whole"):
+    with pytest.raises(DatasetError, match="Is the file complete"):
         plan_documents(DatasetConfig(path=str(tmp_path)), 4)
 
 

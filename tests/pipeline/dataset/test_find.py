@@ -90,7 +90,7 @@ def test_a_file_with_two_names_is_read_once_under_its_own(
     assert documents(dataset(tmp_path / path)) == ["text"]
     assert list(find_files(dataset(tmp_path / path)).paths) == ["data-2.jsonl"]
     assert "a.jsonl is " in caplog.text
-    assert "data-2.jsonl by a link: it is read once" in caplog.text
+    assert "data-2.jsonl: the file is read once" in caplog.text
 
 
 def test_a_glob_that_names_a_linked_folder_finds_what_has_another_name_as_well(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_split_that_no_name_says_is_refused(splits: Path, tmp_path_factory: py
 def test_files_without_a_split_are_left_out_if_others_have_one(splits: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(splits / "more.parquet", "more")
     assert documents(dataset(splits, split="test")) == ["test-00000-of-00001"]
-    assert "1 of 5 files are of no split by their names" in caplog.text
+    assert "1 of 5 files belong to no split by their names" in caplog.text
 
 
 def test_a_split_that_is_not_given_changes_no_fingerprint() -> None:
@@ -281,4 +281,4 @@ def test_ignored_data_of_other_formats_is_reported(tmp_path: Path, caplog: pytes
         (tmp_path / name).write_text("x")
     assert documents(dataset(tmp_path)) == ["text"]
     assert "2 files are not read" in caplog.text
-    assert "b.csv the first: convert it, e.g. with `pandas.read_csv" in caplog.text
+    assert "b.csv: convert it, e.g. with `pandas.read_csv" in caplog.text

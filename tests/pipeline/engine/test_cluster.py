@@ -72,14 +72,14 @@ def test_workers_that_fit_are_let_through(monkeypatch, cpus, gpus, count):
 def test_workers_that_never_fit_a_ray_of_this_machine_are_refused_at_once(monkeypatch, cpus, gpus, count):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 8, "GPU": 4}, {"CPU": 8, "GPU": 2}))
-    with pytest.raises(ValueError, match=f"{count} worker\\(s\\) at once, and there is room for"):
+    with pytest.raises(ValueError, match=f"{count} worker\\(s\\) at once, and the cluster has room for"):
         cluster.require_resources("train", cpus, gpus, EngineConfig(autoscaling=True), count=count)
 
 
 def test_workers_that_never_fit_a_joined_cluster_of_fixed_size_are_refused_at_once(monkeypatch, joined, group):
     monkeypatch.setattr(cluster.ray, "nodes", nodes({"CPU": 8}))
     with pytest.raises(
-        ValueError, match=r"8 CPUs and 1 GPUs per worker, 2 worker\(s\) at once, and there is room for 0"
+        ValueError, match=r"8 CPUs and 1 GPUs per worker, 2 worker\(s\) at once, and the cluster has room for 0"
     ):
         cluster.require_resources("train", 8, 1, FIXED, count=2)
     assert not group.bundles

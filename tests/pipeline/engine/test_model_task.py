@@ -153,7 +153,7 @@ def test_a_task_with_a_gpu_reserved_never_computes_on_cpus(
     monkeypatch.setattr("pipeline.engine.ray_task.run_task", call)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run = open_tiny(tiny_config, tmp_path)
-    with pytest.raises(ValueError, match=r"eval/llama has a GPU reserved on .*, and torch sees none there"):
+    with pytest.raises(ValueError, match=r"eval/llama has a GPU reserved on .*, and torch sees no GPU there"):
         next(run_with_model(run, "eval/llama", work, 0))
 
 

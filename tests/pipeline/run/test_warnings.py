@@ -35,8 +35,8 @@ def config(folder: Path, path: str = "corpus.jsonl", *sets: str) -> RunConfig:
 def test_forty_documents_leave_hardly_any_to_evaluate_on(tmp_path: Path) -> None:
     (warning,) = expected_warnings(config(tmp_path), 40)
     assert warning == (
-        "of 40 documents shard.validation_fraction = 0.01 leaves about 0.4 to evaluate on, and none with a probability of "
-        "67%: set it to 0.25, say"
+        "shard.validation_fraction = 0.01 of 40 documents holds out about 0.4 to evaluate on, and none with a "
+        "probability of 67%: set it to 0.25, say"
     )
     assert expected_warnings(config(tmp_path), 300) == []
     assert expected_warnings(config(tmp_path), None) == []
@@ -97,10 +97,10 @@ def corpus(tiny_config: Path, tmp_path: Path) -> Path:
 def test_plan_shard_and_status_warn(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run, few = str(tmp_path / "run"), "--set=shard.validation_fraction=0.01"
     planned = ptafuse("plan", str(corpus), "--run", run, few).stdout
-    assert "warning: of 12 documents shard.validation_fraction = 0.01 leaves about 0.1 to evaluate on" in planned
+    assert "warning: shard.validation_fraction = 0.01 of 12 documents holds out about 0.1 to evaluate on" in planned
     assert json.loads(ptafuse("plan", str(corpus), "--run", run, few, "--json").stdout)["warnings"]
     ptafuse("shard", str(corpus), "--run", run, "--local", few)
-    assert "of 12 documents shard.validation_fraction = 0.01 leaves about 0.1" in caplog.text
+    assert "shard.validation_fraction = 0.01 of 12 documents holds out about 0.1" in caplog.text
     held_out = "shard: none of 12 documents is held out (shard.validation_fraction = 0.01)"
     control = "shard: 12 of 12 documents hold control tokens of the run's models as text (<|endoftext|>)"
     shown = re.sub(r"\s+", " ", ptafuse("status", run).stdout)

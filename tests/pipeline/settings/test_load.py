@@ -72,7 +72,7 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("addition", "message"),
     [
-        ("[align]\nepsilonn = 0.1", r"align\.epsilonn: there is no such setting; did you mean 'epsilon'\?"),
+        ("[align]\nepsilonn = 0.1", r"align\.epsilonn: unknown setting; did you mean 'epsilon'\?"),
         ("[align]\nepsilon = -1", r"align\.epsilon: expected a number above 0; found -1"),
         ("[align]\nprojection = 'plan'\nmarginals = 'balanced'", "gives back the target's own distribution"),
         ("[align]\npreset = 'papier'", r"align\.preset"),
@@ -113,8 +113,8 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
             "[eval]\nnum_generations = 5",
             "eval.num_generations = 5 asks for answers to held-out turns, and the dataset holds texts: set dataset.messages",
         ),
-        ("[tarin]\nseed = 1", r"tarin: there is no such setting; did you mean 'train'\?"),
-        ("[zzz]\nseed = 1", "zzz: there is no such setting; known here: align, assumptions, baselines, dataset"),
+        ("[tarin]\nseed = 1", r"tarin: unknown setting; did you mean 'train'\?"),
+        ("[zzz]\nseed = 1", "zzz: unknown setting; known settings: align, assumptions, baselines, dataset"),
     ],
 )
 def test_wrong_configuration_says_where_and_what(tmp_path: Path, addition: str, message: str) -> None:

@@ -79,8 +79,8 @@ def test_lists_of_values_are_combined() -> None:
         ),
         ("[0.8, 0.2]", "[0.8, 0.8]", "names of cells must differ .*'fused-lambda-0.8' is given twice"),
         ("[0.8, 0.2]", "[0.8, 7.5]", "cell fused-lambda-7.5"),
-        ('"train.batch_size"', '"train.batchsize"', "there is no such setting"),
-        ("seeds", "sedes", "sedes: there is no such setting; did you mean 'seeds'"),
+        ('"train.batch_size"', '"train.batchsize"', "unknown setting"),
+        ("seeds", "sedes", "sedes: unknown setting; did you mean 'seeds'"),
         ("seeds", "name_seeds = false\nseeds", "name_seeds = false leaves 2 seeds of a cell with the same name"),
     ],
 )

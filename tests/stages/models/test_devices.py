@@ -61,7 +61,7 @@ def cuda_build(monkeypatch, tmp_path: Path) -> Path:
 def test_a_reserved_gpu_whose_driver_is_too_old_is_an_error_that_names_both_versions(cuda_build: Path) -> None:
     cuda_build.write_text(OLD_DRIVER)
     with pytest.raises(
-        ValueError, match=r"logits/mpt has a GPU reserved on .*, and torch sees none there: "
+        ValueError, match=r"logits/mpt has a GPU reserved on .*, and torch sees no GPU there: "
     ) as refused:
         require_cuda("logits/mpt")
     assert "its NVIDIA driver is 535.129.03, and torch" in str(refused.value)

@@ -152,7 +152,7 @@ def test_a_damaged_table_is_made_again_with_a_message(models, tmp_path, caplog, 
     token_tables._LOADED.clear()
     with caplog.at_level(logging.WARNING):
         assert_same(TokenTables(store).read(model), SegmentTokenizer.load(model))
-    assert "it is made again from the tokenizer" in caplog.text
+    assert "it is rebuilt from the tokenizer" in caplog.text
     assert str(table_key(model)) in caplog.text
     assert file.read_bytes() == sound
 

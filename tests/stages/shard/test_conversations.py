@@ -114,7 +114,7 @@ def test_an_exchange_that_does_not_fit_is_quarantined(models: tuple[ModelConfig,
     (record,) = output.quarantine
     assert record.error == "CannotCut"
     assert record.message.startswith("messages 3 to 4 have ")
-    assert "with the system message, and nothing is cut inside an exchange: expected at most 200" in record.message
+    assert "with the system message, and an exchange is never cut: expected at most 200" in record.message
     assert output.health["quarantined/CannotCut"] == 1
 
 
@@ -134,12 +134,12 @@ def test_an_exchange_that_does_not_fit_is_quarantined(models: tuple[ModelConfig,
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
             "HasTools",
-            "message 1 has tool_calls: conversations with tools are not learnt from",
+            "message 1 has tool_calls: conversations that use tools are not supported",
         ),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {}}, {"type": "text", "text": "a"}]}],
             "HasMedia",
-            "message 0 (user) holds image_url: expected text alone",
+            "message 0 (user) holds image_url: expected only text",
         ),
         ([{"role": "user", "content": [{"type": "text", "text": "a"}]}], "OtherContent", "is list, expected a string"),
         (

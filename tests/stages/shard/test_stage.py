@@ -144,7 +144,7 @@ def test_documents_do_not_depend_on_their_neighbours(output: StageOutput, models
 
 def test_bad_documents_reach_quarantine_and_the_others_go_on(models: tuple[ModelConfig, ...]) -> None:
     table = _table([b"fine", b"abc\xff\xfe", None, None, "\u200b".encode(), "\ud800".encode(errors="surrogatepass")])
-    errors = [None, None, None, "not a JSON line: Expecting value", None, None]
+    errors = [None, None, None, "not valid JSON: Expecting value", None, None]
     stage = ShardStage(ShardConfig(max_length=64), models[:2])
     stage.setup()
     output = stage.run({"documents": table.append_column("error", pa.array(errors, pa.string()))})
@@ -155,7 +155,7 @@ def test_bad_documents_reach_quarantine_and_the_others_go_on(models: tuple[Model
         (105, -1, "InvalidUtf8"),
     ]
     assert "byte 3 of 5" in output.quarantine[0].message
-    assert output.quarantine[2].message == "not a JSON line: Expecting value"
+    assert output.quarantine[2].message == "not valid JSON: Expecting value"
     assert output.table["doc_id"].to_pylist() == [100, 104]
 
 

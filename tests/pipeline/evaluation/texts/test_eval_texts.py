@@ -153,7 +153,7 @@ def test_documents_that_training_has_read_are_left_out_and_counted(texts: Texts)
     path = texts.write("news", *records)
     output = texts.ptafuse(table("news", path))
     assert "text news: 2 of 6 chosen documents (6 in the corpus)" in output
-    assert "left out: 2 that share text with the training documents, 2 that are empty or no text" in output
+    assert "left out: 2 that share text with the training documents, 2 that are empty or not text" in output
     assert [part["doc_id"] for part in texts.result("llama", "news")["documents"]] == [0, 5]
     (overlap,) = texts.run.glob("texts/news/*/overlap.json")
     recorded = json.loads(overlap.read_text())
@@ -245,7 +245,7 @@ def test_status_and_plan_count_texts(texts: Texts) -> None:
     [
         ("", "give exactly one of `hub` (with `revision`) and `path`"),
         ('path = "x.txt"\nnum_documents = 2\nfraction = 0.5', "give one of them"),
-        ('path = "x.txt"\nnum_document = 2', "there is no such setting; did you mean 'num_documents'"),
+        ('path = "x.txt"\nnum_document = 2', "unknown setting; did you mean 'num_documents'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny_config: Path, tmp_path: Path, lines: str, message: str) -> None:

@@ -24,7 +24,7 @@ from tests.tiny_models import save_model, split_weights
         ),
         (SINGLE_FILE, b"", "empty"),
         (SINGLE_FILE, b"<!DOCTYPE html><html><body>Access denied", "an HTML page"),
-        (SINGLE_FILE, b"PK\x03\x04" + b"\x00" * 80, "not a safetensors file (it begins b'PK"),
+        (SINGLE_FILE, b"PK\x03\x04" + b"\x00" * 80, "not a safetensors file (it begins with b'PK"),
         (SINGLE_FILE, (40).to_bytes(8, "little") + b'{"a": {"dtype": "F32"' + b" " * 40, "its header is broken"),
         ("config.json", LFS_POINTER.encode(), "a Git LFS pointer"),
         ("config.json", b'{"model_type": ', "not JSON: Expecting value"),
@@ -61,14 +61,14 @@ def test_a_dangling_link_is_named(llama: Path) -> None:
     (llama / SINGLE_FILE).unlink()
     (llama / SINGLE_FILE).symlink_to(llama / "gone")
     (found,) = messages(llama)
-    assert "a link to a file that is not there" in found
+    assert "a link to a file that does not exist" in found
 
 
 def test_a_shard_that_the_index_names_and_that_is_missing_is_named(llama: Path) -> None:
     _, second = split_weights(llama)
     (llama / second).unlink()
     (found,) = messages(llama)
-    assert found == f"model m: {llama}: the index names {second}, which is not there; expected all 2 files. Fetch them"
+    assert found == f"model m: {llama}: the index names {second}, which does not exist; expected all 2 files. Fetch them"
 
 
 def test_shards_without_an_index_are_named(llama: Path) -> None:
@@ -127,7 +127,7 @@ def test_every_problem_of_a_folder_is_named_at_once(llama: Path) -> None:
         ({"model_type": "vit"}, "vit is not a causal language model"),
         ({"model_type": "of-the-future"}, "transformers cannot read it"),
         ({"model_type": None}, "it has no `model_type`"),
-        ({"is_causal": False}, "`is_causal` is false: each position sees the text behind it"),
+        ({"is_causal": False}, "`is_causal` is false: each position sees the text after it"),
         ({"pad_token_id": 400}, "`pad_token_id` is 400, and the vocabulary has 400 tokens; expected an id below 400"),
         ({"hidden_size": 63}, "The hidden size (63) is not a multiple of the number of attention heads (4)"),
         (
@@ -191,7 +191,7 @@ def test_models_that_cannot_keep_documents_apart_are_refused_where_that_is_asked
     assert problems(folder) == []
     assert problems(folder, trained=True) == []
     (found,) = messages(folder, trained=True, isolated=True)
-    assert "packed documents cannot be kept apart" in found
+    assert "packed documents cannot be isolated" in found
     assert "Set train.isolate_documents = false" in found
 
 
@@ -227,7 +227,7 @@ def test_an_adapter_next_to_the_weights_is_refused(llama: Path) -> None:
     """transformers would apply it where peft is installed, and leave it out where it is not."""
     (llama / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     (found,) = messages(llama)
-    assert "an adapter lies beside the model" in found
+    assert "the folder also holds an adapter" in found
     assert "merge_and_unload" in found
 
 

@@ -122,10 +122,10 @@ def test_a_model_with_only_pickled_weights_is_named_before_they_are_fetched(
         shutil.rmtree(snapshot)
     (found,) = examine(ModelConfig(name="m", hub="some/llama", revision=REVISION))
     assert str(found) == (
-        f"model m: some/llama@{REVISION}: it has pickled weights alone (pytorch_model-00001-of-00002.bin and 1 more), which "
-        "could run anything and are not read; expected *.safetensors. `ptafuse convert some/llama --revision "
-        f"{REVISION} --output FOLDER` writes them as safetensors, and runs none of their code; then give FOLDER as `path`, in "
-        "place of `hub` and `revision`"
+        f"model m: some/llama@{REVISION}: the model has only pickled weights (pytorch_model-00001-of-00002.bin and 1 "
+        "more), which can run arbitrary code and are not loaded; expected *.safetensors. `ptafuse convert some/llama "
+        f"--revision {REVISION} --output FOLDER` converts them to safetensors without running any of their code; then "
+        "give FOLDER as `path`, in place of `hub` and `revision`"
     )
     assert hub.num_asked == 1
 

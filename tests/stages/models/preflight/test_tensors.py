@@ -92,8 +92,9 @@ def test_a_missing_head_is_refused_with_what_to_do(llama: Path) -> None:
     change_weights(llama, without_head)
     (found,) = messages(llama)
     assert found == (
-        f"model m: {llama}: the weights lack lm_head.weight; expected every tensor of LlamaForCausalLM: one that is missing "
-        "would be drawn at random. This is a body without LM head. A language model has one; if it shares the embedding's "
+        f"model m: {llama}: the weights lack lm_head.weight; expected every tensor of LlamaForCausalLM: a missing "
+        "tensor would be initialised at random. This is a body without LM head. A language model has one; if it "
+        "shares the embedding's "
         'weights, set "tie_word_embeddings": true in config.json'
     )
 
@@ -102,7 +103,7 @@ def test_missing_tensors_are_refused_after_loading_too(llama: Path) -> None:
     """Where the preflight could not look: a model of the hub that was not in the cache yet."""
     change_weights(llama, without_head)
     with pytest.raises(
-        ValueError, match=r"model m: the weights lack lm_head\.weight, which transformers drew at random"
+        ValueError, match=r"model m: the weights lack lm_head\.weight, which transformers initialised at random"
     ):
         load_model(ModelConfig(name="m", path=llama), dtype="float32", attention=("eager",), device="cpu")
 
@@ -129,7 +130,7 @@ def test_a_missing_tensor_inside_the_model_is_named(llama: Path) -> None:
 def test_names_with_a_wrapper_s_prefix_are_refused_and_the_wrapper_named(llama: Path, prefix: str, whose: str) -> None:
     change_weights(llama, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     (found,) = messages(llama)
-    assert f"which {whose} puts there: take it out of them" in found
+    assert f"which {whose} adds: remove it" in found
     assert "and hold " in found
 
 
@@ -146,7 +147,7 @@ def test_a_classifier_is_refused_by_its_name(tmp_path: Path) -> None:
     folder = save_other(tmp_path / "model", "qwen3", AutoModelForSequenceClassification)
     (found,) = messages(folder)
     assert "the weights lack lm_head.weight, and hold score.weight that it has no place for" in found
-    assert "They are those of Qwen3ForSequenceClassification" in found
+    assert "They belong to Qwen3ForSequenceClassification" in found
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
@@ -166,7 +167,7 @@ def test_a_missing_expert_is_refused(tmp_path: Path, architecture: str) -> None:
 def test_layers_that_the_configuration_does_not_count_are_refused(llama: Path) -> None:
     edit_json(llama / "config.json", num_hidden_layers=1)
     (found,) = messages(llama)
-    assert "the weights have layers that config.json does not count: model.layers.1.input_layernorm.weight" in found
+    assert "the weights have more layers than config.json says: model.layers.1.input_layernorm.weight" in found
 
 
 def test_tensors_that_nothing_wants_are_no_problem(llama: Path) -> None:
