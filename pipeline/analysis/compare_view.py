@@ -52,7 +52,7 @@ def print_comparison(config: RunConfig, comparison: Comparison, console: Console
         )
     table = Table(
         title=f"Teacher NLL, {comparison.source} for {config.target.name}: mean -ln p(gold next token), nats, completed: what "
-        f"a row does not list is divided as the target divides it. On the {shared.num_positions:,} of "
+        f"a row does not list is divided in the target's proportions. On the {shared.num_positions:,} of "
         f"{comparison.num_positions:,} positions that every row has; {shared.num_documents:,} documents, "
         f"{len(comparison.shards)} of {comparison.num_shards} shards; ± standard error over documents",
         title_justify="left",
@@ -80,13 +80,13 @@ def print_comparison(config: RunConfig, comparison: Comparison, console: Console
         )
     console.print(table)
     console.print(
-        "The models themselves: their full distributions, each for its own next token (the source's is another event where "
-        "its token is longer or shorter). Mixed with it: the best mixture of a row and the target, against the target; a row "
-        "that only leans to a target better than itself gains in NLL, and nothing here. Floored: every row rescaled to 1, "
-        f"the models' own top {config.align.top_k} too, and 1e-4 for a gold token that it does not list; it compares with "
-        "the target's floored NLL alone. The conditioned row covers positions inside a source token as well (inexact = "
-        "'condition'). A number is epsilon. * as the configuration says, except for `tail`, which all rows share, "
-        "and `inexact`, unless it conditions."
+        "The models themselves: their full distributions, each for its own next token (a different event for the "
+        "source where its token is longer or shorter). Mixed with it: the best mixture of a row and the target, "
+        "against the target; a row that only leans to a target better than itself gains in NLL, and nothing here. "
+        f"Floored: every row rescaled to 1, the models' own top {config.align.top_k} too, and 1e-4 for a gold token "
+        "that it does not list; it compares with the target's floored NLL alone. The conditioned row covers positions "
+        "inside a source token as well (inexact = 'condition'). A number is epsilon. * as the configuration says, "
+        "except for `tail`, which all rows share, and `inexact`, unless it conditions."
     )
 
 

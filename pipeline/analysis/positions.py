@@ -176,8 +176,8 @@ def _check_against_stored(
     shown = np.array([token.prob for token in explanation.projected])
     if probs.shape != shown.shape or not np.allclose(probs, shown, rtol=2e-2, atol=1e-6):
         raise StageError(
-            f"{inspected.step.key} shard {inspected.shard} row {inspected.row} position {position}: the shard holds another "
-            f"distribution than its inputs give now. Run `ptafuse verify {inspected.store.url}`"
+            f"{inspected.step.key} shard {inspected.shard} row {inspected.row} position {position}: the shard's distribution "
+            f"differs from the one computed from its inputs now. Run `ptafuse verify {inspected.store.url}`"
         )
 
 

@@ -36,7 +36,7 @@ def plan_table(title: str, rows: Sequence[str], columns: Sequence[str], values: 
     """Build a labelled matrix in percent: source candidates down, target candidates with most mass across."""
     kept = np.sort(np.argsort(-values.sum(axis=0), kind="stable")[:MAX_PLAN_COLUMNS])
     left_out = len(columns) - len(kept)
-    more = f"; {left_out} columns of less mass are not shown" if left_out else ""
+    more = f"; {left_out} columns with less mass are not shown" if left_out else ""
     table = Table(title=title + more, title_justify="left", title_style="bold", padding=(0, 0), pad_edge=False)
     table.add_column("", no_wrap=True, overflow="ellipsis", max_width=11)
     for column in kept:

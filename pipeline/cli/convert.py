@@ -12,17 +12,17 @@ app = typer.Typer()
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or the id of a model of the hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or the id of a hub model.")],
     output: Annotated[
         Path | None,
         typer.Option("--output", help="A new folder, with configuration and tokenizer; by default MODEL itself."),
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of a model of the hub: a commit, best.")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub model, preferably a commit.")] = None,
 ) -> None:
     """Write pickled weights (pytorch_model.bin) as safetensors, and compare every tensor; runs no code in them."""
     # Before torch is imported: what is wrong with the arguments is said at once.
     if revision is not None and output is None:
-        raise ValueError("--revision names a model of the hub: give --output too, the folder that it is written to")
+        raise ValueError("--revision is for a model of the hub: also give --output, the folder to write to")
     if revision is None and not Path(model).is_dir():
         raise FileNotFoundError(
             f"{model} is not a folder: give one with config.json and pytorch_model.bin, or the id of a model of the hub with "

@@ -43,4 +43,4 @@ def _message(error: Exception) -> str:
     """Return what is said of an error: its own words where they were written for people (ConfigError, StageError)."""
     if isinstance(error, OSError | ValueError | RuntimeError | ImportError):
         return str(error)
-    return f"{type(error).__name__}: {error}. This error was not foreseen: {VARIABLE}=1 shows where it comes from"
+    return f"{type(error).__name__}: {error}. This is an unexpected error: {VARIABLE}=1 shows where it comes from"

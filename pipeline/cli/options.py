@@ -15,9 +15,13 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run directo
 RunOption = Annotated[str, typer.Option("--run", help="The run directory: a path, or an fsspec URL.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a setting.")]
 LocalOption = Annotated[bool, typer.Option("--local", help="Compute in this process, without Ray.")]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Refuse other library versions than finished shards had.")]
-UpstreamOption = Annotated[bool, typer.Option("--upstream", help="Run the stages before it first, where incomplete.")]
-ConfigNameOption = Annotated[str | None, typer.Option("--config", help="Name of a recorded configuration; the latest.")]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Refuse library versions that differ from those of finished shards.")
+]
+UpstreamOption = Annotated[bool, typer.Option("--upstream", help="First run incomplete earlier stages.")]
+ConfigNameOption = Annotated[
+    str | None, typer.Option("--config", help="Name of a recorded configuration; by default the latest.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 PLAIN_WIDTH = 100

@@ -88,7 +88,7 @@ def status(
 def inspect(
     run: RunArgument,
     stage: Annotated[str, typer.Argument(help="shard, logits/MODEL, align/SOURCE or fuse.")],
-    number: Annotated[int, typer.Argument(metavar="SHARD", min=0, help="Number of the shard, from 0.")],
+    number: Annotated[int, typer.Argument(metavar="SHARD", min=0, help="Shard number, from 0.")],
     segment: Annotated[int | None, typer.Option(help="Row of the shard (a segment; for fuse a block), from 0.")] = None,
     position: Annotated[int | None, typer.Option(help="Position in the row, from 0.")] = None,
     config: ConfigNameOption = None,
@@ -124,12 +124,12 @@ def compare(
     config: ConfigArgument = DEFAULT_CONFIG,
     run: RunOption = DEFAULT_RUN,
     sets: SetOption = None,
-    source: Annotated[str | None, typer.Option(help="One of the sources; all of them by default.")] = None,
+    source: Annotated[str | None, typer.Option(help="One of the sources; by default all.")] = None,
     shards: Annotated[
         int | None,
-        typer.Option(min=1, help="Read this many, evenly spread; by default as many as hold 100,000 tokens."),
+        typer.Option(min=1, help="Number of shards to read, evenly spread; by default as many as hold 100,000 tokens."),
     ] = None,
-    epsilon: Annotated[list[float] | None, typer.Option(help="A further epsilon for both presets; repeat it.")] = None,
+    epsilon: Annotated[list[float] | None, typer.Option(help="Another epsilon for both presets; can be repeated.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the teacher NLL of every way of aligning, on the same positions, from finished logits.

@@ -59,7 +59,7 @@ def train(
     upstream: UpstreamOption = False,
     strict: StrictOption = False,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="Tell parameters, memory, steps and tokens; load nothing.")
+        bool, typer.Option("--dry-run", help="Show parameters, memory, steps and tokens; load nothing.")
     ] = False,
     tokens: Annotated[
         int | None, typer.Option(min=1, help="For --dry-run: training tokens, before fuse has run.")
@@ -77,7 +77,7 @@ def train(
         return
     if tokens is not None:
         raise typer.BadParameter(
-            "it goes with --dry-run; a run's tokens are those of its fused shards", param_hint="--tokens"
+            "only valid with --dry-run; a run's tokens are those of its fused shards", param_hint="--tokens"
         )
     stage_command("train")(config, run, sets, local, upstream, strict)
 
@@ -93,22 +93,22 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="A benchmark, as in [eval] suites; repeat it: gsm8k, bbh, multipl-e, mmlu, toxigen, tydiqa, lambada, or one "
-            "sub-task, e.g. bbh/navigate."
+            help="A benchmark, as in [eval] suites; can be repeated: gsm8k, bbh, multipl-e, mmlu, toxigen, tydiqa, lambada, "
+            "or one sub-task, e.g. bbh/navigate."
         ),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A model that goes through the suites, by name, or `fused`; repeat it. The target and `fused`."
+            help="A model to run the suites on, by name, or `fused`; can be repeated. By default the target and `fused`."
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each sub-task, the first ones.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first documents of each sub-task.")] = None,
     apply_chat_template: Annotated[
         bool, typer.Option("--apply-chat-template", help="Ask the suites' questions under each model's chat template.")
     ] = False,
     execute_code: Annotated[
-        bool, typer.Option("--execute-code", help="Run the programs that models write, in a sandbox.")
+        bool, typer.Option("--execute-code", help="Run programs written by models, in a sandbox.")
     ] = False,
 ) -> None:
     """Evaluate; the options are short for settings of [eval]."""
@@ -145,7 +145,7 @@ def run_all(
     request = Request(config, tuple(sets or ()))
     check_suites(load_config(request.config_path, request.overrides), console())
     run_all_stages(open_run(request, run, console(), local=local, strict=strict))
-    console().print(f"everything is done; the tables: ptafuse report {run}", soft_wrap=True)
+    console().print(f"everything is done; to see the tables: ptafuse report {run}", soft_wrap=True)
 
 
 @app.command()
@@ -166,13 +166,13 @@ def sweep(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="SWEEP", help="A TOML file (what is varied, and the seeds), or the name of a shipped one."
+            metavar="SWEEP", help="A TOML file (the varied settings, and the seeds), or the name of a shipped one."
         ),
     ],
     run: RunOption = DEFAULT_RUN,
     local: LocalOption = False,
     check: Annotated[
-        bool, typer.Option("--check", help="Check every cell's settings and list them; run nothing.")
+        bool, typer.Option("--check", help="Only check and list the settings of every cell.")
     ] = False,
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; resumes where it stopped."""

@@ -189,7 +189,7 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
 def _read_rows(files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
     """Read a range of a file's rows, exactly as many as were planned."""
     if file_range.file not in files.paths:
-        raise FileNotFoundError(f"{file_range.file} was in the dataset when it was planned, and is gone: put it back")
+        raise FileNotFoundError(f"{file_range.file} was in the dataset when the run was planned, but is missing now: restore it")
     chunks = FORMATS[files.format].read(files, file_range, column)
     num_rows = sum(len(texts) for texts, _ in chunks)
     if num_rows != file_range.end - file_range.start:
@@ -248,7 +248,7 @@ def _warn_of_rereading(name: str, files: DatasetFiles) -> None:
     """Warn of large compressed files: no reader can seek in them, so every shard reads them from the beginning."""
     if files.size(name) > _LARGE_COMPRESSED_BYTES:
         log.warning(
-            "%s is compressed as a whole: every shard decompresses it from its beginning. Several smaller files, plain JSON "
-            "lines or Parquet are read faster",
+            "%s is compressed as a whole, so every shard decompresses it from the beginning. Several smaller files, "
+            "plain JSON lines or Parquet are faster to read",
             name,
         )

@@ -36,7 +36,7 @@ _REMEDIES: Final = {
     ".tsv": "convert it, e.g. with `pandas.read_csv(FILE, sep='\\t').to_parquet('corpus.parquet')`",
     ".feather": "convert it, e.g. with `pandas.read_feather(FILE).to_parquet('corpus.parquet')`",
     ".mds": "MosaicML's streaming shards are not read: write their samples as Parquet or JSON lines",
-    ".bin": "token ids of one tokenizer are not read, for every model has its own: give the text that they were made from",
+    ".bin": "token ids of one tokenizer are not read, because every model has its own tokenizer: give the original text",
     **dict.fromkeys((".zip", ".tar", ".tgz", ".tar.gz", ".7z", ".bz2", ".xz", ".txt.gz", ".txt.zst"), "unpack it"),
 }
 """Ending of a name -> what to do with such a file; the longest ending counts."""
@@ -129,7 +129,7 @@ def _hub_files(dataset: DatasetConfig) -> DatasetFiles:
     if dataset.split not in splits:
         raise DatasetError(
             f"{dataset.hub} has no split {dataset.split!r}: set {dataset.section}.split to one of "
-            f"{', '.join(map(repr, splits))} (for a part of it give {dataset.section}.max_documents)"
+            f"{', '.join(map(repr, splits))} (to read only a part of it, set {dataset.section}.max_documents)"
         )
     urls = splits[dataset.split]
     filesystem, _ = fsspec.core.url_to_fs(urls[0])
@@ -244,8 +244,8 @@ def _listed(search: Any, path: str) -> LocalFiles:
         listed: LocalFiles = search(path)
     except PermissionError as error:
         raise DatasetError(
-            f"the folder {error.filename} may not be listed ({error.strerror}), so its files would be missing: give this user "
-            "the right to read it, or name the files that are wanted with a glob"
+            f"the folder {error.filename} cannot be listed ({error.strerror}), so its files would be missing: give "
+            "this user the right to read it, or select the files that you want with a glob"
         ) from None
     return listed
 

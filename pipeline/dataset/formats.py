@@ -183,7 +183,7 @@ class JsonLines:
 
     name = "jsonl"
     suffixes: tuple[str, ...] = (".jsonl", ".json", ".jsonl.zst", ".json.zst", ".jsonl.gz", ".json.gz")
-    described = ".jsonl (also .jsonl.zst, .jsonl.gz), .json with one object a line"
+    described = ".jsonl (also .jsonl.zst, .jsonl.gz), .json with one object per line"
     has_columns = True
     is_compact = False
 
@@ -313,8 +313,8 @@ def format_of(path: str) -> Format | None:
 def changed(file_range: FileRange, reason: str) -> DatasetError:
     """Return the error about a file that is not the one that was planned."""
     return DatasetError(
-        f"{file_range.file} changed after the run was planned: expected rows {file_range.start} to {file_range.end}, {reason}. Restore "
-        "the file, or start a new run"
+        f"{file_range.file} changed after the run was planned: expected rows {file_range.start} to {file_range.end}, "
+        f"{reason}. Restore the file, or start a new run"
     )
 
 
@@ -400,7 +400,7 @@ def _read_lines(files: DatasetFiles, file_range: FileRange) -> list[bytes]:
         if file_range.byte_start:
             stream.seek(file_range.byte_start - 1)
             if stream.read(1) != b"\n":
-                raise changed(file_range, f"no line begins at byte {file_range.byte_start}")
+                raise changed(file_range, f"no line starts at byte {file_range.byte_start}")
         skipped = file_range.start if file_range.byte_start is None else 0
         lines = _lines(stream, files.paths[file_range.file])
         return list(itertools.islice(lines, skipped, skipped + file_range.end - file_range.start))

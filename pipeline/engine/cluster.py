@@ -102,7 +102,7 @@ def _why_unreachable(host: str, port: int) -> str:
         socket.create_connection((host.strip("[]"), port), timeout=2).close()
     except OSError as error:
         return error.strerror or str(error)
-    return "something listens there, and it does not speak Ray's protocol"
+    return "a service other than Ray listens there"
 
 
 def is_joined() -> bool:
@@ -133,9 +133,9 @@ def gpus_per_worker(configured: float | None, device: str, engine: EngineConfig,
         return float(device == "cuda")
     if can_grow(engine):
         raise ValueError(
-            f"{section}.device = 'auto' and no {section}.gpus_per_worker on a cluster that may grow: its GPU machines may "
-            f"not have joined yet, and {section} would compute on CPUs. Set {section}.device = 'cuda' or 'cpu', or "
-            "engine.autoscaling = false if the cluster is all there"
+            f"{section}.device = 'auto' and no {section}.gpus_per_worker on a cluster that may grow: its GPU machines "
+            f"may not have joined yet, and {section} would run on CPUs. Set {section}.device = 'cuda' or 'cpu', or "
+            "engine.autoscaling = false if the cluster is complete"
         )
     return float(ray.cluster_resources().get("GPU", 0) > 0)
 
@@ -241,7 +241,7 @@ def require_resources(name: str, cpus: float, gpus: float, engine: EngineConfig,
             log.warning("%s: still waiting after %d s: %s", name, waited, shortage)
     finally:
         ray.util.remove_placement_group(group)  # the room is for the workers, which come next
-    log.info("%s: the cluster has grown, after %d s", name, time.monotonic() - started)
+    log.info("%s: the cluster grew after %d s", name, time.monotonic() - started)
 
 
 def _shortage(name: str, cpus: float, gpus: float, count: int) -> str | None:

@@ -33,7 +33,7 @@ def run_fit(run: Run) -> None:
     (step,) = steps
     num_shards = require_complete(run, list(step.inputs.values()), "fit")
     if run.store.exists(result_key(step)):
-        run.console.print("fit: nothing to do (the weights are there)")
+        run.console.print("fit: nothing to do (the weights exist)")
         return
     started = time.monotonic()
     names = [model.name for model in run.config.models]
@@ -42,7 +42,8 @@ def run_fit(run: Run) -> None:
     if not len(nll):
         raise StageError(
             f"fit: none of the positions of {len(shards)} shards has a distribution of each of {', '.join(names)}, so "
-            "there is nothing to fit weights on: see `covered` in `ptafuse status`, or set fuse.function = 'min-ce'"
+            "there are no positions to fit weights on: see `covered` in `ptafuse status`, or set fuse.function = "
+            "'min-ce'"
         )
     rows = fitted_rows(nll, kinds)
     value = {

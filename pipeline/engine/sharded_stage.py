@@ -131,13 +131,13 @@ def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -
     )
     if imported.other_rows:
         log.warning(
-            "%s: %d shards of %s are of other rows than the segments here (cut by other library versions): computed here",
+            "%s: %d shards of %s have other rows than the segments here (cut by other library versions): computing them here",
             step.key,
             len(imported.other_rows),
             other.url,
         )
     if left:
-        log.info("%s: %d shards are not done in %s: computed here", step.key, len(left), other.url)
+        log.info("%s: %d shards are not done in %s: computing them here", step.key, len(left), other.url)
     return left
 
 

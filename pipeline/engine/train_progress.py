@@ -40,8 +40,8 @@ class TrainProgress:
         self._bar: Progress | None = None
         if self._log.step:
             console.print(
-                f"{label}: {self._log.step} steps were logged before; going on from the newest checkpoint, or from the "
-                "beginning where there is none",
+                f"{label}: {self._log.step} steps were logged before; continuing from the newest checkpoint, or from "
+                "the beginning if there is none",
                 soft_wrap=True,
             )
         if console.is_terminal:

@@ -26,8 +26,8 @@ def train_job(run: Run) -> TrainJob:
     manifests = run.store.manifests(run.resolved.steps["fuse"].folder)
     if not sum(manifest.num_rows_out for manifest in manifests.values()):
         raise StageError(
-            "there is no training block: all documents are in the validation split, or in quarantine; see "
-            f"`ptafuse status {run.store.url}`"
+            "there are no training blocks: all documents are in the validation split or in quarantine; see `ptafuse "
+            f"status {run.store.url}`"
         )
     step = run.resolved.steps["train"]
     return TrainJob(

@@ -30,9 +30,11 @@ def check_library_versions(run: Run, step: Step) -> None:
     drift = [f"{name} {then[name]} -> {now}" for name, now in here.items() if then.get(name, now) != now]
     if not drift:
         return
-    message = f"{step.key}: libraries differ from those of the finished shards, results may too: {', '.join(drift)}"
+    message = (
+        f"{step.key}: library versions differ from those of the finished shards, so results may differ: {', '.join(drift)}"
+    )
     if run.strict:
-        raise StageError(f"{message}. Install the versions of requirements.txt, or leave out --strict")
+        raise StageError(f"{message}. Install the versions of requirements.txt, or omit --strict")
     log.warning("%s", message)
 
 

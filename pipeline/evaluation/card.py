@@ -82,6 +82,6 @@ def _recorded(run: Run) -> list[ResolvedRun]:
     try:
         recorded = list(recorded_configurations(run.store).values())
     except ValueError as error:  # of another version: the card is not worth ending the command for
-        log.warning("the model card is not compared with training on the gold tokens alone: %s", error)
+        log.warning("the model card has no comparison with training on gold tokens only: %s", error)
         return []
     return [other for other in recorded if other.config.eval.texts]

@@ -49,7 +49,7 @@ def run_eval(run: Run, call: Callable[..., Iterator[Any]]) -> None:
     if not pending:
         if trained:  # a sweep keeps the figures of the models that it removes
             complete_card(run)
-        run.console.print("eval: nothing to do (every model has its figure)")
+        run.console.print("eval: nothing to do (every model is evaluated)")
         return
     possible = [step for step in pending if step.model != FUSED or trained]
     texts = prepare_texts(run, list(dict.fromkeys(step.text for step in possible if step.text)), num_shards)
@@ -156,7 +156,7 @@ def held_out_segments(run: Run, num_shards: int) -> list[Segment]:
     if not rows.num_rows:
         fraction = run.config.shard.fraction_of(split)
         raise StageError(
-            f"no document is held out: shard.{split}_fraction = {fraction} of few documents; raise it, then run "
+            f"no document is held out: shard.{split}_fraction = {fraction} of few documents: raise it, then run "
             f"{command(run, 'shard')} and the stages after it"
         )
     return [

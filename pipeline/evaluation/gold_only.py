@@ -92,7 +92,7 @@ def find_gold_only(
         if figures is not None:
             return GoldOnly(figures, None)
     command = _command(twins[-1].request if twins else _gold_only_request(run), run_url)
-    return GoldOnly(None, f"needs the same training on the gold tokens alone, which is not evaluated here: `{command}`")
+    return GoldOnly(None, f"needs the same training on gold tokens only, which is not evaluated here: `{command}`")
 
 
 def _gold_only_request(run: ResolvedRun) -> Request:

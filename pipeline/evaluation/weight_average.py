@@ -135,7 +135,7 @@ def _tied_tensors(model: ModelConfig) -> frozenset[str]:
 def _check_configurations(models: Sequence[ModelConfig]) -> None:
     for model in models:
         if getattr(load_config(model), "quantization_config", None) is not None:
-            raise AverageRefusedError(f"{model.name} is quantized: its tensors are codes, whose mean is not a weight")
+            raise AverageRefusedError(f"{model.name} is quantized: its tensors are codes, and a mean of codes is not a weight")
     target, *sources = (_architecture(model) for model in models)
     for model, source in zip(models[1:], sources, strict=True):
         known = [key for key in (*_SHAPE, *sorted(target.keys() - set(_SHAPE))) if key in target and key in source]
@@ -167,7 +167,7 @@ def _difference(target: Vocabulary, source: Vocabulary) -> str:
         return f"{target.size:,} tokens against {source.size:,}"
     differing = [index for index in range(target.size) if target.token_bytes[index] != source.token_bytes[index]]
     if not differing:
-        return "the same tokens, but other special ones"
+        return "the same tokens, but different special ones"
     first = differing[0]
     pair = f"{target.text(first)!r} against {source.text(first)!r}"
     return f"{len(differing):,} of {target.size:,} ids, the first {first}: {pair}"

@@ -46,7 +46,7 @@ def _line(name: str, old: Any, new: Any) -> str:
     if name.startswith("inputs."):
         return f"its input {name.removeprefix('inputs.')} is another one"
     if name == "version":
-        return f"the stage's code gives other rows than then: version {old} -> {new}"
+        return f"the stage's code now computes different rows: version {old} -> {new}"
     return f"{name}: {_shown(old)} -> {_shown(new)}"
 
 

@@ -72,7 +72,7 @@ def dry_run(config: RunConfig, store: Store, console: Console, *, tokens: int | 
     for warning in idle_gpu_warnings(config):
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     if config.train.gpu_memory_gb is None:
-        console.print("Set train.gpu_memory_gb to have it compared with a GPU's memory.")
+        console.print("Set train.gpu_memory_gb to compare this with a GPU's memory.")
         return
     if not fits(memory, config.train.gpu_memory_gb):
         raise StageError(_refusal(memory, shape, architecture, config))
@@ -103,7 +103,7 @@ def target_shape(model: ModelConfig) -> tuple[Any, str]:
     if file.is_file():
         values = json.loads(file.read_text())
         kind = values.pop("model_type")
-        return AutoConfig.for_model(kind, **values), f"as published for {model.hub}; ptafuse's copy, for dry runs alone"
+        return AutoConfig.for_model(kind, **values), f"as published for {model.hub}; ptafuse's copy, only for dry runs"
     try:
         return AutoConfig.from_pretrained(**arguments), f"the hub, {model.hub}"
     except OSError as error:
@@ -136,7 +136,7 @@ def _amount(config: RunConfig, store: Store, tokens: int | None) -> Amount | Non
 
 def _amount_line(amount: Amount | None, config: TrainConfig) -> str:
     if amount is None:
-        return "tokens and steps: not known before fuse has run; give --tokens to have the steps counted"
+        return "tokens and steps: not known before fuse has run; give --tokens to get the number of steps"
     return (
         f"{amount.num_tokens * config.num_epochs:,} tokens in {num_steps(amount.num_blocks, config):,} steps of "
         f"{config.batch_size} blocks, {config.num_epochs} epoch(s) of {amount.num_blocks:,} blocks ({amount.origin})"
@@ -159,8 +159,8 @@ def _refusal(memory: Memory, shape: Any, architecture: Architecture, config: Run
     limit = train.gpu_memory_gb
     assert limit is not None
     head = (
-        f"an estimated {_gb(memory.total)} GB do not fit into {USABLE:.0%} of train.gpu_memory_gb = {limit:g}. Change one, "
-        "or several, of these:"
+        f"an estimated {_gb(memory.total)} GB do not fit into {USABLE:.0%} of train.gpu_memory_gb = {limit:g}. Change "
+        "one or several of these:"
     )
     lines = [head]
     choices = [(text, architecture, changed) for text, changed in remedies(architecture, train, block_tokens=length)]
@@ -169,7 +169,7 @@ def _refusal(memory: Memory, shape: Any, architecture: Architecture, config: Run
         choices.append((f"train.lora.r={LoraConfig().r}", _architecture(shape, config, adapted.lora), adapted))
     for text, model, changed in choices:
         needed = estimate_memory(model, changed, block_tokens=length)
-        verdict = "fits" if fits(needed, limit) else "does not fit alone"
+        verdict = "fits" if fits(needed, limit) else "not enough by itself"
         lines.append(f"  --set {text}: {_gb(needed.total)} GB, {verdict}")
     return "\n".join(lines)
 

@@ -41,9 +41,9 @@ def _model_type(model: ModelConfig) -> str | None:
 def attention_warnings(config: RunConfig) -> list[str]:
     """Say which models have no fast attention."""
     return [
-        f"{model.name} runs with eager attention: transformers has neither SDPA nor FlashAttention for it. It needs memory for "
-        f"every pair of positions (logits.batch_tokens x logits.max_length scores a head), and on a GPU it is priced "
-        f"{config.assumptions.eager_slowdown:g} times as long"
+        f"{model.name} runs with eager attention: transformers has neither SDPA nor FlashAttention for it. It needs "
+        "memory for every pair of positions (logits.batch_tokens x logits.max_length scores per head), and on a GPU "
+        f"its cost is taken to be {config.assumptions.eager_slowdown:g} times as long"
         for model in config.models
         if is_eager_only(model)
     ]

@@ -69,8 +69,8 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
         card = HUB_DATASETS.get((dataset.hub, dataset.split or "train"))
         if card is None:
             raise ValueError(
-                f"the size of {dataset.hub} is unknown, and planning fetches nothing: give it with --set "
-                "assumptions.num_documents=... --set assumptions.text_bytes=... (the dataset's card says both)"
+                f"the size of {dataset.hub} is unknown, and planning does not access the network: give it with --set "
+                "assumptions.num_documents=... --set assumptions.text_bytes=... (both are on the dataset's card)"
             )
         num_documents, text_bytes = num_documents or card[0], float(card[1])
         source = f"the card of {dataset.hub}"
@@ -83,7 +83,7 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
         return num_documents, text_bytes, source
     if num_documents is None:
         raise ValueError(
-            "dataset.max_documents takes a part of the text, and how many documents there are is not known: give it with "
+            "dataset.max_documents selects a part of the text, and the number of documents is unknown: give it with "
             "--set assumptions.num_documents=..."
         )
     fraction = min(1.0, dataset.max_documents / num_documents)
@@ -115,7 +115,7 @@ def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
         num_bytes = min(num_bytes, float(chosen * text.max_characters))
     if math.isinf(num_bytes):
         raise ValueError(
-            f"the size of {text.section} is unknown, and planning fetches nothing: set num_documents and "
+            f"the size of {text.section} is unknown, and planning does not access the network: set num_documents and "
             "max_characters there"
         )
     return num_bytes

@@ -127,7 +127,7 @@ def _print_prices(forecast: Forecast, console: Console) -> None:
     missing = [name for name, hours in needed.items() if hours and getattr(prices, name) is None]
     if missing:
         sets = " ".join(f"--set prices.{name}=..." for name in missing)
-        console.print(f"money: give the prices of what is used under [prices], or with {sets}", soft_wrap=True)
+        console.print(f"cost: set the prices of these resources under [prices], or with {sets}", soft_wrap=True)
 
 
 def _documents(forecast: Forecast) -> str:

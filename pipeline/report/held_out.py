@@ -151,7 +151,7 @@ def _of_all(runs: Sequence[ResolvedRun], gold_only: Callable[[ResolvedRun], Gold
     first = gold_training(runs[0], text)
     if any(gold_training(run, text) != first for run in runs):
         return GoldOnly(
-            None, "is evaluated by runs that train differently, so there is no single run to compare it with"
+            None, "is evaluated by runs with different training, so there is no single run to compare it with"
         )
     return gold_only(runs[0])
 
@@ -225,7 +225,8 @@ def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
         if row.no_gold_only is not None:
             labels.setdefault(row.no_gold_only, []).append(row.label)
     rounded = [
-        f"{row.label}: {row.surviving_share:.0%} of the weights that training changed keep a change in bfloat16"
+        f"{row.label}: {row.surviving_share:.0%} of the weights that training changed still differ after rounding to "
+        "bfloat16"
         for row in rows
         if row.surviving_share is not None
     ]

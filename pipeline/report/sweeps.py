@@ -28,7 +28,7 @@ class Measure:
 
     Attributes:
         text: the text; None for the held-out split.
-        by_kind: averaged over kinds of documents, each weighing the same; else over all bytes.
+        by_kind: averaged over kinds of documents, all with the same weight; else over all bytes.
     """
 
     text: str | None = None
@@ -202,7 +202,7 @@ def _cell_result(
     won = ""
     if kinds is None:
         if measure.by_kind:
-            return CellResult(name, values, None, not_compared="its documents have no kinds")
+            return CellResult(name, values, None, not_compared="its documents have no kind")
         by_seed = np.average(differences, axis=1, weights=weights)
         estimate = weighted_mean(differences.mean(axis=0), weights)
     else:
@@ -219,11 +219,11 @@ def _other_documents(pairs: Sequence[tuple[_Figures, _Figures]]) -> str | None:
     for seed_figures in itertools.chain.from_iterable(pairs):
         differing = other_documents(seed_figures.documents, first.documents)
         if differing is not None:
-            return f"{differing}, so other documents are scored"
+            return f"{differing}, so different documents are scored"
     scored = {frozenset(_ids(cell) & _ids(other)) for cell, other in pairs}
     if len(scored) > 1:
-        return "its seeds have figures of different documents"
-    return None if any(scored) else "no document has figures of both"
+        return "its seeds have results on different documents"
+    return None if any(scored) else "no document has results of both"
 
 
 def _ids(figures: _Figures) -> set[int]:

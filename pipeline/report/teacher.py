@@ -99,9 +99,9 @@ def _teacher_row(run: str, name: str, health: Health, prefix: str) -> TeacherRow
 def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
     """Build the table of how well the distributions predict the gold tokens, for people."""
     return ResultTable(
-        "Teacher NLL: mean -ln p(gold next token) in nats, lower is better; beside each figure the models' own, computed alike "
-        "on the same positions. Completed: what a row does not list is divided as the target divides it. Floored: rows "
-        "rescaled to 1, at least 1e-4. Steps shared by configurations once",
+        "Teacher NLL: mean -ln p(gold next token) in nats, lower is better; next to each figure the models' own, "
+        "computed in the same way on the same positions. Completed: what a row does not list is divided in the "
+        "target's proportions. Floored: rows rescaled to 1, at least 1e-4. Steps shared by configurations appear once",
         (
             "configuration",
             "distribution",
@@ -133,8 +133,8 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
 def moved_table(rows: Sequence[TeacherRow]) -> ResultTable:
     """Build the table of what aligning changed in the sources' distributions, for people."""
     return ResultTable(
-        "What aligning moved: positions where both models condition on the same text; mass that landed on a token of another "
-        "text; entropy of the source's window and of what came of it, nats",
+        "What aligning moved: positions where both models condition on the same text; mass that landed on a token of "
+        "another text; entropy of the source's window before and after, nats",
         ("configuration", "distribution", "exact contexts", "mass moved", "entropy before", "after"),
         tuple(
             (
@@ -157,8 +157,8 @@ def _notes(rows: Sequence[TeacherRow]) -> tuple[str, ...]:
     if not excluding:
         return ()
     note = (
-        "inf: a row rescaled to 1 says that no token but its own can come; the gold token is not among them at this share of "
-        f"the positions: {excluding}. `ptafuse compare` has the completed figure of every method."
+        "inf: a row rescaled to 1 gives no probability to tokens that it does not list; the share of positions where "
+        f"this is the gold token: {excluding}. `ptafuse compare` has the completed figure of every method."
     )
     return (note,)
 

@@ -26,7 +26,7 @@ def print_report(store: Store, console: Console) -> None:
     runs = reported_runs(store)
     if not runs:
         raise ValueError(
-            f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
+            f"{store.url}: no configuration has been run here; start with `make demo` or `make shard RUN={store.url}`"
         )
     statuses = {run.label: read_status(run, store) for run in runs}
     print_table(held_out_table(held_out(runs, store)), console)

@@ -71,8 +71,8 @@ def _kinds_table(report: TextReport) -> ResultTable:
     numbers = sorted({len(row.kinds.means) for row in report.rows if row.kinds is not None})
     precisions = in_precisions(row.dtype for row in report.rows)
     return ResultTable(
-        f"Text {report.name}, average over its {' or '.join(map(str, numbers))} kinds, each weighing the same{precisions} "
-        "(± standard error over documents)",
+        f"Text {report.name}, average over its {' or '.join(map(str, numbers))} kinds, all with the same "
+        f"weight{precisions} (± standard error over documents)",
         ("model", "bits per byte", "against target before", "kinds won", "against gold only", "kinds won"),
         tuple(
             (

@@ -26,7 +26,7 @@ def time_table(runs: Sequence[ResolvedRun], statuses: Mapping[str, RunStatus], s
             if seconds:
                 rows.append((step.key, run.label, f"{seconds:.1f}", f"{tokens:,}", f"{tokens / seconds:,.0f}"))
     return ResultTable(
-        "Seconds of computing (start-up left out), shared steps once",
+        "Seconds of compute time (without start-up); shared steps appear once",
         ("step", "configuration", "seconds", "tokens", "tokens/s"),
         tuple(rows),
         text_columns=(0, 1),

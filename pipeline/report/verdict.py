@@ -46,5 +46,5 @@ def sentence(where: str, label: str, bits_per_byte: float, difference: Estimate)
     size, share = abs(difference.mean), abs(difference.mean) / (bits_per_byte - difference.mean)
     figures = f"{size:.4f} ± {difference.error:.4f} bits per byte ({share:.1%})"
     if not size > CLEAR * difference.error:
-        return f"{where}: {label} and gold tokens only are equal within two standard errors (apart by {figures})."
+        return f"{where}: {label} and gold tokens only are equal within two standard errors (difference {figures})."
     return f"{where}: {label} is {'better' if difference.mean < 0 else 'worse'} than gold tokens only by {figures}."

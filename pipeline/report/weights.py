@@ -33,7 +33,8 @@ def weight_table(runs: Sequence[ResolvedRun], store: Store) -> ResultTable | Non
     if not rows:
         return None
     return ResultTable(
-        "Fitted weights of the candidates, and the completed NLL of their mixture on the positions that all of them have, nats",
+        "Fitted weights of the candidates, and the completed NLL in nats of their mixture on the positions that all "
+        "of them cover",
         ("configuration", "documents", "weights", "positions", "mixture", "best candidate"),
         tuple(rows),
         text_columns=(0, 1, 2),

@@ -81,7 +81,7 @@ def recorded_run(store: Store, name: str | None = None) -> ResolvedRun:
     runs = [run for run in recorded_runs(store) if name in (None, run.config.name)]
     if not runs:
         which = "no configuration" if name is None else f"no configuration named {name!r}"
-        raise ValueError(f"{store.url}: {which} has run here; start with `make shard RUN={store.url}`")
+        raise ValueError(f"{store.url}: {which} has been run here; start with `make shard RUN={store.url}`")
     return runs[-1]
 
 

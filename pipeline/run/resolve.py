@@ -75,8 +75,8 @@ def _document_step(spec: ShardedStage, config: RunConfig, stores: Sequence[Store
         elif narrower:
             fitted = max(narrower, key=lambda have: (len(have), have))
             log.info(
-                "segments stay as they were cut for %d of this run's %d tokenizers; segments that are too long for a "
-                "model added since go through it in windows",
+                "keeping the segments that were cut for %d of this run's %d tokenizers; segments that are too long "
+                "for a model added since are processed in windows",
                 len(fitted),
                 len(needed),
             )

@@ -132,7 +132,7 @@ def read_inputs(run: ResolvedRun, store: Store, step: Step, shard: int) -> dict[
         manifest = store.read_manifest(run.steps[key].folder, shard)
         if manifest is None:
             raise StageError(
-                f"{key} shard {shard}, which {step.key} is computed from, is not there: run "
+                f"{key} shard {shard}, which {step.key} is computed from, is missing: run "
                 f"{run.command(run.steps[key].stage, store.url)}"
             )
         tables[name] = store.read_table(manifest.data, remake=f"`make {run.steps[key].stage}`")

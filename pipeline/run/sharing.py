@@ -37,8 +37,8 @@ def check_shared(url: str) -> None:
     """
     if not Store(url).names("logits"):
         raise FileNotFoundError(
-            f"logits_from = {url!r} holds no logits (expected {url}/logits/<model>/<fingerprint>): run `make logits RUN={url}` "
-            "there, or leave logits_from out to compute them here"
+            f"logits_from = {url!r} holds no logits (expected {url}/logits/<model>/<fingerprint>): run `make logits "
+            f"RUN={url}` there, or remove logits_from to compute them here"
         )
 
 
@@ -73,8 +73,9 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
             continue
         if (manifest.fingerprint, manifest.num_shards) != (step.fingerprint, num_shards):
             raise ValueError(
-                f"{other.url}/{folder}: shard {shard} is of {manifest.num_shards} shards, fingerprint {manifest.fingerprint}; "
-                f"expected {num_shards}, {step.fingerprint}: leave logits_from out, or repair that run with `ptafuse verify`"
+                f"{other.url}/{folder}: shard {shard} is of {manifest.num_shards} shards, fingerprint "
+                f"{manifest.fingerprint}; expected {num_shards}, {step.fingerprint}: remove logits_from, or repair "
+                "that run with `ptafuse verify`"
             )
         if not _same_inputs(manifest, step, store):
             other_rows.append(shard)

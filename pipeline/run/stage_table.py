@@ -381,7 +381,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
     ),
     JobStage(
         name="adapt",
-        help="Train the sources that have `adapt` on the run's own text, before their logits are dumped.",
+        help="Train the sources with an `adapt` section on the run's own text, before their logits are dumped.",
         version=ADAPT_VERSION,
         settings=_adapt_settings,
         inputs=lambda config, name: {"shard": "shard"},
@@ -422,7 +422,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
     ),
     JobStage(
         name="fit",
-        help="Fit the weights with which fuse mixes the candidates, where fuse.function = 'fitted'.",
+        help="Fit the weights with which fuse mixes the candidates, if fuse.function = 'fitted'.",
         version=FIT_VERSION,
         settings=_fit_settings,
         inputs=_candidates,
@@ -446,7 +446,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
     ),
     JobStage(
         name="train",
-        help="Train the target on the gold tokens and the fused distributions; goes on from the newest checkpoint.",
+        help="Train the target on the gold tokens and the fused distributions; continues from the newest checkpoint.",
         version=TRAIN_VERSION,
         settings=lambda config, name: {
             "train": config.train.result_settings(),

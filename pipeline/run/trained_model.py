@@ -138,7 +138,7 @@ def is_trained(run: Run, step: Step | None = None) -> bool:
     missing = [name for name in manifest["model_files"] if not run.store.exists(f"{folder}/model/{name}")]
     if missing:
         raise StageError(
-            f"{run.store.url}/{folder} is said to be done, but {', '.join(missing)} of its model is missing: run "
+            f"{run.store.url}/{folder} is marked as done, but {', '.join(missing)} of its model is missing: run "
             f"`ptafuse verify {run.store.url} --repair`, then {command(run, step.stage)}"
         )
     return True

@@ -90,8 +90,9 @@ def shard_warnings(config: RunConfig, health: Mapping[str, HealthMetric]) -> lis
     ):
         warnings.append(
             f"shard: {control:,} of {documents:,} documents hold control tokens of the run's models as text "
-            f"({_most_frequent(health)}), and it is split like any other text: were conversations rendered with a chat "
-            "template? Give the conversations themselves, with dataset.messages_column, and every model renders them with its "
+            f"({_most_frequent(health)}), which is split like any other text: were conversations rendered with a chat "
+            "template? Give the conversations themselves, with dataset.messages_column, and every model renders them "
+            "with its "
             'own template (docs/conversations.md); or set dataset.control_tokens = "parse" to read them as tokens'
         )
     return warnings

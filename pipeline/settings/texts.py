@@ -23,7 +23,7 @@ class TextConfig(DatasetConfig):
     kind_column: str | None = Field(
         None,
         description="A column of strings that says of what kind a document is: documents are spread over the kinds, and "
-        "figures are also averaged over kinds, each weighing the same.",
+        "figures are also averaged over kinds, all with the same weight.",
     )
     num_documents: int | None = Field(
         None,

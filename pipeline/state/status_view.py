@@ -14,7 +14,7 @@ GOLD_EXCLUDED: Final = "gold_excluded"
 HEADLINES: Final[dict[str, dict[str, str]]] = {
     "shard": {
         "documents": "documents that became segments",
-        "empty_documents": "empty, or white space alone",
+        "empty_documents": "empty, or only whitespace",
         UNLEARNT_CONVERSATIONS: "nothing of them is learnt",
         QUARANTINED: "conversations in quarantine, by reason",
         CONTROL_TOKEN_DOCUMENTS: "hold control tokens as text",

@@ -54,7 +54,7 @@ class SweepConfig(Settings):
         HELD_OUT, description=f"What the first table sums up: `{HELD_OUT}`, or the name of one of `[[eval.texts]]`."
     )
     average: Literal["bytes", "kinds"] = Field(
-        "bytes", description="There: over all bytes, or over the kinds of its documents, each weighing the same."
+        "bytes", description="There: over all bytes, or over the kinds of its documents, all with the same weight."
     )
     keep_models: bool = Field(False, description="Keep every trained model; else each is removed when it is evaluated.")
     variants: tuple[SweepVariant, ...] = Field(min_length=1, description="What is compared.")

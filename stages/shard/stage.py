@@ -93,7 +93,7 @@ class ShardStage:
 
         Returns:
             The segments in the schema ``schemas.shard_schema``; ``num_tokens`` counts the first model's, ``health`` every
-            model's. A document that is empty, or white space alone, gives no row and is counted as ``empty_documents``.
+            model's. A document that is empty, or only whitespace, gives no row and is counted as ``empty_documents``.
             Documents that hold the text of a control token, which is split like any other text, are counted as
             ``control_token_documents``, and for each such token as ``control_token/<token>``. Of conversations, those of which
             nothing is learnt give no row and are counted as ``unlearnt_conversations``, and those in quarantine as

@@ -64,7 +64,7 @@ def interpret(run: Run) -> dict[str, Any]:
     """
     recorded = read_interpretation(run.resolved, run.store)
     if recorded is not None:
-        run.console.print(f"interpret: nothing to do ({_result_key(run.resolved)} is there)", soft_wrap=True)
+        run.console.print(f"interpret: nothing to do ({_result_key(run.resolved)} exists)", soft_wrap=True)
         return recorded
     steps = [step.key for step in run.resolved.fused_steps]
     num_shards = require_complete(run, steps, "interpret")

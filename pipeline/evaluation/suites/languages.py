@@ -68,7 +68,7 @@ def check_language(name: str) -> Execution:
     """
     language = LANGUAGES.get(name)
     if language is None:
-        raise LanguageMissingError(f"{name} is not run here (interpreted languages only: {', '.join(LANGUAGES)})")
+        raise LanguageMissingError(f"{name} is not supported (only interpreted languages: {', '.join(LANGUAGES)})")
     if find_interpreter(language.interpreter) is None:
         raise LanguageMissingError(f"{name}: there is no {language.interpreter} on this machine")
     empty = "<?php\n" if name == "php" else ""
@@ -77,7 +77,7 @@ def check_language(name: str) -> Execution:
     except SandboxError as error:
         raise LanguageMissingError(f"{name}: {error}") from None
     if not passed:
-        end = "it did not end in time" if done.exit_code is None else f"exit code {done.exit_code}"
+        end = "it did not finish in time" if done.exit_code is None else f"exit code {done.exit_code}"
         raise LanguageMissingError(
             f"{name}: {language.interpreter} does not run in the sandbox ({end}): {done.output[-300:].strip()}"
         )

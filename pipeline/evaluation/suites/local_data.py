@@ -45,8 +45,8 @@ def local_tasks(suite: str, folder: Path) -> dict[str, LocalTask]:
     tasks = {task.subtask: task for task in _FINDERS[suite](folder)}
     if not tasks:
         raise FileNotFoundError(
-            f"{folder} has no data of the suite {suite}: expected {EXPECTED[suite]} there. Without `eval.data` (and without "
-            "the variable PTAFUSE_DATA) it is fetched from the Hugging Face hub"
+            f"{folder} has no data for the suite {suite}: expected {EXPECTED[suite]} there. Without `eval.data` (and "
+            "without the variable PTAFUSE_DATA) the data is fetched from the Hugging Face hub"
         )
     return tasks
 
@@ -203,9 +203,9 @@ def _json_lines(file: Path, columns: Sequence[str]) -> list[Document]:
 
 def _rows(file: Path, rows: Sequence[Mapping[str, Any]] | None, columns: Sequence[str]) -> list[Document]:
     if not rows:
-        raise ValueError(f"{file}: there is no document in it")
+        raise ValueError(f"{file}: it contains no documents")
     for number, row in enumerate(rows):
         missing = [column for column in columns if row.get(column) is None]
         if missing:
-            raise ValueError(f"{file}, document {number}: it has no {missing[0]!r}, expected {', '.join(columns)}")
+            raise ValueError(f"{file}, document {number}: {missing[0]!r} is missing, expected {', '.join(columns)}")
     return [{column: row[column] for column in columns} for row in rows]

@@ -72,7 +72,8 @@ def suite_rows(runs: Sequence[ResolvedRun], store: Store) -> list[SuiteRow]:
 def suite_table(rows: Sequence[SuiteRow]) -> ResultTable:
     """Build the table of the rows, for people."""
     return ResultTable(
-        "Benchmarks (figure ± standard error over documents; differences paired by document; each document weighs the same)",
+        "Benchmarks (figure ± standard error over documents; differences paired by document; all documents have the "
+        "same weight)",
         ("suite", "figure", "model", "value", "against target before", "documents", "sub-tasks", "shots"),
         tuple(
             (

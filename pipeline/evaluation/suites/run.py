@@ -237,8 +237,8 @@ def _subtasks(
     """Map each sub-task to its local data, None for the hub."""
     if suite.folder is None and not config.execute_code:
         raise ValueError(
-            f"the suite {suite.name} runs programs that models write: allow it with --execute-code, or execute_code = true "
-            "in [eval]. They run in a sandbox; docs/evaluation.md says what that does not isolate"
+            f"the suite {suite.name} runs programs that models write: allow it with --execute-code, or execute_code = "
+            "true in [eval]. They run in a sandbox; see docs/evaluation.md for what it does not isolate"
         )
     everything = languages_on_hub() if suite.folder is None else harness_subtasks(suite)
     available: Mapping[str, LocalTask | None]
@@ -264,17 +264,17 @@ def _runnable(languages: Sequence[str], console: Console, *, insists: bool) -> t
         except LanguageMissingError as error:
             if insists:
                 raise
-            console.print(f"multipl-e leaves out {error}", soft_wrap=True)
+            console.print(f"multipl-e skips {error}", soft_wrap=True)
         else:
             runnable.append(language)
             if not isolation.has_namespaces:
                 log.warning(
-                    "multipl-e/%s: this system gives programs no namespaces of their own: they have the network, and can write "
-                    "where their user can (docs/evaluation.md)",
+                    "multipl-e/%s: programs do not get separate namespaces on this system: they have network access, "
+                    "and can write wherever their user can (docs/evaluation.md)",
                     language,
                 )
     if not runnable:
-        raise LanguageMissingError(f"multipl-e: no language of {', '.join(languages)} can be run here")
+        raise LanguageMissingError(f"multipl-e: none of the languages of {', '.join(languages)} can be run here")
     return tuple(runnable)
 
 
@@ -356,5 +356,5 @@ def _line(name: str, result: Mapping[str, Any]) -> str:
         f"{result['suite']}/{result['subtask']} of {name}: {figures} ({count:,} of {whole:,} documents, "
         f"{result['settings']['num_fewshot']}-shot"
         + (", chat template" if result["settings"].get("apply_chat_template") else "")
-        + (f"; {cut} prompts lost their beginning)" if cut else ")")
+        + (f"; {cut} prompts were truncated at the beginning)" if cut else ")")
     )

@@ -98,8 +98,8 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
         counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
         if not segments:
             raise StageError(
-                f"{text.section}: no document is left to score: {describe_counts(counts)}. Give another text or more of it, or "
-                "raise max_overlap there"
+                f"{text.section}: no documents are left to score: {describe_counts(counts)}. Use a different or longer "
+                "text, or raise max_overlap there"
             )
         run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
         prepared[name] = PreparedText(tuple(segments), kinds, counts)
@@ -142,7 +142,7 @@ def _decoded(row: Mapping[str, Any], kind: str | None, text: TextConfig) -> _Doc
     except UnicodeDecodeError as error:
         return _Document(row["doc_id"], kind, None, f"not UTF-8 at byte {error.start}")
     if not whole.strip():
-        return _Document(row["doc_id"], kind, None, "empty, or white space alone")
+        return _Document(row["doc_id"], kind, None, "empty, or only whitespace")
     return _Document(row["doc_id"], kind, whole)
 
 
@@ -152,7 +152,7 @@ def _decoded_conversation(doc_id: int, raw: bytes, kind: str | None, text: TextC
     except ConversationError as error:
         return _Document(doc_id, kind, None, str(error))
     if not any(message.is_trained and message.content.strip() for message in messages):
-        return _Document(doc_id, kind, None, "no message to score, or white space alone")
+        return _Document(doc_id, kind, None, "no message to score, or only whitespace")
     return _Document(doc_id, kind, _spoken(messages), messages=messages)
 
 
@@ -257,8 +257,8 @@ def _keep(
         more = f" and {len(shared) - _NAMED_DOCUMENTS} more" if len(shared) > _NAMED_DOCUMENTS else ""
         raise StageError(
             f"{text.section}: {len(shared)} of its {len(documents)} documents share more than max_overlap = "
-            f"{text.max_overlap} of their 13-grams with the training documents, or are one of them: {named}{more}. Leave them "
-            f'out of the text, or set overlap = "filter" there, then run {command(run, "eval")}'
+            f"{text.max_overlap} of their 13-grams with the training documents, or are one of them: {named}{more}. Remove them "
+            f'from the text, or set overlap = "filter" there, then run {command(run, "eval")}'
         )
     without = {document.doc_id for document in shared}
     kept = [document for document in readable if document.doc_id not in without]

@@ -60,7 +60,7 @@ def report_page(store: Store, *, max_positions: int = DEFAULT_POSITIONS) -> str:
     every = reported_runs(store)
     if not every:
         raise ValueError(
-            f"{store.url}: no configuration has run here; start with `make demo` or `make shard RUN={store.url}`"
+            f"{store.url}: no configuration has been run here; start with `make demo` or `make shard RUN={store.url}`"
         )
     sweeps = recorded_sweeps(store)
     runs = _shown_by_themselves(every, sweeps, store)
@@ -136,7 +136,7 @@ def _described(run: ResolvedRun, status: RunStatus) -> dict[str, Any]:
         "sources": ", ".join(model.name for model in run.config.sources),
         "state": f"{done} of {len(status.steps)} steps done; {state}",
         "steps": ResultTable(
-            "Where its results lie",
+            "Location of its results",
             ("step", "folder"),
             tuple((step.key, step.folder) for step in run.steps.values()),
             text_columns=(0, 1),

@@ -73,5 +73,5 @@ def test_plan_keeps_the_columns_of_most_mass() -> None:
     values = np.zeros((2, 30))
     values[:, 7] = 0.5
     table = plan_table("plan", ["a", "b"], [f"c{number}" for number in range(30)], values)
-    assert "18 columns of less mass are not shown" in str(table.title)
+    assert "18 columns with less mass are not shown" in str(table.title)
     assert any("c7" in str(column.header) for column in table.columns)

@@ -14,7 +14,7 @@ from tests.tiny_run import ptafuse
         (OSError("the disk is full"), "ptafuse: the disk is full\n"),
         (
             KeyError("vocab"),
-            "ptafuse: KeyError: 'vocab'. This error was not foreseen: PTAFUSE_TRACEBACK=1 shows where it comes from\n",
+            "ptafuse: KeyError: 'vocab'. This is an unexpected error: PTAFUSE_TRACEBACK=1 shows where it comes from\n",
         ),
     ],
 )

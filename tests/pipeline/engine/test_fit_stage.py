@@ -117,7 +117,7 @@ def test_the_mixture_is_no_worse_than_its_best_candidate_and_is_shown(run: Path)
 @pytest.mark.slow
 def test_a_second_command_has_nothing_to_do_and_other_functions_need_no_weights(run: Path, tiny_config: Path) -> None:
     again = ptafuse("fit", str(tiny_config), "--run", str(run), "--local", *FITTED).stdout
-    assert "fit: nothing to do (the weights are there)" in again
+    assert "fit: nothing to do (the weights exist)" in again
     other = ptafuse("fit", str(tiny_config), "--run", str(run), "--local").stdout
     assert "fit: nothing to do (fuse.function = 'min-ce' needs no weights)" in other
     assert "fit" not in recorded_run(Store(str(run)), "tiny").steps

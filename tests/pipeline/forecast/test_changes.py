@@ -11,5 +11,5 @@ def test_a_record_that_names_no_version_says_nothing_about_it() -> None:
 
 def test_another_version_is_a_reason() -> None:
     assert setting_changes({"version": 1}, {"version": 2}) == [
-        "the stage's code gives other rows than then: version 1 -> 2"
+        "the stage's code now computes different rows: version 1 -> 2"
     ]

@@ -11,7 +11,7 @@ def test_the_papers_run_is_estimated_without_weights_or_network(tmp_path):
         "train", "--dry-run", "pipeline/configs/llama2_7b.toml", "--run", str(tmp_path), "--tokens", "1500000000"
     )
     assert "6,738,415,616 parameters" in done.stdout
-    assert "ptafuse's copy, for dry runs alone" in done.stdout
+    assert "ptafuse's copy, only for dry runs" in done.stdout
     assert "1,500,000,000 tokens in 2,862 steps of 256 blocks" in done.stdout
     assert all(name in done.stdout for name in ("weights", "gradients", "optimizer", "activations", "loss", "total"))
     assert "8 worker(s)" in done.stdout
@@ -34,7 +34,7 @@ def test_a_model_that_training_would_refuse_is_refused(tiny_config: Path, tmp_pa
 def test_the_run_on_conversations_fits_without_weights_or_network(tmp_path):
     done = ptafuse("train", "--dry-run", "chat", "--run", str(tmp_path), "--tokens", "270000000")
     assert "8,030,261,248 parameters" in done.stdout
-    assert "ptafuse's copy, for dry runs alone" in done.stdout
+    assert "ptafuse's copy, only for dry runs" in done.stdout
     assert "It fits" in done.stdout
 
 

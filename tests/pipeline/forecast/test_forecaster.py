@@ -141,7 +141,7 @@ def test_results_of_another_configuration_are_mentioned_but_not_stale(partly_don
 
 def test_raised_code_version_is_named() -> None:
     changes = setting_changes({"align": {"epsilon": 0.5}, "version": 1}, {"align": {"epsilon": 0.5}, "version": 2})
-    assert changes == ["the stage's code gives other rows than then: version 1 -> 2"]
+    assert changes == ["the stage's code now computes different rows: version 1 -> 2"]
 
 
 def test_closest_of_the_others_comes_first() -> None:

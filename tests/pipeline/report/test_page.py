@@ -149,7 +149,7 @@ def test_report_writes_one_file(undisturbed_run: Path, tmp_path: Path) -> None:
 def test_a_run_directory_without_results_is_refused(tmp_path: Path) -> None:
     refused = ptafuse("report", str(tmp_path), "--html", str(tmp_path / "x.html"), check=False)
     assert refused.returncode == 1
-    assert "no configuration has run here" in refused.stderr
+    assert "no configuration has been run here" in refused.stderr
 
 
 def test_the_page_is_served_on_loopback_and_rendered_at_every_load() -> None:

@@ -96,7 +96,7 @@ def test_a_text_has_a_table_over_bytes_and_one_over_kinds(store: Store, finished
     assert over_bytes.notes[0] == (
         "text essays: 5 of 6 chosen documents (9 in the corpus); left out: 1 that share text with the training documents"
     )
-    assert over_kinds.title.startswith("Text essays, average over its 3 kinds, each weighing the same")
+    assert over_kinds.title.startswith("Text essays, average over its 3 kinds, all with the same weight")
     assert over_kinds.rows[-1][1:] == ("1.9000", "-0.1000 ± 0.0667", "2 of 3", "-0.0667 ± 0.0667", "2 of 3")
     assert over_kinds.rows[0][1:] == ("1.8333", "", "", "", "")
     assert len(text_tables(text_reports(finished, store)[1])) == 1, "a text without kinds"
@@ -106,7 +106,7 @@ def test_a_text_has_a_table_over_bytes_and_one_over_kinds(store: Store, finished
 def test_every_comparable_result_has_a_sentence(store: Store) -> None:
     (essays,) = verdicts(store)
     assert essays.startswith("text essays: after fused-run (")
-    assert "and gold tokens only are equal within two standard errors (apart by 0.0200 ± " in essays
+    assert "and gold tokens only are equal within two standard errors (difference 0.0200 ± " in essays
 
 
 def test_texts_of_one_name_that_are_other_texts_have_tables_of_their_own(

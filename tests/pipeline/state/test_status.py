@@ -100,12 +100,12 @@ def test_recorded_configuration_is_what_ran(undisturbed_run: Path, tiny_config: 
     [run] = recorded_runs(store)
     assert run.request.config_path == str(tiny_config)
     assert run.config.name == "tiny"
-    with pytest.raises(ValueError, match="no configuration named 'other' has run here"):
+    with pytest.raises(ValueError, match="no configuration named 'other' has been run here"):
         recorded_run(store, "other")
 
 
 def test_status_of_an_empty_folder_says_how_to_start(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no configuration has run here; start with `make shard RUN="):
+    with pytest.raises(ValueError, match="no configuration has been run here; start with `make shard RUN="):
         recorded_run(Store(str(tmp_path)))
 
 

@@ -113,7 +113,7 @@ def test_run_goes_from_a_file_of_inits_to_the_evaluation_and_passes_over_what_is
     )
     shown = ptafuse(*arguments).stdout
     assert re.search(r"eval/fused: [\d.]+ bits per byte", shown)
-    assert f"everything is done; the tables: ptafuse report {run}" in shown
+    assert f"everything is done; to see the tables: ptafuse report {run}" in shown
     assert json.loads(next(run.glob("configs/own-*.json")).read_text())["config"]["logits"]["top_k"] == 12
     hashes = data_hashes(run)
     again = ptafuse(*arguments).stdout

@@ -73,9 +73,9 @@ def test_missing_data_is_refused_with_what_was_expected(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("suite", "subtask", "name", "text", "message"),
     [
-        ("lambada", "lambada_openai", "lambada_test.jsonl", '{"words": "x"}\n', r"document 0: it has no 'text'"),
-        ("lambada", "lambada_openai", "lambada_test.jsonl", "", "there is no document in it"),
-        ("bbh", "navigate", "bbh/navigate.json", '{"rows": []}', "there is no document in it"),
+        ("lambada", "lambada_openai", "lambada_test.jsonl", '{"words": "x"}\n', r"document 0: 'text'"),
+        ("lambada", "lambada_openai", "lambada_test.jsonl", "", "it contains no documents"),
+        ("bbh", "navigate", "bbh/navigate.json", '{"rows": []}', "it contains no documents"),
         ("bbh", "navigate", "bbh/navigate.json", "[]", "expected one JSON object, found a list"),
         (
             "mmlu",

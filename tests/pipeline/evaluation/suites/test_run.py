@@ -281,7 +281,7 @@ def test_what_cannot_be_run_is_refused_before_anything_is_computed(
 
 def test_missing_file_is_refused_with_what_was_expected(run: Path, tiny_config: Path, tmp_path: Path) -> None:
     refused = evaluate(run, tiny_config, tmp_path, "--suite", "toxigen", check=False)
-    assert f"{tmp_path} has no data of the suite toxigen: expected toxigen_test.jsonl there" in refused.stderr
+    assert f"{tmp_path} has no data for the suite toxigen: expected toxigen_test.jsonl there" in refused.stderr
 
 
 def test_missing_harness_is_refused_with_what_to_install(
