@@ -210,7 +210,7 @@ class EvalConfig(Settings):
     generation_tokens: Annotated[int, ADDED] = Field(
         128, ge=1, description="Most tokens of such an answer; one that is cut there has not ended."
     )
-    # What follows is no part of the figure in bits per byte; each result of a suite has a fingerprint of its own.
+    # The following settings do not affect bits per byte; each result of a suite has a separate fingerprint.
     suites: Annotated[tuple[str, ...], RUNTIME] = Field(
         (),
         description=f"Benchmarks of lm-evaluation-harness, besides bits per byte: {', '.join(SUITE_NAMES)}; `bbh/navigate` "

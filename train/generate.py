@@ -1,6 +1,6 @@
 """Answers that a model writes to held-out prompts: do they end by themselves?
 
-A chat model that loses the end of its turns goes on until it is stopped, and bits per byte hardly show it: the end is one of
+A chat model that loses the end of its turns continues until it is stopped, and bits per byte hardly show it: the end is one of
 many tokens. So each prompt is answered greedily, and counted is how often the model itself ends its turn before a limit.
 """
 

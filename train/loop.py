@@ -159,7 +159,7 @@ def take_steps(
                     "step %d/%d: loss %.4f, %.0f tokens/s", last.step, last.num_steps, last.loss, last.tokens_per_second
                 )
             # A notice to any worker counts for all, since saving is collective. SAVE is repeated while the machine is
-            # about to go, so only the first one writes a checkpoint of its own.
+            # about to go, so only the first one writes a separate checkpoint.
             notice = workers.max_int(watch())
             is_new = notice > Notice.NONE and not was_told
             was_told = was_told or is_new

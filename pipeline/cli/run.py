@@ -65,7 +65,7 @@ def train(
         int | None, typer.Option(min=1, help="For --dry-run: training tokens, before fuse has run.")
     ] = None,
 ) -> None:
-    """Train, or tell what training needs."""
+    """Train, or show what training needs."""
     if dry:
         from pipeline.forecast.dry_run import dry_run
         from pipeline.run.preflight import refuse_unusable_models

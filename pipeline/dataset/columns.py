@@ -54,11 +54,11 @@ def document_column(dataset: DatasetConfig) -> Column:
 
 
 def describe_missing(column: Column, names: list[str], section: str) -> str:
-    """Return what a message says of data without a column: the columns that there are, and how to name one.
+    """Return the error message about a missing column: the existing columns, and how to name one.
 
     Args:
         column: the column that is wanted.
-        names: names of the columns that there are.
+        names: names of the existing columns.
         section: the section of the configuration.
     """
     likely = [name for name in names if name in _LIKELY and column.setting == "text_column"]
@@ -85,7 +85,7 @@ def wrong_type(column: Column, kind: pa.DataType, section: str) -> str | None:
 
 
 def wrong_value(column: Column, value: Any, section: str) -> str | None:
-    """Return what a message says of the first value of a column of messages, if it is no conversation; else None.
+    """Return the error message about the first value of a column of messages if it is not a conversation, else None.
 
     Args:
         column: the column.
@@ -117,7 +117,7 @@ def as_binary(values: pa.Array) -> pa.Array:
 
 
 def as_json(value: Any) -> bytes:
-    """Return a list of messages as JSON; what JSON does not know (a date, bytes of an image) by its type alone."""
+    """Return a list of messages as JSON; values that JSON does not support (dates, bytes) are replaced by their type."""
     return json.dumps(value, default=lambda other: f"<{type(other).__name__}>").encode()
 
 

@@ -124,10 +124,10 @@ class Parquet:
             return True
 
     def _refuse_other_values(self, parquet: pq.ParquetFile, files: DatasetFiles, name: str, column: Column) -> None:
-        """Refuse a file whose first value is no conversation: strings may hold anything.
+        """Refuse a file whose first value is not a conversation: strings may hold anything.
 
         Raises:
-            DatasetError: says what was found. What is damaged is the shard stage's to tell.
+            DatasetError: says what was found. Damaged files are reported by the shard stage.
         """
         try:
             batch = next(parquet.iter_batches(batch_size=1, columns=[column.name]), None)
@@ -311,7 +311,7 @@ def format_of(path: str) -> Format | None:
 
 
 def changed(file_range: FileRange, reason: str) -> DatasetError:
-    """Return the error about a file that is not the one that was planned."""
+    """Return the error about a file that changed after the run was planned."""
     return DatasetError(
         f"{file_range.file} changed after the run was planned: expected rows {file_range.start} to {file_range.end}, "
         f"{reason}. Restore the file, or start a new run"
@@ -322,7 +322,7 @@ def _open_parquet(stream: BinaryIO, files: DatasetFiles, name: str, column: Colu
     """Read a Parquet file's footer.
 
     Raises:
-        DatasetError: it is no Parquet file, or has no such column of text, or of messages.
+        DatasetError: it is not a Parquet file, or has no such column of text or of messages.
     """
     path = files.paths[name]
     try:
@@ -369,7 +369,7 @@ def _lines(stream: BinaryIO, path: str) -> Iterator[bytes]:
 
 
 def _is_blank(line: bytes) -> bool:
-    """Return whether a line holds no row: white space alone, or the byte order mark that a file may begin with."""
+    """Return whether a line holds no row: only whitespace, or the byte order mark at the start of a file."""
     return line.isspace() or (line.startswith(codecs.BOM_UTF8) and not line.removeprefix(codecs.BOM_UTF8).strip())
 
 

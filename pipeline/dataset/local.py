@@ -65,7 +65,7 @@ def match_files(pattern: str) -> LocalFiles:
 
 
 def describe_link(path: str) -> str | None:
-    """Return what a link that leads nowhere is, in words; None where there is no link."""
+    """Describe a broken link; None if the path is not a link."""
     return f"a link to {os.readlink(path)}, which does not exist" if os.path.islink(path) else None  # noqa: PTH114, PTH115
 
 

@@ -1,7 +1,7 @@
 """Ray cluster of a command: joining it, how many workers fit on it, and waiting until it has grown.
 
 A cluster that ``RAY_ADDRESS`` names may be autoscaled and start without machines: the machines that are alive when a step
-begins then tell neither how many workers the step can have nor whether there are GPUs.
+begins then determine neither how many workers the step can have nor whether there are GPUs.
 """
 
 import logging
@@ -125,7 +125,7 @@ def gpus_per_worker(configured: float | None, device: str, engine: EngineConfig,
         section: section of the configuration, for messages.
 
     Raises:
-        ValueError: only the cluster could tell, and its GPUs may not have joined yet.
+        ValueError: it depends on the cluster, whose GPUs may not have joined yet.
     """
     if configured is not None:
         return configured

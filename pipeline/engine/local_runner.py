@@ -15,7 +15,7 @@ from pipeline.settings.run import EngineConfig
 def run_shards(
     job: ShardJob, pending: Sequence[int], resources: Resources, engine: EngineConfig
 ) -> Iterator[ShardStatus]:
-    """Compute shards, beginning them in order; yields each status as it comes. ``engine`` is for Ray alone.
+    """Compute shards, started in order; yields each status when its shard is finished. ``engine`` is only used by Ray.
 
     Raises:
         StoreError: the run directory or the dataset cannot be used; shards under way are finished first.
@@ -38,7 +38,7 @@ class _Threads:
         self._computing: set[int] = set()
 
     def run(self, pending: Sequence[int], num_threads: int) -> Iterator[ShardStatus]:
-        """Compute shards; yields each status as it comes.
+        """Compute shards; yields each status when its shard is finished.
 
         Args:
             pending: the shards.

@@ -36,7 +36,7 @@ class _Failure:
 
 
 def run_with_model(run: Run, name: str, work: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-    """Call a generator that loads a model, and yield what it yields, as it comes.
+    """Call a generator that loads a model, and yield its values without delay.
 
     On Ray it is a task with ``eval.cpus_per_worker`` CPUs, and with a GPU where ``eval.device`` asks for one.
 

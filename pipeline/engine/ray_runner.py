@@ -114,7 +114,7 @@ def actor_pool(resources: Resources, num_pending: int, engine: EngineConfig) -> 
 def run_shards(
     job: ShardJob, pending: Sequence[int], resources: Resources, engine: EngineConfig
 ) -> Iterator[ShardStatus]:
-    """Compute shards on Ray; yields each status as it comes, in any order.
+    """Compute shards on Ray; yields each status when its shard is finished, in any order.
 
     Args:
         job: what to compute.

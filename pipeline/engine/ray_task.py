@@ -23,7 +23,7 @@ def run_task(
     gpus: Callable[[], float],
     engine: EngineConfig,
 ) -> Iterator[Any]:
-    """Call a generator in a task, and yield what it yields, as it comes.
+    """Call a generator in a task, and yield its values without delay.
 
     Args:
         name: the task's name, for messages.

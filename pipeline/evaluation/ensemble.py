@@ -4,7 +4,7 @@ At every position the target's own distribution p and the sources' aligned distr
 
     p_ens = (1 - sum_s w_s) p + sum_s w_s q_s,
 
-where a row's tail mass lies on the tokens that it does not name, shared among them as the target shares it; a source without
+where a row's tail mass is divided among the tokens that it does not list, in the target's proportions; a source without
 a distribution has the target's own in its place. So p_ens sums to 1 over the target's vocabulary, and its bits per byte are
 a code length. docs/baselines.md says what a source may know at a position. Of a conversation it knows the messages so far,
 under its own chat template.

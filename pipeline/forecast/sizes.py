@@ -94,7 +94,7 @@ def evaluated_text_bytes(text: TextConfig, assumed: Assumed) -> float:
     """Return about how many bytes of a text are scored, before any overlap with the training text is known.
 
     Raises:
-        ValueError: nothing tells how large it is; says what to set.
+        ValueError: its size is unknown; says what to set.
     """
     if text.hub is None:
         num_documents, num_bytes = _files_size(text, _TEXT_RANGE, assumed)

@@ -66,7 +66,7 @@ class Outlook:
         return self.num_parameters(model) >= self.assumed.take("gpu_from_parameters")
 
     def text_tokens(self, text: str, model: ModelConfig) -> float:
-        """Return the tokens of a model in a text besides the held-out split, with as many bytes each as in the dataset."""
+        """Return the number of a model's tokens in an additional text, with as many bytes per token as in the dataset."""
         if text not in self.text_bytes:
             self.text_bytes[text] = evaluated_text_bytes(self.config.eval.find_text(text), self.assumed)
         return self.text_bytes[text] * self.sizes.tokens[model.name] / self.sizes.text_bytes

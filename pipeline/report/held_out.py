@@ -38,7 +38,7 @@ class HeldOutRow:
         kinds: bits per byte by kind of document; None where the documents have no kinds.
         kinds_against_before: difference to the target before training, by kind of document.
         kinds_against_gold_only: difference to the same training on the gold tokens alone, by kind of document.
-        counts: documents of another text, and what became of them; None for the held-out text.
+        counts: documents of another text and their outcomes; None for the held-out text.
         endings: answers to held-out prompts that the model itself ended, and all of them; None where it was not asked.
     """
 

@@ -15,7 +15,7 @@ from stages.contract.store import Store
 from stages.models.config import ModelConfig
 
 _TELLING: Final = ("name", "path", "kind_column")
-"""Settings that are not in a fingerprint, since contents are, but that tell people what a result is about."""
+"""Settings that are not in a fingerprint (contents are), but that show users what a result is about."""
 
 
 def reported_runs(store: Store) -> list[ResolvedRun]:

@@ -1,4 +1,4 @@
-"""Bits per byte on the texts besides the held-out split: for each text a table over all bytes, and one over kinds."""
+"""Bits per byte on texts other than the held-out split: for each text a table over all bytes, and one over kinds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

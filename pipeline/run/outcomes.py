@@ -54,7 +54,7 @@ def evaluation_dtype(result: Mapping[str, Any]) -> str:
 
 
 def count_endings(result: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return how many held-out prompts a model answered with an end of its own, and how many it answered.
+    """Return how many answers to held-out prompts a model ended by itself, and how many it gave.
 
     None where it was not asked (``eval.num_generations``).
     """

@@ -100,7 +100,7 @@ def _from_record(value: dict[str, Any], where: str) -> ResolvedRun:
 def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return a recorded configuration as this version would have recorded it.
 
-    Before `documents` was recorded, a split that was not given was recorded as "train", and beside a path it was not read.
+    Before `documents` was recorded, a split that was not given was recorded as "train", and with a path it was not read.
     """
 
     def without_split(dataset: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class ShardedStage(StageSpec):
         choices: settings of its section that are "auto" and change results -> what they come to on this machine.
         row_group_bytes: size of a row group of its files in memory: large where they are read whole, small where single
             rows are.
-        shards_per_worker: shards that a worker computes at the same time, each in a thread of its own. Above 1 for a stage
+        shards_per_worker: shards that a worker computes at the same time, each in a separate thread. Above 1 for a stage
             whose ``run`` lets one thread at a time use the model: the others read, tokenize, encode and upload meanwhile.
             The worker holds the tables of that many shards.
     """
@@ -299,7 +299,7 @@ def _eval_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
 
 
 def _baseline_settings(config: RunConfig, baseline: Baseline) -> dict[str, Any]:
-    """Return what a baseline's figure depends on besides the models and the text."""
+    """Return the settings that a baseline's result depends on, other than the models and the text."""
     settings: dict[str, Any] = {"baselines": config.baselines.baseline_settings(baseline, len(config.sources))}
     if baseline == ENSEMBLE:
         align = config.align.result_settings()

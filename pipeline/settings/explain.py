@@ -65,7 +65,7 @@ class _Location(NamedTuple):
 
 
 def describe_problems(error: ValidationError, model: type[Settings], where: str) -> str:
-    """Describe every wrong setting in a line of its own.
+    """Describe every wrong setting on a separate line.
 
     Args:
         error: error raised when the file's values were checked.
@@ -78,7 +78,7 @@ def describe_problems(error: ValidationError, model: type[Settings], where: str)
         if location.keys in lines and len(problem["loc"]) > len(location.keys):
             continue  # another of the types that this setting may have: the first line names them all
         if problem["type"] == "too_short" and any(keys[: len(location.keys)] == location.keys for keys in lines):
-            continue  # wrong tables are not counted, and each has a line of its own
+            continue  # wrong tables are not counted, and each has a separate line
         lines[location.keys if location.keys else (len(lines),)] = (
             f"  {location.name}: {_describe(problem, location, model)}"
         )

@@ -17,7 +17,7 @@ TEXT_VERSION: Final = 1
 
 
 class TextConfig(DatasetConfig):
-    """A corpus that models are evaluated on, besides the held-out split: where it is, and which part of it is read."""
+    """An additional corpus on which models are evaluated: its location, and which part of it is read."""
 
     name: Annotated[Name, RUNTIME] = Field(description="Names its tables and result folders: letters, digits, . _ -")
     kind_column: str | None = Field(

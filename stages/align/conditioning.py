@@ -29,7 +29,7 @@ class Inner(IntEnum):
     NO_CONTEXT = 2
     """The source has no distribution before the position, or the bytes since are not known, or the target has no candidates."""
     NO_CANDIDATE = 3
-    """No candidate begins with the bytes seen and goes on."""
+    """No candidate begins with the bytes seen and continues."""
     LITTLE_MASS = 4
     """The agreeing candidates hold less than ``MIN_AGREEING_MASS``."""
     WHITE_SPACE = 5
@@ -193,7 +193,7 @@ def condition(
         ids: (Q, n) the source's window at each entry's source position, descending; -1 at pads. Rows of None are not read.
         probs: (Q, n) probabilities over the full vocabulary; 0 at pads.
         source: the source's tokenizer.
-        tail: what becomes of the mass outside the window.
+        tail: how the mass outside the window is treated.
 
     Returns:
         The candidates at the positions that get a distribution, and for each entry its ``Inner``, (Q,) uint8.

@@ -22,8 +22,8 @@ class ModelRows:
         topk_probs: (N, k) float64; 0 at pads.
         gold_logprob: (N,) ln p(token t+1 | tokens <= t) over the full vocabulary, NaN at the last position; only figures
             read it; None: they leave it out.
-        num_draws: m, the places that draws from the tail take in a row beside those of the exact entries.
-        roles: what the tokens are, in a conversation; None for plain text, whose roles its tokenizer tells (``Side.roles_of``).
+        num_draws: m, the slots of a row for draws from the tail, in addition to those for exact entries.
+        roles: roles of the tokens in a conversation; None for plain text, whose roles come from the tokenizer (``Side.roles_of``).
         is_marked: (N,) bool, in a conversation: where a message begins, its first token is written with a space that the
             message does not have; None: it is read off the tokens. For rows that are not one per token of the model.
     """
@@ -154,7 +154,7 @@ class Side:
 
     def pairing_texts(self, token_ids: np.ndarray) -> list[str]:
         """Return the tokens' texts for the pairing's edit distance: without word-boundary markers."""
-        texts = self.texts  # decoded once, not once a token
+        texts = self.texts  # decoded once, not once per token
         is_marked = self.vocabulary.is_marked[token_ids].tolist()
         return [
             texts[token_id][1:] if marked else texts[token_id]

@@ -172,7 +172,7 @@ class SegmentAligner:
         """Condition the source at the positions inside its tokens; none without ``inexact = "condition"``.
 
         Returns:
-            The candidates, and what became of each target position: (M,) values of ``Inner``.
+            The candidates, and the outcome of each target position: (M,) values of ``Inner``.
         """
         config = self._config
         inner = np.full(len(target), Inner.NOT_INNER, np.uint8)
@@ -348,7 +348,7 @@ def same_vocabulary(first: Vocabulary, second: Vocabulary) -> bool:
 
 
 def _check_same_text(target: ModelRows, target_roles: np.ndarray, source: ModelRows, source_roles: np.ndarray) -> None:
-    """Refuse rows of different lengths of text. A tokenizer may find no token in a text (white space): that is no error."""
+    """Refuse rows of different lengths of text. A tokenizer may find no token in a text (whitespace), which is not an error."""
     if (target.roles is None) != (source.roles is None):
         kinds = {True: "plain text", False: "a conversation"}
         raise ValueError(

@@ -38,7 +38,7 @@ class StageOutput:
         num_tokens: tokens processed; the unit of progress and of rates.
         health: counts and means for the manifest, by name; finite.
         quarantine: the records that could not be processed.
-        versions: what decides the numbers besides the libraries that every manifest records.
+        versions: versions that affect the numbers, in addition to the libraries that every manifest records.
     """
 
     table: pa.Table
@@ -52,7 +52,7 @@ class Stage(Protocol):
     """A sharded stage."""
 
     def setup(self) -> None:
-        """Load what every shard needs (models, tokenizers, compiled kernels). Called once a worker."""
+        """Load what every shard needs (models, tokenizers, compiled kernels). Called once per worker."""
 
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Compute one shard.

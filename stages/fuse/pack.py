@@ -13,7 +13,7 @@ class Packing:
 
     Attributes:
         num_blocks: number of blocks.
-        block: (P,) the block a piece lies in, nondecreasing.
+        block: (P,) the block of each piece, nondecreasing.
         start: (P,) the piece's first position in its block.
         segment: (P,) the segment it belongs to; ascending within a block.
         offset: (P,) its first token in that segment.

@@ -108,7 +108,7 @@ def block_cross_entropy(segment_ce: np.ndarray, segment: np.ndarray, block: np.n
     Args:
         segment_ce: (S, C) of each segment under each candidate's model; NaN where it has none.
         segment: (P,) the segment each piece belongs to.
-        block: (P,) the block each piece lies in, from 0, nondecreasing.
+        block: (P,) the block of each piece, from 0, nondecreasing.
 
     Returns:
         (num_blocks, C); NaN for a model without any segment in the block.

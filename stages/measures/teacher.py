@@ -28,7 +28,7 @@ def floored_nll(ids: np.ndarray, probs: np.ndarray, gold: np.ndarray) -> np.ndar
     """Compute -ln p(gold next token) under sparse distributions rescaled to 1, at most ``MAX_NLL``.
 
     Args:
-        ids: (P, k), -1 at pads. A row of pads is no distribution.
+        ids: (P, k), -1 at pads. A row of pads means that there is no distribution.
         probs: (P, k), 0 at pads; with or without a tail.
         gold: (P,) gold next tokens' ids; negative: there is none.
 
@@ -57,7 +57,7 @@ def completed_nll(
     not counts as q = 0, which makes p(g) a little too small, never too large.
 
     Args:
-        ids: (P, k), -1 at pads. A row of pads is no distribution.
+        ids: (P, k), -1 at pads. A row of pads means that there is no distribution.
         probs: (P, k), 0 at pads.
         tail_mass: (P,) what each row leaves to other tokens; None: rows are rescaled to 1 and leave them nothing.
         gold: (P,) gold next tokens' ids; negative: there is none.

@@ -349,7 +349,7 @@ def _load_model(model: ModelConfig, *, dtype: str, attention: str, device: str) 
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # ours shows shards; theirs flashes once a worker
+    transformers_logging.disable_progress_bar()  # ours shows shards; theirs flashes once per worker
     loaded, report = AutoModelForCausalLM.from_pretrained(
         **model.pretrained_arguments(),
         **(_unpacked_gguf() if model.is_gguf else {"use_safetensors": True}),  # a pickle could run anything

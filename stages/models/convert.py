@@ -21,7 +21,7 @@ from stages.models.weights import INDEX_FILE, SINGLE_FILE, WeightFileError, read
 PICKLED_FILE: Final = "pytorch_model.bin"
 PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 MAX_SHARD_BYTES: Final = 5 * 10**9
-"""Largest size of a file's tensors; a larger tensor has a file of its own. As transformers itself shards a model."""
+"""Largest size of a file's tensors; a larger tensor has a separate file. transformers shards a model in the same way."""
 
 _FUNCTION: Final = re.compile(r"GLOBAL (\S+)")
 """Name of a forbidden function in torch's message about a pickle."""
@@ -294,7 +294,7 @@ def _read(group: Sequence[_Pickled]) -> tuple[dict[str, Any], dict[str, str]]:
         loaded = _load(file)
         for tensor in group:
             if tensor.file == file:
-                # A view of a larger tensor, or a second name of one, becomes a tensor of its own; safetensors has no views.
+                # A view of a larger tensor, or a second name of one, becomes a separate tensor; safetensors has no views.
                 values[tensor.name] = loaded[tensor.name].detach().clone(memory_format=torch.contiguous_format)
         del loaded
     return values, {name: _digest(value) for name, value in values.items()}

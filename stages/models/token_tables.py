@@ -144,7 +144,7 @@ class TokenTables:
         return _LOADED[place]
 
     def keep(self, source: ModelConfig, target: ModelConfig, version: int) -> Keep:
-        """Return what keeps the maps between two vocabularies, beside the source's table.
+        """Return the storage of the maps between two vocabularies, next to the source's table.
 
         Args:
             source: the model whose vocabulary is mapped.

@@ -83,7 +83,7 @@ class Measured:
 
     Attributes:
         num_tokens: number of tokens, including the prefix.
-        keeps_text: there is a token besides the prefix; a tokenizer may keep nothing of a text (white space under
+        keeps_text: there is a token other than the prefix; a tokenizer may drop a whole text (whitespace under
             WordPiece).
         byte_end: () -> (num_tokens,) int32, as in ``Encoding``; computed when it is called.
     """
@@ -112,7 +112,7 @@ class SegmentTokenizer:
 
     Attributes:
         control_tokens: the texts of its special tokens.
-        chat_template: the Jinja template that conversations are rendered with, in the place of the tokenizer's own; None where
+        chat_template: the Jinja template that conversations are rendered with, instead of the tokenizer's own; None where
             that is used.
     """
 
@@ -348,7 +348,7 @@ class SegmentTokenizer:
 
 
 def _read_template(chat_template: str | None) -> str | None:
-    """Return the text of a template's file; what is no file stays.
+    """Return the text of a template's file; other values are returned unchanged.
 
     Raises:
         ValueError: the file cannot be read.
@@ -387,7 +387,7 @@ def _of_conversations(vocabulary: Vocabulary, spelling: Sequence[bytes], turn_en
 
 
 def _slices(texts: Sequence[str]) -> Iterator[slice]:
-    """Yield slices of texts of bounded total length; a longer text has a slice of its own."""
+    """Yield slices of texts of bounded total length; a longer text has a separate slice."""
     start = characters = 0
     for index, text in enumerate(texts):
         if index > start and characters + len(text) > _BATCH_CHARACTERS:

@@ -186,7 +186,7 @@ class Checkpoints:
         Returns when the tensors are copied; a thread commits the checkpoint when all workers' files are on disk.
 
         Raises:
-            OSError: the checkpoint before this one could not be written; torch may raise errors of its own for it.
+            OSError: the checkpoint before this one could not be written; torch may raise its own errors for it.
         """
         self.wait()  # one checkpoint at a time: two would hold two copies of the tensors
         folder = checkpoint_folder(self._output, state.step)
@@ -201,7 +201,7 @@ class Checkpoints:
         """Block until no checkpoint is being written.
 
         Raises:
-            OSError: the last one could not be written; torch may raise errors of its own for it.
+            OSError: the last one could not be written; torch may raise its own errors for it.
         """
         pending, self._pending = self._pending, None
         if pending is not None:

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 COMMITTED: Final = "COMMITTED"
 """Name of the file that is written last: a folder without it is not a checkpoint."""
 LOG: Final = "log.jsonl"
-"""Name of the log of steps beside the folders."""
+"""Name of the log of steps next to the folders."""
 _FOLDER: Final = re.compile(r"^checkpoint-(\d{6,})$")
 
 

@@ -271,7 +271,7 @@ def _all(peers: Peers, work: Callable[[], Result]) -> list[Result]:
         What it came to, in the order of ranks.
 
     Raises:
-        StoreError: it failed on one of them; all raise it, so none goes on alone.
+        StoreError: it failed on one of them; all workers raise it, so that none continues alone.
     """
     problem: str | None = None
     answer: Any = None
@@ -297,7 +297,7 @@ def _writer(name: str, peers: Peers) -> int:
 
 
 def _remove_others(folder: Path, copy: Copy) -> None:
-    """Remove what lies in an uncommitted checkpoint's folder and is not of the copy that comes there."""
+    """Remove files of an uncommitted checkpoint's folder that do not belong to the copy being fetched."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir():
             shutil.rmtree(path)

@@ -85,7 +85,7 @@ def keep_conversations(model: ModelConfig, folder: Path) -> None:
 
 
 def _folder_of(files: PretrainedFiles) -> Path | None:
-    """Return the folder of local files, or what the hub has besides weights; None for a GGUF file, which holds all it has."""
+    """Return the folder of local files, or of the hub's files except weights; None for a GGUF file, which contains everything."""
     if files.is_gguf:
         return None
     if files.path is not None:

@@ -31,7 +31,7 @@ def export_model(
         weights: all of its weights.
         tokenizer: its tokenizer.
         card: the model card, Markdown.
-        original: the model that was trained; what its folder holds besides weights is kept.
+        original: the model that was trained; files of its folder other than weights are kept.
 
     Returns:
         File name -> sha256, without the card, which evaluation completes.

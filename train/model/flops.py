@@ -43,7 +43,7 @@ class ModelFlops:
         Weights of embeddings are looked up, not multiplied with; the LM head's are, tied or not.
 
         Returns:
-            None for a model whose configuration counts no attention heads: what it computes besides is not known here.
+            None for a model whose configuration has no attention heads: its other operations are not known here.
         """
         config = model.config.get_text_config()
         heads = getattr(config, "num_attention_heads", None)

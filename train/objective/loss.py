@@ -12,12 +12,12 @@ head's weights on the way, for which everything is available: the backward pass 
 holds its logits and their gradient, two arrays of C x vocabulary in the precision of the head (256 x 32,000 in bfloat16:
 16 MB each), and the head is applied once, not twice as with recomputation. What is computed of the logits is computed in
 float32, block by block of a few positions. Of the loss only one logsumexp and the gathers at the gold and the fused ids
-touch the logits; what is made of these few numbers a position is left to autograd in float64, and its gradient is put back:
+touch the logits; the rest of the computation on these few numbers per position is left to autograd in float64, and its gradient is put back:
 softmax times the gradient of the logsumexp, plus the gradients of the gathered logits at their places.
 
 Where the loss asks for the rest (``divergence.asks_for_rest``), the logsumexp is that over the ids which the row does not
 list, and the normaliser is put together from it and the listed logits: ln q_rest is then as accurate for a model that
-leaves the rest 1e-7, or nothing that float32 can tell from it, as for one that leaves it a half. Elsewhere it is the
+leaves the rest 1e-7, or so little that float32 rounds it away, as for one that leaves it a half. Elsewhere it is the
 normaliser itself.
 
 With ``tail_loss = "gold"`` the row's entries are all that is left of its tail, and a gold token g that the row does not list
@@ -235,7 +235,7 @@ def _chunk(
     gradients: _Gradients | None,
 ) -> Tensor:
     """Compute the two sums of one chunk, (2,) float32, and add its gradients to ``gradients``."""
-    states = hidden[chunk].detach()  # (C, H): a graph of its own, which ends here
+    states = hidden[chunk].detach()  # (C, H): a separate graph, which ends here
     asked = targets is not None and asks_for_rest(targets, settings.divergence, settings.temperature)
     left_out = targets.ids if targets is not None and asked else None
     if gradients is None:

@@ -1,6 +1,6 @@
 """``ptafuse interpret``: computes the figures of a configuration once, shard by shard, and keeps them in the run directory.
 
-Nothing is stored of transport plans and of candidates that lost, so both are computed anew, by the stages themselves, on
+Transport plans and losing candidates are not stored, so both are computed again, by the stages themselves, on
 a sample. Each shard's result is kept until all are done: a killed command resumes with the next shard.
 """
 

@@ -70,7 +70,7 @@ def find_interpreter(name: str) -> str | None:
 
 
 def run_program(command: Sequence[str], files: Mapping[str, str], limits: Limits) -> Execution:
-    """Run a program in a directory of its own, which is removed afterwards.
+    """Run a program in a separate directory, which is removed afterwards.
 
     Args:
         command: an interpreter's full path, and its arguments.

@@ -7,7 +7,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     """Describe how much of a text is scored and what is left out.
 
     Args:
-        counts: documents of the corpus (``documents``), those that were chosen (``chosen``), what became of them
+        counts: documents of the corpus (``documents``), those that were chosen (``chosen``), their outcomes
             (``unreadable``, ``overlapping``, ``uncut``, ``scored``), and kinds in the corpus and among the scored ones
             (``kinds``, ``scored_kinds``; 0 without ``kind_column``).
     """

@@ -40,7 +40,7 @@ class PreparedText:
     Attributes:
         segments: segments of the documents that are scored; a document's segments stand together.
         kinds: number of a scored document -> its kind; empty without ``kind_column``.
-        counts: documents of the corpus, and what became of them (``describe_counts``).
+        counts: documents of the corpus and their outcomes (``describe_counts``).
     """
 
     segments: tuple[Segment, ...]

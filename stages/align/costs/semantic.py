@@ -107,7 +107,7 @@ class SemanticCosts:
         num_slots: a power of two.
 
     Raises:
-        ValueError: the matrix has too few rows, or the slots are no power of two.
+        ValueError: the matrix has too few rows, or the number of slots is not a power of two.
     """
 
     def __init__(

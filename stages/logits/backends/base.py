@@ -135,7 +135,7 @@ class Backend(Protocol):
                 draw of a position lies in the cumulated rest of its distribution. None: nothing is drawn.
 
         Raises:
-            ValueError: draws are asked of a backend that sees no full distribution.
+            ValueError: draws are requested from a backend that does not see the full distribution.
             NotFiniteError: the model gave a number that is not finite.
             RuntimeError: memory ran out although the budgets are as small as they get.
         """

@@ -56,7 +56,7 @@ def topk_logprobs(
     """Apply the LM head to hidden states and keep each position's largest logprobs, and draws from the rest.
 
     Logprobs are normalised over ids below ``num_valid`` alone. A model whose embedding is padded to a round number has
-    rows that no token has; what mass training left them is no probability of any text, and a tail mass that counted it
+    rows that no token has; the mass that training left them is not the probability of any text, and a tail mass that counted it
     would be taken for other tokens'. So they are cut off before the normalisation, as if their logits were -inf.
 
     Only chunk_positions x vocabulary logits exist at once, in the head's own type; in float32, in which the logarithms are

@@ -250,7 +250,7 @@ class _Splitter:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)))
 
     def replace(self, rendered: Rendered) -> Rendered:
-        """Put stand-ins in the place of the template's control tokens.
+        """Replace the template's control tokens with stand-ins.
 
         Raises:
             RenderError: a content holds what looks like a stand-in.

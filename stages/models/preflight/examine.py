@@ -51,7 +51,7 @@ def examine(
         may_ask_hub: load a tokenizer that is on the hub, and ask the hub which weights it has where they are not in the cache.
 
     Returns:
-        The problems; empty for a model that can be used, as far as its files tell.
+        The problems; empty if the model can be used, as far as its files show.
     """
     try:
         model.check()
@@ -185,7 +185,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _other_files(model: ModelConfig, folder: Path) -> Iterator[Problem]:
-    """Examine the other files that transformers reads besides config.json and weights."""
+    """Examine the files that transformers reads in addition to config.json and weights."""
     if (folder / ADAPTER_FILE).exists():
         yield Problem(
             model.name,

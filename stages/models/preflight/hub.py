@@ -49,7 +49,7 @@ def _has_safetensors(names: Sequence[str]) -> bool:
 
 
 def _names_on_hub(model: ModelConfig) -> list[str] | None:
-    """Return the names of a model's files; None where the hub does not tell."""
+    """Return the names of a model's files; None if the hub does not list them."""
     from huggingface_hub import HfApi
 
     try:

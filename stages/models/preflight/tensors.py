@@ -22,7 +22,7 @@ WRAPPERS: Final[dict[str, str]] = {
 """Prefix that a wrapper puts before the names of a model's tensors -> the wrapper."""
 
 _PACKED: Final = re.compile(r"^(I\d+|U\d+|F8_.*|F4|F6_.*|BOOL)$")
-"""Types of packed weights, which are no numbers by themselves."""
+"""Types of packed weights, whose values are not numbers by themselves."""
 
 _NAMED: Final = 3
 """Tensors that a message names."""
