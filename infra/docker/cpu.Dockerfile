@@ -1,6 +1,6 @@
 # The head, the driver and workers without a GPU: exactly the versions of requirements.txt.
 #   docker build --file infra/docker/cpu.Dockerfile --tag REGISTRY/ptafuse-cpu:TAG .
-# Ray refuses a cluster whose nodes differ in Python's or Ray's version: both images take them from one place.
+# Ray refuses a cluster whose nodes differ in Python's or Ray's version: both images take them from the same files.
 ARG PYTHON_VERSION=3.11.13
 FROM python:${PYTHON_VERSION}-slim-bookworm
 

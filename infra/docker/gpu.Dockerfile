@@ -21,8 +21,8 @@ ENV UV_PYTHON_INSTALL_DIR=/opt/python VIRTUAL_ENV=/opt/ptafuse PATH=/opt/ptafuse
 RUN uv venv --python "${PYTHON_VERSION}" "${VIRTUAL_ENV}"
 WORKDIR /home/ray/ptafuse
 
-# vLLM holds older transformers, numba and numpy than requirements.txt. Of that file only what all nodes must share is
-# kept: Ray, torch, and what reads and writes the run directory. Manifests record the versions that computed each shard.
+# vLLM requires older transformers, numba and numpy than requirements.txt. Of that file, only packages that all nodes must
+# share are kept: Ray, torch, and what reads and writes the run directory. Manifests record the versions of each shard.
 COPY requirements.txt pyproject.toml README.md LICENSE ./
 RUN grep -E '^(ray|torch|pyarrow|fsspec|s3fs|safetensors|pydantic)==' requirements.txt > constraints.txt
 COPY pipeline pipeline
@@ -32,8 +32,8 @@ RUN uv pip install --constraint constraints.txt ".[vllm,peft]" \
     && python -c "import torch; cuda = torch.version.cuda; assert '${CUDA_VERSION}'.startswith(cuda), cuda"
 
 # From source, against the torch above. Ampere and Hopper; Ada runs Ampere's kernels, Blackwell needs 100. Its setup.py reads
-# FLASH_ATTN_CUDA_ARCHS, not TORCH_CUDA_ARCH_LIST: without it, it builds for all it knows, in 10 hours of CPU time. Each of
-# MAX_JOBS compilers runs NVCC_THREADS architectures at once and takes about 5 GB each. SDPA computes where it is missing.
+# FLASH_ATTN_CUDA_ARCHS, not TORCH_CUDA_ARCH_LIST; without it, it builds for all architectures, in 10 hours of CPU time. Each
+# of MAX_JOBS compilers runs NVCC_THREADS architectures at once, with about 5 GB each. SDPA is used where it is missing.
 ARG FLASH_ATTN_VERSION=2.8.3
 ARG FLASH_ATTN_CUDA_ARCHS="80;90"
 ARG MAX_JOBS=4

@@ -17,12 +17,12 @@ name = "{name}"  # letters, digits, . _ -
 path = "{fill_in}"
 text_column = "text"  # the column that holds a document's text; .txt files have none
 # split = "train"  # of a folder with train-*, validation-* and test-* files: those of one split
-# documents = "lines"  # of .txt files: each line is a document, not each file
-# kind_column = "source"  # a column that says of what kind a document is, for `ptafuse interpret`
-# max_documents = 1000  # for a first trial: only the first so many
+# documents = "lines"  # for .txt files: each line is a document, instead of each file
+# kind_column = "source"  # column with the kind of each document, for `ptafuse interpret`
+# max_documents = 1000  # for a first trial: only this many documents
 # Instead of `path`, a data set of the Hugging Face hub:
 # hub = "JeanKaddour/minipile"
-# revision = "main"  # best a commit: a branch may move between two commands
+# revision = "main"  # better a commit: a branch may move between two commands
 
 [target]  # the model that is trained
 name = "target"  # names its folders and its rows in tables
@@ -30,21 +30,21 @@ name = "target"  # names its folders and its rows in tables
 path = "{fill_in}"
 # Instead of `path`, a model of the hub:
 # hub = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# revision = "main"  # best a commit
+# revision = "main"  # better a commit
 
-[[sources]]  # a model that it learns from; write [[sources]] again for each further one
+[[sources]]  # a model to learn from; repeat [[sources]] for each further one
 name = "source"
 path = "{fill_in}"  # or `hub` and `revision`, as above
 
 [shard]
-max_length = 1024  # most tokens of a piece of text, under every tokenizer
-documents_per_shard = 1000  # what one worker computes at a time; it should take less than ten minutes
-validation_fraction = 0.05  # documents that are held out: without any, nothing can be evaluated
+max_length = 1024  # maximum number of tokens of a segment, under every tokenizer
+documents_per_shard = 1000  # size of a unit of work; it should take less than ten minutes
+validation_fraction = 0.05  # share of documents to hold out: without any, nothing can be evaluated
 
 [logits]
-max_length = 1024  # most tokens that a model sees at once
+max_length = 1024  # maximum number of tokens that a model sees at once
 # top_k = 32  # entries kept at each position; 10 by default
-# batch_tokens = 1024  # tokens of a batch: fewer need less memory
+# batch_tokens = 1024  # tokens per batch: fewer need less memory
 # dtype = "float32"  # bfloat16 by default
 
 [align]
@@ -52,19 +52,19 @@ preset = "semi-relaxed"  # or "paper"
 
 [fuse]
 function = "fitted"  # mix the models' distributions with weights fitted on the training text; or "min-ce", "avg-ce"
-max_length = 1024  # tokens of a training block
+max_length = 1024  # tokens per training block
 
 [train]
-lambda = 0.5  # weight of the text itself; the rest is that of the fused distributions
+lambda = 0.5  # weight of the text itself; the fused distributions have the rest
 num_epochs = 1
-batch_size = 32  # blocks of a step
+batch_size = 32  # blocks per step
 learning_rate = 1e-5
-# lora = {{ r = 16, alpha = 32 }}  # train low-rank adapters alone: less memory
+# lora = {{ r = 16, alpha = 32 }}  # train only low-rank adapters: less memory
 # gradient_checkpointing = true  # less memory, a quarter slower
 
 [eval]
 max_length = 1024
-# suites = ["lambada"]  # benchmarks besides bits per byte: needs ptafuse[eval]
+# suites = ["lambada"]  # benchmarks in addition to bits per byte: needs ptafuse[eval]
 """
 
 

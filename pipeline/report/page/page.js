@@ -116,7 +116,7 @@
   function costs(record, here) {
     const names = [here.target, ...here.sources];
     const known = record.c.map(([cost, weight], index) => (cost === null ? null : `${names[index]} ${cost} (weight ${weight})`));
-    return make("p", { className: "soft", textContent: `cross-entropy here: ${known.filter(Boolean).join(", ") || "judged at no larger span"}` });
+    return make("p", { className: "soft", textContent: `cross-entropy here: ${known.filter(Boolean).join(", ") || "not judged over a larger span"}` });
   }
 
   function list(title, flat, tail, gold, model) {
@@ -136,7 +136,7 @@
   function pairing(name, target, part, source) {
     const [start, tokens] = source.p;
     const paired = start < 0 ? "nothing" : `${tokens.map((token) => `“${visible(text(token))}”`).join(" ")} (from position ${start})`;
-    const unlike = "n" in source ? `conditioned on “${visible(text(source.n))}”, what is left of the candidates is moved` : "contexts differ";
+    const unlike = "n" in source ? `conditioned on “${visible(text(source.n))}”, the rest of the candidates is moved` : "contexts differ";
     const contexts = source.e ? "contexts agree" : unlike;
     const nodes = [
       make("h3", { textContent: `Pairing and plan: ${name} to ${target}` }),

@@ -253,7 +253,7 @@ def test_report_shows_figures_and_errors(evaluated: Path) -> None:
 
 def test_report_of_a_run_without_suites_says_how_to_get_them(undisturbed_run: Path) -> None:
     page = report_page(Store(str(undisturbed_run)), max_positions=50)
-    assert "No model has gone through a benchmark here" in page
+    assert "No benchmark has been run here" in page
 
 
 @pytest.mark.parametrize(
