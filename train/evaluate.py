@@ -103,7 +103,7 @@ def bits_per_byte(
     segments = first_documents(segments, config.max_documents)
     if not segments:
         raise ValueError(
-            "there is no held-out text: the shard stage's validation_fraction left no document to validation"
+            "there is no held-out text: with the shard stage's validation_fraction, no document was held out"
         )
     device = resolve_device(config.device)
     set_threads(device, cpus)

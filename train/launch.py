@@ -78,7 +78,7 @@ def run(job: TrainJob, *, num_gpus: int = 0) -> TrainResult:
     if (output / STOP_REQUEST).exists():
         raise StoppedError("stopped on SIGTERM; the checkpoint of the last step is written")
     where = str(output) if job.checkpoint_store is None else job.checkpoint_store
-    raise RuntimeError(f"Ray Train ended without an error, but {where}/{MANIFEST} is not there")
+    raise RuntimeError(f"Ray Train finished without an error, but {where}/{MANIFEST} is missing")
 
 
 def _finished(job: TrainJob) -> TrainResult | None:

@@ -173,7 +173,7 @@ def take_steps(
                 raise StoppedError(_stopped(state.step, schedule.num_steps, checkpoints.safe_step))
     if last is None:
         raise ValueError(
-            f"{output}/log.jsonl lost its records though the run is at its end: remove {output}, run again"
+            f"{output}/log.jsonl lost its records although the run is finished: remove {output}, run again"
         )
     return last
 
@@ -210,8 +210,8 @@ def check_job(job: TrainJob, *, num_workers: int) -> Path:
     check_wandb(job.config)
     if job.model.reads_conversations and not job.config.isolate_documents:
         raise ValueError(
-            "train.isolate_documents = false lets the conversations of a block see each other, and the models that are learned "
-            "from saw each of them alone: set train.isolate_documents = true"
+            "train.isolate_documents = false lets the conversations of a block see each other, but the models that it "
+            "learns from saw each of them alone: set train.isolate_documents = true"
         )
     if not job.files:
         raise ValueError("there are no fused files to train on: run `make fuse` first")
@@ -230,14 +230,14 @@ def finished(job: TrainJob) -> TrainResult | None:
         return None
     if manifest["fingerprint"] != job.fingerprint:
         raise ValueError(
-            f"{output} holds the finished model of job {manifest['fingerprint']}, this is job {job.fingerprint}: train into "
-            "another output folder"
+            f"{output} holds the finished model of job {manifest['fingerprint']}, this is job {job.fingerprint}: train "
+            "in another output folder"
         )
     missing = [name for name in manifest["model_files"] if not (output / "model" / name).is_file()]
     if missing:
         raise ValueError(
-            f"{output}/{MANIFEST} says the job is done, but {len(missing)} files of its model are missing, first "
-            f"{missing[0]}: remove {output}/{MANIFEST} to train again from the newest checkpoint"
+            f"{output}/{MANIFEST} says that the job is finished, but {len(missing)} files of its model are missing, "
+            f"first {missing[0]}: remove {output}/{MANIFEST} to train again from the newest checkpoint"
         )
     return TrainResult(model_folder=str(output / "model"), was_done=True, **manifest["result"])
 

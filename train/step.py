@@ -113,7 +113,7 @@ class Stepper:
             blocks = [name for names in self._workers.gather(bad) for name in names]
             raise FloatingPointError(
                 f"step {batch.step + 1}: the loss is not finite (sums: CLM {clm}, fusion {fusion}) on blocks "
-                f"{', '.join(blocks)}; the last checkpoint is unharmed"
+                f"{', '.join(blocks)}; the last checkpoint is intact"
             )
         return clm, fusion
 
@@ -135,8 +135,8 @@ class Stepper:
                 name for names in self._workers.gather(batch.names) for block_names in names for name in block_names
             ]
             raise FloatingPointError(
-                f"step {batch.step + 1}: the gradient's norm is {norm} on blocks {', '.join(blocks)}; the last checkpoint "
-                "is unharmed"
+                f"step {batch.step + 1}: the gradient's norm is {norm} on blocks {', '.join(blocks)}; the last "
+                "checkpoint is intact"
             )
         torch.nn.utils.clip_grads_with_norm_(parameters, self._config.clip_norm, torch.tensor(norm))
         for group in self._optimizer.param_groups:

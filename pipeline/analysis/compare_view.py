@@ -82,11 +82,11 @@ def print_comparison(config: RunConfig, comparison: Comparison, console: Console
     console.print(
         "The models themselves: their full distributions, each for its own next token (a different event for the "
         "source where its token is longer or shorter). Mixed with it: the best mixture of a row and the target, "
-        "against the target; a row that only leans to a target better than itself gains in NLL, and nothing here. "
-        f"Floored: every row rescaled to 1, the models' own top {config.align.top_k} too, and 1e-4 for a gold token "
-        "that it does not list; it compares with the target's floored NLL alone. The conditioned row covers positions "
-        "inside a source token as well (inexact = 'condition'). A number is epsilon. * as the configuration says, "
-        "except for `tail`, which all rows share, and `inexact`, unless it conditions."
+        "against the target; a row that merely moves towards a target better than itself improves its NLL, but not "
+        f"this figure. Floored: every row rescaled to 1, the models' own top {config.align.top_k} too, and 1e-4 for a "
+        "gold token that it does not list; only compare it with the target's floored NLL. The conditioned row covers "
+        "positions inside a source token as well (inexact = 'condition'). A number is epsilon. * as the configuration "
+        "says, except for `tail`, which all rows share, and `inexact`, unless it conditions."
     )
 
 

@@ -126,7 +126,7 @@ def show_aligned(inspected: InspectedRow, table: pa.Table, position: int | None,
     console.print(Text(f"gold next token: {gold}   outcome: {explanation.outcome}"))
     if explanation.seen:
         console.print(
-            Text(f"{source.name} conditioned on: {visible(explanation.seen)} (what is left of its candidates is moved)")
+            Text(f"{source.name} conditioned on: {visible(explanation.seen)} (the rest of its candidates is moved)")
         )
     # With draws a source's row has the exact entries of its window, and the tokens that were drawn.
     num_drawn = max(0, len(explanation.source_topk) - inspected.run.config.align.top_k)

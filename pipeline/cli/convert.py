@@ -17,7 +17,9 @@ def convert(
         Path | None,
         typer.Option("--output", help="A new folder, with configuration and tokenizer; by default MODEL itself."),
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Revision of a hub model, preferably a commit.")] = None,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Revision of a hub model, preferably a commit.")
+    ] = None,
 ) -> None:
     """Write pickled weights (pytorch_model.bin) as safetensors, and compare every tensor; runs no code in them."""
     # Before torch is imported: what is wrong with the arguments is said at once.
@@ -36,7 +38,7 @@ def convert(
         folder, output or folder, on_file=lambda name: shown.print(f"{name}: written and compared", soft_wrap=True)
     )
     shown.print(
-        f"{done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, are in {done.folder} as safetensors, equal to the pickled "
+        f"{done.num_tensors} tensors, {done.num_bytes / 1e9:.2f} GB, are in {done.folder} as safetensors and equal the pickled "
         f"ones: give the model as `path = {str(done.folder.absolute())!r}`",
         soft_wrap=True,
     )

@@ -129,7 +129,9 @@ def compare(
         int | None,
         typer.Option(min=1, help="Number of shards to read, evenly spread; by default as many as hold 100,000 tokens."),
     ] = None,
-    epsilon: Annotated[list[float] | None, typer.Option(help="Another epsilon for both presets; can be repeated.")] = None,
+    epsilon: Annotated[
+        list[float] | None, typer.Option(help="Another epsilon for both presets; can be repeated.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the teacher NLL of every way of aligning, on the same positions, from finished logits.

@@ -15,7 +15,8 @@ app = typer.Typer()
 def verify(
     run: RunArgument = DEFAULT_RUN,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Remove the manifests of bad shards, so that the shards are computed again.")
+        bool,
+        typer.Option("--repair", help="Remove the manifests of bad shards, so that the shards are computed again."),
     ] = False,
 ) -> None:
     """Re-read every file of a run directory against its manifest."""
@@ -31,7 +32,9 @@ def verify(
 def gc(
     run: RunArgument = DEFAULT_RUN,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
-    older_than: Annotated[str, typer.Option(metavar="DURATION", help="Keep files younger than this: 30m, 12h, 1d.")] = "1d",
+    older_than: Annotated[
+        str, typer.Option(metavar="DURATION", help="Keep files younger than this: 30m, 12h, 1d.")
+    ] = "1d",
 ) -> None:
     """Remove what killed attempts left: files that no manifest names, of any configuration."""
     from pipeline.display.durations import parse_duration

@@ -171,9 +171,7 @@ def sweep(
     ],
     run: RunOption = DEFAULT_RUN,
     local: LocalOption = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only check and list the settings of every cell.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only check and list the settings of every cell.")] = False,
 ) -> None:
     """Train and evaluate one configuration under many settings and seeds; resumes where it stopped."""
     from pipeline.display.table import print_table

@@ -179,7 +179,7 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
     kind = FORMATS[files.format]
     if not kind.has_columns:
         raise DatasetError(
-            f"{dataset.section}.kind_column = {dataset.kind_column!r}: plain text files have no columns; leave it out"
+            f"{dataset.section}.kind_column = {dataset.kind_column!r}: plain text files have no columns; remove it"
         )
     for name in files.paths:
         if kind.has_documents(files, name, Column(dataset.kind_column, "kind_column")):
@@ -189,7 +189,9 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
 def _read_rows(files: DatasetFiles, file_range: FileRange, column: Column) -> Chunks:
     """Read a range of a file's rows, exactly as many as were planned."""
     if file_range.file not in files.paths:
-        raise FileNotFoundError(f"{file_range.file} was in the dataset when the run was planned, but is missing now: restore it")
+        raise FileNotFoundError(
+            f"{file_range.file} was in the dataset when the run was planned, but is missing now: restore it"
+        )
     chunks = FORMATS[files.format].read(files, file_range, column)
     num_rows = sum(len(texts) for texts, _ in chunks)
     if num_rows != file_range.end - file_range.start:

@@ -183,7 +183,7 @@ def _one_format(dataset: DatasetConfig, names: dict[str, str], url: str) -> str:
     if dataset.documents == "lines":
         if kinds != [TEXT]:
             raise DatasetError(
-                f'{dataset.section}.documents = "lines" says how .txt files are read, and {url} holds {kinds[0]}: leave it out'
+                f'{dataset.section}.documents = "lines" says how .txt files are read, but {url} holds {kinds[0]}: remove it'
             )
         return LINES
     return kinds[0]

@@ -64,7 +64,7 @@ def _job(run: Run, step: Step, source: SourceConfig, shards: Sequence[int]) -> T
         files.append(FusedFile(path=run.store.full_url(data.key), sha256=data.sha256))
     if not files:
         raise StageError(
-            f"{step.key}: its {len(shards)} shards hold no training text; see `ptafuse status {run.store.url}`"
+            f"{step.key}: its {len(shards)} shards contain no training text; see `ptafuse status {run.store.url}`"
         )
     return TrainJob(
         config=source.adapt.training(run.config.train, isolate=source.reads_conversations),

@@ -31,7 +31,7 @@ def check_library_versions(run: Run, step: Step) -> None:
     if not drift:
         return
     message = (
-        f"{step.key}: library versions differ from those of the finished shards, so results may differ: {', '.join(drift)}"
+        f"{step.key}: library versions differ from those of finished shards, so results may, too: {', '.join(drift)}"
     )
     if run.strict:
         raise StageError(f"{message}. Install the versions of requirements.txt, or omit --strict")

@@ -476,7 +476,7 @@ def _predict(
     except NotFiniteError as error:
         raise ValueError(
             f"eval/{ENSEMBLE}: model {model.name}: {error} of the held-out text: its weights hold NaN, or eval.dtype "
-            "overflows: try --set eval.dtype=float32, or leave baselines.ensemble out"
+            "overflows: try --set eval.dtype=float32, or turn off baselines.ensemble"
         ) from error
 
 

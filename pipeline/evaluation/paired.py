@@ -94,8 +94,8 @@ def _paired_documents(
     lacking = after.keys() ^ before.keys()
     if lacking and not same_documents and not _have_same_documents(result, baseline):
         raise OtherDocumentsError(
-            f"results on different documents cannot be paired: of {len(after.keys() | before.keys())} documents {len(lacking)} "
-            "are in one of the two evaluations alone"
+            f"results on different documents cannot be paired: of {len(after.keys() | before.keys())} documents "
+            f"{len(lacking)} are in only one of the two evaluations"
         )
     return [(entry, before[doc_id]) for doc_id, entry in after.items() if doc_id in before]
 

@@ -120,7 +120,7 @@ class _Tensors:
         if file not in self._opened:
             path = model_file(self._model, file)
             if path is None:
-                raise FileNotFoundError(f"{self._model.name}: {file}, which its index names, is not there")
+                raise FileNotFoundError(f"{self._model.name}: {file}, which its index names, does not exist")
             self._opened[file] = self._stack.enter_context(safe_open(str(path), framework="pt"))
         return self._opened[file]
 
@@ -135,7 +135,9 @@ def _tied_tensors(model: ModelConfig) -> frozenset[str]:
 def _check_configurations(models: Sequence[ModelConfig]) -> None:
     for model in models:
         if getattr(load_config(model), "quantization_config", None) is not None:
-            raise AverageRefusedError(f"{model.name} is quantized: its tensors are codes, and a mean of codes is not a weight")
+            raise AverageRefusedError(
+                f"{model.name} is quantized: its tensors are codes, and a mean of codes is not a weight"
+            )
     target, *sources = (_architecture(model) for model in models)
     for model, source in zip(models[1:], sources, strict=True):
         known = [key for key in (*_SHAPE, *sorted(target.keys() - set(_SHAPE))) if key in target and key in source]
@@ -180,7 +182,7 @@ def _check_tensors(models: Sequence[ModelConfig], tensors: Sequence[_Tensors]) -
         if alone:
             holder = models[0].name if alone[0] in target.files else model.name
             raise AverageRefusedError(
-                f"{models[0].name} and {model.name} differ in {len(alone)} tensors: {alone[0]} is in {holder} alone"
+                f"{models[0].name} and {model.name} differ in {len(alone)} tensors: {alone[0]} is only in {holder}"
             )
         for name in target.files:
             if target.shape(name) != source.shape(name):

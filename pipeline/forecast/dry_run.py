@@ -108,7 +108,7 @@ def target_shape(model: ModelConfig) -> tuple[Any, str]:
         return AutoConfig.from_pretrained(**arguments), f"the hub, {model.hub}"
     except OSError as error:
         raise ValueError(
-            f"the configuration of {model.hub} is neither in the local cache of the hub nor can it be fetched "
+            f"the configuration of {model.hub} is not in the local cache of the hub and cannot be fetched "
             f"({str(error).splitlines()[0]}): give the target as `path`, a folder with its config.json"
         ) from error
 

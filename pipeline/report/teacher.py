@@ -133,7 +133,7 @@ def teacher_table(rows: Sequence[TeacherRow]) -> ResultTable:
 def moved_table(rows: Sequence[TeacherRow]) -> ResultTable:
     """Build the table of what aligning changed in the sources' distributions, for people."""
     return ResultTable(
-        "What aligning moved: positions where both models condition on the same text; mass that landed on a token of "
+        "What alignment moved: positions where both models condition on the same text; mass that landed on a token of "
         "another text; entropy of the source's window before and after, nats",
         ("configuration", "distribution", "exact contexts", "mass moved", "entropy before", "after"),
         tuple(
@@ -158,7 +158,7 @@ def _notes(rows: Sequence[TeacherRow]) -> tuple[str, ...]:
         return ()
     note = (
         "inf: a row rescaled to 1 gives no probability to tokens that it does not list; the share of positions where "
-        f"this is the gold token: {excluding}. `ptafuse compare` has the completed figure of every method."
+        f"this is the gold token: {excluding}. `ptafuse compare` shows the completed NLL of every method."
     )
     return (note,)
 

@@ -91,8 +91,8 @@ def _from_record(value: dict[str, Any], where: str) -> ResolvedRun:
         config = RunConfig.model_validate(_upgraded(value["config"]))
     except (TypeError, ValidationError) as error:
         raise ValueError(
-            f"{where} was recorded by another version of ptafuse: run a stage of its configuration again with this one, or go "
-            f"on with that version ({str(error).splitlines()[0]})"
+            f"{where} was recorded by another version of ptafuse: run a stage of its configuration again with this "
+            f"one, or continue with that version ({str(error).splitlines()[0]})"
         ) from None
     return ResolvedRun(config, steps, Request(value["config_path"], tuple(value["overrides"])))
 

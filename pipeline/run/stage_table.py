@@ -250,7 +250,7 @@ def _fit_settings(config: RunConfig, name: str | None) -> dict[str, Any]:
 
 
 def _kinds(config: RunConfig) -> dict[str, Any]:
-    """Return the column that says of what kind a document is, where weights depend on it."""
+    """Return the column with the kind of each document, where weights depend on it."""
     return {"kind_column": config.dataset.kind_column} if _by_kind(config) else {}
 
 

@@ -52,8 +52,7 @@ def expected_warnings(config: RunConfig, num_documents: int | None) -> list[str]
     return [
         f"shard.{split}_fraction = {fraction:g} of {num_documents:,} documents holds out about {expected:.1f} to "
         f"evaluate on, and none with a probability of {math.pow(1 - fraction, num_documents):.0%}: set it to "
-        f"{_suggested(num_documents):g}, say"
-        + _lines_hint(config.dataset, num_documents)
+        f"{_suggested(num_documents):g}, say" + _lines_hint(config.dataset, num_documents)
     ]
 
 
@@ -117,7 +116,7 @@ def _lines_hint(dataset: DatasetConfig, num_documents: int) -> str:
         return ""
     return (
         f'. A .txt file is one document: set {dataset.section}.documents = "lines" if each of its lines is one, or write each '
-        "document to a file of its own"
+        "document to a separate file"
     )
 
 

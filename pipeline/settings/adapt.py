@@ -24,17 +24,17 @@ class AdaptConfig(Settings):
     the other way round.
     """
 
-    num_epochs: int = Field(1, ge=1, description="Times every block of the other fold is seen.")
+    num_epochs: int = Field(1, ge=1, description="Number of passes over the blocks of the other fold.")
     learning_rate: float = Field(1e-5, gt=0, description="Peak.")
-    batch_size: int = Field(256, ge=1, description="Blocks in an optimizer step.")
+    batch_size: int = Field(256, ge=1, description="Blocks per optimizer step.")
     warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
-    weight_decay: float = Field(0.1, ge=0, description="Not on norms and biases.")
-    max_length: int = Field(2048, ge=2, description="Tokens of a block; a longer segment has a block of its own.")
+    weight_decay: float = Field(0.1, ge=0, description="Weight decay; not applied to norms and biases.")
+    max_length: int = Field(2048, ge=2, description="Tokens per block; a longer segment has a separate block.")
     autocast: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Precision of the forward and backward pass."
     )
-    lora: LoraConfig | None = Field(None, description="Train low-rank adapters alone; all weights by default.")
-    seed: int = Field(42, ge=0, description="Of the blocks' order.")
+    lora: LoraConfig | None = Field(None, description="Train only low-rank adapters; by default all weights.")
+    seed: int = Field(42, ge=0, description="Seed of the blocks' order.")
 
     def training(self, like: TrainConfig, *, isolate: bool = False) -> TrainConfig:
         """Return the settings of the trainer: these, and of another training what changes no result (devices, workers).
@@ -56,8 +56,8 @@ class SourceConfig(ModelConfig):
     # Part of the fingerprint of its logits, instead of the setting under [logits].
     backend: Annotated[Literal["transformers", "vllm", "server"] | None, RUNTIME] = Field(
         None,
-        description="What runs this source for its logits, instead of `logits.backend`. A source that a server runs is not "
-        "evaluated, and its weights need not be here.",
+        description="Backend for this source's logits, instead of `logits.backend`. A source that runs on a server is "
+        "not evaluated, and its weights need not be available here.",
     )
     served_model: Annotated[str | None, RUNTIME] = Field(
         None, description="Name of this source on the server, instead of `logits.served_model`."
@@ -65,7 +65,8 @@ class SourceConfig(ModelConfig):
 
     adapt: Annotated[AdaptConfig | None, ADDED] = Field(
         None,
-        description="Train the source on the run's own text before its logits are dumped; by default it is used as it is.",
+        description="Train the source on the run's own text before its logits are dumped; by default it is used "
+        "unchanged.",
     )
 
     @property

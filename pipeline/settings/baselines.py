@@ -34,13 +34,15 @@ class BaselinesConfig(Settings):
         description="Evaluate the token-level ensemble: the target's distribution mixed with the sources' aligned ones.",
     )
     ensemble_weights: Weights | None = Field(
-        None, description="Of each source, in their order; the target has the rest. By default all models the same."
+        None,
+        description="Weight of each source, in their order; the target has the rest. By default all models have the "
+        "same weight.",
     )
     ensemble_contexts: Literal["prefix", "segment"] = Field(
         "prefix",
-        description="What a source reads before it predicts. `prefix`: the text so far, tokenized by itself, as a decoder "
-        "would; `segment`: the tokens of the whole segment, where one ends there: cheaper, but it knows from text to come "
-        "where the source's tokens end.",
+        description="What a source reads before it predicts. `prefix`: the text so far, tokenized by itself, as a "
+        "decoder would; `segment`: the tokens of the whole segment, where one ends there: cheaper, but it uses later "
+        "text to know where the source's tokens end.",
     )
     weight_average: Annotated[bool, RUNTIME] = Field(
         False,
@@ -48,7 +50,8 @@ class BaselinesConfig(Settings):
     )
     average_weights: Weights | None = Field(
         None,
-        description="Of each source's tensors, in their order; the target's have the rest. By default all the same.",
+        description="Weight of each source's tensors, in their order; the target's have the rest. By default all have "
+        "the same weight.",
     )
 
     @property
@@ -66,8 +69,8 @@ class BaselinesConfig(Settings):
         for name, given in (("ensemble_weights", self.ensemble_weights), ("average_weights", self.average_weights)):
             if given is not None and (len(given) != num_sources or not sum(given) < 1):
                 raise ValueError(
-                    f"baselines.{name} = {list(given)}: expected one number for each of the {num_sources} sources, with a "
-                    "sum below 1, for the target has the rest"
+                    f"baselines.{name} = {list(given)}: expected one number for each of the {num_sources} sources, "
+                    "with a sum below 1, because the target has the rest"
                 )
 
     def source_weights(self, baseline: Baseline, num_sources: int) -> tuple[float, ...]:

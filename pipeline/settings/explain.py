@@ -33,7 +33,7 @@ _TOML_HINTS: Final = (
     ("overwrite", "a setting or a section is given twice: remove one, or write [[sources]] with two brackets"),
     ("hex value", "in double quotes a backslash starts an escape sequence: put a Windows path in single quotes"),
     ("'\\'", "in double quotes a backslash starts an escape sequence: put a Windows path in single quotes"),
-    ("Invalid value", 'texts stand in quotes (name = "my-run"), and true and false are written in lower case'),
+    ("Invalid value", 'texts are written in quotes (name = "my-run"), and true and false are written in lower case'),
 )
 """Part of a message of ``tomllib`` -> what to write instead."""
 _SHOWN_CHARACTERS: Final = 60

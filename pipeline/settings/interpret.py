@@ -16,8 +16,11 @@ class InterpretConfig(Settings):
     max_positions: int = Field(
         100_000,
         ge=1,
-        description="Target positions that are read, about: whole documents, the same number of positions in each shard.",
+        description="Approximate number of target positions to read: whole documents, the same number of positions in "
+        "each shard.",
     )
     max_shards: int = Field(8, ge=1, le=64, description="Shards from which documents are drawn.")
-    seed: int = Field(42, description="Of the draw of shards and documents.")
-    num_pairs: int = Field(20, ge=1, le=1000, description="Most moved pairs of tokens that are kept for each source.")
+    seed: int = Field(42, description="Seed of the draw of shards and documents.")
+    num_pairs: int = Field(
+        20, ge=1, le=1000, description="Number of most moved pairs of tokens to keep for each source."
+    )

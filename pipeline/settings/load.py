@@ -41,7 +41,7 @@ def load_config(path: str | Path, overrides: tuple[str, ...] = ()) -> RunConfig:
         _set(values, override)
     unfilled = list(_unfilled(values))
     if unfilled:
-        raise ConfigError(f"{source}: fill in {', '.join(unfilled)}, which `ptafuse init` left open")
+        raise ConfigError(f"{source}: fill in {', '.join(unfilled)}, which `ptafuse init` left empty")
     return parse_config(values, where=str(source))
 
 

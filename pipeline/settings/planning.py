@@ -15,9 +15,13 @@ HUB_DATASETS: Final[dict[tuple[str, str], tuple[int, int]]] = {
 class PricesConfig(Settings):
     """Prices in your currency. Items without a price are left out of the sum, and ``plan`` says so."""
 
-    gpu_hour: float | None = Field(None, ge=0, description="A GPU for an hour, the CPUs of its worker included.")
-    core_hour: float | None = Field(None, ge=0, description="A CPU core for an hour, of workers without a GPU.")
-    gb_month: float | None = Field(None, ge=0, description="10^9 bytes in the run directory for a month.")
+    gpu_hour: float | None = Field(
+        None, ge=0, description="Price of a GPU for an hour, including the CPUs of its worker."
+    )
+    core_hour: float | None = Field(
+        None, ge=0, description="Price of a CPU core for an hour, for workers without a GPU."
+    )
+    gb_month: float | None = Field(None, ge=0, description="Price of 10^9 bytes in the run directory for a month.")
 
 
 class AssumptionsConfig(Settings):
@@ -27,65 +31,76 @@ class AssumptionsConfig(Settings):
     """
 
     num_documents: int | None = Field(
-        None, ge=1, description="Documents of the dataset, where its files or its card do not tell."
+        None, ge=1, description="Documents of the dataset, if neither its files nor its card give the number."
     )
     text_bytes: float | None = Field(
-        None, gt=0, description="Bytes of the dataset's text, where its files or its card do not tell."
+        None, gt=0, description="Bytes of the dataset's text, if neither its files nor its card give the number."
     )
     parameters: dict[str, float] = Field(
-        {}, description="Parameters of a model by its name in this configuration, where they cannot be found out."
+        {},
+        description="Number of parameters of a model, by its name in this configuration, if it cannot be determined.",
     )
     expansion: float = Field(
         2.5,
         ge=1,
-        description="Bytes of text in a byte of a compressed or Parquet file; usual for English text under zstd.",
+        description="Bytes of text per byte of a compressed or Parquet file; typical for English text under zstd.",
     )
     bytes_per_token: float = Field(
-        3.93, gt=0, description="Bytes of text a token: MiniPile's 5.9 GB are about 1.5 billion Llama-2 tokens."
+        3.93, gt=0, description="Bytes of text per token: MiniPile's 5.9 GB are about 1.5 billion Llama-2 tokens."
     )
     gpu_forward_rate: float = Field(
         1.94e14,
         gt=0,
-        description="Parameters times tokens that a GPU does a second in logits and eval: about 15 H100-hours for 7 billion "
-        "parameters and 1.5 billion tokens.",
+        description="Parameters times tokens per second of a GPU in logits and eval: about 15 H100-hours for 7 "
+        "billion parameters and 1.5 billion tokens.",
     )
     cpu_forward_rate: float = Field(
         7.8e10,
         gt=0,
-        description="The same of a CPU core: measured with SmolLM2-135M, bfloat16, 1,153 tokens/s on 2 virtual cores.",
+        description="Parameters times tokens per second of a CPU core in logits and eval: measured with SmolLM2-135M, "
+        "bfloat16, 1,153 tokens/s on 2 virtual cores.",
     )
     gpu_train_rate: float = Field(
         6.6e13,
         gt=0,
-        description="Parameters times tokens that a GPU trains a second: 6 operations each, at 40 % of the 989 TFLOP/s of an "
-        "H100's data sheet (dense bfloat16); a quarter less with gradient checkpointing. Not measured.",
+        description="Parameters times tokens per second of a GPU in training: 6 operations each, at 40 % of the 989 "
+        "TFLOP/s of an H100's data sheet (dense bfloat16); a quarter less with gradient checkpointing. Not measured.",
     )
     cpu_train_rate: float = Field(
-        1.6e10, gt=0, description="The same of a CPU core: measured with SmolLM2-135M, 243 tokens/s on 2 virtual cores."
+        1.6e10,
+        gt=0,
+        description="Parameters times tokens per second of a CPU core in training: measured with SmolLM2-135M, 243 "
+        "tokens/s on 2 virtual cores.",
     )
     eager_slowdown: float = Field(
         1.5,
         ge=1,
-        description="How much longer a GPU takes with eager attention: at 2,048 tokens the scores of 32 layers of 32 heads, "
-        "read and written in 28 bytes each, take 17 microseconds per token on an H100, on top of 35 for the rest of 7 billion "
-        "parameters. Not measured.",
+        description="Factor by which eager attention is slower on a GPU: at 2,048 tokens the scores of 32 layers of "
+        "32 heads, read and written in 28 bytes each, take 17 microseconds per token on an H100, on top of 35 for the "
+        "rest of 7 billion parameters. Not measured.",
     )
     gpu_from_parameters: float = Field(
-        1e9, ge=0, description="With device = 'auto' a model of this many parameters or more is taken to run on a GPU."
+        1e9,
+        ge=0,
+        description="With device = 'auto' a model with this many parameters or more is assumed to run on a GPU.",
     )
     shard_rate: float = Field(
-        330_000, gt=0, description="Tokens times tokenizers that a core shards a second: measured in the demo's run."
+        330_000,
+        gt=0,
+        description="Tokens times tokenizers that a core processes per second in shard: measured in the demo's run.",
     )
     align_rate: float = Field(
         27_000,
         gt=0,
-        description="Tokens that a core aligns a second, edit-distance pairing: measured in the demo's run.",
+        description="Tokens that a core aligns per second with edit-distance pairing: measured in the demo's run.",
     )
     align_boundary_rate: float = Field(
-        40_000, gt=0, description="The same with pairing = 'boundary': measured in the demo's run."
+        40_000,
+        gt=0,
+        description="Tokens that a core aligns per second with pairing = 'boundary': measured in the demo's run.",
     )
     fuse_rate: float = Field(
-        105_000, gt=0, description="Tokens that a core fuses a second: measured in the demo's run."
+        105_000, gt=0, description="Tokens that a core fuses per second: measured in the demo's run."
     )
     text_compression: float = Field(
         0.7,
@@ -93,6 +108,6 @@ class AssumptionsConfig(Settings):
         description="Bytes of a shard file per byte of text: measured in the demo's run, whose shards are small.",
     )
     bytes_per_entry: float = Field(
-        4.2, gt=0, description="Bytes a token and kept entry in logits, align and fuse files: 27 to 42 for 10 entries in the "
+        4.2, gt=0, description="Bytes per token and kept entry in logits, align and fuse files: 27 to 42 for 10 entries in the "
         "demo's run.",
     )  # fmt: skip

@@ -23,30 +23,36 @@ from train.config import TrainConfig
 class EngineConfig(Settings):
     """Settings for scheduling shards; none of them changes a result."""
 
-    max_attempts: int = Field(3, ge=1, description="Attempts at a shard before it counts as failed.")
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of a Ray started here; all of the machine by default.")
-    connect_timeout_seconds: float = Field(
-        60, gt=0, description="How long the cluster that RAY_ADDRESS names is waited for."
+    max_attempts: int = Field(3, ge=1, description="Number of attempts at a shard before it counts as failed.")
+    num_cpus: int | None = Field(
+        None, ge=1, description="CPUs of a Ray instance that is started here; by default all CPUs of the machine."
     )
+    connect_timeout_seconds: float = Field(60, gt=0, description="How long to wait for the cluster at RAY_ADDRESS.")
     autoscaling: bool | None = Field(
         None,
-        description="Whether the cluster that RAY_ADDRESS names adds machines by itself. By default it may: a step has as many "
-        "actors as shards at most, and waits for machines; `false`: it has those that fit, and what does not fit is refused.",
+        description="Whether the cluster at RAY_ADDRESS adds machines by itself. By default it may: a step has at "
+        "most as many actors as shards, and waits for machines. `false`: a step has the actors that fit, and workers "
+        "that do not fit are refused.",
     )
     cluster_timeout_seconds: int = Field(
-        3600, ge=1, description="How long a step waits for a cluster that can grow to have room for its workers."
+        3600, ge=1, description="How long a step waits until a cluster that can grow has room for its workers."
     )
     node_cpus: int | None = Field(
-        None, ge=1, description="CPUs of a machine with GPUs, for `plan` and `--dry-run` to say which GPUs stay idle."
+        None,
+        ge=1,
+        description="CPUs of a machine with GPUs, so that `plan` and `--dry-run` can report GPUs that stay idle.",
     )
-    node_gpus: int | None = Field(None, ge=1, description="GPUs of such a machine; given together with `node_cpus`.")
+    node_gpus: int | None = Field(None, ge=1, description="GPUs of such a machine; set together with `node_cpus`.")
     scratch: Path | None = Field(
         None,
-        description="Where training works when the run directory is in an object store, which gets its checkpoints and the "
-        "model: a folder on the disk of each machine, or one that all share; ~/.cache/ptafuse/scratch by default.",
+        description="Working folder of training when the run directory is in an object store, to which checkpoints "
+        "and the model are uploaded: a folder on the disk of each machine, or one that all machines share; "
+        "~/.cache/ptafuse/scratch by default.",
     )
     no_progress_timeout_seconds: int = Field(
-        7200, ge=60, description="Ray Data gives up when no shard ends for this long; must exceed a shard's time."
+        7200,
+        ge=60,
+        description="Ray Data gives up if no shard finishes for this long; must exceed the time of a shard.",
     )
 
     @model_validator(mode="after")
@@ -68,8 +74,8 @@ class RunConfig(Settings):
     name: Annotated[Name, RUNTIME] = Field(description="Names the recorded configuration: letters, digits, . _ -")
     logits_from: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
         None,
-        description="Another run directory (a path or an fsspec URL): shards and logits that are done there under the same "
-        "fingerprint are read there instead of being computed; nothing is written there.",
+        description="Another run directory (a path or an fsspec URL): finished shards and logits with the same "
+        "fingerprint are read from there instead of being computed; nothing is written there.",
     )
     dataset: DatasetConfig
     target: ModelConfig
@@ -174,21 +180,20 @@ class RunConfig(Settings):
         self._draws_are_kept()
         if self.fuse.packing == "whole" and self.fuse.max_length < self.shard.max_length:
             raise ValueError(
-                f"fuse.max_length = {self.fuse.max_length} is below shard.max_length = {self.shard.max_length}, and with "
-                "fuse.packing = 'whole' every segment must fit a block: raise the one, lower the other, or set packing = 'cut'"
+                f"fuse.max_length = {self.fuse.max_length} is below shard.max_length = {self.shard.max_length}, and "
+                "with fuse.packing = 'whole' every segment must fit a block: raise fuse.max_length, lower "
+                "shard.max_length, or set packing = 'cut'"
             )
         self._conversations_are_whole()
         if self.fuse.function == "fitted" and self.align.tail != "bucket":
             raise ValueError(
-                "fuse.function = 'fitted' needs align.tail = 'bucket': a row rescaled to 1 gives a gold token that it does not "
-                "list no probability, and no weight but 0 would fit it"
+                "fuse.function = 'fitted' needs align.tail = 'bucket': a row rescaled to 1 gives no probability to a "
+                "gold token that it does not list, and only weight 0 would fit it"
             )
         if self.train.tail_loss == "gold" and self.align.tail != "bucket":
             raise ValueError("train.tail_loss = 'gold' needs align.tail = 'bucket': a row rescaled to 1 has no tail")
         if self.fuse.function == "fitted" and self.fuse.per == "kind" and self.dataset.kind_column is None:
-            raise ValueError(
-                "fuse.per = 'kind' needs dataset.kind_column: the column that says of what kind a document is"
-            )
+            raise ValueError("fuse.per = 'kind' needs dataset.kind_column: the column with the kind of each document")
         if self.eval.split == "test" and self.shard.test_fraction == 0:
             raise ValueError('eval.split = "test" has no documents: set shard.test_fraction, which is 0')
         return self
@@ -228,20 +233,20 @@ class RunConfig(Settings):
             )
             if with_bos is not None:
                 raise ValueError(
-                    f"model {with_bos.name}: bos = {str(with_bos.bos).lower()} is of texts, and in conversations its chat "
-                    "template decides whether BOS stands before them: leave bos out"
+                    f"model {with_bos.name}: bos = {str(with_bos.bos).lower()} applies to texts, and in conversations the chat "
+                    "template decides whether they begin with BOS: remove bos"
                 )
         else:
             if self.eval.num_generations:
                 raise ValueError(
-                    f"eval.num_generations = {self.eval.num_generations} asks for answers to held-out turns, and the dataset "
-                    "holds texts: set dataset.messages_column, or leave num_generations out"
+                    f"eval.num_generations = {self.eval.num_generations} asks for answers to held-out turns, and the "
+                    "dataset holds texts: set dataset.messages_column, or remove num_generations"
                 )
             templates = [model.name for model in self.models if model.chat_template is not None]
             if templates:
                 raise ValueError(
-                    f"model {templates[0]}: chat_template says how conversations are rendered, and the dataset holds texts: "
-                    "set dataset.messages_column, or leave chat_template out"
+                    f"model {templates[0]}: chat_template says how conversations are rendered, and the dataset holds "
+                    "texts: set dataset.messages_column, or remove chat_template"
                 )
 
     def _draws_are_kept(self) -> None:
@@ -256,18 +261,18 @@ class RunConfig(Settings):
         needs = f"logits.tail_samples = {samples} needs"
         if self.align.tail != "bucket":
             raise ValueError(
-                f"{needs} align.tail = 'bucket', and it is {self.align.tail!r}: draws stand for the tail that a row "
+                f"{needs} align.tail = 'bucket', and it is {self.align.tail!r}: draws stand for the tail, which a row "
                 "rescaled to 1 does not have. Choose align.preset = 'semi-relaxed', or set align.tail"
             )
         if self.align.top_k < top_k:
             raise ValueError(
-                f"{needs} align.top_k = logits.top_k = {top_k}, and it is {self.align.top_k}: no draw stands for the entries "
-                "between the two"
+                f"{needs} align.top_k = logits.top_k = {top_k}, and it is {self.align.top_k}: no draws stand for the "
+                "entries between the two"
             )
         if self.align.top_p is not None:
             raise ValueError(
-                f"{needs} windows that nothing narrows, and align.top_p = {self.align.top_p} cuts entries that no draw stands "
-                "for: leave align.top_p out"
+                f"{needs} windows that are not narrowed, and align.top_p = {self.align.top_p} cuts entries for which "
+                "no draws stand: remove align.top_p"
             )
         if self.fuse.top_k < top_k:
             raise ValueError(
@@ -276,8 +281,8 @@ class RunConfig(Settings):
             )
         if self.train.tail_loss == "gold":
             raise ValueError(
-                f"{needs} train.tail_loss = 'bucket': 'gold' stands for what rows leave out, and with draws they leave out "
-                "nothing in the mean, so that the tail would be learnt twice"
+                f"{needs} train.tail_loss = 'bucket': 'gold' stands for the mass that rows omit, and with draws they "
+                "omit nothing on average, so the tail would be learned twice"
             )
 
     @property

@@ -22,22 +22,28 @@ class TextConfig(DatasetConfig):
     name: Annotated[Name, RUNTIME] = Field(description="Names its tables and result folders: letters, digits, . _ -")
     kind_column: str | None = Field(
         None,
-        description="A column of strings that says of what kind a document is: documents are spread over the kinds, and "
-        "figures are also averaged over kinds, all with the same weight.",
+        description="A string column with the kind of each document: documents are chosen from all kinds, and results "
+        "are also averaged over kinds, all with the same weight.",
     )
     num_documents: int | None = Field(
         None,
         ge=1,
-        description="Documents that are chosen, as many of each kind as there are, up to an equal share; all by default.",
+        description="Number of documents to choose: an equal share of each kind, as far as it has enough; by default "
+        "all.",
     )
-    fraction: float | None = Field(None, gt=0, le=1, description="Instead of `num_documents`: this share of each kind.")
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="Share of each kind to choose, instead of `num_documents`."
+    )
     max_characters: int | None = Field(
-        None, ge=1, description="A longer document is cut at the last white space before; whole documents by default."
+        None,
+        ge=1,
+        description="A longer document is cut at the last whitespace before this length; by default documents are "
+        "whole.",
     )
     overlap: Literal["filter", "refuse"] = Field(
         "filter",
-        description="What becomes of documents that share text with the training documents: `filter` leaves them out and "
-        "counts them, `refuse` ends the evaluation.",
+        description="How to treat documents that share text with the training documents: `filter` excludes and counts "
+        "them, `refuse` ends the evaluation.",
     )
     max_overlap: float = Field(
         0.1,
@@ -57,15 +63,16 @@ class TextConfig(DatasetConfig):
             raise ValueError(f"a text cannot be named {self.name!r}: that is the held-out split's name")
         if self.control_tokens != "split":
             raise ValueError(
-                "control_tokens stands in [dataset]: the run's tokenizers read all texts alike, so leave it out here"
+                "control_tokens belongs in [dataset]: the run's tokenizers read all texts in the same way, so remove "
+                "it here"
             )
         if self.has_conversations and self.max_characters is not None:
             raise ValueError(
-                "max_characters cuts texts, and conversations are scored whole: leave it out, or choose fewer of them with "
-                "num_documents"
+                "max_characters cuts texts, and conversations are scored whole: remove it, or choose fewer "
+                "conversations with num_documents"
             )
         if self.num_documents is not None and self.fraction is not None:
-            raise ValueError("num_documents and fraction both say how many documents are chosen: give one of them")
+            raise ValueError("num_documents and fraction both set the number of documents: give only one of them")
         return self
 
 
@@ -74,7 +81,7 @@ class EvaluationConfig(EvalConfig):
 
     # Each text has results and fingerprints of its own: those of the held-out split do not depend on it.
     texts: Annotated[tuple[TextConfig, ...], RUNTIME] = Field(
-        (), description="Corpora besides the held-out split, each with tables of its own. See docs/evaluation.md."
+        (), description="Corpora in addition to the held-out split, each with separate tables. See docs/evaluation.md."
     )
 
     @model_validator(mode="after")

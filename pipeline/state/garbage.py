@@ -139,8 +139,8 @@ def _named_files(store: Store, manifests: Sequence[str]) -> set[str]:
                 store.home_of(file)  # refuses one that no configuration names
         except ValueError as error:
             raise ValueError(
-                f"{store.url}: {key} is not a manifest that this ptafuse can read, so what it names is unknown and nothing was "
-                f"removed: {error}\nRun `ptafuse verify {store.url}`."
+                f"{store.url}: {key} is not a manifest that this version of ptafuse can read, so the files that it "
+                f"names are unknown and nothing was removed: {error}\nRun `ptafuse verify {store.url}`."
             ) from error
         named |= {file.key for file in files}
     return named

@@ -24,7 +24,7 @@ REASONS: Final = {
     "HasMedia": "with images, audio or video",
     "OtherContent": "with content that is not text",
     "UnknownRole": "with an unknown role",
-    "NotAConversation": "that are no conversations",
+    "NotAConversation": "that are not conversations",
     "CannotRender": "that a chat template refuses",
     "CannotCut": "that are too long",
     "NullText": "that are null",
@@ -188,8 +188,8 @@ def _warnings(steps: tuple[StepStatus, ...]) -> list[str]:
         covered, positions = step.health.get("covered"), step.health.get("positions")
         if isinstance(covered, int) and isinstance(positions, int) and covered < LOW_COVERAGE * positions:
             warnings.append(
-                f"{step.key}: only {covered / positions:.0%} of the positions have an aligned distribution; training would "
-                "learn from the gold tokens almost alone. Try align.inexact = 'transport', or another source."
+                f"{step.key}: only {covered / positions:.0%} of the positions have an aligned distribution; training "
+                "would learn almost only from the gold tokens. Try align.inexact = 'transport', or another source."
             )
         quarantined = sum(shard.num_quarantined for shard in step.shards.values())
         if quarantined:

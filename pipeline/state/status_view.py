@@ -15,24 +15,24 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
     "shard": {
         "documents": "documents that became segments",
         "empty_documents": "empty, or only whitespace",
-        UNLEARNT_CONVERSATIONS: "nothing of them is learnt",
+        UNLEARNT_CONVERSATIONS: "nothing in them is learned",
         QUARANTINED: "conversations in quarantine, by reason",
         CONTROL_TOKEN_DOCUMENTS: "hold control tokens as text",
         "train_segments": "segments to learn from",
         "validation_segments": "segments held out",
-        "test_segments": "segments held out a second time",
+        "test_segments": "segments of the second held-out split",
     },
     "logits": {
         "bits_per_byte": "of the model, on training text",
         "topk_mass": "probability of the kept entries",
-        "windowed_segments": "longer than the model sees at once",
+        "windowed_segments": "longer than the model's window",
         "tokens_per_second_per_worker": "speed",
     },
     "align": {
         "covered": "positions that got a distribution",
         "completed_nll": "surprise of the gold token, nats",
-        GOLD_EXCLUDED: "rows that rule the gold token out",
-        "target_exact_nll": "the same of the target itself",
+        GOLD_EXCLUDED: "rows that exclude the gold token",
+        "target_exact_nll": "surprise of the target itself, nats",
         "mass_moved": "probability moved to other texts",
         "missing_source_segments": "segments without its logits",
         "unconverged": "transport without convergence",
@@ -44,9 +44,9 @@ HEADLINES: Final[dict[str, dict[str, str]]] = {
     "fuse": {
         "fused": "positions that got a distribution",
         "completed_nll": "surprise of the gold token, nats",
-        GOLD_EXCLUDED: "rows that rule the gold token out",
-        "target_exact_nll": "the same of the target itself",
-        "block_fill": "share of the blocks that is filled",
+        GOLD_EXCLUDED: "rows that exclude the gold token",
+        "target_exact_nll": "surprise of the target itself, nats",
+        "block_fill": "filled share of the blocks",
         "missing_source_segments": "segments without a source",
     },
 }
@@ -105,7 +105,7 @@ def print_status(status: RunStatus, console: Console, *, all_metrics: bool = Fal
     console.print(table)
     _print_health(status, console, all_metrics=all_metrics)
     if status.token_tables:
-        console.print(f"what token ids stand for: {', '.join(status.token_tables)}", soft_wrap=True)
+        console.print(f"meanings of token ids: {', '.join(status.token_tables)}", soft_wrap=True)
     for step in status.steps:
         for shard, error in sorted(step.failed.items()):
             console.print(f"{step.key} shard {shard} failed: {error}", style="red")

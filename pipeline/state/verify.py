@@ -52,7 +52,7 @@ def verify_run(store: Store, console: Console, *, repair: bool) -> int:
             console.print(
                 f"{folder}: its manifest is removed; run `make {stage}` to write the model again from the newest checkpoint"
             )
-    console.print(f"{num_good} shards are as their manifests say; {num_bad} shards or models are not")
+    console.print(f"{num_good} shards match their manifests; {num_bad} shards or models do not")
     return num_bad + _verify_tables(store, console, repair=repair)
 
 
@@ -69,9 +69,9 @@ def _verify_tables(store: Store, console: Console, *, repair: bool) -> int:
             console.print(f"{key}: {error}", soft_wrap=True)
             if repair:
                 store.delete(key)
-                console.print(f"{key}: removed; the next command that needs it makes it again", soft_wrap=True)
+                console.print(f"{key}: removed; the next command that needs it rebuilds it", soft_wrap=True)
     if keys:
-        console.print(f"{num_good} token tables and maps are as they were written; {num_bad} are not")
+        console.print(f"{num_good} token tables and maps are intact; {num_bad} are not")
     return num_bad
 
 
@@ -118,7 +118,7 @@ def _problem(store: Store, key: str) -> str | None:
     for file in (manifest.data, manifest.quarantine):
         if file is None:
             continue
-        where = file.key if file.home is None else f"{file.home}/{file.key} (verify that run directory, too)"
+        where = file.key if file.home is None else f"{file.home}/{file.key} (also verify that run directory)"
         try:
             raw = store.read_file(file)
         except FileNotFoundError:
@@ -130,5 +130,5 @@ def _problem(store: Store, key: str) -> str | None:
     for name, reference in manifest.inputs.items():
         current = store.read_manifest(reference.folder, manifest.shard) if name != "plan" else None
         if current is not None and current.data.sha256 != reference.data_sha256:
-            return f"{name} has been computed again since, with another result"
+            return f"{name} has been computed again since, with a different result"
     return None

@@ -121,7 +121,7 @@ def _view(status: RunStatus, now: float) -> Group:
     if len(errors) > MOST_ERRORS:
         notes.append(Text(f"and {len(errors) - MOST_ERRORS} more: `ptafuse status {status.url}`", style="red"))
     following = (
-        "everything is done" if status.next_command is None else f"unless it runs already: {status.next_command}"
+        "everything is done" if status.next_command is None else f"unless it is already running: {status.next_command}"
     )
     return Group(table, *notes, Text(following))
 

@@ -86,11 +86,11 @@ def write_template(path: Path) -> list[str]:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise ConfigError(f"{path} exists already and is not overwritten: give another name, or remove it") from None
+        raise ConfigError(f"{path} already exists and is not overwritten: give another name, or remove it") from None
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror}): give a file in a folder that is there, and that this user can "
-            "write to"
+            f"{path} cannot be written ({error.strerror}): give a file in an existing folder that this user can write "
+            "to"
         ) from None
     table, places = "", []
     for number, line in enumerate(text.splitlines(), start=1):

@@ -57,8 +57,9 @@ def _require_held_out(run: "Run") -> None:
     health = FiguresReader(run.store).read(run.resolved.steps["shard"].folder).health
     if health.get(f"{split}_segments") == 0:
         raise StageError(
-            f"no document is held out, so nothing could be evaluated after training: raise shard.{split}_fraction, which is "
-            f"{run.config.shard.fraction_of(split):g}, or give more documents (`ptafuse train --upstream` trains all the same)"
+            f"no document is held out, so nothing could be evaluated after training: raise shard.{split}_fraction, "
+            f"which is {run.config.shard.fraction_of(split):g}, or give more documents (`ptafuse train --upstream` "
+            "trains anyway)"
         )
 
 

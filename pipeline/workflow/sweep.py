@@ -35,28 +35,32 @@ Scalar = bool | int | float | str
 class SweepVariant(Settings):
     """Settings that belong together; a list of values is tried one by one, several lists in every combination."""
 
-    name: Name = Field(description="Of its rows; values of lists are appended.")
+    name: Name = Field(description="Name of its rows; values of lists are appended.")
     set: dict[str, Scalar | list[Scalar]] = Field({}, description="Dotted key -> a value, or values to try.")
 
 
 class SweepConfig(Settings):
     """A sweep's TOML file."""
 
-    name: Name = Field(description="Begins the name of every configuration.")
-    config: str = Field(description="The configuration that is varied: a TOML file, or the name of a shipped one.")
+    name: Name = Field(description="Prefix of the name of every configuration.")
+    config: str = Field(description="Configuration to vary: a TOML file, or the name of a shipped one.")
     seeds: tuple[int, ...] = Field((42,), min_length=1, description="train.seed of each repetition.")
     name_seeds: bool = Field(
         True, description="Configurations are named <sweep>-<cell>-seed<seed>; false, with one seed: <sweep>-<cell>."
     )
     set: dict[str, Scalar] = Field({}, description="Dotted key -> value, of every variant.")
-    baseline: str | None = Field(None, description="The variant that all others are compared with, seed by seed.")
+    baseline: str | None = Field(None, description="Variant with which all others are compared, seed by seed.")
     summary: str = Field(
-        HELD_OUT, description=f"What the first table sums up: `{HELD_OUT}`, or the name of one of `[[eval.texts]]`."
+        HELD_OUT, description=f"What the first table summarises: `{HELD_OUT}`, or the name of one of `[[eval.texts]]`."
     )
     average: Literal["bytes", "kinds"] = Field(
-        "bytes", description="There: over all bytes, or over the kinds of its documents, all with the same weight."
+        "bytes",
+        description="Average in the first table: over all bytes, or over the kinds of its documents, all with the "
+        "same weight.",
     )
-    keep_models: bool = Field(False, description="Keep every trained model; else each is removed when it is evaluated.")
+    keep_models: bool = Field(
+        False, description="Keep every trained model; otherwise each is removed after its evaluation."
+    )
     variants: tuple[SweepVariant, ...] = Field(min_length=1, description="What is compared.")
 
     @model_validator(mode="after")
@@ -64,9 +68,7 @@ class SweepConfig(Settings):
         names = [cell.name for cell in cells_of(self)]
         refuse_same_folder("names of cells", names)
         if not self.name_seeds and len(self.seeds) > 1:
-            raise ValueError(
-                f"name_seeds = false leaves {len(self.seeds)} seeds of a cell with the same name: give one seed"
-            )
+            raise ValueError(f"name_seeds = false gives {len(self.seeds)} seeds of a cell the same name: give one seed")
         if self.baseline is not None and self.baseline not in names:
             raise ValueError(f"baseline = {self.baseline!r} is not one of the cells: {', '.join(names)}")
         if self.average == "kinds" and self.summary == HELD_OUT:
@@ -130,7 +132,7 @@ def check_cells(sweep: SweepConfig) -> None:
         if differing is not None:
             raise ConfigError(
                 f"cell {name}: {differing}, in the baseline {sweep.baseline}: cells are compared with it document by "
-                "document, so all must score the same ones. Give such settings under [set], or leave out `baseline`"
+                "document, so all must score the same documents. Give such settings under [set], or remove `baseline`"
             )
 
 
@@ -178,8 +180,8 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
         other = name.removesuffix(".json")
         if other != sweep.name and other.casefold() == sweep.name.casefold():
             raise ConfigError(
-                f"sweep {sweep.name!r}: {run_url} holds the sweep {other!r}, and the records of both are one file on some "
-                "disks: choose a name that differs in more than the case of letters"
+                f"sweep {sweep.name!r}: {run_url} holds the sweep {other!r}, and their records are the same file on "
+                "some disks: choose a name that differs in more than the case of letters"
             )
     _record(sweep, store)
     for seed in sweep.seeds:

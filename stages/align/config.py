@@ -64,48 +64,57 @@ class AlignConfig(Settings):
     """
 
     preset: Annotated[Literal["paper", "semi-relaxed"] | None, RUNTIME] = Field(
-        None, description="Fills what is not given here: `paper` (PTA-LLM as published) or `semi-relaxed`."
+        None,
+        description="Defaults for the settings that are not given here: `paper` (PTA-LLM as published) or "
+        "`semi-relaxed`.",
     )
     pairing: Literal["edit-distance", "boundary"] = Field(
         "edit-distance", description="The paper's dynamic token pairing, or positions that end at the same byte."
     )
     inexact: Literal["transport", "gold", "mask", "condition"] = Field(
         "transport",
-        description="A position whose contexts differ, or without partner: transport it all the same (without a partner: "
-        "mask), put all mass on the gold next token, or leave it out. `condition` (semi-relaxed, with shared boundaries): "
-        "inside a source token take the source's candidates that begin with the bytes read since its last boundary, and "
-        "transport what is left of each; leave out what cannot be conditioned.",
+        description="What to do with a position whose contexts differ, or that has no partner: transport it anyway "
+        "(or mask it, if it has no partner), put all mass on the gold next token, or mask it. `condition` "
+        "(semi-relaxed, with shared boundaries): inside a source token, take the source's candidates that begin with "
+        "the bytes read since its last boundary, and transport the rest of each; mask positions that cannot be "
+        "conditioned.",
     )
     method: Literal["transport", "min-edit", "exact"] = Field(
         "transport",
-        description="Optimal transport; or baselines that send each source candidate whole to one token: the nearest of "
-        "the whole target vocabulary in edits (FuseLLM), or the token of the same text (candidates without one are left "
-        "out: to the tail, or made up by the rest).",
+        description="Optimal transport; or baselines that map each source candidate to one token: the nearest one of "
+        "the whole target vocabulary in edits (FuseLLM), or the token of the same text (candidates without one go to "
+        "the tail, or are dropped and the rest is rescaled).",
     )
     cost: Literal["edit-distance", "prefix", "semantic"] = Field(
         "edit-distance",
-        description="Transport: what moving mass between two tokens costs, in edits: the Levenshtein distance of their "
-        "texts; 0.1 per byte of difference where one text begins with the other and the tokenizers would really cut it so; "
-        "or the cosine distance of the target model's input embeddings, scaled to edits.",
+        description="Transport: cost of moving mass between two tokens, in edits: the Levenshtein distance of their "
+        "texts; 0.1 per byte of difference where one text begins with the other and the tokenizers would really cut "
+        "it this way; or the cosine distance of the target model's input embeddings, scaled to edits.",
     )
     marginals: Literal["balanced", "source"] = Field(
-        "balanced", description="Which marginals bind: both (Sinkhorn), or the source's alone (closed form)."
+        "balanced", description="Marginals that must hold: both (Sinkhorn), or only the source's (closed form)."
     )
     support: Literal["target", "union"] = Field(
-        "target", description="The target's own top-k, or that and the tokens that begin each source candidate's text."
+        "target",
+        description="Target candidates: the target's own top-k, or these and the tokens with which each source "
+        "candidate's text begins.",
     )
     projection: Literal["argmax", "plan"] = Field(
         "argmax", description="Select each source row's largest entry and renormalise, or sum the plan's columns."
     )
     tail: Literal["renormalise", "bucket"] = Field(
-        "renormalise", description="Rescale the source's top-k to 1, or keep what it lacks of 1 as the row's tail mass."
+        "renormalise", description="Rescale the source's top-k to 1, or keep the missing mass as the row's tail mass."
     )
     epsilon: float = Field(1 / 30, gt=0, description="Entropic regularisation, in units of the cost (edits).")
-    tolerance: float = Field(1e-5, gt=0, description="Balanced: largest marginal violation at which Sinkhorn stops.")
+    tolerance: float = Field(1e-5, gt=0, description="Balanced: Sinkhorn stops at this largest marginal violation.")
     max_iterations: int = Field(
-        2000, ge=1, description="Balanced: cap on Sinkhorn iterations; unconverged are counted."
+        2000,
+        ge=1,
+        description="Balanced: maximum number of Sinkhorn iterations; problems that do not converge are counted.",
     )
-    top_k: int = Field(10, ge=1, le=256, description="Source candidates used, and entries kept of a projected row.")
+    top_k: int = Field(
+        10, ge=1, le=256, description="Number of source candidates, and of entries kept of a projected row."
+    )
     top_p: float | None = Field(
         None,
         gt=0,
@@ -113,8 +122,10 @@ class AlignConfig(Settings):
         description="Narrows both models' windows to the smallest prefix of the top-k that holds this probability (all of "
         "the top-k where it holds less).",
     )
-    num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
-    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
+    num_workers: Annotated[int | None, RUNTIME] = Field(
+        None, ge=1, description="Number of actors; by default one per CPU."
+    )
+    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves per actor.")
     max_bad_fraction: Annotated[float, RUNTIME] = Field(
         0.01, ge=0, le=1, description="A shard with more bad segments than this fails."
     )
@@ -143,8 +154,8 @@ class AlignConfig(Settings):
                 f"{name} = {getattr(self, name)!r}" for name in needed if getattr(self, name) != needed[name]
             )
             raise ValueError(
-                f"inexact = 'condition' needs {', '.join(wrong)}, and the configuration has {chosen}: it moves what is left of "
-                "a source token. Choose preset = 'semi-relaxed', or another `inexact`"
+                f"inexact = 'condition' needs {', '.join(wrong)}, and the configuration has {chosen}: it moves the "
+                "rest of a source token. Choose preset = 'semi-relaxed', or another `inexact`"
             )
         return self
 
@@ -153,8 +164,8 @@ class AlignConfig(Settings):
         if self.method != "transport":
             if self.cost != "edit-distance":
                 raise ValueError(
-                    f"cost = {self.cost!r} is a cost of transport, and method = {self.method!r} moves nothing by it: leave "
-                    "`cost` out, or choose method = 'transport'"
+                    f"cost = {self.cost!r} is a cost of transport, but method = {self.method!r} does not use it: "
+                    "remove `cost`, or choose method = 'transport'"
                 )
         elif self.marginals == "balanced" and self.projection == "plan":
             raise ValueError(

@@ -23,7 +23,7 @@ class ModelRows:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t) over the full vocabulary, NaN at the last position; only figures
             read it; None: they leave it out.
         num_draws: m, the slots of a row for draws from the tail, in addition to those for exact entries.
-        roles: roles of the tokens in a conversation; None for plain text, whose roles come from the tokenizer (``Side.roles_of``).
+        roles: roles of the tokens in a conversation; None for plain text, whose roles its tokenizer gives (``Side.roles_of``).
         is_marked: (N,) bool, in a conversation: where a message begins, its first token is written with a space that the
             message does not have; None: it is read off the tokens. For rows that are not one per token of the model.
     """

@@ -352,8 +352,8 @@ def _check_same_text(target: ModelRows, target_roles: np.ndarray, source: ModelR
     if (target.roles is None) != (source.roles is None):
         kinds = {True: "plain text", False: "a conversation"}
         raise ValueError(
-            f"the target's tokens are of {kinds[target.roles is None]}, the source's of {kinds[source.roles is None]}: not the "
-            "same segment"
+            f"the target's tokens are from {kinds[target.roles is None]}, the source's of "
+            f"{kinds[source.roles is None]}: not the same segment"
         )
     if not ((target_roles == Role.TEXT).any() and (source_roles == Role.TEXT).any()):
         return

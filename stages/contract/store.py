@@ -237,7 +237,7 @@ class Store:
                 return self.read(key) == raw
             except FileNotFoundError:
                 continue  # removed in the meantime, by `ptafuse verify --repair`
-        raise StoreError(f"{self.url}: {key} vanishes as soon as it is written: does another command remove it?")
+        raise StoreError(f"{self.url}: {key} disappears right after it is written: is another command removing it?")
 
     def _create_local(self, key: str, raw: bytes) -> None:
         with self._local_temporary(key) as temporary:

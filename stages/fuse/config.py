@@ -20,28 +20,31 @@ class FuseConfig(Settings):
 
     function: Literal["min-ce", "avg-ce", "fitted"] = Field(
         "min-ce",
-        description="Take the candidate with the lowest cross-entropy on the gold text, weight by exp(-CE), or mix all "
-        "candidates with weights fitted on the training text (the stage `fit`; needs align.tail = 'bucket').",
+        description="Take the candidate with the lowest cross-entropy on the gold text, weight all by exp(-CE), or "
+        "mix all candidates with weights fitted on the training text (the stage `fit`; needs align.tail = 'bucket').",
     )
     per: Annotated[Literal["run", "kind"], ADDED] = Field(
         "run",
-        description="Of function = 'fitted': one set of weights, or one per kind of document (`dataset.kind_column`).",
+        description="For function = 'fitted': one set of weights, or one per kind of document (`dataset.kind_column`).",
     )
     fit_shards: Annotated[int, ADDED] = Field(
-        64, ge=1, description="Of function = 'fitted': shards that weights are fitted on, evenly spread; all of fewer."
+        64,
+        ge=1,
+        description="For function = 'fitted': number of shards to fit weights on, evenly spread; all shards if there "
+        "are fewer.",
     )
     uncovered: Annotated[Literal["target", "none"], ADDED] = Field(
         "target",
-        description="What is taught where no source has a distribution: the target's own before training (the paper), or "
-        "nothing but the gold token.",
+        description="What is taught where no source has a distribution: the target's own distribution before training "
+        "(as in the paper), or only the gold token.",
     )
     granularity: Literal["document", "segment", "token", "block"] = Field(
-        "document", description="Over which span a candidate is judged."
+        "document", description="Span over which a candidate is judged."
     )
     unit: Literal["bits-per-byte", "nats-per-token"] = Field(
-        "bits-per-byte", description="Of the cross-entropy: fair between tokenizers, or the paper's."
+        "bits-per-byte", description="Unit of the cross-entropy: fair between tokenizers, or the paper's."
     )
-    max_length: int = Field(2048, ge=2, description="Tokens of a training block.")
+    max_length: int = Field(2048, ge=2, description="Tokens per training block.")
     packing: Literal["whole", "cut"] = Field(
         "whole",
         description="`whole`: no segment is cut, blocks are filled by best fit decreasing; `cut`: the concatenation is cut "
@@ -50,12 +53,14 @@ class FuseConfig(Settings):
     min_context: int = Field(
         32,
         ge=0,
-        description="`cut`: positions with fewer tokens of their segment before them in the block have no fused distribution, "
-        "for its context is not there.",
+        description="`cut`: positions with fewer tokens of their segment before them in the block have no fused "
+        "distribution, because its context is missing.",
     )
-    top_k: int = Field(10, ge=1, le=256, description="Entries kept of a mixed row; the mass cut off is counted.")
-    num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
-    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
+    top_k: int = Field(10, ge=1, le=256, description="Entries kept of a mixed row; the mass of the others is counted.")
+    num_workers: Annotated[int | None, RUNTIME] = Field(
+        None, ge=1, description="Number of actors; by default one per CPU."
+    )
+    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves per actor.")
 
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change results; ``min_context`` at its default where nothing is cut."""

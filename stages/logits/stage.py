@@ -82,7 +82,8 @@ class LogitsStage:
         limit = self._backend.max_length
         if limit < self._config.max_length:
             logger.warning(
-                "model %s has %d positions, logits.max_length is %d: longer segments go in windows of %d tokens",
+                "model %s has %d positions, logits.max_length is %d: longer segments are processed in windows of %d "
+                "tokens",
                 self._model.name,
                 limit,
                 self._config.max_length,
@@ -149,7 +150,7 @@ class LogitsStage:
             ):  # `shard` could render it: perhaps this is another version of transformers
                 bad.append(BadRecord(doc_id, index, "CannotRender", f"model {self._model.name}: {encoding}"))
             elif len(encoding.ids) == 0:
-                message = f"model {self._model.name}: the tokenizer keeps nothing of the segment's text"
+                message = f"model {self._model.name}: the tokenizer drops all of the segment's text"
                 bad.append(BadRecord(doc_id, index, "NoTokens", message))
             elif (largest := int(encoding.ids.max())) >= self._backend.num_embeddings:
                 message = (

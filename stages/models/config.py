@@ -43,7 +43,7 @@ def check_place(*, hub: str | None, revision: str | None, path: object) -> None:
     if (hub is None) == (path is None):
         raise ValueError("give exactly one of `hub` (with `revision`) and `path`")
     if (hub is None) != (revision is None):
-        raise ValueError("`hub` and `revision` go together: pin the commit that the run uses")
+        raise ValueError("`hub` and `revision` go together: pin the commit to use")
 
 
 def absolute_path(path: Path | None) -> Path | None:
@@ -61,7 +61,7 @@ class PretrainedFiles(Settings):
 
     hub: str | None = Field(None, description="Hugging Face hub id, e.g. 'meta-llama/Llama-2-7b-hf'.")
     revision: str | None = Field(
-        None, description="Commit, tag or branch on the hub; required with `hub`, best a commit."
+        None, description="Commit, tag or branch on the hub; required with `hub`, preferably a commit."
     )
     path: Annotated[Path | None, AfterValidator(absolute_path), RUNTIME] = Field(
         None, description="A local folder, or a .gguf file."
@@ -135,22 +135,26 @@ class PretrainedFiles(Settings):
 class ModelConfig(PretrainedFiles):
     """Model of the run: the target, or a source."""
 
-    name: Annotated[Name, RUNTIME] = Field(description="Its folder's name in the run directory: letters, digits, . _ -")
-    tokenizer: PretrainedFiles | None = Field(None, description="Where the tokenizer is, if not with the weights.")
+    name: Annotated[Name, RUNTIME] = Field(
+        description="Name of its folder in the run directory: letters, digits, . _ -"
+    )
+    tokenizer: PretrainedFiles | None = Field(
+        None, description="Location of the tokenizer, if it is not with the weights."
+    )
     bos: bool | None = Field(
-        None, description="Prepend BOS to each segment? By default what the tokenizer itself does with a plain text."
+        None, description="Prepend BOS to each segment? By default as the tokenizer does with plain text."
     )
     control_tokens: Annotated[Literal["split", "parse"], ADDED] = Field(
         "split",
-        description="What becomes of the text of its control tokens in documents; as `[dataset]` says by default.",
+        description="How to treat the text of its control tokens in documents; by default as in `[dataset]`.",
     )
     reads_conversations: Annotated[bool, ADDED] = Field(
         False, description="Documents are conversations; set by `[dataset] messages_column`, not by hand."
     )
     chat_template: Annotated[str | None, AfterValidator(absolute_template), RUNTIME] = Field(
         None,
-        description="How it renders conversations: a Jinja file, or 'plain', a generic template for models that have none. By "
-        "default the tokenizer's own template.",
+        description="Chat template for conversations: a Jinja file, or 'plain', a generic template for models that "
+        "have none. By default the tokenizer's own template.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that comes with this model. Off unless you trust it."
@@ -230,8 +234,8 @@ def load_tokenizer(model: ModelConfig) -> Any:
     _switch_off_sampling(model, tokenizer)
     if not tokenizer.is_fast:
         raise ValueError(
-            f"model {model.name}: {type(tokenizer).__name__} has no fast backend, so the byte offsets of its tokens cannot "
-            "be had; give `tokenizer` a folder or hub id that holds a tokenizer.json"
+            f"model {model.name}: {type(tokenizer).__name__} has no fast backend, so the byte offsets of its tokens "
+            "cannot be computed; give `tokenizer` a folder or hub id that holds a tokenizer.json"
         )
     return tokenizer
 

@@ -113,7 +113,7 @@ def flash_attention_obstacle(device: torch.device) -> str | None:
             obstacle = f"it is installed and broken ({type(error).__name__}: {reason})"
         else:
             return None
-    log.warning("FlashAttention 2 is not used: %s. SDPA computes the same, more slowly", obstacle)
+    log.warning("FlashAttention 2 is not used: %s. SDPA gives the same results, more slowly", obstacle)
     return obstacle
 
 

@@ -33,7 +33,8 @@ def load_input_embeddings(model: ModelConfig) -> np.ndarray:
     embeddings = None if model.is_gguf else _read_tensor(model)
     if embeddings is None:
         logger.info(
-            "model %s: its input embeddings are not a separate tensor in its files; loading the whole model", model.name
+            "model %s: its files do not contain the input embeddings as a separate tensor; loading the whole model",
+            model.name,
         )
         whole = load_model(model, dtype="float32", attention=("eager",), device="cpu")
         embeddings = whole.get_input_embeddings().weight.detach()

@@ -29,7 +29,7 @@ class _BodyOutput:
 
     def __getitem__(self, index: int) -> Tensor:
         if index != 0:
-            raise IndexError(f"a body without inputs has hidden states alone, not output {index}")
+            raise IndexError(f"a body without inputs has only hidden states, not output {index}")
         return self.last_hidden_state
 
     def __getattr__(self, name: str) -> None:

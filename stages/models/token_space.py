@@ -31,8 +31,8 @@ class TokenSpace:
     def __init__(self, embeddings: np.ndarray, vocabulary: Vocabulary) -> None:
         if any(vocabulary.token_bytes[len(embeddings) :]):
             raise ValueError(
-                f"{len(embeddings)} embedding rows for {vocabulary.size} tokens: is this tokenizer of this model? Give "
-                "`tokenizer` where the model's own one is"
+                f"{len(embeddings)} embedding rows for {vocabulary.size} tokens: does this tokenizer belong to this "
+                "model? Set `tokenizer` to the location of the model's own tokenizer"
             )
         self.rows = np.asarray(embeddings[: vocabulary.size], np.float16)
         num_missing = vocabulary.size - len(self.rows)

@@ -188,7 +188,7 @@ class TokenTables:
                 write = store.replace if is_there else store.create
                 write(key, dump(content, settings))
             except StoreError as error:  # a run directory that cannot be written to can be worked with
-                log.warning("%s; the tokenizers are loaded again next time", error)
+                log.warning("%s; the tokenizers will be loaded again next time", error)
         return content
 
 
@@ -236,7 +236,7 @@ def check_file(key: str, raw: bytes) -> None:
     header, _ = _open(raw)
     settings = header.get("settings")
     if not isinstance(settings, dict):
-        raise DamagedTableError("its metadata do not say what it was made from")
+        raise DamagedTableError("its metadata do not say what it was built from")
     (table_from_bytes if _OF_TABLE.fullmatch(key) else map_from_bytes)(raw, settings)
     folder = key.rsplit("/", 1)[0]
     actual = (
@@ -250,7 +250,7 @@ def check_file(key: str, raw: bytes) -> None:
         else f"{_fingerprint(settings['source'])}/{_fingerprint(settings['target'])}"
     )
     if actual != expected:
-        raise DamagedTableError(f"it was made for {expected}, and stands in the folder of {actual}")
+        raise DamagedTableError(f"it was built for {expected}, but is in the folder of {actual}")
 
 
 def is_of_this_version(key: str, raw: bytes) -> bool:
@@ -396,6 +396,6 @@ def _check(header: Mapping[str, Any], content: bytes, settings: Mapping[str, Any
         DamagedTableError: says which.
     """
     if header.get("sha256") != _digest(header, content):
-        raise DamagedTableError("damaged: its content does not have the sha256 that was written")
+        raise DamagedTableError("damaged: the sha256 of its content differs from the one that was written")
     if header["settings"] != settings:
-        raise DamagedTableError("stale: it was made from another tokenizer, or otherwise")
+        raise DamagedTableError("stale: it was built from another tokenizer, or in another way")

@@ -152,7 +152,7 @@ class SegmentTokenizer:
         for token_id, content in special.items():
             self._spelling[token_id] = content.encode()
         if bos and self.vocabulary.bos_id is None:
-            raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: leave `bos` out")
+            raise ValueError(f"`bos = true`, but {type(tokenizer).__name__} has no BOS token: remove `bos`")
         uses_bos = _prepends_bos(tokenizer, self.vocabulary.bos_id) if bos is None else bos
         self.prefix_id: int | None = self.vocabulary.bos_id if uses_bos else self.vocabulary.eos_id
         self._conversations: ConversationEncoder | None = None

@@ -101,7 +101,9 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         length = struct.unpack("<Q", start)[0] if len(start) == _LENGTH_BYTES else 0
         raw = opened.read(length) if 2 <= length <= _MAX_HEADER_BYTES else b""
     if not raw.startswith(b"{"):
-        raise WeightFileError(file, f"not a safetensors file (it begins with {start!r})", "the length of a header", _REFETCH)
+        raise WeightFileError(
+            file, f"not a safetensors file (it begins with {start!r})", "the length of a header", _REFETCH
+        )
     if len(raw) < length:
         raise WeightFileError(
             file, f"cut short: {size:,} bytes, and its header alone takes {length:,}", "a whole file", _REFETCH
@@ -143,7 +145,7 @@ def refuse_stand_in(file: Path) -> None:
             f"Run `git lfs pull` in {file.parent}, or fetch the file again",
         )
     if start[:15].lower().startswith((b"<!doctype", b"<html")):
-        raise WeightFileError(file, "an HTML page", "the file itself", f"{_REFETCH}; a hub may want you to log in")
+        raise WeightFileError(file, "an HTML page", "the file itself", f"{_REFETCH}; the hub may require you to log in")
     if not start:
         raise WeightFileError(file, "empty", "the file itself", _REFETCH)
 

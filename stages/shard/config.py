@@ -41,19 +41,20 @@ class DatasetConfig(Settings):
     subset: str | None = Field(None, description="The hub dataset's configuration name, if it has several.")
     split: str | None = Field(
         None,
-        description="The split that is read. On the hub `train` by default; beside `path` the files whose names say it "
-        "(train-*.parquet, test/*.jsonl), by default all files.",
+        description="The split to read. On the hub, by default `train`; with `path`, the files with this split in "
+        "their names (train-*.parquet, test/*.jsonl), by default all files.",
     )
     path: Annotated[str | None, AfterValidator(absolute_or_url), RUNTIME] = Field(
         None, description="A file (.parquet, .jsonl, .jsonl.zst, .txt), a folder of them, a glob, or an fsspec URL."
     )
     documents: Annotated[Literal["file", "lines"], ADDED] = Field(
-        "file", description="Of .txt files: each file is a document, or each line that is not blank (`lines`)."
+        "file", description="For .txt files: each file is a document, or each line that is not blank (`lines`)."
     )
     control_tokens: Annotated[Literal["split", "parse"], ADDED] = Field(
         "split",
-        description="What becomes of the text of control tokens (`<|im_start|>`) in documents: it is text like any other, or "
-        "each model reads those of its own as tokens (`parse`), for conversations that were rendered with its template.",
+        description="How to treat the text of control tokens (`<|im_start|>`) in documents: as ordinary text, or each "
+        "model reads its own control tokens as tokens (`parse`), for conversations that were rendered with its "
+        "template.",
     )
     text_column: str = Field("text", description="The column that holds a document's text; .txt files have none.")
     messages_column: Annotated[str | None, ADDED] = Field(
@@ -63,14 +64,18 @@ class DatasetConfig(Settings):
     )
     train_on: Annotated[Literal["assistant", "all"], ADDED] = Field(
         "assistant",
-        description="What is learnt of conversations: what the assistant says and where it stops, or every message.",
+        description="What is learned from conversations: the assistant's messages and where they end, or every "
+        "message.",
     )
     kind_column: Annotated[str | None, RUNTIME] = Field(
         None,
-        description="A column of strings that says of what kind a document is (its source, subject, language): `ptafuse "
-        "interpret` tells by kind which model wins. It can be given after a run: no stage reads it but for fuse.per = 'kind'.",
+        description="A string column with the kind of each document (its source, subject, language): `ptafuse "
+        "interpret` shows by kind which model wins. It can be set after a run: no stage reads it, except with "
+        "fuse.per = 'kind'.",
     )
-    max_documents: int | None = Field(None, ge=1, description="Take the first this many documents; all when not given.")
+    max_documents: int | None = Field(
+        None, ge=1, description="Number of documents to read, from the first; by default all."
+    )
 
     @property
     def has_conversations(self) -> bool:
@@ -114,20 +119,20 @@ class DatasetConfig(Settings):
         if self.messages_column is None:
             if self.train_on != "assistant":
                 raise ValueError(
-                    f"train_on = {self.train_on!r} says what is learnt of conversations, and messages_column names no column "
-                    "that holds any: set messages_column, or leave train_on out"
+                    f"train_on = {self.train_on!r} says what is learned from conversations, but messages_column is not "
+                    "set: set messages_column, or remove train_on"
                 )
             return self
         if self.text_column != type(self).model_fields["text_column"].default:
             raise ValueError(
-                f"text_column = {self.text_column!r} and messages_column = {self.messages_column!r} both say where documents "
-                "are: leave out text_column for conversations, or messages_column for texts"
+                f"text_column = {self.text_column!r} and messages_column = {self.messages_column!r} both name the "
+                "column of the documents: remove text_column for conversations, or messages_column for texts"
             )
         if self.control_tokens == "parse":
             raise ValueError(
                 'control_tokens = "parse" reads conversations that were rendered to text, and messages_column = '
-                f"{self.messages_column!r} names a column of messages, which every model renders with its own template: leave "
-                "out one of them"
+                f"{self.messages_column!r} names a column of messages, which every model renders with its own "
+                "template: remove one of them"
             )
         return self
 
@@ -136,25 +141,28 @@ class ShardConfig(Settings):
     """Settings for cutting documents into shards of segments."""
 
     max_length: int = Field(
-        2048, ge=8, description="Most tokens of a segment under every tokenizer, special ones included."
+        2048, ge=8, description="Maximum number of tokens of a segment under every tokenizer, including special ones."
     )
     documents_per_shard: int = Field(
-        4000, ge=1, description="Documents in a shard; a shard should take under 10 minutes."
+        4000, ge=1, description="Documents per shard; a shard should take less than 10 minutes."
     )
     validation_fraction: float = Field(
-        0.01, ge=0, lt=1, description="Share of documents held out, by hash of their text."
+        0.01, ge=0, lt=1, description="Share of documents that are held out, by a hash of their text."
     )
     test_fraction: Annotated[float, ADDED] = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Share of documents held out a second time: settings are chosen on one, reported on the other.",
+        description="Share of documents in a second held-out split: settings are chosen on one split and reported on "
+        "the other.",
     )
     max_bad_fraction: Annotated[float, RUNTIME] = Field(
         0.01, ge=0, le=1, description="A shard with more bad documents than this fails."
     )
-    num_workers: Annotated[int | None, RUNTIME] = Field(None, ge=1, description="Actors; by default one a CPU.")
-    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves for an actor.")
+    num_workers: Annotated[int | None, RUNTIME] = Field(
+        None, ge=1, description="Number of actors; by default one per CPU."
+    )
+    cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves per actor.")
 
     @model_validator(mode="after")
     def _something_is_left_to_train_on(self) -> Self:

@@ -64,7 +64,7 @@ def test_a_recorded_run_is_planned_shown_and_verified(recorded: Path) -> None:
         recorded_run(Store(run)).steps, "done"
     )
     assert json.loads(ptafuse("status", run, "--json").stdout)["next_command"] is None
-    assert "; 0 shards or models are not" in ptafuse("verify", run).stdout
+    assert "; 0 shards or models do not" in ptafuse("verify", run).stdout
 
 
 @pytest.mark.s3

@@ -154,7 +154,7 @@ class Checkpoints:
     def _restore_scattered(self, expected: TrainState) -> TrainState | None:
         """Restore from the object store; each worker brings the files that hold its shards to its machine's disk."""
         copies, peers = self._copies, self._workers.peers
-        assert copies is not None, "without a shared disk and without a store there are no checkpoints"
+        assert copies is not None, "checkpoints need a shared disk or an object store"
         for copy in copies.copies(peers):
             folder = checkpoint_folder(self._output, copy.step)
             small = [STATE, METADATA, *([LOG] if peers.is_first else [])]
@@ -249,7 +249,7 @@ class Checkpoints:
             if error is None:
                 raise
             logger.warning(
-                "the checkpoint that was being written is lost (%s); an older one is unharmed",
+                "the checkpoint that was being written is lost (%s); older ones are intact",
                 lost,
                 exc_info=lost if shows_tracebacks() else None,
             )
@@ -268,8 +268,8 @@ def _read_state(folder: Path, expected: TrainState) -> TrainState:
         actual, wanted = getattr(state, name), getattr(expected, name)
         if actual != wanted:
             raise ValueError(
-                f"{folder} belongs to another job: its {name} is {actual!r}, this job's is {wanted!r}. Train into "
-                f"another output folder, or remove {folder.parent}"
+                f"{folder} belongs to another job: its {name} is {actual!r}, this job's is {wanted!r}. Train in another "
+                f"output folder, or remove {folder.parent}"
             )
     return state
 

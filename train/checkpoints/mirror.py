@@ -81,7 +81,9 @@ class CheckpointMirror:
             self._put(step, folder, peers)
         except StoreError as error:
             if peers.is_first:
-                logger.warning("%s is not copied to %s, the next checkpoint will be tried: %s", folder, self.url, error)
+                logger.warning(
+                    "%s could not be copied to %s; the next checkpoint will be copied: %s", folder, self.url, error
+                )
             return False
         return True
 
@@ -133,7 +135,7 @@ class CheckpointMirror:
                 if old < newest[-1] and old not in newest:
                     self._remove(old)
         except OSError as error:
-            logger.warning("%s: older copies of checkpoints are not removed: %s", self.url, error)
+            logger.warning("%s: older copies of checkpoints were not removed: %s", self.url, error)
 
     def fetch(self, output: Path, peers: Peers = ALONE) -> int | None:
         """Bring the newest complete copy into a job's output folder, if it is newer than the checkpoints there.

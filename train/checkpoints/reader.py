@@ -55,8 +55,8 @@ class CheckpointReader(FileSystemReader):
                 metadata = _Unpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
             raise ValueError(
-                f"{path} is not a checkpoint's table of contents ({error}): remove its folder to go on from the previous "
-                "checkpoint"
+                f"{path} is not a checkpoint's table of contents ({error}): remove its folder to continue from the "
+                "previous checkpoint"
             ) from error
         if not isinstance(metadata, Metadata):
             raise ValueError(  # noqa: TRY004 - what a file holds, not what a caller gave

@@ -143,7 +143,7 @@ class FusedBlocks:
         self._cached_bytes = 0
         if not len(self):
             raise ValueError(
-                f"the {len(files)} fused files hold no training block: run `make status` to see what fuse made"
+                f"the {len(files)} fused files contain no training blocks: run `make status` to see the results of fuse"
             )
 
     def __len__(self) -> int:
@@ -154,8 +154,8 @@ class FusedBlocks:
         holding = [name for name, columns in zip(self._names, self._columns, strict=True) if _IS_TRAINED in columns]
         if holding and not isolated:
             raise ValueError(
-                f"the blocks of {holding[0]} hold conversations, and train.isolate_documents = false lets the conversations of "
-                "a block see each other: set train.isolate_documents = true"
+                f"the blocks of {holding[0]} hold conversations, but train.isolate_documents = false lets the "
+                "conversations of a block see each other: set train.isolate_documents = true"
             )
 
     @property
@@ -328,7 +328,7 @@ def _joined(blocks: Sequence[Block]) -> Block:
     """Lay blocks end to end; their position ids keep them apart."""
     positions = [block.position_ids for block in blocks if block.position_ids is not None]
     if len(positions) < len(blocks):
-        raise ValueError("blocks laid end to end would see each other: only isolated documents are flattened")
+        raise ValueError("concatenated blocks would see each other: only isolated documents can be flattened")
     tails = [block.tail_mass for block in blocks if block.tail_mass is not None]
     return Block(
         name=", ".join(block.name for block in blocks),

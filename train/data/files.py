@@ -256,7 +256,7 @@ class RemoteFile:
             )
         except FileNotFoundError:
             raise ValueError(
-                f"{self._file.path} was removed while it was trained on: run `ptafuse verify RUN --repair`, then `make fuse`"
+                f"{self._file.path} was removed during training: run `ptafuse verify RUN --repair`, then `make fuse`"
             ) from None
         if sha256(raw).digest() != self._hashes[group]:
             raise ValueError(

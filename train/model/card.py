@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # a report reads cards, and does without torch
 
 CARD = "README.md"
 _EVALUATION = "## Evaluation"
-_GOLD_ONLY = "The fused distributions were not read: lambda is 1, so the gold tokens are all it learned from.\n"
+_GOLD_ONLY = "The fused distributions were not read: lambda is 1, so it learned only from the gold tokens.\n"
 _PENDING = "Not evaluated yet: `ptafuse eval` writes held-out bits per byte here."
 
 
@@ -197,5 +197,6 @@ def _rounded(rounding: "RoundingSurvival | None") -> str:
     if rounding is None:
         return ""
     return (
-        f" Of the weights that training changed, {rounding.share:.0%} keep a change when they are rounded to bfloat16."
+        f" Of the weights that training changed, {rounding.share:.0%} still differ from their old values after "
+        "rounding to bfloat16."
     )

@@ -85,7 +85,7 @@ def keep_conversations(model: ModelConfig, folder: Path) -> None:
 
 
 def _folder_of(files: PretrainedFiles) -> Path | None:
-    """Return the folder of local files, or of the hub's files except weights; None for a GGUF file, which contains everything."""
+    """Return the folder of local files, or of the hub's files except weights; None for a GGUF file, which is complete."""
     if files.is_gguf:
         return None
     if files.path is not None:
@@ -96,7 +96,7 @@ def _folder_of(files: PretrainedFiles) -> Path | None:
         return Path(snapshot_download(str(files.hub), revision=files.revision, ignore_patterns=list(_WEIGHTS)))
     except OSError as error:  # no network, and nothing in the cache
         logger.warning(
-            "the export lacks what %s holds besides weights and tokenizer (%s): copy it there yourself",
+            "the export lacks files that %s has in addition to weights and tokenizer (%s): copy them there yourself",
             files.hub,
             str(error).splitlines()[0],
         )

@@ -33,7 +33,7 @@ def check_isolation(model: Any) -> None:
     name = type(model).__name__
     advice = "set train.isolate_documents = false, or train another architecture"
     if not takes_position_ids(model):
-        raise ValueError(f"{name} takes no position ids, so packed documents cannot be isolated: {advice}")
+        raise ValueError(f"{name} does not accept position ids, so packed documents cannot be isolated: {advice}")
     body, _ = split_head(model)
     device = model.get_input_embeddings().weight.device
     ids = torch.arange(12, device=device).remainder(model.get_input_embeddings().num_embeddings)[None]

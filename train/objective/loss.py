@@ -12,8 +12,8 @@ head's weights on the way, for which everything is available: the backward pass 
 holds its logits and their gradient, two arrays of C x vocabulary in the precision of the head (256 x 32,000 in bfloat16:
 16 MB each), and the head is applied once, not twice as with recomputation. What is computed of the logits is computed in
 float32, block by block of a few positions. Of the loss only one logsumexp and the gathers at the gold and the fused ids
-touch the logits; the rest of the computation on these few numbers per position is left to autograd in float64, and its gradient is put back:
-softmax times the gradient of the logsumexp, plus the gradients of the gathered logits at their places.
+touch the logits; what is computed from these few numbers per position is left to autograd in float64, and its gradient is
+put back: softmax times the gradient of the logsumexp, plus the gradients of the gathered logits at their places.
 
 Where the loss asks for the rest (``divergence.asks_for_rest``), the logsumexp is that over the ids which the row does not
 list, and the normaliser is put together from it and the listed logits: ln q_rest is then as accurate for a model that
@@ -148,7 +148,9 @@ class _ChunkedLoss(torch.autograd.Function):
         # Scaling is in place, so a second backward pass would scale twice.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the loss keeps its gradients for one backward pass: compute it again for another")
+            raise RuntimeError(
+                "the loss keeps its gradients for only one backward pass: compute it again for another one"
+            )
         hidden = None if gradients.hidden is None else gradients.hidden.mul_(grad_total)
         weights = (
             total.mul_(grad_total).to(weight.dtype)

@@ -76,8 +76,8 @@ def win_tables(name: str, figures: Mapping[str, Any]) -> list[ResultTable]:
             ("num_fused", "num_tied", "shares"),
         ),
         _win_table(
-            f"{name}: who gives the gold next token the most probability, share of the positions where more than one "
-            "model has a distribution",
+            f"{name}: which candidate gives the gold next token the highest probability: share of the positions where "
+            "more than one model has a distribution",
             figures,
             ("num_contested", "num_token_tied", "token_shares"),
         ),
@@ -110,8 +110,9 @@ def _pair_table(name: str, figures: Mapping[str, Any], pairs: Mapping[str, Any])
     moved = pairs["moved_mass"] / total if total else 0.0
     rows = [(row["source"], row["target"], f"{row['mass']:.1f}", f"{row['share']:.2%}") for row in pairs["rows"]]
     return ResultTable(
-        f"{name}: most moved pairs of tokens, {pairs['source']} to {figures['target']}: of a mass of {total:,.0f} (at most 1 a "
-        f"position) {1 - moved:.1%} landed on a token of the same text, {moved:.1%} on another; shares are of the latter",
+        f"{name}: most moved pairs of tokens, {pairs['source']} to {figures['target']}: of a mass of {total:,.0f} (at "
+        f"most 1 per position) {1 - moved:.1%} landed on a token of the same text, {moved:.1%} on another; shares are "
+        "of the latter",
         (f"{pairs['source']} token", f"{figures['target']} token", "mass", "share"),
         tuple(rows),
         text_columns=(0, 1),

@@ -204,7 +204,7 @@ def data_folder(config: EvalConfig) -> Path | None:
     """
     if config.data is not None:
         if not config.data.is_dir():
-            raise FileNotFoundError(f"eval.data: there is no folder {config.data}")
+            raise FileNotFoundError(f"eval.data: the folder {config.data} does not exist")
         return config.data
     shared = os.environ.get("PTAFUSE_DATA")
     return Path(shared, "eval") if shared and Path(shared, "eval").is_dir() else None
@@ -215,9 +215,7 @@ def _model_names(config: RunConfig) -> Sequence[str]:
     names = config.eval.suite_models or (config.target.name, FUSED)
     for name in names:
         if name not in known:
-            raise StageError(
-                f"eval.suite_models: there is no model {name!r} in this run; its models: {', '.join(known)}"
-            )
+            raise StageError(f"eval.suite_models: this run has no model {name!r}; its models: {', '.join(known)}")
     return names
 
 
@@ -226,8 +224,8 @@ def _require_templates(config: RunConfig, names: Sequence[str]) -> None:
         model = config.target if name == FUSED else config.find_model(name)
         if chat_template(model) is None:
             raise StageError(
-                f"eval.apply_chat_template: the tokenizer of {model.name} has no chat template: leave {name} out with "
-                "eval.suite_models, or ask without templates"
+                f"eval.apply_chat_template: the tokenizer of {model.name} has no chat template: exclude {name} with "
+                "eval.suite_models, or evaluate without templates"
             )
 
 
@@ -237,7 +235,7 @@ def _subtasks(
     """Map each sub-task to its local data, None for the hub."""
     if suite.folder is None and not config.execute_code:
         raise ValueError(
-            f"the suite {suite.name} runs programs that models write: allow it with --execute-code, or execute_code = "
+            f"the suite {suite.name} runs programs written by models: allow it with --execute-code, or execute_code = "
             "true in [eval]. They run in a sandbox; see docs/evaluation.md for what it does not isolate"
         )
     everything = languages_on_hub() if suite.folder is None else harness_subtasks(suite)

@@ -23,4 +23,4 @@ def describe_counts(counts: Mapping[str, int]) -> str:
     shown = f"{counts['scored']:,} of {counts['chosen']:,} chosen documents ({counts['documents']:,} in the corpus)"
     words = f"{shown}; left out: {', '.join(left_out)}" if left_out else shown
     missing = counts["kinds"] - counts["scored_kinds"]
-    return f"{words}; {missing} of its {counts['kinds']} kinds have no document among them" if missing else words
+    return f"{words}; {missing} of its {counts['kinds']} kinds have no document among these" if missing else words

@@ -51,7 +51,7 @@ def _win_plots(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
     candidates = [figures["target"], *figures["sources"]]
     judged = (
         (f"Who wins by cross-entropy of the {figures['granularity']}", "num_fused", "shares"),
-        ("Who gives the gold next token the most probability", "num_contested", "token_shares"),
+        ("Which candidate gives the gold next token the highest probability", "num_contested", "token_shares"),
     )
     plots = []
     for words, count, key in judged:

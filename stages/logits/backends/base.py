@@ -154,8 +154,9 @@ def refuse_draws(uniforms: np.ndarray | None, *, model: str, who: str) -> None:
     """
     if uniforms is not None:
         raise ValueError(
-            f"model {model}: {uniforms.shape[1]} draws from the rest of the vocabulary were asked for at each position, and "
-            f"{who} gives only the largest entries: set logits.backend = 'transformers', or logits.tail_samples = 0"
+            f"model {model}: {uniforms.shape[1]} draws per position from the rest of the vocabulary were requested, "
+            f"but {who} returns only the largest entries: set logits.backend = 'transformers', or logits.tail_samples "
+            "= 0"
         )
 
 

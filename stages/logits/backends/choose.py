@@ -31,7 +31,7 @@ def choose_backend(config: LogitsConfig, model: ModelConfig) -> Literal["transfo
 def _obstacle(config: LogitsConfig, model: ModelConfig) -> str | None:
     """Explain why vLLM cannot be used, the cheapest check first; None if it can."""
     if config.tail_samples:
-        return "logits.tail_samples draws from the full distribution, of which vLLM gives only the largest entries"
+        return "logits.tail_samples draws from the full distribution, and vLLM returns only the largest entries"
     if resolve_device(config.device).type != "cuda":
         return "no GPU is used"
     if not is_installed():

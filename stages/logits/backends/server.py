@@ -166,7 +166,7 @@ class ServerBackend:
         # The next token is listed in addition to the k largest, or is one of them. Values that are not finite come first.
         order = np.argsort(-np.nan_to_num(logprobs, nan=np.inf), kind="stable")[: self._width]
         if len(order) < self._width:
-            raise self._wrong(f"{len(order)} entries at a position, where {self._width} were asked for")
+            raise self._wrong(f"{len(order)} entries at a position, expected {self._width}")
         if (largest := int(ids[order].max())) >= self._num_valid:
             raise self._wrong(
                 f"token {largest} among the {self._width} most likely ones, which the tokenizer of {self._num_valid} tokens "
@@ -176,8 +176,8 @@ class ServerBackend:
 
     def _wrong(self, answer: str) -> ServerError:
         return ServerError(
-            f"model {self._name}: {self._connection.url} gave {answer}: expected what vLLM's server gives. Does it serve this "
-            "very model? (`served_model` under [logits] names it where it serves several)"
+            f"model {self._name}: {self._connection.url} gave {answer}: expected the answer of a vLLM server. Does it "
+            "serve exactly this model? (if it serves several models, `served_model` under [logits] names the model)"
         )
 
 
@@ -190,8 +190,8 @@ class _Connection:
         self._url_variable, self.url = _from_environment(URL_VARIABLE, model)
         if not self.url:
             raise ServerError(
-                f"model {model}: logits.backend = 'server', and its address is not set: set {URL_VARIABLE}, or "
-                f"{_own_variable(URL_VARIABLE, model)} for this model alone, e.g. to http://127.0.0.1:8000"
+                f"model {model}: logits.backend = 'server', but its address is not set: set {URL_VARIABLE}, or "
+                f"{_own_variable(URL_VARIABLE, model)} only for this model, e.g. to http://127.0.0.1:8000"
             )
         self.url = self.url.rstrip("/").removesuffix("/v1")
         if not self.url.startswith(("http://", "https://")):
@@ -256,7 +256,7 @@ class _Connection:
             )
         if wanted is None and len(models) != 1:
             raise ServerError(
-                f"model {self._model}: {self.url} serves {names}: say which one it is with `served_model` under [logits]"
+                f"model {self._model}: {self.url} serves {names}: choose one with `served_model` under [logits]"
             )
         name = wanted or next(iter(models))
         limit = models[name].get("max_model_len")
@@ -284,10 +284,10 @@ class _Connection:
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             hint = f"set {self._key_variable} to a key that it takes"
         elif status == HTTPStatus.NOT_FOUND:
-            hint = f"is {self._url_variable} the address of an OpenAI-compatible server, without /v1 and what follows?"
+            hint = f"is {self._url_variable} the address of an OpenAI-compatible server, without /v1 and the rest of the path?"
         else:
             hint = (
-                f"a server of vLLM gives {self._config.top_k} logprobs a position if it is started with --max-logprobs "
+                f"a vLLM server returns {self._config.top_k} logprobs a position if it is started with --max-logprobs "
                 f"{self._config.top_k} or more"
             )
         return ServerError(f"model {self._model}: {self.url}{path} answered {failure} ({hint})")
@@ -309,8 +309,8 @@ def _prompt_logprobs(content: Any) -> list[Any]:
     logprobs = content["choices"][0].get("prompt_logprobs")
     if not isinstance(logprobs, list):
         raise ServerError(
-            "gives no prompt_logprobs: expected a server that does, as vLLM's (OpenAI's own does not). Compute this model with "
-            "logits.backend = 'transformers' or 'vllm'"
+            "gives no prompt_logprobs: expected a server that does, such as vLLM (OpenAI's own does not). Compute this "
+            "model with logits.backend = 'transformers' or 'vllm'"
         )
     return logprobs
 
@@ -337,7 +337,7 @@ def _retry_after(response: requests.Response) -> float | None:
 def _in_short(error: requests.RequestException) -> str:
     """Return an error without the object addresses and nested exceptions that urllib3 puts into it."""
     if isinstance(error, requests.JSONDecodeError):
-        return "the answer is no JSON"
+        return "the answer is not JSON"
     if isinstance(error, requests.Timeout):
         return "no answer in time (server_timeout_seconds)"
     reason = getattr(error.args[0], "reason", error) if error.args else error

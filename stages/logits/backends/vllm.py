@@ -173,8 +173,8 @@ class VllmBackend:
         if not is_installed():
             raise ValueError(
                 f"model {model.name}: logits.backend = 'vllm' (as configured, or as 'auto' chose when this folder was "
-                "started), but vLLM is not installed here: `pip install ptafuse[vllm]`, or compute a folder of its own with "
-                "logits.backend = 'transformers'"
+                "started), but vLLM is not installed here: `pip install ptafuse[vllm]`, or compute a separate folder "
+                "with logits.backend = 'transformers'"
             )
         if model.is_gguf:
             raise ValueError(
@@ -231,8 +231,8 @@ class VllmBackend:
             gold = sequences[index][window.take_start + 1 : window.end + 1]
             if not np.array_equal(ids[: len(gold), 0], gold) or ids[:, 1:].max() >= self._num_valid:
                 raise RuntimeError(
-                    f"model {self._model.name}: vLLM {vllm_version()} gave other tokens than it was asked for (window "
-                    f"{window} of sequence {index}): its logprobs are not laid out as vLLM 0.32 does"
+                    f"model {self._model.name}: vLLM {vllm_version()} returned different tokens from those requested "
+                    f"(window {window} of sequence {index}): the layout of its logprobs differs from vLLM 0.32"
                 )
             rows = predictions.starts[index] + np.arange(window.take_start, window.end)
             predictions.put(rows, *descending(ids[:, 1:], logprobs[:, 1:]), logprobs[:, 0])

@@ -188,8 +188,8 @@ class ConversationEncoder:
         for token_id, written in zip(record.ids, is_written, strict=True):
             if written and token_id in self._control:  # the vocabulary has its name as a piece like any other
                 raise RenderError(
-                    f"a message holds the text of the control token {self._added[token_id].content!r}, which this tokenizer "
-                    "cannot read as text"
+                    f"a message holds the text of the control token {self._added[token_id].content!r}, which this "
+                    "tokenizer cannot encode as text"
                 )
         tokens = self._find(replaced.text, record, splitter.added, splitter.meaning)
         ids = [splitter.meaning.get(token_id, token_id) for token_id in tokens.ids]

@@ -195,8 +195,8 @@ class ChatTemplate:
             matching = [(tail, lead) for tail, lead in product(tails, leads) if f"{tail}{piece}{lead}" == spaced_piece]
             if not matching:
                 raise RenderError(
-                    f"the chat template changes white space of message {max(index - 1, 0)} ({roles[max(index - 1, 0)]}), or of "
-                    "the one behind it, in a way that is not known"
+                    f"the chat template changes whitespace of message {max(index - 1, 0)} "
+                    f"({roles[max(index - 1, 0)]}), or of the one after it, in an unsupported way"
                 )
             kept.append(matching[0])
         trimmed = [(_TRIMMED[kept[index][1]], _TRIMMED[kept[index + 1][0][::-1]]) for index in range(len(roles))]
@@ -229,12 +229,12 @@ def _rewritten(messages: Sequence[Message], rendered: Rendered, written: str) ->
         expected = piece + content
         if not written.startswith(expected, position):
             return (
-                f"the chat template rewrites message {index} ({messages[index].role}), or what stands before it: expected "
+                f"the chat template rewrites message {index} ({messages[index].role}), or the text before it: expected "
                 f"{_shown(expected)}, found {_shown(written[position : position + len(expected)])}"
             )
         position += len(expected)
     return (
-        f"the chat template rewrites what stands behind message {len(messages) - 1} ({messages[-1].role}): expected "
+        f"the chat template rewrites the text after message {len(messages) - 1} ({messages[-1].role}): expected "
         f"{_shown(rendered.pieces[-1])}, found {_shown(written[position:])}"
     )
 

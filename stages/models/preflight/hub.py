@@ -56,6 +56,6 @@ def _names_on_hub(model: ModelConfig) -> list[str] | None:
         info = HfApi().model_info(str(model.hub), revision=model.revision, timeout=_TIMEOUT_SECONDS)
     # Gated, misspelt, switched off, without network: errors of several libraries. The download says it better.
     except Exception as error:  # noqa: BLE001
-        log.debug("the hub does not say which files %s has: %s", model.hub, error)
+        log.debug("the hub does not list the files of %s: %s", model.hub, error)
         return None
     return [sibling.rfilename for sibling in info.siblings or ()]

@@ -27,7 +27,7 @@ def pickled(tmp_path: Path) -> Path:
 def test_a_folder_is_converted_and_the_command_says_what_to_write(pickled: Path) -> None:
     shown = " ".join(ptafuse("convert", str(pickled)).stdout.split())
     assert "model.safetensors: written and compared" in shown
-    assert f"equal to the pickled ones: give the model as `path = '{pickled}'`" in shown
+    assert f"and equal the pickled ones: give the model as `path = '{pickled}'`" in shown
     again = ptafuse("convert", str(pickled), check=False)
     assert again.returncode == 1
     assert "existing files are not overwritten" in again.stderr
@@ -55,7 +55,7 @@ def test_a_model_of_the_hub_is_written_to_a_folder_and_the_cache_is_left(
     ("arguments", "message"),
     [
         (("some/llama",), "some/llama is not a folder: give one with config.json and pytorch_model.bin, or the id"),
-        (("some/llama", "--revision", "main"), "--revision names a model of the hub: give --output too"),
+        (("some/llama", "--revision", "main"), "--revision is for a model of the hub: also give --output"),
     ],
 )
 def test_incomplete_arguments_are_refused(arguments: tuple[str, ...], message: str) -> None:

@@ -202,15 +202,15 @@ def test_a_json_array_behind_a_byte_order_mark_is_recognised(tmp_path: Path) -> 
 def test_utf_16_is_recognised(tmp_path: Path, encoding: str) -> None:
     raw = "\ufeff{}\n".encode(encoding)
     (tmp_path / "a.jsonl").write_bytes(raw)
-    with pytest.raises(DatasetError, match=r"a\.jsonl is UTF-16 or UTF-32.*iconv -f UTF-16"):
+    with pytest.raises(DatasetError, match=r"a\.jsonl begins with a UTF-16 or UTF-32 byte order mark.*iconv -f UTF-16"):
         check_dataset(dataset(tmp_path / "a.jsonl"))
     (tmp_path / "a.txt").write_bytes(raw)
-    with pytest.raises(DatasetError, match=r"a\.txt is UTF-16 or UTF-32"):
+    with pytest.raises(DatasetError, match=r"a\.txt begins with a UTF-16 or UTF-32"):
         check_dataset(dataset(tmp_path / "a.txt", documents="lines"))
     ((text, error),) = rows(dataset(tmp_path / "a.txt"))
     assert text is None
     assert error is not None
-    assert "a.txt is UTF-16 or UTF-32 by the byte order mark" in error
+    assert "a.txt begins with a UTF-16 or UTF-32 byte order mark" in error
 
 
 # --- a text file of many documents ---------------------------------------------------------------------------------------

@@ -386,13 +386,13 @@ def test_a_file_that_changed_since_the_plan_is_noticed(tmp_path: Path) -> None:
     dataset = DatasetConfig(path=str(_write(tmp_path, {"a.jsonl": _lines(TEXTS)}) / "a.jsonl"))
     plan = plan_documents(dataset, 5)
     _write(tmp_path, {"a.jsonl": _lines(TEXTS)[3:]})
-    with pytest.raises(DatasetError, match="not the file that was planned"):
+    with pytest.raises(DatasetError, match="changed after the run was planned"):
         read_documents(dataset, plan[1])
     _write(tmp_path, {"a.jsonl": _lines(TEXTS[:22])})
     with pytest.raises(DatasetError, match="expected rows 20 to 23, found 2 rows"):
         read_documents(dataset, plan[4])
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
-    with pytest.raises(FileNotFoundError, match="is gone"):
+    with pytest.raises(FileNotFoundError, match="but is missing now"):
         read_documents(DatasetConfig(path=str(tmp_path)), plan[0])
 
 

@@ -104,7 +104,7 @@ def test_an_actor_gets_the_gpus_that_share_its_model(settings: dict, gpus: float
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (("logits.backend='transformers'", "logits.tensor_parallel_size=2"), "splits a model with vLLM alone"),
+        (("logits.backend='transformers'", "logits.tensor_parallel_size=2"), "splits a model, which needs vLLM"),
         (("align.top_p=0.9", "logits.top_p=0.8"), "asks for more probability than logits.top_p = 0.8 keeps"),
     ],
 )

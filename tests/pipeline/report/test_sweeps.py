@@ -52,8 +52,10 @@ def test_cells_of_other_documents_are_not_paired_and_the_table_says_why(
     table = sweep_table(sweep, results)
     assert table.rows[1][3] == "other documents"
     assert table.notes == (
-        "other is not compared with gold: shard.validation_fraction is 0.5, there 0.25, so different documents are "
-        "scored",
+        (
+            "other is not compared with gold: shard.validation_fraction is 0.5, there 0.25, so different documents are "
+            "scored"
+        ),
     )
 
 

@@ -11,7 +11,10 @@ from stages.measures.standard_error import Estimate
     [
         (Estimate(-0.02, 0.005), "is better than gold tokens only by 0.0200 ± 0.0050 bits per byte (2.0%)"),
         (Estimate(0.02, 0.005), "is worse than gold tokens only by 0.0200 ± 0.0050 bits per byte (2.1%)"),
-        (Estimate(-0.02, 0.01), "and gold tokens only are equal within two standard errors (difference 0.0200 ± 0.0100"),
+        (
+            Estimate(-0.02, 0.01),
+            "and gold tokens only are equal within two standard errors (difference 0.0200 ± 0.0100",
+        ),
         (Estimate(0.0, 0.0), "are equal within two standard errors"),
         (Estimate(-0.02, math.nan), "are equal within two standard errors"),  # of one document nothing is clear
     ],

@@ -48,7 +48,7 @@ def test_finished_logits_are_read_where_they_are(tiny_config: Path, other: Path,
     steps = status(run)
     assert all(steps[key]["is_done"] for key in ("shard", "logits/llama", "logits/neox", "align/neox", "fuse"))
     assert steps["logits/neox"]["health"] == status(other)["logits/neox"]["health"]
-    assert "as their manifests say; 0 shards" in ptafuse("verify", str(run)).stdout
+    assert "match their manifests; 0 shards" in ptafuse("verify", str(run)).stdout
     for stage in ("logits/neox", "align/neox", "fuse"):
         assert "token" in ptafuse("inspect", str(run), stage, "0", "--segment", "0", "--position", "3").stdout
     again = ptafuse("fuse", str(tiny_config), "--run", str(run), "--local", "--upstream").stdout
@@ -148,7 +148,7 @@ def test_a_home_that_no_configuration_names_is_refused_everywhere(
         said = refused.stdout + refused.stderr
         assert f"is in {other}, which no configuration that ran here names as logits_from" in said, arguments
     assert {name for name in files(run) if "/data/" in name} == rows, "nothing was computed and nothing removed"
-    assert "6 shards or models are not" in ptafuse("verify", str(run), check=False).stdout, (
+    assert "6 shards or models do not" in ptafuse("verify", str(run), check=False).stdout, (
         "the others are read all the same"
     )
     ptafuse("verify", str(run), "--repair", check=False)
@@ -173,7 +173,7 @@ def test_a_place_without_logits_is_refused(tiny_config: Path, tmp_path: Path) ->
     )
     assert refused.returncode == 1
     assert f"make logits RUN={tmp_path}" in refused.stderr
-    assert "leave logits_from out" in refused.stderr
+    assert "remove logits_from" in refused.stderr
 
 
 def test_a_removed_source_touches_nothing(tiny_config: Path, undisturbed_run: Path, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_forty_documents_leave_hardly_any_to_evaluate_on(tmp_path: Path) -> None
     assert expected_warnings(config(tmp_path, "a.jsonl", "shard.validation_fraction=0.25"), 40) == []
     test = ("eval.split=test", "shard.test_fraction=0.05", "shard.validation_fraction=0.4")
     (warning,) = expected_warnings(config(tmp_path, "a.jsonl", *test), 40)
-    assert "shard.test_fraction = 0.05 leaves about 2.0" in warning
+    assert "shard.test_fraction = 0.05 of 40 documents holds out about 2.0" in warning
     (warning,) = expected_warnings(config(tmp_path, "a.jsonl", "shard.validation_fraction=0.0"), 5000)
     assert "holds no document out" in warning
     assert "set it to 0.002, say" in warning

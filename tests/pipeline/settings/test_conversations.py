@@ -54,7 +54,7 @@ def test_the_papers_preset_packs_conversations_whole(tmp_path: Path) -> None:
         ),
         (
             CHAT.replace('name = "a"', 'name = "a"\nbos = true'),
-            r"model a: bos = true is of texts, and in conversations its chat template decides",
+            r"model a: bos = true applies to texts, and in conversations the chat template decides",
         ),
         (
             MINIMAL.replace('name = "b"', 'name = "b"\nchat_template = "plain"'),
@@ -62,7 +62,7 @@ def test_the_papers_preset_packs_conversations_whole(tmp_path: Path) -> None:
         ),
         (
             CHAT.replace("messages_column", 'text_column = "body"\nmessages_column'),
-            r"text_column = 'body' and messages_column = 'messages' both say where documents are",
+            r"text_column = 'body' and messages_column = 'messages' both name the column of the documents",
         ),
         (
             CHAT.replace("messages_column", 'control_tokens = "parse"\nmessages_column'),
@@ -70,7 +70,7 @@ def test_the_papers_preset_packs_conversations_whole(tmp_path: Path) -> None:
         ),
         (
             MINIMAL.replace('"corpus.jsonl"', '"corpus.jsonl"\ntrain_on = "all"'),
-            r"train_on = 'all' says what is learnt of conversations, and messages_column names no column",
+            r"train_on = 'all' says what is learned from conversations, but messages_column is not set",
         ),
     ],
 )

@@ -18,7 +18,7 @@ TOP = MINIMAL.replace("[[sources]]", "[sources]")
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TOP, r"sources: write \[\[sources\]\] with two brackets: there can be several"),
+        (TOP, r"sources: write \[\[sources\]\] with two brackets: it can be repeated"),
         ('sources = ["gpt2"]' + MINIMAL.split("[[sources]]")[0], r"sources\.0: expected a section \[\[sources\]\] with name"),
         ("sources = []" + MINIMAL.split("[[sources]]")[0], r"sources: expected at least 1; found 0: write a section"),
         (MINIMAL.split("[[sources]]")[0], r"sources: is missing; write a section \[\[sources\]\], one or more"),
@@ -39,7 +39,7 @@ TOP = MINIMAL.replace("[[sources]]", "[sources]")
         (MINIMAL + '[train]\ncompile = "maybe"', r"train\.compile: expected true or false; found the text 'maybe'"),
         (MINIMAL + "[train]\nlambda = 1.5", r"train\.lambda: expected a number of at most 1; found 1\.5"),
         (MINIMAL + "[train]\nlambda_ = 1", r"train\.lambda_: unknown setting; did you mean 'lambda'"),
-        (MINIMAL + "[train]\nlearning-rate = 1", r"train\.learning-rate: there is no .* did you mean 'learning_rate'"),
+        (MINIMAL + "[train]\nlearning-rate = 1", r"train\.learning-rate: unknown setting; did you mean 'learning_rate'"),
         (MINIMAL + "[evaluation]\n", r"evaluation: unknown setting; did you mean 'eval'"),
         ("lambda = 1" + MINIMAL, r"lambda: unknown setting; it belongs in \[train\]"),
         (MINIMAL + "logits_from = 'x'", r"logits_from: .* it belongs in the top of the file, before the first section"),

@@ -99,14 +99,14 @@ def test_minimal_configuration_has_defaults(tmp_path: Path) -> None:
         ("[logits]\ntail_samples = 4\nbackend = 'vllm'", "set backend = 'transformers', or tail_samples = 0"),
         ("[logits]\ntail_samples = 4\ntop_p = 0.9", "set top_p = 1, or tail_samples = 0"),
         (f"{DRAWS}[align]\ntop_k = 8\ntail = 'bucket'", "needs align.top_k = logits.top_k = 10, and it is 8"),
-        (f"{DRAWS}[align]\ntop_p = 0.9\ntail = 'bucket'", "align.top_p = 0.9 cuts entries that no draw stands for"),
+        (f"{DRAWS}[align]\ntop_p = 0.9\ntail = 'bucket'", "align.top_p = 0.9 cuts entries for which no draws stand"),
         (
             f"{DRAWS}[align]\ntail = 'bucket'\n[fuse]\ntop_k = 9",
             "fuse.top_k of at least logits.top_k = 10, and it is 9",
         ),
         (
             f"{DRAWS}[align]\ntail = 'bucket'\n[train]\ntail_loss = 'gold'",
-            "needs train.tail_loss = 'bucket': 'gold' stands for what rows leave out",
+            "needs train.tail_loss = 'bucket': 'gold' stands for the mass that rows omit",
         ),
         ("[eval]\nsplit = 'test'", 'eval.split = "test" has no documents: set shard.test_fraction'),
         (
@@ -150,10 +150,10 @@ def test_broken_toml_says_where(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("name = demo", r"line 1, column 8\): name = demo\. Texts stand in quotes"),
+        ("name = demo", r"line 1, column 8\): name = demo\. Texts are written in quotes"),
         ('path = "C:\\new\\x.jsonl"', r"put a Windows path in single quotes"),
         ('name = "x"\nname = "y"\n', r'line 2.*: name = "y"\. A setting or a section is given twice'),
-        ('[sources]\nname = "a"\n[sources]\nname = "b"', r"each begins with two brackets: \[\[sources\]\]"),
+        ('[sources]\nname = "a"\n[sources]\nname = "b"', r"are written with two brackets: \[\[sources\]\]"),
     ],
 )
 def test_broken_toml_is_shown_with_what_to_write(tmp_path: Path, text: str, message: str) -> None:

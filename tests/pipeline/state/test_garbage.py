@@ -142,7 +142,7 @@ def test_manifest_that_cannot_be_read_stops_everything(tmp_path: Path) -> None:
     put(tmp_path, manifest_key(f"align/neox/{FINGERPRINT}", 0), raw=b"{}")
     stopped = ptafuse("gc", str(tmp_path), check=False)
     assert stopped.returncode == 1
-    assert "is not a manifest that this ptafuse can read" in stopped.stderr
+    assert "is not a manifest that this version of ptafuse can read" in stopped.stderr
     assert "ptafuse verify" in stopped.stderr
     assert files(tmp_path) > set(lost)
 

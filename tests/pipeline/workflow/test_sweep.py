@@ -81,7 +81,7 @@ def test_lists_of_values_are_combined() -> None:
         ("[0.8, 0.2]", "[0.8, 7.5]", "cell fused-lambda-7.5"),
         ('"train.batch_size"', '"train.batchsize"', "unknown setting"),
         ("seeds", "sedes", "sedes: unknown setting; did you mean 'seeds'"),
-        ("seeds", "name_seeds = false\nseeds", "name_seeds = false leaves 2 seeds of a cell with the same name"),
+        ("seeds", "name_seeds = false\nseeds", "name_seeds = false gives 2 seeds of a cell the same name"),
     ],
 )
 def test_a_wrong_sweep_is_refused_before_anything_runs(sweep_file: Path, before: str, after: str, message: str) -> None:

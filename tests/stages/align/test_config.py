@@ -63,7 +63,7 @@ def test_a_preset_lends_another_method_what_all_methods_read(preset, method):
 
 @pytest.mark.parametrize("method", ["min-edit", "exact"])
 def test_a_cost_is_refused_with_a_method_that_does_not_use_it(method):
-    with pytest.raises(ValidationError, match=f"method = '{method}' moves nothing by it"):
+    with pytest.raises(ValidationError, match=f"method = '{method}' does not use it"):
         AlignConfig(method=method, cost="semantic")
 
 

@@ -130,6 +130,6 @@ def test_a_position_that_is_not_learnt_is_explained_with_the_token_that_follows(
 
 def test_conversations_are_not_cut(inputs):
     with pytest.raises(
-        ValueError, match=r"these are conversations, which are learnt whole: set fuse\.packing = 'whole'"
+        ValueError, match=r"these are conversations, which must stay whole: set fuse\.packing = 'whole'"
     ):
         inputs.stage(packing="cut").run(inputs.tables)

@@ -531,9 +531,9 @@ def test_expected_row_of_many_documents_is_the_model_s_distribution(llama):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "vllm"}, "'vllm' gives only the largest entries: set backend = 'transformers'"),
-        ({"backend": "server"}, "'server' gives only the largest entries: set backend = 'transformers'"),
-        ({"top_p": 0.9}, "top_p = 0.9 would cut entries that no draw stands for"),
+        ({"backend": "vllm"}, "'vllm' returns only the largest entries: set backend = 'transformers'"),
+        ({"backend": "server"}, "'server' returns only the largest entries: set backend = 'transformers'"),
+        ({"top_p": 0.9}, "top_p = 0.9 would cut entries for which no draws stand"),
     ],
 )
 def test_draws_are_refused_where_there_is_no_full_distribution(settings, message):

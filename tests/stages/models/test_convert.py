@@ -151,7 +151,9 @@ def test_code_in_a_pickle_is_refused_and_not_run(pickled: Path, tmp_path: Path, 
     marker = tmp_path / "sprung"
     tensors = torch.load(pickled / PICKLED_FILE, weights_only=True)
     torch.save({**tensors, "trap": Trap(marker)}, pickled / PICKLED_FILE, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(WeightFileError, match=r"refers to \S+, which can run arbitrary code, so the file was not loaded") as raised:
+    with pytest.raises(
+        WeightFileError, match=r"refers to \S+, which can run arbitrary code, so the file was not loaded"
+    ) as raised:
         convert(pickled, pickled)
     assert raised.value.file == pickled / PICKLED_FILE
     assert "weights_only" not in str(raised.value), "torch advises to load it all the same"
@@ -171,14 +173,17 @@ def test_code_in_a_later_pickle_leaves_no_converted_file(pickled: Path, tmp_path
 def test_nothing_is_overwritten(pickled: Path, tmp_path: Path) -> None:
     convert(pickled, pickled)
     before = (pickled / SINGLE_FILE).stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match=r"already holds model.safetensors, and existing files are not overwritten"):
+    with pytest.raises(
+        FileExistsError, match=r"already holds model.safetensors, and existing files are not overwritten"
+    ):
         convert(pickled, pickled)
     assert (pickled / SINGLE_FILE).stat().st_mtime_ns == before
     output = tmp_path / "out"
     output.mkdir()
     (output / "notes.txt").write_text("mine")
     with pytest.raises(
-        FileExistsError, match="existing files are not overwritten: give --output a folder that is empty or does not exist"
+        FileExistsError,
+        match="existing files are not overwritten: give --output a folder that is empty or does not exist",
     ):
         convert(pickled, output)
     assert listing(output) == ["notes.txt"]

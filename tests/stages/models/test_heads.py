@@ -111,7 +111,7 @@ class Unusual(nn.Module):
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(ValueError, match="laid out in a way"):
+    with pytest.raises(ValueError, match="does not support the way"):
         check_head(Unusual())
 
 

@@ -120,7 +120,7 @@ def test_a_run_directory_that_cannot_be_written_to_can_be_read(models, tmp_path,
     monkeypatch.setattr(store, "create", refuse)
     with caplog.at_level(logging.WARNING):
         assert_same(TokenTables(store).read(models["spm-bpe"]), SegmentTokenizer.load(models["spm-bpe"]))
-    assert "mounted read-only; the tokenizers are loaded again next time" in caplog.text
+    assert "mounted read-only; the tokenizers will be loaded again next time" in caplog.text
 
 
 def flipped(raw: bytes, at: int) -> bytes:
@@ -182,12 +182,12 @@ def test_a_table_of_another_tokenizer_is_stale(models, tmp_path, caplog) -> None
     for family in ("byte-bpe", "spm-bpe"):
         tables.read(models[family])
     shutil.copy(tmp_path / table_key(models["byte-bpe"]), tmp_path / table_key(models["spm-bpe"]))
-    with pytest.raises(DamagedTableError, match="stands in the folder of"):
+    with pytest.raises(DamagedTableError, match="is in the folder of"):
         check_file(table_key(models["spm-bpe"]), store.read(table_key(models["spm-bpe"])))
     token_tables._LOADED.clear()
     with caplog.at_level(logging.WARNING):
         assert_same(tables.read(models["spm-bpe"]), SegmentTokenizer.load(models["spm-bpe"]))
-    assert "stale: it was made from another tokenizer" in caplog.text
+    assert "stale: it was built from another tokenizer" in caplog.text
 
 
 def test_whatever_changes_a_vocabulary_changes_the_folder(tmp_path) -> None:

@@ -203,5 +203,5 @@ def test_a_token_that_is_learnt_by_mistake_at_the_start_of_a_conversation_is_no_
 
 def test_conversations_that_see_each_other_are_refused(tmp_path):
     file = conversations_file(tmp_path, np.arange(3, 9), np.ones(6, bool), [0, 3])
-    with pytest.raises(ValueError, match=r"a\.parquet hold conversations, and train\.isolate_documents = false"):
+    with pytest.raises(ValueError, match=r"a\.parquet hold conversations, but train\.isolate_documents = false"):
         open_files(file)

@@ -136,7 +136,7 @@ def test_files_of_the_hub_are_kept_where_they_can_be_had(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     carry_over(hub, tmp_path / "other")
-    assert "the export lacks what a/b holds besides weights and tokenizer (no network)" in caplog.text
+    assert "the export lacks files that a/b has in addition to weights and tokenizer (no network)" in caplog.text
 
 
 TURNS = [{"role": "user", "content": "Who jumps?"}, {"role": "assistant", "content": "The fox."}]

@@ -259,15 +259,15 @@ def test_report_of_a_run_without_suites_says_how_to_get_them(undisturbed_run: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--suite", "multipl-e"), "the suite multipl-e runs programs that models write: allow it with --execute-code"),
+        (("--suite", "multipl-e"), "the suite multipl-e runs programs written by models: allow it with --execute-code"),
         (("--suite", "multipl-e/rs", "--execute-code"), "multipl-e/rs is not in"),
         (("--suite", "mmlu/astrology"), "mmlu/astrology is not in"),
-        (("--suite", "arc"), "there is no suite 'arc'; known: gsm8k"),
-        (("--suite", "mmlu", "--model", "gpt"), "there is no model 'gpt' in this run; its models: llama, neox, fused"),
-        (("--suite", "mmlu", "--set", "eval.data=/nowhere"), "there is no folder /nowhere"),
+        (("--suite", "arc"), "unknown suite 'arc'; known: gsm8k"),
+        (("--suite", "mmlu", "--model", "gpt"), "this run has no model 'gpt'; its models: llama, neox, fused"),
+        (("--suite", "mmlu", "--set", "eval.data=/nowhere"), "the folder /nowhere does not exist"),
         (
             ("--suite", "mmlu", "--apply-chat-template"),
-            "eval.apply_chat_template: the tokenizer of llama has no chat template: leave llama out with eval.suite_models",
+            "eval.apply_chat_template: the tokenizer of llama has no chat template: exclude llama with eval.suite_models",
         ),
     ],
 )

@@ -164,5 +164,5 @@ def test_program_passes_when_it_reaches_its_end(language: str, good: str, bad: s
 
 
 def test_compiled_language_is_refused() -> None:
-    with pytest.raises(LanguageMissingError, match="rs is not run here"):
+    with pytest.raises(LanguageMissingError, match="rs is not supported"):
         check_language("rs")

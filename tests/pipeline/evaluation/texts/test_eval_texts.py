@@ -244,7 +244,7 @@ def test_status_and_plan_count_texts(texts: Texts) -> None:
     ("lines", "message"),
     [
         ("", "give exactly one of `hub` (with `revision`) and `path`"),
-        ('path = "x.txt"\nnum_documents = 2\nfraction = 0.5', "give one of them"),
+        ('path = "x.txt"\nnum_documents = 2\nfraction = 0.5', "give only one of them"),
         ('path = "x.txt"\nnum_document = 2', "unknown setting; did you mean 'num_documents'"),
     ],
 )

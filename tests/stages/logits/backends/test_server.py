@@ -100,7 +100,7 @@ def test_nothing_is_drawn_from_a_tail_that_the_server_does_not_give(server, fold
     backend = make_backend(folder)
     before = len(server.exchanges)
     with pytest.raises(
-        ValueError, match=r"tiny-1\.b: 4 draws .*a server gives only the largest entries: set logits\.backend"
+        ValueError, match=r"tiny-1\.b: 4 draws .*a server returns only the largest entries: set logits\.backend"
     ):
         backend.predict([np.arange(3)], [context_windows(3, max_length=8)], np.zeros((3, 4)))
     assert len(server.exchanges) == before
@@ -166,7 +166,7 @@ def test_a_refused_connection_says_where_it_went(folder, monkeypatch):
 
 def test_without_an_address_it_says_how_to_give_one(folder, monkeypatch):
     monkeypatch.delenv("PTAFUSE_SERVER_URL", raising=False)
-    with pytest.raises(ServerError, match=r"set PTAFUSE_SERVER_URL, or PTAFUSE_SERVER_URL_TINY_1_B for this model"):
+    with pytest.raises(ServerError, match=r"set PTAFUSE_SERVER_URL, or PTAFUSE_SERVER_URL_TINY_1_B only for this model"):
         make_backend(folder)
     monkeypatch.setenv("PTAFUSE_SERVER_URL", "127.0.0.1:8000")
     with pytest.raises(ServerError, match=r"PTAFUSE_SERVER_URL is '127\.0\.0\.1:8000': expected an address"):
@@ -190,7 +190,7 @@ def test_a_model_s_own_address_and_key_come_first(server, folder, monkeypatch):
 
 def test_several_models_of_a_server_want_a_name(server, folder):
     server.names = ["a", "b"]
-    with pytest.raises(ServerError, match="serves a, b: say which one it is with `served_model`"):
+    with pytest.raises(ServerError, match="serves a, b: choose one with `served_model`"):
         make_backend(folder)
     with pytest.raises(ServerError, match="serves a, b, and not served_model = 'c'"):
         make_backend(folder, served_model="c")
@@ -240,9 +240,9 @@ def give_a_string(exchange):
     [
         (drop_the_sent_token, r"no logprob of token \d+, which was sent there"),
         (cut_short, r"gave 1 prompt logprobs for 2 tokens"),
-        (keep_one, r"gave 1 entries at a position, where 10 were asked for"),
+        (keep_one, r"gave 1 entries at a position, expected 10"),
         (give_an_unknown_token, r"token 99999 among the 10 most likely ones, which the tokenizer of \d+ tokens"),
-        (give_a_string, r"gave a position's entries -1\.0: expected what vLLM's server gives"),
+        (give_a_string, r"gave a position's entries -1\.0: expected the answer of a vLLM server"),
     ],
 )
 def test_an_answer_of_another_layout_or_model_is_refused(server, folder, fault, message):

@@ -50,5 +50,5 @@ def test_several_gpus_are_those_of_this_process():
 def test_draws_are_refused_by_a_backend_without_full_distributions():
     backend = VllmBackend.__new__(VllmBackend)  # no engine is started
     backend._model = LOCAL
-    with pytest.raises(ValueError, match=r"model m: 2 draws .* vLLM gives only the largest entries"):
+    with pytest.raises(ValueError, match=r"model m: 2 draws .* vLLM returns only the largest entries"):
         backend.predict([np.zeros(3, np.int32)], [[]], np.zeros((3, 2)))

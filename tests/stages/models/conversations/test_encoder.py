@@ -185,7 +185,7 @@ def test_templates_go_with_every_kind_of_tokenizer(
     (encoding,) = tokenizer.try_encode_segments([segment])
     if isinstance(encoding, RenderError):
         assert UNUSUAL[number][1] == "unigram"
-        assert "which this tokenizer cannot read as text" in str(encoding)
+        assert "which this tokenizer cannot encode as text" in str(encoding)
         return
     if tokenizer.spells_text:
         check_conversation(tokenizer, segment, encoding)
@@ -282,7 +282,7 @@ def test_a_vocabulary_that_holds_the_name_of_a_control_token_as_a_piece_refuses_
     tokenizer = load(folder)
     (found,) = tokenizer.try_encode_segments([conversation(["Say </s> now", "no"])])
     assert isinstance(found, RenderError)
-    assert "control token '</s>', which this tokenizer cannot read as text" in str(found)
+    assert "control token '</s>', which this tokenizer cannot encode as text" in str(found)
     plain = conversation(["Who?", "He did."])
     assert encode(tokenizer, plain).ids.tolist() == reference(tokenizer, folder, plain)
 
@@ -317,7 +317,7 @@ def test_a_template_that_never_stops_is_refused(tmp_path: Path) -> None:
     folder = save_chat_tokenizer("chatml", tmp_path)
     template = tmp_path / "endless.jinja"
     template.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    with pytest.raises(ValueError, match="ends the assistant's turn with no control token"):
+    with pytest.raises(ValueError, match="does not end the assistant's turn with a control token"):
         load(folder, chat_template=str(template))
 
 

@@ -68,7 +68,9 @@ def test_a_shard_that_the_index_names_and_that_is_missing_is_named(llama: Path) 
     _, second = split_weights(llama)
     (llama / second).unlink()
     (found,) = messages(llama)
-    assert found == f"model m: {llama}: the index names {second}, which does not exist; expected all 2 files. Fetch them"
+    assert (
+        found == f"model m: {llama}: the index names {second}, which does not exist; expected all 2 files. Fetch them"
+    )
 
 
 def test_shards_without_an_index_are_named(llama: Path) -> None:
@@ -102,8 +104,8 @@ def test_a_missing_folder_and_a_folder_without_weights_are_named(tmp_path: Path,
     (llama / "pytorch_model-00001-of-00002.bin").touch()
     (llama / "pytorch_model-00002-of-00002.bin").touch()
     (found,) = messages(llama)
-    assert "holds pickled weights alone (pytorch_model-00001-of-00002.bin and 1 more)" in found
-    assert f"`ptafuse convert {llama}` writes them as safetensors" in found
+    assert "holds only pickled weights (pytorch_model-00001-of-00002.bin and 1 more)" in found
+    assert f"`ptafuse convert {llama}` converts them to safetensors" in found
 
 
 def test_every_problem_of_a_folder_is_named_at_once(llama: Path) -> None:

@@ -95,7 +95,11 @@ def test_a_file_cut_short_is_named(file: Path, llama: Path, share: float) -> Non
 
 @pytest.mark.parametrize(
     ("start", "said"),
-    [(b"GGML" + b"\x00" * 80, "it begins with b'GGML"), (b"GGUF\x09" + b"\x00" * 80, "version 9"), (b"GG", "it begins")],
+    [
+        (b"GGML" + b"\x00" * 80, "it begins with b'GGML"),
+        (b"GGUF\x09" + b"\x00" * 80, "version 9"),
+        (b"GG", "it begins"),
+    ],
 )
 def test_a_file_of_another_kind_is_named(tmp_path: Path, start: bytes, said: str) -> None:
     (tmp_path / "model.gguf").write_bytes(start)
@@ -108,4 +112,7 @@ def test_what_reads_it_must_be_installed(file: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(examine.importlib.util, "find_spec", lambda name: None)
     (found,) = messages(file)
-    assert "gguf and accelerate is not installed; expected the packages that read GGUF files. `pip install ptafuse[demo]`" in found
+    assert (
+        "gguf and accelerate is not installed; expected the packages that read GGUF files. `pip install ptafuse[demo]`"
+        in found
+    )
