@@ -100,7 +100,9 @@ def _read_message(index: int, item: Any) -> tuple[str, str]:
     used = next((key for key in _TOOL_KEYS if item.get(key)), None)
     if name in _TOOL_ROLES or used is not None:
         obstacle = f"has {used}" if used is not None else f"is of the role {name!r}"
-        raise ConversationError("HasTools", f"message {index} {obstacle}: conversations that use tools are not supported")
+        raise ConversationError(
+            "HasTools", f"message {index} {obstacle}: conversations that use tools are not supported"
+        )
     if not isinstance(name, str) or name not in _ROLES:
         raise ConversationError(
             "UnknownRole", f"message {index} is of the role {name!r}; expected one of {', '.join(map(repr, _ROLES))}"

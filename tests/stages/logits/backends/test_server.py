@@ -166,7 +166,9 @@ def test_a_refused_connection_says_where_it_went(folder, monkeypatch):
 
 def test_without_an_address_it_says_how_to_give_one(folder, monkeypatch):
     monkeypatch.delenv("PTAFUSE_SERVER_URL", raising=False)
-    with pytest.raises(ServerError, match=r"set PTAFUSE_SERVER_URL, or PTAFUSE_SERVER_URL_TINY_1_B only for this model"):
+    with pytest.raises(
+        ServerError, match=r"set PTAFUSE_SERVER_URL, or PTAFUSE_SERVER_URL_TINY_1_B only for this model"
+    ):
         make_backend(folder)
     monkeypatch.setenv("PTAFUSE_SERVER_URL", "127.0.0.1:8000")
     with pytest.raises(ServerError, match=r"PTAFUSE_SERVER_URL is '127\.0\.0\.1:8000': expected an address"):
