@@ -90,22 +90,25 @@ def _read_message(index: int, item: Any) -> tuple[str, str]:
             "NotAConversation",
             f"message {index} is {type(item).__name__}, expected an object with role and content: {str(item)[:40]!r}",
         )
-    keys = next((keys for keys in _KEYS if keys[0] in item), None)
-    if keys is None:
+    spellings = [keys for keys in _KEYS if keys[0] in item]
+    if not spellings:
         present = ", ".join(map(repr, list(item)[:20])) or "no key"
         raise ConversationError(
             "NotAConversation", f"message {index} has no key 'role' (or ShareGPT's 'from'); found {present}"
         )
-    name, content = item[keys[0]], item.get(keys[1])
+    # Data sets in Parquet that mix both spellings have all four keys in every message, and null under two of them.
+    role_key, content_key = next((keys for keys in spellings if item[keys[0]] is not None), spellings[0])
+    name, content = item[role_key], item.get(content_key)
     used = next((key for key in _TOOL_KEYS if item.get(key)), None)
-    if name in _TOOL_ROLES or used is not None:
+    if used is not None or (isinstance(name, str) and name in _TOOL_ROLES):
         obstacle = f"has {used}" if used is not None else f"is of the role {name!r}"
         raise ConversationError(
             "HasTools", f"message {index} {obstacle}: conversations that use tools are not supported"
         )
     if not isinstance(name, str) or name not in _ROLES:
         raise ConversationError(
-            "UnknownRole", f"message {index} is of the role {name!r}; expected one of {', '.join(map(repr, _ROLES))}"
+            "UnknownRole",
+            f"message {index} is of the role {_shown_value(name)}; expected one of {', '.join(map(repr, _ROLES))}",
         )
     where = f"message {index} ({name})"
     media = _find_media(item, content)
@@ -140,6 +143,11 @@ def _find_media(item: dict[str, Any], content: Any) -> str | None:
     content_parts = content if isinstance(content, list) else [content]
     kinds = (str(content_part.get("type", "")) for content_part in content_parts if isinstance(content_part, dict))
     return next((kind for kind in kinds if kind.removesuffix("_url").removeprefix("input_") in _MEDIA_KEYS), None)
+
+
+def _shown_value(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else f"{shown[:40]}..."
 
 
 def _shown(raw: bytes) -> str:

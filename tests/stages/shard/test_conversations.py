@@ -130,6 +130,10 @@ def test_an_exchange_that_does_not_fit_is_quarantined(models: tuple[ModelConfig,
             "UnknownRole",
             "message 0 is of the role 'narrator'; expected one of 'system', 'user'",
         ),
+        ([{"role": ["user"], "content": "a"}], "UnknownRole", "message 0 is of the role ['user']; expected one of"),
+        ([{"role": {"name": "user"}, "content": "a"}], "UnknownRole", "message 0 is of the role {'name': 'user'};"),
+        ([{"role": None, "content": "a"}], "UnknownRole", "message 0 is of the role None; expected one of"),
+        ([{"role": "x" * 1000, "content": "a"}], "UnknownRole", f"of the role '{'x' * 39}...; expected one of"),
         (openai(("user", "a"), ("tool", "b")), "HasTools", "message 1 is of the role 'tool'"),
         (
             [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}],
@@ -215,6 +219,13 @@ def test_a_table_with_wrong_ends_is_refused(models: tuple[ModelConfig, ...]) -> 
     rows[0]["message_role"], rows[0]["message_trained"] = ["user"], [False]
     with pytest.raises(ValueError, match="its messages end at byte 5, and its text has 12 bytes"):
         segment_texts(pa.Table.from_pylist(rows, schema=table.schema))
+
+
+def test_keys_without_a_value_do_not_hide_the_other_spelling() -> None:
+    nulls = {"role": None, "content": None}
+    mixed = [{**nulls, "from": "human", "value": "a"}, {"role": "assistant", "content": "b", "from": None, "value": None}]
+    expected = read_conversation(json.dumps(openai(("user", "a"), ("assistant", "b"))).encode(), "assistant")
+    assert read_conversation(json.dumps(mixed).encode(), "assistant") == expected
 
 
 def test_an_empty_system_message_is_left_out() -> None:
