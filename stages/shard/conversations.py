@@ -251,21 +251,31 @@ def _cut(
                     [tokenizer.try_encode_segments([segment])[0] for tokenizer in tokenizers], names
                 )
             ]
-            if max(counts) <= max_length:
+            is_learnt = any(message.is_trained for message in segment.messages)
+            # A question without an answer at the end may have any length: such a piece is left out.
+            if max(counts) <= max_length or (stop == first + 1 and not is_learnt):
                 break
             if stop == first + 1:
                 longest = int(np.argmax(counts))
+                which = _describe_exchange(starts[first], starts[stop], counts[longest], has_system=has_system)
                 raise ConversationError(
                     "CannotCut",
-                    f"messages {starts[first]} to {starts[stop] - 1} have {counts[longest]} tokens under model "
-                    f"{names[longest]}{' with the system message' if has_system else ''}, and an exchange is never "
-                    f"cut: expected at most {max_length}; raise shard.max_length",
+                    f"{which} under model {names[longest]}, and an exchange is never cut: expected at most {max_length}; "
+                    "raise shard.max_length",
                 )
             stop -= 1
         begins_at = 0 if first == 0 else bases[starts[first]]
         pieces.append(Piece(segment, begins_at, bases[starts[stop]] - begins_at, tuple(counts)))
         first = stop
     return pieces
+
+
+def _describe_exchange(start: int, stop: int, num_tokens: int, *, has_system: bool) -> str:
+    """Return the length of messages ``start`` to ``stop - 1`` in words; there are none where the system speaks alone."""
+    if start == stop:
+        return f"the system message has {num_tokens} tokens"
+    which = f"message {start} has" if stop == start + 1 else f"messages {start} to {stop - 1} have"
+    return f"{which} {num_tokens} tokens{' with the system message' if has_system else ''}"
 
 
 def _exchanges(messages: Sequence[Message], *, first: int) -> list[int]:

@@ -1,6 +1,7 @@
 """The shard stage on conversations: read, cut between turns, quarantined with the reason, or counted."""
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,27 @@ def test_an_exchange_that_does_not_fit_is_quarantined(models: tuple[ModelConfig,
     (record,) = output.quarantine
     assert record.error == "CannotCut"
     assert record.message.startswith("messages 3 to 4 have ")
-    assert "with the system message, and an exchange is never cut: expected at most 200" in record.message
+    assert " tokens with the system message under model " in record.message
+    assert ", and an exchange is never cut: expected at most 200; raise shard.max_length" in record.message
     assert output.health["quarantined/CannotCut"] == 1
+
+
+def test_a_last_question_of_any_length_costs_no_answer_before_it(models: tuple[ModelConfig, ...]) -> None:
+    talk = openai(("user", "Who?"), ("assistant", "A fox."), ("user", "Read this. " * 100))
+    output = run(models, [talk])
+    assert not output.quarantine
+    (row,) = output.table.to_pylist()
+    assert row["text"] == "Who?\x03A fox.\x03"
+    assert row["is_last"]
+    assert output.health["bytes"] == len(row["text"])
+    (record,) = run(models, [talk], train_on="all").quarantine
+    assert record.message.startswith("message 2 has ")
+
+
+def test_a_long_system_message_alone_is_named(models: tuple[ModelConfig, ...]) -> None:
+    (record,) = run(models[:1], [openai(("system", "Be brief. " * 100))], train_on="all").quarantine
+    assert record.error == "CannotCut"
+    assert re.match(r"the system message has \d+ tokens under model chatml, and nothing is cut", record.message)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +243,10 @@ def test_a_table_with_wrong_ends_is_refused(models: tuple[ModelConfig, ...]) -> 
 
 def test_keys_without_a_value_do_not_hide_the_other_spelling() -> None:
     nulls = {"role": None, "content": None}
-    mixed = [{**nulls, "from": "human", "value": "a"}, {"role": "assistant", "content": "b", "from": None, "value": None}]
+    mixed = [
+        {**nulls, "from": "human", "value": "a"},
+        {"role": "assistant", "content": "b", "from": None, "value": None},
+    ]
     expected = read_conversation(json.dumps(openai(("user", "a"), ("assistant", "b"))).encode(), "assistant")
     assert read_conversation(json.dumps(mixed).encode(), "assistant") == expected
 
