@@ -6,9 +6,11 @@ shard that kills every worker is refused after ``max_attempts`` instead of being
 
 import json
 import logging
+import math
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -317,10 +319,16 @@ class ShardWorker:
         allowed = self._spec.max_bad_fraction(self._config)
         if len(output.quarantine) > allowed * num_rows_in:
             first = output.quarantine[0]
+            setting = f"{self._spec.name}.max_bad_fraction"
+            reasons = Counter(record.error for record in output.quarantine)
+            counts = ", ".join(f"{count} {error}" for error, count in sorted(reasons.items(), key=_by_count))
+            enough = math.ceil(100 * len(output.quarantine) / num_rows_in) / 100
             raise TooManyBadRecordsError(
                 f"{len(output.quarantine)} of {num_rows_in} records of {self._job.step.key} shard {shard} are bad, "
-                f"more than {self._spec.name}.max_bad_fraction = {allowed} allows; the first one: document "
-                f"{first.doc_id}, segment {first.segment}: {first.error}: {first.message}"
+                f"more than {setting} = {allowed} allows: {counts}. The first one: document "
+                f"{first.doc_id}, segment {first.segment}: "
+                f"{first.error}: {first.message}. Correct the records, or exclude them: set {setting} to "
+                f"{enough:g}, or more for other shards"
             )
 
     def _write(
@@ -387,6 +395,12 @@ def resolve_auto_settings(job: ShardJob, store: Store, config: RunConfig) -> Run
                 "%s: %s is %r in this folder; here auto would be %r", job.step.key, name, value, choices.get(name)
             )
     return config.model_copy(update={spec.name: spec.section(config).model_copy(update=recorded)})
+
+
+def _by_count(reason: tuple[str, int]) -> tuple[int, str]:
+    """Order the reasons of quarantine: the most frequent first, equal ones by name."""
+    name, count = reason
+    return -count, name
 
 
 def _quarantine_table(step: str, output: StageOutput) -> pa.Table:

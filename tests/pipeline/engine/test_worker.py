@@ -128,9 +128,10 @@ def test_a_failed_set_up_is_reported_without_traceback_unless_requested(
     assert ("no good" in caplog.text) == shown
 
 
-def corpus_with_bad_line(config: Path, folder: Path) -> Path:
+def corpus_with_bad_line(config: Path, folder: Path, *more: str) -> Path:
     corpus = folder / "corpus.jsonl"
-    corpus.write_text('{"text": "good"}\n{"text": 7}\n{"text": "also good"}\n{"text": "fine"}\n')
+    lines = ('{"text": "good"}', '{"text": 7}', '{"text": "also good"}', '{"text": "fine"}', *more)
+    corpus.write_text("".join(f"{line}\n" for line in lines))
     toml = folder / "bad.toml"
     toml.write_text(config.read_text().replace(str(config.parent / "corpus.jsonl"), str(corpus)))
     return toml
@@ -161,6 +162,20 @@ def test_shard_with_too_many_bad_records_fails_and_retry_forgets_it(tiny_config:
     assert run.store.names(f"{step.folder}/data") == []
     assert forget_failures(run.resolved, run.store) == 1
     assert read_attempts(run.store, step.folder, 0) == []
+
+
+def test_too_many_bad_records_are_counted_by_reason_with_the_setting_that_allows_them(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    toml = corpus_with_bad_line(tiny_config, tmp_path, '{"text": null}', "{broken", '{"text": "good"}')
+    one_shard = "shard.documents_per_shard=7"
+    job, _ = job_for(toml, str(tmp_path / "run"), overrides=(one_shard,))
+    message = ShardWorker(job).run(0).message
+    assert "3 of 7 records of shard shard 0 are bad" in message
+    assert "shard.max_bad_fraction = 0.01 allows: 2 BadRecordLine, 1 NullText. The first one: document 1," in message
+    assert message.endswith("set shard.max_bad_fraction to 0.43, or more for other shards")
+    job, _ = job_for(toml, str(tmp_path / "other"), overrides=(one_shard, "shard.max_bad_fraction=0.43"))
+    assert ShardWorker(job).run(0).outcome == "done"
 
 
 def test_stage_before_its_input_names_the_command(tiny_config: Path, tmp_path: Path) -> None:
