@@ -209,3 +209,26 @@ def test_a_text_of_conversations_is_scored_without_what_training_has_read(
         }
         assert scored_ids
         assert trained.isdisjoint(scored_ids)
+
+
+def test_a_text_of_which_every_conversation_is_refused_says_why(
+    chat_run: Path, chat_config: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "talks.jsonl"
+    talk = [{"role": "user", "content": "Who?"}, *[{"role": "assistant", "content": "A fox."}] * 2]
+    path.write_text(
+        json.dumps({"talk": talk}) + "\n" + json.dumps({"talk": [{"role": "narrator", "content": "a"}]}) + "\n"
+    )
+    config = tmp_path / "chat.toml"
+    section = f'\n[[eval.texts]]\nname = "refused"\npath = "{path}"\nmessages_column = "talk"\n'
+    config.write_text(chat_config.read_text().replace("\n[engine]", f"{section}\n[engine]"))
+    done = ptafuse("eval", str(config), "--run", str(chat_run), "--local", check=False)
+    assert done.returncode == 1
+    assert (
+        "1 that are empty or no text, 1 that cannot be cut to fit every tokenizer, or that a chat template refuses"
+        in done.stderr
+    )
+    assert (
+        "Document 0: model llama: the chat template refuses the conversation: Conversation roles must alternate"
+        in done.stderr
+    )

@@ -16,7 +16,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
         for name, words in (
             ("overlapping", "that share text with the training documents"),
             ("unreadable", "that are empty or not text"),
-            ("uncut", "that cannot be cut to fit every tokenizer"),
+            ("uncut", "that cannot be cut to fit every tokenizer, or that a chat template refuses"),
         )
         if counts[name]
     ]

@@ -83,22 +83,28 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
         documents[name], totals[name] = reading(text, _read_chosen, text)
     new = [name for name in names if known[name] is None]
     known |= _measure_overlaps(run, {name: texts[name] for name in new}, documents, num_shards)
-    tokenizers = [SegmentTokenizer.load(model) for model in run.config.models]
+    tokenizers = {model.name: SegmentTokenizer.load(model) for model in run.config.models}
     prepared = {}
     for name, text in texts.items():
         kept, counts = _keep(run, text, documents[name], known[name] or {})
         cut = _cut_conversations if text.has_conversations else _segments
-        segments, num_uncut = cut(text, kept, tokenizers, run.config.shard.max_length)
+        segments, uncut = cut(text, kept, tokenizers, run.config.shard.max_length)
         scored = {segment.doc_id for segment in segments}
         kinds = {
             document.doc_id: document.kind
             for document in kept
             if document.kind is not None and document.doc_id in scored
         }
-        counts |= {"uncut": num_uncut, "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
+        counts |= {"uncut": len(uncut), "scored": len(scored), "scored_kinds": len(set(kinds.values())), **totals[name]}
         if not segments:
+            unreadable = {
+                document.doc_id: document.reason for document in documents[name] if document.reason is not None
+            }
+            reasons = unreadable | uncut
+            first = min(reasons, default=None)
+            example = "" if first is None else f". Document {first}: {reasons[first]}"
             raise StageError(
-                f"{text.section}: no documents are left to score: {describe_counts(counts)}. Use a different or longer "
+                f"{text.section}: no documents are left to score: {describe_counts(counts)}{example}. Use a different or longer "
                 "text, or raise max_overlap there"
             )
         run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
@@ -278,45 +284,49 @@ def _describe(overlap: Overlap) -> str:
 
 
 def _segments(
-    text: TextConfig, documents: Sequence[_Document], tokenizers: Sequence[SegmentTokenizer], max_length: int
-) -> tuple[list[Segment], int]:
+    text: TextConfig, documents: Sequence[_Document], tokenizers: Mapping[str, SegmentTokenizer], max_length: int
+) -> tuple[list[Segment], dict[int, str]]:
     """Cut documents as the shard stage does, so that they fit every tokenizer.
 
     Returns:
-        The segments, each with the byte from which on all models predict; and how many documents have no cut.
+        The segments, each with the byte from which on all models predict; and of each document that has no cut why.
     """
-    measures = [tokenizer.measure for tokenizer in tokenizers]
+    measures = [tokenizer.measure for tokenizer in tokenizers.values()]
     pieces: list[tuple[int, str, bool]] = []
-    num_uncut = 0
+    uncut: dict[int, str] = {}
     for document in documents:
         try:
             cut = cut_document(_scored(text, document), measures, max_length).segments
-        except CutError:
-            num_uncut += 1
+        except CutError as error:
+            uncut[document.doc_id] = str(error)
             continue
         pieces.extend((document.doc_id, piece, index == len(cut) - 1) for index, piece in enumerate(cut))
     encodings = [
         tokenizer.encode_batch([piece for _, piece, _ in pieces], is_last=[last for _, _, last in pieces])
-        for tokenizer in tokenizers
+        for tokenizer in tokenizers.values()
     ]
     ends = [[encoding.byte_end for encoding in of_segment] for of_segment in zip(*encodings, strict=True)]
     return [
         Segment(doc_id, piece, last, first_byte=first_common_byte(byte_ends))
         for (doc_id, piece, last), byte_ends in zip(pieces, ends, strict=True)
-    ], num_uncut
+    ], uncut
 
 
 def _cut_conversations(
-    text: TextConfig, documents: Sequence[_Document], tokenizers: Sequence[SegmentTokenizer], max_length: int
-) -> tuple[list[Segment], int]:
+    text: TextConfig, documents: Sequence[_Document], tokenizers: Mapping[str, SegmentTokenizer], max_length: int
+) -> tuple[list[Segment], dict[int, str]]:
     """Cut conversations as the shard stage does; see ``_segments``. Every model predicts all that is scored of them."""
     del text  # a conversation is scored whole
-    names = [str(number) for number in range(len(tokenizers))]  # of no message that anybody reads
-    cut = cut_conversations([document.messages for document in documents], tokenizers, max_length, names)
-    segments = [
-        Segment(document.doc_id, piece.text.text, piece.text.is_last, messages=piece.text.messages)
-        for document, pieces in zip(documents, cut, strict=True)
-        if not isinstance(pieces, ConversationError)
-        for piece in pieces
-    ]
-    return segments, sum(isinstance(pieces, ConversationError) for pieces in cut)
+    messages = [document.messages for document in documents]
+    cut = cut_conversations(messages, tuple(tokenizers.values()), max_length, tuple(tokenizers))
+    segments: list[Segment] = []
+    uncut: dict[int, str] = {}
+    for document, pieces in zip(documents, cut, strict=True):
+        if isinstance(pieces, ConversationError):
+            uncut[document.doc_id] = str(pieces)
+            continue
+        segments += [
+            Segment(document.doc_id, piece.text.text, piece.text.is_last, messages=piece.text.messages)
+            for piece in pieces
+        ]
+    return segments, uncut
