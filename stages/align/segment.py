@@ -240,7 +240,7 @@ class SegmentAligner:
         written = np.full(len(target), _ALIKE, np.uint8)
         written[paired[differs]] = np.where(target_marked[paired[differs]], _TARGET_MARKED, _SOURCE_MARKED)
         taken = np.zeros(len(target), np.bool_)
-        taken[paired] = source.predicts_text[partners]
+        taken[paired] = source.predicts_text[partners] & ~(exact & _reads_on(target, source, partner))[paired]
         taken &= target.has_label & (exact | (self._config.inexact == "transport"))
         if self.is_identity and target.roles is not None:  # ids are copied, so both must write the message alike
             taken &= written == _ALIKE
@@ -393,6 +393,22 @@ def _check_same_messages(
                 f"at byte {int(inside[0])} a turn ends under one tokenizer and a token of a message under the other: not the "
                 "same conversation"
             )
+
+
+def _reads_on(target: ModelRows, source: ModelRows, partner: np.ndarray) -> np.ndarray:
+    r"""Find the M target positions before an end of turn whose partner goes on with the next message.
+
+    One token of the source may hold the end of a content and all that its template writes before the next one (``.\n\n``
+    between a system message and the user's). What is expected behind it is the next message, not the end of a turn.
+    """
+    if target.roles is None or source.roles is None:
+        return np.zeros(len(target), np.bool_)
+    ends_turn = np.append(target.roles.role[1:] == Role.EOS, False)[: len(target)]
+    goes_on = np.append(source.roles.role[1:] == Role.TEXT, False)[: len(source)]
+    is_paired = partner != NO_POSITION
+    reads_on: np.ndarray = ends_turn & is_paired
+    reads_on[is_paired] &= goes_on[partner[is_paired]]
+    return reads_on
 
 
 def _without_distributions(

@@ -257,6 +257,22 @@ def test_a_template_that_ends_no_turn_teaches_no_end_of_turn():
     assert aligned.outcome[target.find(b"user\n")] == TRANSPORT
 
 
+def test_a_message_that_follows_without_a_token_between_teaches_no_end_of_turn():
+    """A source's last token of a content may hold all that its template writes before the next (``.\n\n``)."""
+    turns = [Turn("user", [b"The", b" cat"], [b" The", b" cat"], True), TURNS[1]]
+    target, source = chat("chatml", turns), chat("inst", turns)
+    between = source.find(b"[/INST]")
+    for values in (source.ids, source.byte_end, source.role, source.is_trained, source.message):
+        del values[between]
+    end, here = target.find(b" cat"), source.find(b" cat")
+    assert source.role[here + 1] == Role.TEXT
+    aligned = align(target, source, preset="semi-relaxed", pairing="boundary")
+    assert aligned.exact_context[end]
+    assert aligned.outcome[end] == NONE
+    assert aligned.outcome[target.find(b"The")] == TRANSPORT
+    assert aligned.outcome[target.find(b"at", b"<eos>") - 1] == TRANSPORT
+
+
 def test_positions_inside_the_first_source_token_of_a_message_are_conditioned_on_its_bytes():
     target, source = chat("chatml"), chat("inst")
     start = source.find(b"[/INST]")
