@@ -30,7 +30,7 @@ def text_slices(
     runs = [list(_runs(roles)) for _, roles in sides]
     borders = _borders(sides, runs)
     source, target = (
-        {int(np.searchsorted(borders, ends[run.stop - 1])): run for run in side_runs}
+        {number: tokens for run in side_runs for number, tokens in _by_message(ends, run, borders)}
         for (ends, _), side_runs in zip(sides, runs, strict=True)
     )
     return [(source[number], target[number]) for number in sorted(source.keys() & target.keys())]
@@ -50,11 +50,23 @@ def _text_range(roles: np.ndarray) -> slice:
 
 
 def _runs(roles: np.ndarray) -> Iterator[slice]:
-    """Yield the tokens of each content: a template always stands between two messages."""
+    """Yield the tokens that stand together: those of a content, or of two that no template token separates."""
     is_text = np.concatenate([[False], roles == Role.TEXT, [False]])
     borders = np.flatnonzero(is_text[1:] != is_text[:-1])
     for start, stop in zip(borders[::2].tolist(), borders[1::2].tolist(), strict=True):
         yield slice(start, stop)
+
+
+def _by_message(byte_end: np.ndarray, run: slice, borders: np.ndarray) -> Iterator[tuple[int, slice]]:
+    r"""Yield the messages that a run of text tokens has bytes of, by their number: nearly always one.
+
+    Where one token holds the end of a content and all that the template writes before the next (``.\n\n``), two contents are
+    one run. The other side knows the end between them, unless it joins them too.
+    """
+    number = np.searchsorted(borders, byte_end[run])
+    starts = np.flatnonzero(np.append(True, number[1:] != number[:-1])).tolist()
+    for start, stop in itertools.pairwise([*starts, len(number)]):
+        yield int(number[start]), slice(run.start + start, run.start + stop)
 
 
 def _borders(sides: tuple[tuple[np.ndarray, np.ndarray], ...], runs: list[list[slice]]) -> np.ndarray:

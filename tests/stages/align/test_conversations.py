@@ -266,11 +266,12 @@ def test_a_message_that_follows_without_a_token_between_teaches_no_end_of_turn()
         del values[between]
     end, here = target.find(b" cat"), source.find(b" cat")
     assert source.role[here + 1] == Role.TEXT
-    aligned = align(target, source, preset="semi-relaxed", pairing="boundary")
-    assert aligned.exact_context[end]
-    assert aligned.outcome[end] == NONE
-    assert aligned.outcome[target.find(b"The")] == TRANSPORT
-    assert aligned.outcome[target.find(b"at", b"<eos>") - 1] == TRANSPORT
+    for pairing in ("boundary", "edit-distance"):
+        aligned = align(target, source, preset="semi-relaxed", pairing=pairing)
+        assert aligned.exact_context[end]
+        assert aligned.outcome[end] == NONE
+        assert aligned.outcome[target.find(b"The")] == TRANSPORT
+        assert aligned.outcome[target.find(b"at", b"<eos>") - 1] == TRANSPORT
 
 
 def test_positions_inside_the_first_source_token_of_a_message_are_conditioned_on_its_bytes():
