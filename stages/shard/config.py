@@ -9,8 +9,10 @@ from stages.contract.filesystem import refuse_secrets
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 from stages.models.config import check_place
 
-VERSION: Final = 2
-"""Version of the stage's algorithm; raised when its code gives other rows for the same settings."""
+VERSION: Final = 3
+"""Version of the stage's algorithm; raised when its code gives other rows for the same settings.
+
+3: a conversation keeps the messages before a last question that does not fit."""
 
 CONTROL_TOKEN_DOCUMENTS: Final = "control_token_documents"
 """Health metric: documents that hold the text of a control token."""

@@ -104,8 +104,8 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
             first = min(reasons, default=None)
             example = "" if first is None else f". Document {first}: {reasons[first]}"
             raise StageError(
-                f"{text.section}: no documents are left to score: {describe_counts(counts)}{example}. Use a different or longer "
-                "text, or raise max_overlap there"
+                f"{text.section}: no documents are left to score: {describe_counts(counts)}{example}. Use a different or "
+                "longer text, or raise max_overlap there"
             )
         run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
         prepared[name] = PreparedText(tuple(segments), kinds, counts)

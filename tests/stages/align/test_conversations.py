@@ -353,7 +353,7 @@ def test_rows_of_another_conversation_or_of_plain_text_are_refused():
     ):
         align(other, source, preset="semi-relaxed")
     whole = aligner(target, source, preset="semi-relaxed")
-    with pytest.raises(ValueError, match="are of a conversation, the source's of plain text"):
+    with pytest.raises(ValueError, match="are from a conversation, the source's of plain text"):
         whole.align(target.rows(), replace(source.rows(), roles=None))
 
 
