@@ -43,7 +43,7 @@ def attention_warnings(config: RunConfig) -> list[str]:
     return [
         f"{model.name} runs with eager attention: transformers has neither SDPA nor FlashAttention for it. It needs "
         "memory for every pair of positions (logits.batch_tokens x logits.max_length scores per head), and on a GPU "
-        f"its cost is taken to be {config.assumptions.eager_slowdown:g} times as long"
+        f"its time is taken to be {config.assumptions.eager_slowdown:g} times as long"
         for model in config.models
         if is_eager_only(model)
     ]

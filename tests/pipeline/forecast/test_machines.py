@@ -49,7 +49,7 @@ def test_only_models_without_fast_attention_cause_a_warning(tmp_path: Path) -> N
     assert [is_eager_only(model) for model in config.models] == [False, False, True]
     [warning] = attention_warnings(config)
     assert warning.startswith("mpt runs with eager attention")
-    assert "priced 1.5 times as long" in warning
+    assert "its time is taken to be 1.5 times as long" in warning
     assert not is_eager_only(ModelConfig(name="unread", path=tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
     assert is_eager_only(ModelConfig(name="bloom", path=tmp_path))

@@ -255,7 +255,7 @@ def test_upload_that_fails_on_one_worker_commits_nothing(mirror, url, tmp_path, 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(Store, "upload", away)
         assert together(lambda peers: mirror.put(2, outputs[peers.rank], peers)) == [False, False]
-    assert "the next checkpoint will be tried: worker 1: no useful answer for 300 seconds" in caplog.text
+    assert "the next checkpoint will be copied: worker 1: no useful answer for 300 seconds" in caplog.text
     assert not Store(url).exists(f"checkpoint-000002/{COMMITTED}")
     assert mirror.fetch(tmp_path / "there") is None
     assert together(lambda peers: mirror.put(2, outputs[peers.rank], peers)) == [True, True]

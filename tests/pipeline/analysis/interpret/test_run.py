@@ -123,7 +123,7 @@ def test_a_second_command_computes_nothing(interpreted_run, figures, monkeypatch
 
 
 def test_a_killed_command_resumes_with_the_next_shard(interpreted_run, figures, monkeypatch):
-    real, computed = interpreting._Interpreter.part, []
+    real, computed = interpreting._Interpreter.interpret_shard, []
     arguments = ("--set", "interpret.seed=99")
 
     def die_at_the_third(self, shard):
@@ -136,9 +136,9 @@ def test_a_killed_command_resumes_with_the_next_shard(interpreted_run, figures, 
         computed.append(shard)
         return real(self, shard)
 
-    monkeypatch.setattr(interpreting._Interpreter, "part", die_at_the_third)
+    monkeypatch.setattr(interpreting._Interpreter, "interpret_shard", die_at_the_third)
     assert interpreted_run.interpret(*arguments, check=False).returncode == 1
-    monkeypatch.setattr(interpreting._Interpreter, "part", go_on)
+    monkeypatch.setattr(interpreting._Interpreter, "interpret_shard", go_on)
     resumed = interpreted_run.figures(*arguments)
     assert computed == figures["shards"]  # each once
     assert resumed == {**figures, "settings": {**figures["settings"], "seed": 99}}  # a sample of everything

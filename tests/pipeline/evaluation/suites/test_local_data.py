@@ -25,7 +25,7 @@ def test_suites_are_selected_whole_or_by_sub_task() -> None:
 
 
 def test_unknown_suite_is_refused_in_the_configuration() -> None:
-    with pytest.raises(ValueError, match="no suite 'arc'; known: gsm8k"):
+    with pytest.raises(ValueError, match="unknown suite 'arc'; known: gsm8k"):
         EvalConfig(suites=("mmlu", "arc"))
 
 
