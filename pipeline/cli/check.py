@@ -1,4 +1,4 @@
-"""The command that examines what a run would read, and computes nothing."""
+"""Command that checks the inputs of a run and computes nothing."""
 
 import typer
 
@@ -9,7 +9,7 @@ app = typer.Typer()
 
 @app.command()
 def check(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
-    """Examine the models, the dataset and the texts of a configuration, and name all that is wrong; loads no weights."""
+    """Check the models, the dataset and the texts of a configuration, and list all problems; loads no weights."""
     from pipeline.run.preflight import dataset_problems, is_served, model_problems
     from pipeline.settings.load import load_config
     from stages.models.preflight.examine import unexamined

@@ -1,4 +1,4 @@
-"""The command that writes pickled weights as safetensors."""
+"""Command that converts pickled weights to safetensors."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,14 +15,16 @@ def convert(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder, or the id of a hub model.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", help="A new folder, with configuration and tokenizer; by default MODEL itself."),
+        typer.Option(
+            "--output", help="A new folder, which also gets configuration and tokenizer; by default MODEL itself."
+        ),
     ] = None,
     revision: Annotated[
         str | None, typer.Option("--revision", help="Revision of a hub model, preferably a commit.")
     ] = None,
 ) -> None:
-    """Write pickled weights (pytorch_model.bin) as safetensors, and compare every tensor; runs no code in them."""
-    # Before torch is imported: what is wrong with the arguments is said at once.
+    """Convert pickled weights (pytorch_model.bin) to safetensors without running their code, and compare every tensor."""
+    # Check the arguments before importing torch, so that a mistake is reported at once.
     if revision is not None and output is None:
         raise ValueError("--revision is for a model of the hub: also give --output, the folder to write to")
     if revision is None and not Path(model).is_dir():

@@ -1,4 +1,4 @@
-"""Commands that read what is configured, planned, done and found."""
+"""Commands that read a configuration or a run, and compute no shards."""
 
 import json
 import sys
@@ -33,9 +33,9 @@ def plan(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what is done, pending and stale, and why; tokens, hours, bytes and money of the rest.
+    """Show what is done, pending and stale, and why, and estimate the tokens, hours, bytes and money of the rest.
 
-    Fetches and records nothing.
+    Downloads and records nothing.
     """
     from pipeline.forecast.forecaster import forecast
     from pipeline.forecast.view import forecast_json, print_forecast
@@ -59,11 +59,11 @@ def status(
     run: RunArgument = DEFAULT_RUN,
     as_json: JsonOption = False,
     watched: Annotated[bool, typer.Option("--watch", help="Update until everything is done, or Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two readings of --watch.")] = 5.0,
+    interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates of --watch.")] = 5.0,
     all_metrics: Annotated[bool, typer.Option("--all", help="Show every health metric of every step.")] = False,
     config: ConfigNameOption = None,
 ) -> None:
-    """Show what is done, pending and failed, and what to run next. Reads storage only."""
+    """Show what is done, pending and failed, and what to run next. Reads only the run directory."""
     from pipeline.state.status import StatusReader
     from pipeline.state.status_view import print_status, status_json
 
@@ -75,7 +75,7 @@ def status(
         try:
             watch(reader.read, console(), interval=interval)
         except KeyboardInterrupt:
-            raise typer.Exit(130) from None  # as the shell says of a program that Ctrl-C ended
+            raise typer.Exit(130) from None  # the shell's exit code for a program that Ctrl-C ended
         return
     run_status = reader.read()
     if as_json:
@@ -89,7 +89,9 @@ def inspect(
     run: RunArgument,
     stage: Annotated[str, typer.Argument(help="shard, logits/MODEL, align/SOURCE or fuse.")],
     number: Annotated[int, typer.Argument(metavar="SHARD", min=0, help="Shard number, from 0.")],
-    segment: Annotated[int | None, typer.Option(help="Row of the shard (a segment; for fuse a block), from 0.")] = None,
+    segment: Annotated[
+        int | None, typer.Option(help="Row of the shard, from 0 (a segment, or a block of fuse).")
+    ] = None,
     position: Annotated[int | None, typer.Option(help="Position in the row, from 0.")] = None,
     config: ConfigNameOption = None,
 ) -> None:
@@ -103,9 +105,11 @@ def inspect(
 @app.command()
 def report(
     run: RunArgument = DEFAULT_RUN,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Also write a self-contained page.")
+    ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve the page on this machine's loopback address.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve; 0 takes a free one.")] = 8700,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of --serve; 0 takes a free one.")] = 8700,
 ) -> None:
     """Show the results in a run directory: tables, or a page with plots and a viewer of documents, token by token."""
     from pipeline.report.terminal import print_report, serve_page, write_page
@@ -124,17 +128,17 @@ def compare(
     config: ConfigArgument = DEFAULT_CONFIG,
     run: RunOption = DEFAULT_RUN,
     sets: SetOption = None,
-    source: Annotated[str | None, typer.Option(help="One of the sources; by default all.")] = None,
+    source: Annotated[str | None, typer.Option(help="Name of one source; by default all.")] = None,
     shards: Annotated[
         int | None,
-        typer.Option(min=1, help="Number of shards to read, evenly spread; by default as many as hold 100,000 tokens."),
+        typer.Option(min=1, help="Number of shards to read, evenly spread; by default as many as 100,000 tokens need."),
     ] = None,
     epsilon: Annotated[
-        list[float] | None, typer.Option(help="Another epsilon for both presets; can be repeated.")
+        list[float] | None, typer.Option(help="Another epsilon to try with both presets; repeatable.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare the teacher NLL of every way of aligning, on the same positions, from finished logits.
+    """Compare the teacher NLL of all alignment methods on the same positions, from finished logits.
 
     Writes nothing.
     """
@@ -157,7 +161,7 @@ def interpret(
     sets: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Spread and shift of the fused distributions, who wins by kind of document, and the most moved pairs of tokens."""
+    """Show how far fusing moves the target, which model wins on each kind of document, and the most moved tokens."""
     from pipeline.analysis.interpret.run import interpret as interpret_run
     from pipeline.analysis.interpret.tables import interpretation_tables
     from pipeline.display.table import print_table
@@ -175,7 +179,7 @@ def interpret(
 
 @app.command(name="config")
 def show_config(config: ConfigArgument = DEFAULT_CONFIG, sets: SetOption = None) -> None:
-    """Print the resolved configuration, every default and preset filled in."""
+    """Print the resolved configuration, with every default and preset filled in."""
     from pipeline.settings.load import load_config
 
     sys.stdout.write(load_config(config, tuple(sets or ())).model_dump_json(indent=1, by_alias=True) + "\n")

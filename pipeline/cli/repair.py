@@ -19,7 +19,7 @@ def verify(
         typer.Option("--repair", help="Remove the manifests of bad shards, so that the shards are computed again."),
     ] = False,
 ) -> None:
-    """Re-read every file of a run directory against its manifest."""
+    """Read every file of a run directory again, and compare it with its manifest."""
     from pipeline.run.session import StageError
     from pipeline.state.verify import verify_run
 
@@ -36,7 +36,7 @@ def gc(
         str, typer.Option(metavar="DURATION", help="Keep files younger than this: 30m, 12h, 1d.")
     ] = "1d",
 ) -> None:
-    """Remove what killed attempts left: files that no manifest names, of any configuration."""
+    """Remove files that killed attempts left and no manifest names, of all configurations."""
     from pipeline.display.durations import parse_duration
     from pipeline.state.garbage import collect_garbage
 

