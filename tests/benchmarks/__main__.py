@@ -66,17 +66,17 @@ FAMILIES = {
     "logits_host": "logits",
     "startup": "pipeline",
 }
-"""How figures begin that are made in a file of another name."""
+"""File -> prefix of its figures' names, where the two differ."""
 
 
 def name_of(benchmark: Callable[[], list[Figure]]) -> str:
-    """``align.paper``: what chooses it on the command line."""
+    """Return the name that selects a benchmark on the command line, such as ``align.paper``."""
     file = benchmark.__module__.rsplit(".", 1)[-1]
     return f"{FAMILIES.get(file, file)}.{benchmark.__name__}"
 
 
 def main(chosen: tuple[str, ...]) -> None:
-    """Run them; a benchmark that lacks its inputs is told and left out."""
+    """Run the benchmarks; report and skip those whose inputs are missing."""
     unknown = [prefix for prefix in chosen if not any(name_of(one).startswith(prefix) for one in BENCHMARKS)]
     if unknown:
         names = ", ".join(map(name_of, BENCHMARKS))

@@ -1,4 +1,4 @@
-"""Alignment: its kernels against plain Python and POT, and the whole stage, Parquet to Parquet, on real distributions."""
+"""Benchmarks of alignment: kernels against plain Python and POT, and the whole stage from Parquet to Parquet on real data."""
 
 import json
 import statistics
@@ -28,7 +28,7 @@ MEMORY_TOKENS = 500_000
 
 
 def pairing_vs_python() -> list[Figure]:
-    """Edit-distance pairing of a 2,048-token segment against a plain dynamic program with a Levenshtein call a cell."""
+    """Compare edit-distance pairing of 2,048 tokens with a dynamic program that calls Levenshtein once per cell."""
     text = align_data.text_of_tokens(SEGMENT_TOKENS)
     target, target_end = _tokens("llama2", text)
     figures = []
@@ -49,7 +49,7 @@ def pairing_vs_python() -> list[Figure]:
             plain = cpu_seconds(lambda source=source: reference.pair(source, target))
             say(
                 f"{name}: {len(source)} by {len(target)} tokens, same path of cost {cost}; {ours * 1e3:.2f} ms "
-                f"({ours / len(target) * 1e6:.2f} us a target token) against {plain:.2f} s"
+                f"({ours / len(target) * 1e6:.2f} us per target token) against {plain:.2f} s"
             )
             suffix = "" if name == "mpt-7b" else "_qwen3"
             figures.append(Figure(f"align.pairing_vs_python{suffix}", plain / ours, "times faster", ">= 400"))
@@ -57,19 +57,19 @@ def pairing_vs_python() -> list[Figure]:
 
 
 def _tokens(name: str, text: str) -> tuple[list[str], np.ndarray]:
-    """A tokenizer's tokens as the pairing compares them, and where each ends."""
+    """Return a tokenizer's tokens as the pairing compares them, and the byte at which each ends."""
     tokenizer = align_data.tokenizer(name)
     encoding = tokenizer.encode(text, is_last=True)
     return reference.texts(tokenizer, encoding.ids.tolist()), encoding.byte_end
 
 
 def _path(found: token_pairing.Pairing) -> list[tuple[int, int]]:
-    """Every pair: a path of steps (1, 1), (1, 0) and (0, 1) is its columns' spans."""
+    """Return all pairs of a path of steps (1, 1), (1, 0) and (0, 1), which is stored as one span per column."""
     return [(k, j) for j in range(len(found.start)) for k in range(found.start[j], found.end[j])]
 
 
 def sinkhorn_vs_pot() -> list[Figure]:
-    """Balanced Sinkhorn on real distributions, epsilon 1/30, tolerance 1e-5: ``ot.sinkhorn`` one by one, and ``ot.batch``."""
+    """Compare balanced Sinkhorn with ``ot.sinkhorn`` and ``ot.batch`` on real problems, epsilon 1/30, tolerance 1e-5."""
     cost, a, b = align_data.problems()
     chosen = np.random.default_rng(0).permutation(len(cost))
     with one_core():
@@ -92,7 +92,7 @@ def sinkhorn_vs_pot() -> list[Figure]:
 
 
 def convergence() -> list[Figure]:
-    """Share of real problems that reach the tolerance, and the largest difference to POT's plans run to 1e-9."""
+    """Measure the share of real problems that converge, and the largest difference to POT's plans at tolerance 1e-9."""
     cost, a, b = align_data.problems()
     found = _solve(cost, a, b)
     chosen = np.random.default_rng(1).permutation(len(cost))[:300]
@@ -114,9 +114,9 @@ def _solve(cost: np.ndarray, a: np.ndarray, b: np.ndarray):
 
 
 def _pot(cost: np.ndarray, a: np.ndarray, b: np.ndarray, tolerance: float) -> np.ndarray:
-    """POT's fastest solver that does not underflow."""
+    """Solve with POT's fastest solver that does not underflow."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of problems that it leaves unfinished
+        warnings.simplefilter("ignore")  # POT warns about problems that did not converge
         return ot.sinkhorn(
             a,
             b,
@@ -129,12 +129,12 @@ def _pot(cost: np.ndarray, a: np.ndarray, b: np.ndarray, tolerance: float) -> np
 
 
 def _pot_batch(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """POT's fastest batched solver; its log-domain one takes six times as long."""
+    """Solve with POT's fastest batched solver; its log-domain solver takes six times as long."""
     return ot.batch.solve_batch(cost, EPSILON, a, b, max_iter=20_000, tol=TOLERANCE, method="sinkhorn").plan
 
 
 def paper() -> list[Figure]:
-    """Measure the stage with the ``paper`` preset, Parquet to Parquet, on one core; against the plain Python pipeline."""
+    """Compare the stage with the ``paper`` preset, from Parquet to Parquet on one core, with a pipeline in plain Python."""
     with one_core():
         rate, made = _stage_rate("paper")
         plain = _plain_rate(made, reference.sinkhorn, ROUNDS)
@@ -149,14 +149,14 @@ def paper() -> list[Figure]:
 
 
 def semi_relaxed_tokens_per_second() -> list[Figure]:
-    """Measure the stage with the ``semi-relaxed`` preset, Parquet to Parquet, on one core."""
+    """Measure the stage with the ``semi-relaxed`` preset, from Parquet to Parquet on one core."""
     with one_core():
         rate, _ = _stage_rate("semi-relaxed")
     return [Figure("align.semi_relaxed_tokens_per_second", rate, "target tokens/s on one core", ">= 60000")]
 
 
 def condition_coverage() -> list[Figure]:
-    """Share of the positions inside a source token that ``inexact = "condition"`` has a row for, and what they are worth."""
+    """Measure the share of positions inside a source token that ``inexact = "condition"`` covers, and their teacher NLL."""
     made = align_data.stage("semi-relaxed", inexact="condition")
     totals: dict[str, Any] = {}
     for target, source in align_data.shards():
@@ -172,7 +172,7 @@ def condition_coverage() -> list[Figure]:
 
 
 def _stage_rate(preset: str) -> tuple[float, AlignStage]:
-    """Target tokens a CPU second, warm; what the first call costs more is told."""
+    """Measure target tokens per CPU second after a warm-up, and print how much longer the first pass takes."""
     started = time.process_time()
     made = align_data.stage(preset)
     setup = time.process_time() - started
@@ -192,21 +192,21 @@ def _stage_rate(preset: str) -> tuple[float, AlignStage]:
         wall = time.perf_counter() - wall
     say(
         f"{preset}: {tokens[0]} target tokens in {len(pairs)} shards, {seconds / tokens[0] * 1e6:.1f} us of CPU time each; "
-        f"setup (tokenizers, kernels) {setup:.1f} s, the first pass {first:.2f} s against {seconds:.2f} s"
+        f"setup (tokenizers, kernels) {setup:.1f} s, first pass {first:.2f} s, later passes {seconds:.2f} s"
     )
     say(f"{preset}: wall {wall:.1f} s for {ROUNDS + 2} passes")
     return tokens[0] / seconds, made
 
 
 def align_shard(made: AlignStage, store: Store, number: int, pair) -> int:
-    """Read, align and write one shard; returns its target tokens."""
+    """Read, align and write one shard; return its number of target tokens."""
     output = made.run({"target": align_data.read(pair[0]), "source": align_data.read(pair[1])})
     store.write_table(f"shard-{number}.parquet", output.table)
     return output.num_tokens
 
 
 def _plain_rate(made: AlignStage, solver: Callable, num_segments: int) -> float:
-    """Target tokens a CPU second of the plain pipeline, the median of segments; they are compared with the stage's."""
+    """Measure target tokens per CPU second of the plain pipeline (median over segments), and compare its rows with ours."""
     tokenizers = [SegmentTokenizer.load(model) for model in align_data.models()]
     aligner = reference.PlainAligner(tokenizers[0], tokenizers[1], solver)
     pair = align_data.shards()[0]
@@ -227,7 +227,7 @@ def _plain_rate(made: AlignStage, solver: Callable, num_segments: int) -> float:
             apart += any(abs(found.get(token, 0) - part) > 0.01 for token, part in (expected or {}).items())
     say(
         f"plain Python ({solver.__name__}): {statistics.median(rates):.1f} target tokens/s; of its {compared} problems "
-        f"{aligner.num_unconverged} were not done after {MAX_ITERATIONS} rounds, and {apart} of its distributions differ "
+        f"{aligner.num_unconverged} did not converge in {MAX_ITERATIONS} iterations, and {apart} of its distributions differ "
         "from the stage's by over 0.01"
     )
     assert apart <= 0.02 * compared + aligner.num_unconverged, "the plain pipeline and the stage do not agree"
@@ -235,7 +235,7 @@ def _plain_rate(made: AlignStage, solver: Callable, num_segments: int) -> float:
 
 
 def memory_bytes_per_token() -> list[Figure]:
-    """Bytes of memory a target token that a shard of half a million tokens takes at most beyond its inputs."""
+    """Measure the peak memory of a shard of half a million tokens beyond its inputs, in bytes per target token."""
     made = align_data.stage("semi-relaxed")
     parts = [(align_data.read(target), align_data.read(source)) for target, source in align_data.shards()]
     tokens = sum(len(target["token_ids"].combine_chunks().flatten()) for target, _ in parts)
@@ -251,14 +251,14 @@ def memory_bytes_per_token() -> list[Figure]:
 
 
 def _other_documents(table: pa.Table, copy: int) -> pa.Table:
-    """The same rows as documents of other numbers."""
+    """Return the same rows under other document numbers."""
     column = table.schema.get_field_index("doc_id")
     moved = pa.array(table["doc_id"].to_numpy() + copy * 1_000_000, pa.int64())
     return table.set_column(column, table.schema.field(column), moved)
 
 
 def bytes_per_token() -> list[Figure]:
-    """Bytes a target token of an aligned shard at k = 10; ids of the run folded into a vocabulary of 32,000."""
+    """Measure the size of an aligned shard in bytes per target token: k = 10, ids folded into a vocabulary of 32,000."""
     import duckdb
 
     figures = []

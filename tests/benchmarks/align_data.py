@@ -1,4 +1,4 @@
-"""Real inputs of the align benchmarks: tokenizers and text from ``PTAFUSE_DATA``, distributions from ``PTAFUSE_RUN``."""
+"""Real inputs for the align benchmarks: tokenizers and text from ``PTAFUSE_DATA``, distributions from ``PTAFUSE_RUN``."""
 
 import json
 import os
@@ -26,7 +26,7 @@ def data_folder() -> Path:
     """Return the folder of reference data.
 
     Raises:
-        SkippedError: it is not given.
+        SkippedError: ``PTAFUSE_DATA`` is not set.
     """
     folder = os.environ.get("PTAFUSE_DATA")
     if not folder:
@@ -41,7 +41,7 @@ def tokenizer(name: str) -> SegmentTokenizer:
 
 
 def text_of_tokens(num_tokens: int) -> str:
-    """Return the beginning of the longest document, so many Llama-2 tokens long (special ones included)."""
+    """Return the first ``num_tokens`` Llama-2 tokens, including special ones, of the longest document."""
     lines = (data_folder() / "text" / "mixed.jsonl").read_text(encoding="utf-8").splitlines()
     text = max((json.loads(line)["text"] for line in lines), key=len)
     end = tokenizer("llama2").encode(text, is_last=True).byte_end[num_tokens - 2]
@@ -52,7 +52,7 @@ def run_folder() -> Path:
     """Return a finished demo run.
 
     Raises:
-        SkippedError: it is not given, or is not one.
+        SkippedError: the folder has no logits of the demo's models.
     """
     folder = Path(os.environ.get("PTAFUSE_RUN") or "runs/demo")
     for name in (TARGET, SOURCE):
@@ -88,7 +88,7 @@ def models() -> tuple[ModelConfig, ModelConfig]:
 
 
 def stage(preset: str, **chosen: str) -> AlignStage:
-    """Return the align stage of the run's models, set up; further settings by name."""
+    """Return the align stage of the run's models after ``setup()``; ``chosen`` has further settings."""
     made = AlignStage(AlignConfig.model_validate({"preset": preset, "top_k": TOP_K, **chosen}), *models())
     made.setup()
     return made
@@ -96,7 +96,7 @@ def stage(preset: str, **chosen: str) -> AlignStage:
 
 @cache
 def problems() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Transport problems of the run: positions that end at the same byte; cost (P, 10, 10), a and b (P, 10)."""
+    """Return the run's transport problems at shared boundaries: cost (P, 10, 10), a and b (P, 10)."""
     target, source = (SegmentTokenizer.load(model) for model in models())
     distances = EditDistanceCosts(
         [source.vocabulary.text(token) for token in range(source.vocabulary.size)],

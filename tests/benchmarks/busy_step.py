@@ -1,7 +1,8 @@
-"""Training steps of two threads on two cores, alone and beside a busy process: ``python -m tests.benchmarks.busy_step``.
+"""Training steps with two threads on two cores, with and without a busy process: ``python -m tests.benchmarks.busy_step``.
 
-A process of its own, because OpenMP reads how its threads wait when it is loaded. Prints one JSON object: the seconds of
-each step alone and beside the busy process, by turns, so that what else the machine does weighs on both alike.
+This runs in a separate process, because OpenMP reads how its threads wait when it is loaded. It prints one JSON object: the
+seconds per step without (``alone``) and with (``beside``) the busy process. The two take turns, so that other load on the
+machine affects both equally.
 """
 
 import json
@@ -14,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import train  # noqa: F401 - before torch: it decides how the threads wait
+import train  # noqa: F401 - before torch, because it sets how the threads wait
 
 import torch  # isort: skip
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,7 +33,7 @@ from train.step import Stepper
 CORES = 2
 ROUNDS = 6
 STEPS = 3
-"""Steps in a turn; the median of a turn counts."""
+"""Steps per turn; the median of a turn is recorded."""
 LENGTH, VOCABULARY = 256, 8192
 MODEL = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 6}
 
@@ -63,7 +64,7 @@ def _measure(busy: subprocess.Popen) -> tuple[list[float], list[float]]:
             Path(folder),
             num_tokens=LENGTH * num_steps,
             distinct=1,
-            blocks_a_file=num_steps,
+            blocks_per_file=num_steps,
             length=LENGTH,
             vocab_size=VOCABULARY,
         )
@@ -73,7 +74,7 @@ def _measure(busy: subprocess.Popen) -> tuple[list[float], list[float]]:
         stepper = Stepper(config, root, build_optimizer(root.model, config), schedule, workers)
         with Feed(blocks, schedule, 0, workers, config.micro_batch_size) as feed:
             turns = []
-            for turn in range(2 * ROUNDS + 1):  # the first one warms up
+            for turn in range(2 * ROUNDS + 1):  # the first turn warms up
                 busy.send_signal(signal.SIGCONT if turn and turn % 2 == 0 else signal.SIGSTOP)
                 turns.append(statistics.median(_step_seconds(stepper, feed) for _ in range(STEPS)))
     return turns[1::2], turns[2::2]

@@ -1,4 +1,4 @@
-"""What compiling the align kernels costs: once a machine, then read from numba's cache."""
+"""Benchmark of compiling the align kernels: once per machine, later processes load them from numba's cache."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ print(time.perf_counter() - started)
 
 
 def compile_seconds() -> list[Figure]:
-    """Seconds until the pairing and transport kernels have answered once: without a cache, and with it."""
+    """Measure the seconds of a first call of the pairing and transport kernels, without and with numba's cache."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
         cold, warm = (
@@ -36,6 +36,6 @@ def compile_seconds() -> list[Figure]:
         )
     say(f"kernels compiled in {cold:.1f} s, loaded from the cache in {warm:.2f} s")
     return [
-        Figure("align.compile_seconds", cold, "s, once a machine", "reported"),
-        Figure("align.cached_compile_seconds", warm, "s a worker", "reported"),
+        Figure("align.compile_seconds", cold, "s, once per machine", "reported"),
+        Figure("align.cached_compile_seconds", warm, "s per worker", "reported"),
     ]

@@ -1,4 +1,4 @@
-"""What the engine costs: scheduling, reading and committing shards of a stage that computes nothing to speak of."""
+"""Benchmark of the engine's overhead: scheduling, reading and committing shards that take almost no time to compute."""
 
 import statistics
 import sys
@@ -24,7 +24,7 @@ ROUNDS = 5
 
 
 def overhead_per_shard() -> list[Figure]:
-    """Ray Data against the in-process runner: the shard stage on one-line documents, one a shard, one worker each."""
+    """Compare Ray Data with the in-process runner: one worker, and shards of one document with one line each."""
     with tempfile.TemporaryDirectory() as folder:
         config = save_inputs(Path(folder))
         corpus = Path(folder) / "corpus.jsonl"

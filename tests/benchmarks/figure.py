@@ -10,10 +10,10 @@ class Figure:
 
     Attributes:
         name: e.g. ``"pipeline.overhead_per_shard_ms"``.
-        value: what was measured.
-        unit: of the value.
-        goal: what it should be, in words that a program can compare: ``"<= 50"``.
-        command: what measures it again; the program fills it in.
+        value: measured value.
+        unit: unit of the value.
+        goal: condition on the value that a program can check, such as ``"<= 50"``.
+        command: command that repeats the measurement; ``tests.benchmarks`` fills it in.
     """
 
     name: str
@@ -23,5 +23,5 @@ class Figure:
     command: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As printed; the value with four significant digits."""
+        """Return the printed JSON object, with the value rounded to four significant digits."""
         return {**asdict(self), "value": float(f"{self.value:.4g}")}

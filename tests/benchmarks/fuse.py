@@ -1,4 +1,4 @@
-"""What mixing with fitted weights is worth, on a finished run's logits."""
+"""Benchmark of mixing with fitted weights, on the logits of a finished run."""
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from tests.benchmarks.measure import SkippedError, say
 
 
 def fitted_vs_min_ce_completed_nll() -> list[Figure]:
-    """Completed NLL of fused rows, fitted weights against MinCE: fitted on every other shard, judged on those between."""
+    """Compare completed NLL of fitted weights and MinCE: weights are fitted on half of the shards, measured on the rest."""
     target, source = align_data.models()
     aligner = align_data.stage("semi-relaxed")
     inputs = []

@@ -1,4 +1,4 @@
-"""Fused files as fuse writes them, of made-up tokens and distributions."""
+"""Synthetic fused files in the format of the fuse stage."""
 
 from pathlib import Path
 
@@ -21,33 +21,33 @@ def write_files(
     *,
     num_tokens: int,
     distinct: int,
-    blocks_a_file: int,
+    blocks_per_file: int,
     length: int = LENGTH,
     vocab_size: int = VOCABULARY,
 ) -> tuple[FusedFile, ...]:
-    """Write some files, and name them again and again until they stand for so many tokens.
+    """Write a few files, and list them repeatedly until the list has ``num_tokens`` tokens.
 
     Args:
-        folder: where they go.
-        num_tokens: that the files hold together.
-        distinct: files that are written.
-        blocks_a_file: blocks in each.
-        length: tokens of a block.
-        vocab_size: of the target's tokenizer.
+        folder: folder to write to.
+        num_tokens: total number of tokens in the list.
+        distinct: number of files that are written.
+        blocks_per_file: blocks per file.
+        length: tokens per block.
+        vocab_size: size of the target's vocabulary.
     """
     store = Store(str(folder))
     row_group_bytes = sharded_stage("fuse").row_group_bytes
     written = []
     for number in range(distinct):
-        table = _table(blocks_a_file, length, vocab_size, np.random.default_rng(number))
+        table = _table(blocks_per_file, length, vocab_size, np.random.default_rng(number))
         data = store.write_table(f"{number}.parquet", table, row_group_bytes=row_group_bytes)
         written.append(FusedFile(store.full_url(data.key), data.sha256))
-    num_files = -(-num_tokens // (blocks_a_file * length))
+    num_files = -(-num_tokens // (blocks_per_file * length))
     return tuple(written[number % distinct] for number in range(num_files))
 
 
 def _table(num_blocks: int, length: int, vocab_size: int, rng: np.random.Generator) -> pa.Table:
-    """Tokens by Zipf's law; rows of 1 to ``TOP_K`` entries with a tail, one document a block."""
+    """Draw tokens by Zipf's law, and rows of 1 to ``TOP_K`` entries with a tail; each block is one document."""
     schema = fused_schema(vocab_size, "bucket", ("target", "source"))
     tokens = [_zipf(rng, length, vocab_size) for _ in range(num_blocks)]
     rows = [_rows(rng, length, vocab_size) for _ in range(num_blocks)]

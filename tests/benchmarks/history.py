@@ -1,4 +1,4 @@
-"""The benchmarks over time: ``docs/benchmarks/history.jsonl``, drawn to ``history.svg`` beside it.
+"""Benchmarks over time: draw ``docs/benchmarks/history.jsonl`` as ``history.svg`` in the same folder.
 
 A change that moves a figure adds one line per figure; ``python -m tests.benchmarks.history`` draws them again. A line has
 
@@ -53,7 +53,7 @@ def read_history(path: Path = HISTORY) -> dict[str, list[Measurement]]:
 
 
 def digest(path: Path = HISTORY) -> str:
-    """Return what the drawing names the version of the history by."""
+    """Return the hash of the history that the drawing carries as its version."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""What the hardware would allow: operations and bytes a token over what this core does of them."""
+"""Hardware limit of alignment: operations and bytes per token, divided by this core's rates."""
 
 import numpy as np
 from numba import njit
@@ -9,13 +9,13 @@ _REPEATS = 20_000
 
 
 def say_limit(measured_us: float, iterations: float, k: int) -> None:
-    """Tell the least time a token of the ``paper`` preset, and how far from it the stage is.
+    """Print the least possible time per token of the ``paper`` preset, and the stage's multiple of it.
 
-    The pairing adds nothing to speak of: a proof leaves out most of its cells, and a path has two cells a token.
+    The cost of the pairing is negligible: bounds exclude most of its cells, and a path has two cells per token.
 
     Args:
-        measured_us: the stage's time a target token.
-        iterations: mean Newton iterations a transport problem.
+        measured_us: time of the stage per target token, in microseconds.
+        iterations: mean number of Newton iterations per transport problem.
         k: candidates on each side.
     """
     rate, bandwidth = _flops_per_second(), _bytes_per_second()
@@ -25,13 +25,14 @@ def say_limit(measured_us: float, iterations: float, k: int) -> None:
     sinkhorn_us, bytes_us = flops / rate * 1e6, num_bytes / bandwidth * 1e6
     limit = sinkhorn_us + bytes_us
     say(
-        f"limit: this core does {rate / 1e9:.1f} G double multiply-adds' operations/s in its cache and copies "
+        f"limit: this core computes {rate / 1e9:.1f} GFLOP/s (double multiply-adds in cache) and copies "
         f"{bandwidth / 1e9:.1f} GB/s"
     )
     say(
-        f"limit: {flops / 1e3:.0f} k operations of Sinkhorn {sinkhorn_us:.2f} us, {num_bytes / 1e3:.1f} kB {bytes_us:.2f} us"
+        f"limit per token: {flops / 1e3:.0f} kFLOP of Sinkhorn take {sinkhorn_us:.2f} us, {num_bytes / 1e3:.1f} kB take "
+        f"{bytes_us:.2f} us"
     )
-    say(f"limit: {limit:.2f} us a token; measured {measured_us:.1f} us, {measured_us / limit:.1f} times that")
+    say(f"limit: {limit:.2f} us per token; measured {measured_us:.1f} us, {measured_us / limit:.1f} times the limit")
 
 
 def _flops_per_second() -> float:

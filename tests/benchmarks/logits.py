@@ -1,4 +1,4 @@
-"""The logits stage's transformers path against ``model(...).logits.float().log_softmax(-1).topk()``, and its own overhead."""
+"""Benchmarks of the transformers backend: against ``model(...).logits.float().log_softmax(-1).topk()``, and its overhead."""
 
 import statistics
 import subprocess
@@ -30,7 +30,7 @@ Work = Callable[[], object]
 
 
 def _ways(vocab_size: int, shape: tuple[int, int]) -> dict[str, Work]:
-    """The two ways to the same numbers: one layer of Llama with a real head's width in tokens, float32, no gradients."""
+    """Build both computations on one layer of Llama with a head of real width, in float32, without gradients."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -61,7 +61,7 @@ def _ways(vocab_size: int, shape: tuple[int, int]) -> dict[str, Work]:
 
 
 def peak_memory_vs_plain() -> list[Figure]:
-    """Peak resident memory beyond the weights, 8,192 positions: each way in a process of its own, by VmHWM."""
+    """Compare the peak of resident memory beyond the weights for 8,192 positions, each in a separate process (VmHWM)."""
     if not is_measurable():
         raise SkippedError("peak memory is read from Linux's /proc")
     figures = []
@@ -79,13 +79,13 @@ def _peak_in_child(way: str, vocab_size: int) -> int:
 
 
 def _measure_peak(way: str, vocab_size: int) -> None:
-    """Print how far the work brings this process's resident memory above what it holds before, in bytes."""
+    """Print the peak of resident memory during the work, in bytes beyond the memory before."""
     _ways(vocab_size, (1, 8))[way]()  # libraries' own buffers
     print(extra_peak(_ways(vocab_size, PEAK_POSITIONS)[way]))
 
 
 def speed_vs_plain() -> list[Figure]:
-    """CPU time of both ways on the same batch of 1,024 positions, in turns on one core."""
+    """Compare the CPU time of both on the same batch of 1,024 positions, in turns on one core."""
     figures = []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def speed_vs_plain() -> list[Figure]:
 
 
 def _in_turns(ways: dict[str, Work], rounds: int) -> dict[str, float]:
-    """Median CPU seconds of each, after a warm call."""
+    """Return the median CPU seconds of each, after a warm-up call."""
     taken: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(rounds + 1):
         for way, work in ways.items():
@@ -112,7 +112,7 @@ def _in_turns(ways: dict[str, Work], rounds: int) -> dict[str, float]:
 
 
 def time_outside_forward() -> list[Figure]:
-    """Share of a shard's time outside the model's forward pass: SmolLM2 on a shard of the run, file to file."""
+    """Measure the share of a shard's time outside the model's forward pass: SmolLM2 on a shard, from file to file."""
     store = Store(str(align_data.run_folder()))
     run = recorded_run(store)
     shard = store.read_manifest(run.steps["shard"].folder, 0)
@@ -135,7 +135,7 @@ def time_outside_forward() -> list[Figure]:
 
 @contextmanager
 def _forward_seconds() -> Iterator[list[float]]:
-    """Wall time inside outermost torch modules: the body, and the head over a chunk; top-k is outside."""
+    """Measure wall time inside the outermost torch modules: the body, and the head over a chunk, but not top-k."""
     total, stack = [0.0], []
 
     def enter(*_: object) -> None:

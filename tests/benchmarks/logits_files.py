@@ -1,4 +1,4 @@
-"""The logits stage's files, on the real logits of the finished run ``PTAFUSE_RUN``: their size, and what rounding costs."""
+"""Benchmarks of logits files, on real logits of the finished run ``PTAFUSE_RUN``: their size, and the error of rounding."""
 
 import math
 import tempfile
@@ -44,12 +44,12 @@ def _model(name: str) -> ModelConfig:
 
 @cache
 def _logits(name: str) -> pa.Table:
-    """All committed logits of one of the run's models."""
+    """Return all committed logits of one of the run's models."""
     return pa.concat_tables([align_data.read(data) for data in align_data.logits_files(name).values()])
 
 
 def bytes_per_token() -> list[Figure]:
-    """Bytes a token at k = 10, everything in the file included, of the run's logits with ids of another vocabulary.
+    """Measure bytes per token at k = 10 of whole files, for the run's logits with ids of another vocabulary.
 
     The ids are renumbered by frequency rank, most frequent first, and folded into the vocabulary. The frequencies are
     those of the run's *validation* text, so that no candidate's rank is known from the logits themselves.
@@ -66,13 +66,13 @@ def bytes_per_token() -> list[Figure]:
         }
         found = {way: _file_bytes(_renumbered(table, ids, vocab_size)) for way, (ids, vocab_size) in ways.items()}
         text = ", ".join(f"{way} {value:.2f}" for way, value in found.items())
-        say(f"{name}, {own} ids, {table.num_rows} segments: {text} bytes a token")
+        say(f"{name}, {own} ids, {table.num_rows} segments: {text} bytes per token")
         figures.append(Figure(f"logits.bytes_per_token_{suffix}", found["by rank"], "bytes", f"<= {goal}"))
     return figures
 
 
 def bytes_per_token_sampled() -> list[Figure]:
-    """Bytes a token at k = 16 with 16 draws, everything in the file included, ids of a vocabulary of 32,000.
+    """Measure bytes per token at k = 16 with 16 draws of whole files, with ids of a vocabulary of 32,000.
 
     The target's model is run again over the run's train segments, as the stage runs it; ids are renumbered as above.
     """
@@ -90,12 +90,12 @@ def bytes_per_token_sampled() -> list[Figure]:
         "by rank, no draws": _file_bytes(_renumbered(table.drop_columns([SAMPLE_IDS]), ranks % size, size)),
     }
     text = ", ".join(f"{way} {value:.2f}" for way, value in found.items())
-    say(f"{name}, {suffix}, {table.num_rows} segments, {SAMPLED}: {text} bytes a token")
+    say(f"{name}, {suffix}, {table.num_rows} segments, {SAMPLED}: {text} bytes per token")
     return [Figure("logits.bytes_per_token_sampled", found["by rank"], "bytes", "<= 70")]
 
 
 def _frequency_ranks(name: str) -> np.ndarray:
-    """(V,) id -> its rank by frequency in the run's validation text; ids that do not occur there follow in their order."""
+    """Return the rank of each id by frequency in the run's validation text, (V,); other ids follow in ascending order."""
     store, run = Store(str(align_data.run_folder())), _run()
     manifests = store.manifests(run.steps["shard"].folder).values()
     rows = pa.concat_tables(
@@ -111,12 +111,12 @@ def _frequency_ranks(name: str) -> np.ndarray:
 
 
 def _renumbered(table: pa.Table, new_ids: np.ndarray, size: int) -> pa.Table:
-    """The table as the stage would write it now, with other ids: ``new_ids[id]`` below ``size``."""
+    """Return the table as the stage would write it now, with ``id`` replaced by ``new_ids[id]``, which is below ``size``."""
     schema = schemas.logits_schema(size, has_draws=has_draws(table))
     width = num_draws(table)
 
     def sorted_again(ids: np.ndarray) -> np.ndarray:
-        """Draws ascend in a position."""
+        """Sort the draws of each position in ascending order."""
         return np.sort(ids.reshape(-1, width), axis=1).ravel() if width else ids
 
     def renewed(column: pa.Array) -> pa.Array:
@@ -148,7 +148,7 @@ def _file_bytes(table: pa.Table) -> float:
 
 
 def float16_nll_cost() -> list[Figure]:
-    """Teacher NLL of the models' own renormalised top-10, and mean gold logprob: rounded to float16 against not rounded."""
+    """Measure how rounding to float16 changes the teacher NLL of the renormalised top 10, and the mean gold logprob."""
     differences = []
     for name in VOCABULARIES:
         logprobs, is_gold, gold = _unrounded(name)
@@ -162,7 +162,7 @@ def float16_nll_cost() -> list[Figure]:
 
 
 def _unrounded(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each position with a next token: float32 top-k logprobs (P, k), which of them is the gold one, and its own (P,)."""
+    """Return, for positions with a next token, float32 top-k logprobs (P, k), which are gold, and gold logprobs (P,)."""
     model = _load(name)
     body, head = split_head(model)
     parts = []
@@ -184,7 +184,7 @@ def _teacher_nll(logprobs: np.ndarray, is_gold: np.ndarray) -> float:
 
 
 def bits_per_byte_vs_plain() -> list[Figure]:
-    """Bits per byte of 50 segments from the run's files against ``model(ids, labels=...).loss``, both models."""
+    """Compare bits per byte of 50 segments from the run's files with ``model(ids, labels=...).loss``, for both models."""
     differences = []
     for name in VOCABULARIES:
         table, model = _logits(name), _load(name)
@@ -204,7 +204,7 @@ def bits_per_byte_vs_plain() -> list[Figure]:
 
 @torch.inference_mode()
 def _plain_nats(model: Any, ids: np.ndarray, is_special: np.ndarray) -> float:
-    """What transformers itself says: its mean loss times the number of labels."""
+    """Return transformers' own loss, summed: its mean loss times the number of labels."""
     labels = torch.from_numpy(np.where(is_special[ids], -100, ids))[None]
     loss = model(input_ids=torch.from_numpy(ids)[None], labels=labels, use_cache=False).loss
     return float(loss) * int((labels[:, 1:] != -100).sum())

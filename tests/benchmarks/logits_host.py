@@ -1,4 +1,4 @@
-"""The logits stage's host work beside a forward pass that leaves the host alone, as that of a GPU does."""
+"""Benchmark of how far the logits stage's host work overlaps with a forward pass that uses no host time, as on a GPU."""
 
 import json
 import statistics
@@ -29,19 +29,19 @@ from tests.tiny_run import save_inputs
 from tests.tiny_tokenizers import TEXTS
 
 NUM_SHARDS: Final = 24
-"""The first shard's host work before its forward pass and the last one's after it overlap with nothing: 1 / 24 of all."""
+"""Number of shards. Host work before the first forward pass and after the last one cannot overlap: 1 / 24 of the total."""
 DOCUMENTS_PER_SHARD: Final = 24
 TOP_K: Final = 10
 
 
 class SleepingBackend:
-    """Rows of the right shape from no model; see ``stages.logits.backends.base.Backend``."""
+    """Backend without a model, which returns rows of the right shape; see ``stages.logits.backends.base.Backend``."""
 
     max_length = 2048
     versions: Mapping[str, str] = {"backend": "asleep"}
 
     def __init__(self, num_ids: int, forward_seconds: float) -> None:
-        """Say how long a shard's forward pass takes; making up its numbers is a part of it."""
+        """Set the duration of a shard's forward pass, which includes generating its numbers."""
         self.num_embeddings = num_ids
         self._forward_seconds = forward_seconds
         self.busy_seconds = 0.0
@@ -52,7 +52,7 @@ class SleepingBackend:
         cuts: Sequence[Sequence[ContextWindow]],
         uniforms: np.ndarray | None = None,
     ) -> Predictions:
-        """Sleep, and give every position different numbers, so that files are compressed as real ones are."""
+        """Sleep, and return different numbers for every position, so that files compress like real ones."""
         del cuts, uniforms
         started = time.perf_counter()
         predictions = Predictions.empty([len(sequence) for sequence in sequences], width=TOP_K)
@@ -69,7 +69,7 @@ class SleepingBackend:
 
 
 def host_overlap() -> list[Figure]:
-    """A stage's time over that of its forward passes, which take as long as the host's work: 2 if nothing overlapped."""
+    """Measure a stage's time over that of its forward passes, which are as long as its host work: 2 without any overlap."""
     ratios = []
     with tempfile.TemporaryDirectory() as folder:
         run = _cut_shards(Path(folder))
@@ -102,7 +102,7 @@ def _cut_shards(folder: Path) -> Run:
 
 
 def _stage_seconds(run: Run, launch: str, forward_seconds: float, *, shards_per_worker: int) -> tuple[float, float]:
-    """Compute the shards of one model again; return the seconds of the stage, and those in which numbers were made up."""
+    """Compute one model's shards again; return the seconds of the stage, and those spent on generating numbers."""
     step, shard = run.resolved.steps["logits/llama"], run.resolved.steps["shard"]
     plan = read_plan(run.store, shard.folder)
     assert plan is not None

@@ -1,15 +1,17 @@
-"""The training loss in two ways, each in a process of its own: ``python -m tests.benchmarks.loss_ways WAY V DTYPE ROUNDS``.
+"""Implementations of the training loss, each in its own process: ``python -m tests.benchmarks.loss_ways WAY V DTYPE ROUNDS``.
 
-``sparse`` is ``train.objective.loss.fused_loss``. ``dense`` has a dense (T, V) target for each candidate, built from its top-k
-rows, takes the better candidate's, and computes cross-entropies of whole logits: as little as can be done with dense
-targets. ``released`` chooses as FuseLLM's and PTA-LLM's released trainer does, element by element: candidates stacked,
-argmax over rewards as large as they are, a gather. Candidates are three, as in the paper: the target model's own
-distributions and two sources'.
+- ``sparse`` is ``train.objective.loss.fused_loss``.
+- ``dense`` builds a dense (T, V) target from each candidate's top-k rows, takes the better candidate, and computes
+  cross-entropies of whole logits. This is the least work that dense targets allow.
+- ``released`` chooses element by element, like the released trainers of FuseLLM and PTA-LLM: it stacks the candidates, takes
+  the argmax over rewards of the same shape, and gathers.
 
-DTYPE is of the hidden states and the head, as ``train.autocast`` has it; losses are computed in float32 in every way.
+There are three candidates, as in the paper: the target model's own distributions and those of two sources.
 
-Prints one JSON object: the most memory beyond what lay there before the forward pass, and the CPU time of each round,
-forward and backward.
+DTYPE is the type of the hidden states and of the head, as ``train.autocast`` sets it; losses are always computed in float32.
+
+Prints one JSON object: the peak memory beyond what was allocated before the forward pass, and the CPU time of each round of
+forward and backward passes.
 """
 
 import json
@@ -30,7 +32,7 @@ LAMBDA = 0.8
 
 
 def main(way: str, vocab_size: int, dtype: torch.dtype, rounds: int) -> None:
-    """Measure one way."""
+    """Measure one implementation."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     hidden = torch.randn(T, H, dtype=dtype, requires_grad=True)
@@ -55,7 +57,7 @@ def run(
     rows: list[SparseTargets],
     chunk_positions: int = TrainConfig().chunk_positions,
 ) -> None:
-    """Forward and backward; the fused distribution of ``sparse`` was chosen when the data was made."""
+    """Run forward and backward. For ``sparse``, the candidate was already chosen when the data was made."""
     if way == "sparse":
         config, num_positions = TrainConfig(), len(labels)
         settings = LossSettings(
@@ -71,7 +73,7 @@ def run(
 
 
 def dense_loss(logits: Tensor, labels: Tensor, rows: list[SparseTargets], *, element_by_element: bool) -> Tensor:
-    """With dense targets; the candidates' rewards are given, as they are when the data was made."""
+    """Compute the loss with dense targets. The candidates' rewards are constants, as if computed with the data."""
     zeros = (torch.zeros(logits.shape, device=logits.device) for _ in rows)
     targets = [dense.scatter_(1, row.ids, row.probs) for dense, row in zip(zeros, rows, strict=True)]
     chosen = targets[0]

@@ -1,4 +1,4 @@
-"""How a benchmark measures: one core, medians, real data or a stated reason for its absence."""
+"""Measurement helpers of the benchmarks: one core, medians, and a stated reason when data is missing."""
 
 import contextlib
 import importlib.metadata
@@ -19,20 +19,20 @@ class SkippedError(Exception):
 
 
 def say(text: str) -> None:
-    """A line for people."""
+    """Print a line for people on standard error."""
     sys.stderr.write(f"  {text}\n")
     sys.stderr.flush()
 
 
 def say_versions() -> None:
-    """What was measured with what, and how busy the machine was."""
+    """Print the library versions, and the load of the machine."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     say(f"Python {platform.python_version()}, {versions}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Everything in this process, every library's threads too, on one core."""
+    """Pin all threads of this process, including those of libraries, to one core."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -51,7 +51,7 @@ def _pin(cores: set[int]) -> None:
 
 
 def cpu_seconds(work: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Median CPU time of ``work`` after one warm call: on a shared machine other programs do not count."""
+    """Return the median CPU time of ``work`` after one warm-up call; it excludes other programs on a shared machine."""
     work()
     return statistics.median(_timed(work, time.process_time) for _ in range(rounds))
 

@@ -1,4 +1,4 @@
-"""This process's memory: resident, from Linux's /proc, with a peak that begins anew; and as numpy and Arrow allocate it."""
+"""Peak memory of this process: resident memory from Linux's /proc, with a peak that can be reset, and allocated memory."""
 
 import tracemalloc
 from collections.abc import Callable
@@ -12,17 +12,17 @@ PROC = Path("/proc/self")
 
 
 def is_measurable() -> bool:
-    """Whether this machine tells."""
+    """Return whether this machine can reset the peak of resident memory."""
     return (PROC / "clear_refs").exists()
 
 
 def begin_peak() -> None:
-    """Let the peak (``VmHWM``) begin at what is held now."""
+    """Reset the peak (``VmHWM``) to the current resident memory."""
     (PROC / "clear_refs").write_text("5")
 
 
 def extra_peak(work: Callable[[], object]) -> int:
-    """Bytes that the process held at most during ``work``, beyond what it held before."""
+    """Return the peak of resident memory during ``work``, in bytes beyond the memory before."""
     begin_peak()
     before = resident_bytes("VmRSS")
     work()
@@ -30,10 +30,10 @@ def extra_peak(work: Callable[[], object]) -> int:
 
 
 def allocated_peak(work: Callable[[], object]) -> int:
-    """Bytes that Python, numpy and Arrow allocated at most during ``work``; what an allocator kept for reuse counts too.
+    """Return the peak of bytes allocated by Python, numpy and Arrow during ``work``, including those kept for reuse.
 
-    Resident memory would miss what fits into pages that were freed before. The two peaks may not coincide: their sum is
-    an upper bound.
+    Resident memory would miss allocations that fit into pages freed before. The peaks of Python and Arrow may not coincide,
+    so their sum is an upper bound.
     """
     before = pa.default_memory_pool()
     pool = pa.proxy_memory_pool(before)

@@ -1,7 +1,7 @@
-"""What operators wait for: ``status`` and ``plan`` of a run of 10,000 shards a stage, from local disk and from S3.
+"""Benchmark of ``status`` and ``plan`` for a run of 10,000 shards per stage, on local disk and on S3.
 
-The run directory is synthetic: real plan, manifests, attempts and rollups of five sharded steps, no data. Whole commands
-are timed, start of Python included.
+The run directory is synthetic: it has a real plan, manifests, attempts and rollups of five sharded steps, but no data.
+Whole commands are timed, including the start of Python.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ ROUNDS = 5
 REMOTE_ROUNDS = 3
 BUCKET = "ptafuse-bench"
 DONE = {**dict.fromkeys(SHARDED[:-1], NUM_SHARDS), SHARDED[-1]: NUM_SHARDS // 2}
-"""The last stage is half done, so that its attempts are read too."""
+"""Number of finished shards per step. The last step is half done, so that its attempts are read too."""
 
 _PROGRAM = """
 import re
@@ -42,11 +42,12 @@ try:
 finally:
     print(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
-"""A ptafuse command, and its peak memory in kB as the last line. (A child's ``ru_maxrss`` would begin at its parent's.)"""
+"""Program that runs a ptafuse command and prints its peak memory in kB as the last line. (``ru_maxrss`` of a child process
+starts at its parent's value.)"""
 
 
 def status_and_plan() -> list[Figure]:
-    """Seconds and memory of status and plan, 10,000 shards in each of five steps."""
+    """Measure seconds and memory of status and plan with 10,000 shards in each of five steps."""
     with tempfile.TemporaryDirectory() as folder:
         config = save_inputs(Path(folder))
         store = Store(str(Path(folder) / "run"))
@@ -72,14 +73,14 @@ def _figures(run: ResolvedRun, url: str, rounds: int, suffix: str) -> list[Figur
         cpu = (_children_cpu_seconds() - before) / (rounds + 1)
         seconds = statistics.median(seconds for seconds, _ in measured)
         memory = max(memory for _, memory in measured)
-        say(f"{command} {url}: {seconds:.2f} s, of them {cpu:.2f} s of this program's CPU; {memory:.0f} MiB")
+        say(f"{command} {url}: {seconds:.2f} s, of which {cpu:.2f} s are CPU time of the command; {memory:.0f} MiB")
         found.append(_figure(f"{command}_seconds_10k{suffix}", seconds, "s", goal))
         found.append(_figure(f"{command}_memory_mib_10k{suffix}", memory, "MiB", "<= 500"))
     return found
 
 
 def _children_cpu_seconds() -> float:
-    """Of the commands that have ended; a server that still runs is not among them."""
+    """Return the CPU time of all child processes that have ended; a server that still runs does not count."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
@@ -89,7 +90,7 @@ def _figure(name: str, value: float, unit: str, goal: str) -> Figure:
 
 
 def _timed(command: str, run: ResolvedRun, url: str) -> tuple[float, float]:
-    """Seconds and peak memory in MiB of one command, from the start of its process to its end."""
+    """Run one command; return its seconds from start to end of the process, and its peak memory in MiB."""
     sets = [part for override in run.request.overrides for part in ("--set", override)]
     arguments = {"status": [url], "plan": [run.request.config_path, "--run", url, *sets]}
     program = [sys.executable, "-c", _PROGRAM, command, *arguments[command]]
@@ -102,7 +103,7 @@ def _timed(command: str, run: ResolvedRun, url: str) -> tuple[float, float]:
 
 
 def _sign_for_s3(run: ResolvedRun, store: Store) -> None:
-    """Replace the rollups by ones under the ETags that S3 will give the manifests: their MD5."""
+    """Rewrite the rollups with the ETags that S3 will give the manifests, which are their MD5 hashes."""
     for key in SHARDED:
         folder = run.steps[key].folder
         entries = manifest_entries(store, folder)
@@ -114,7 +115,7 @@ def _sign_for_s3(run: ResolvedRun, store: Store) -> None:
 
 @contextmanager
 def _s3_server(folder: Path) -> Iterator[None]:
-    """moto in a process of its own, with the run directory in a bucket; the environment points at it."""
+    """Serve the run directory as a bucket by moto in a separate process, with the environment pointing to it."""
     program = [sys.executable, "-m", "tests.benchmarks.s3_server", str(folder), BUCKET]
     with subprocess.Popen(program, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None

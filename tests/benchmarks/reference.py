@@ -1,7 +1,7 @@
-"""Alignment as one would first write it: a call a cell, a call a pair, an iteration in numpy a position.
+"""Straightforward alignment in Python, which the benchmarks compare with: one call per cell, per pair and per position.
 
-Slow on purpose and simple enough to be checked by eye: what the benchmarks compare with, in result and in time. The
-Levenshtein distance itself is RapidFuzz's compiled one, as the released code takes a compiled one.
+It is slow on purpose, and simple enough to check by eye. The Levenshtein distance is RapidFuzz's compiled one, because the
+released code uses a compiled one too.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,10 +14,10 @@ from stages.models.tokenizer import SegmentTokenizer, Vocabulary
 
 
 def pair(source: Sequence[str], target: Sequence[str]) -> tuple[int, list[tuple[int, int]]]:
-    """The cheapest path from the first pair to the last; of equal steps the diagonal, then k-1, then j-1.
+    """Find the cheapest path from the first pair to the last; ties go diagonal first, then k-1, then j-1.
 
     Returns:
-        Its cost, and its pairs (k, j).
+        Cost of the path, and its pairs (k, j).
     """
     total: list[list[int]] = []
     for k, source_text in enumerate(source):
@@ -44,7 +44,7 @@ def pair(source: Sequence[str], target: Sequence[str]) -> tuple[int, list[tuple[
 def sinkhorn(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, epsilon: float, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, bool]:
-    """Scale rows and columns in turn; (plan, converged). Each row's least cost is taken off, so that none underflows."""
+    """Scale rows and columns in turn; return (plan, converged). Each row's least cost is subtracted against underflow."""
     kernel = np.exp(-(cost - cost.min(axis=1, keepdims=True)) / epsilon)
     kernel = np.maximum(kernel, 1e-290)
     v = np.ones(len(b))
@@ -60,7 +60,7 @@ def sinkhorn(
 def sinkhorn_log(
     cost: np.ndarray, a: np.ndarray, b: np.ndarray, *, epsilon: float, tolerance: float, max_iterations: int
 ) -> tuple[np.ndarray, bool]:
-    """The same in the log domain, which no cost can make underflow; (plan, converged)."""
+    """Scale rows and columns in turn in the log domain, where no cost underflows; return (plan, converged)."""
     kernel, log_a, log_b = -cost / epsilon, np.log(a), np.log(b)
     g = np.zeros(len(b))
     for iteration in range(max_iterations):
@@ -78,7 +78,7 @@ def _log_sum_exp(values: np.ndarray, *, axis: int) -> np.ndarray:
 
 
 class PlainAligner:
-    """The ``paper`` preset, position by position.
+    """Alignment with the ``paper`` preset, position by position.
 
     Args:
         target: the target's tokenizer.
@@ -93,7 +93,7 @@ class PlainAligner:
         self.num_unconverged = 0
 
     def align(self, target: dict, source: dict, *, top_k: int = 10) -> list[dict[int, float] | None]:
-        """One segment.
+        """Align one segment.
 
         Args:
             target: a row of the target's logits table as Python objects.
@@ -145,7 +145,7 @@ class PlainAligner:
 
 
 def roles_of(tokenizer: SegmentTokenizer, token_ids: Sequence[int]) -> list[int]:
-    """What each token is to the pairing."""
+    """Return the role of each token in the pairing."""
     vocabulary = tokenizer.vocabulary
     return token_roles(np.asarray(token_ids), prefix_id=tokenizer.prefix_id, eos_id=vocabulary.eos_id).tolist()
 
@@ -155,7 +155,7 @@ def _without_marker(vocabulary: Vocabulary, token_id: int) -> str:
 
 
 def texts(tokenizer: SegmentTokenizer, token_ids: Sequence[int]) -> list[str]:
-    """A segment's tokens as the pairing compares them."""
+    """Return a segment's tokens as the pairing compares them."""
     return [
         _without_marker(tokenizer.vocabulary, token_id) if role == Role.TEXT else f"<{Role(role).name.lower()}>"
         for token_id, role in zip(token_ids, roles_of(tokenizer, token_ids), strict=True)

@@ -1,4 +1,4 @@
-"""A moto S3 server with a local folder's files in a bucket under ``run/``: uploading 100,000 of them would take minutes."""
+"""A moto S3 server that puts a local folder's files under ``run/`` in a bucket; uploading 100,000 of them takes minutes."""
 
 import logging
 import sys

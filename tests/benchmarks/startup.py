@@ -1,4 +1,4 @@
-"""What starting a step costs: from the command to its end, on a small run whose shards take a second or two to compute."""
+"""Benchmark of starting a step: a whole command on a small run whose shards take a second or two to compute."""
 
 import shutil
 import statistics
@@ -19,7 +19,7 @@ CONFIG = "demo"
 
 
 def step_startup_seconds() -> list[Figure]:
-    """`ptafuse align` on three shards of the demo, on Ray and in-process, and what each further step of a command adds."""
+    """Measure ``ptafuse align`` on three shards of the demo, on Ray and in-process, and the time per further step."""
     if not (DATA / "gemma-3-270m" / "tokenizer.json").exists():
         raise SkippedError(f"no {DATA}: run `make demo-data`")
     with tempfile.TemporaryDirectory() as folder:
@@ -34,7 +34,7 @@ def step_startup_seconds() -> list[Figure]:
     return [
         Figure("pipeline.step_startup_seconds", ray, "s", "<= 8"),
         Figure("pipeline.step_startup_seconds_local", local, "s", "<= 4"),
-        Figure("pipeline.further_step_seconds", (several - ray) / 2, "s a step", "<= 3"),
+        Figure("pipeline.further_step_seconds", (several - ray) / 2, "s per step", "<= 3"),
     ]
 
 
@@ -43,7 +43,7 @@ def _median(run: Path, stage: str, *options: str) -> float:
 
 
 def _seconds(stage: str, run: Path, *options: str) -> float:
-    """Run a step of which nothing is done, from the start of its process to its end."""
+    """Delete a step's results, run it again, and return the seconds from start to end of the process."""
     for made in ("align", "fit", "fuse"):
         shutil.rmtree(run / made, ignore_errors=True)
     size = f"dataset.max_documents={NUM_SHARDS * DOCUMENTS_PER_SHARD}"

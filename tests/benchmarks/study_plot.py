@@ -1,4 +1,4 @@
-"""The plot of docs/study.md: what fusing changes on each kind of text that was left out of the training text.
+"""Plot of docs/study.md: the effect of fusing on each kind of text that is not in the training text.
 
 ``python -m tests.benchmarks.study_plot RUN TEXT BASELINE VARIANT OUT.svg``: paired differences of the cells whose
 configurations are called BASELINE-seedN and VARIANT-seedN, over all seeds that both have.
@@ -57,7 +57,7 @@ def differences(
 
 
 def draw(by_kind: Mapping[str, tuple[float, float]], title: str, out: Path) -> None:
-    """Draw a bar a kind, the largest gain at the top."""
+    """Draw one bar per kind, with the largest gain at the top."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 

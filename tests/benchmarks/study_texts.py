@@ -1,14 +1,14 @@
-"""The texts of docs/study.md beside the news articles, made from ``text/mixed.jsonl`` of ``PTAFUSE_DATA``.
+"""Texts of docs/study.md other than the news articles, made from ``text/mixed.jsonl`` of ``PTAFUSE_DATA``.
 
-``python -m tests.benchmarks.study_texts study-data`` writes JSON Lines with the columns ``text`` and ``kind``. No document
-stands in two of the files, but for a kind that has a single one, which is halved.
+``python -m tests.benchmarks.study_texts study-data`` writes JSON Lines with the columns ``text`` and ``kind``. The two files
+``choose.jsonl`` and ``report.jsonl`` share no document, but a kind with a single document has half of it in each.
 
 =====================  ================================================================================================
 ``choose.jsonl``       every second document of all 18 kinds: settings are chosen on it
-``report.jsonl``       the other documents: the tables are of it
-``mixed.jsonl``        excerpts of half of the kinds that have many documents, as many of each: the mixed text to learn
-``left-choose.jsonl``  of ``choose.jsonl``, the kinds that ``mixed.jsonl`` leaves out
-``left-report.jsonl``  of ``report.jsonl``, likewise
+``report.jsonl``       the other documents: the tables report on it
+``mixed.jsonl``        excerpts of half of the kinds with many documents, equally many of each: the mixed training text
+``left-choose.jsonl``  documents of ``choose.jsonl`` of the kinds that are not in ``mixed.jsonl``
+``left-report.jsonl``  documents of ``report.jsonl`` of the kinds that are not in ``mixed.jsonl``
 =====================  ================================================================================================
 """
 
@@ -22,22 +22,22 @@ from typing import Final
 from tests.benchmarks.align_data import data_folder
 from tests.benchmarks.measure import SkippedError, say
 
-LEARNT_DOCUMENTS: Final = 10
-"""Excerpts of each kind that is learnt; a kind of fewer documents is left out."""
-LEARNT_BYTES: Final = 2500
-"""Of an excerpt, from its document's beginning: as much of every kind, whatever its script."""
+TRAINING_DOCUMENTS: Final = 10
+"""Number of excerpts of each kind to train on; kinds with fewer documents are left out."""
+TRAINING_BYTES: Final = 2500
+"""Length of an excerpt, from the beginning of its document: the same for every kind, whatever its script."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document of a kind."""
+    """A document and its kind."""
 
     text: str
     kind: str
 
 
 def split_documents(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """Deal each kind's documents out in turn; a kind's only document is cut in half."""
+    """Split each kind's documents alternately; cut a kind's only document in half."""
     choose: list[Document] = []
     report: list[Document] = []
     for kind in dict.fromkeys(document.kind for document in documents):
@@ -50,17 +50,17 @@ def split_documents(documents: list[Document]) -> tuple[list[Document], list[Doc
     return choose, report
 
 
-def learnt_kinds(documents: list[Document]) -> list[str]:
-    """Every second kind, by alphabet, of those that have enough documents."""
+def training_kinds(documents: list[Document]) -> list[str]:
+    """Return every second kind, in alphabetical order, of those that have enough documents."""
     kinds = sorted({document.kind for document in documents})
-    enough = [kind for kind in kinds if sum(document.kind == kind for document in documents) >= LEARNT_DOCUMENTS]
+    enough = [kind for kind in kinds if sum(document.kind == kind for document in documents) >= TRAINING_DOCUMENTS]
     return enough[::2]
 
 
 def excerpts(documents: list[Document], kind: str) -> list[Document]:
     """Return the beginnings of a kind's first documents."""
-    own = [document for document in documents if document.kind == kind][:LEARNT_DOCUMENTS]
-    cut = [document.text.encode()[:LEARNT_BYTES].decode(errors="ignore") for document in own]
+    own = [document for document in documents if document.kind == kind][:TRAINING_DOCUMENTS]
+    cut = [document.text.encode()[:TRAINING_BYTES].decode(errors="ignore") for document in own]
     return [Document(text, kind) for text in cut]
 
 
@@ -80,14 +80,14 @@ def main(folder: Path) -> None:
     records = [json.loads(line) for line in lines]
     documents = [Document(record["text"], record["source"]) for record in records]
     choose, report = split_documents(documents)
-    learnt = learnt_kinds(documents)
+    trained_kinds = training_kinds(documents)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "choose.jsonl", choose)
     _write(folder / "report.jsonl", report)
-    _write(folder / "mixed.jsonl", [part for kind in learnt for part in excerpts(documents, kind)])
-    _write(folder / "left-choose.jsonl", [part for part in choose if part.kind not in learnt])
-    _write(folder / "left-report.jsonl", [part for part in report if part.kind not in learnt])
-    say(f"learnt in mixed.jsonl: {', '.join(learnt)}")
+    _write(folder / "mixed.jsonl", [part for kind in trained_kinds for part in excerpts(documents, kind)])
+    _write(folder / "left-choose.jsonl", [part for part in choose if part.kind not in trained_kinds])
+    _write(folder / "left-report.jsonl", [part for part in report if part.kind not in trained_kinds])
+    say(f"kinds to train on in mixed.jsonl: {', '.join(trained_kinds)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Training: the loss against dense targets, and what fusion adds to a step."""
+"""Benchmarks of training: the loss against dense targets, and the cost of fusion per step."""
 
 import json
 import os
@@ -34,7 +34,7 @@ READER_TOKENS = 50_000_000
 READER_BATCH = 32
 READER_WARM_STEPS, READER_STEPS = 40, 20
 FEW_LARGE_MAPPINGS = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Memory that is freed goes back to the system at once, so that what is held is what is used."""
+"""Makes the allocator return freed memory to the system at once, so that resident memory is memory in use."""
 
 
 def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Figure:
@@ -42,22 +42,22 @@ def _figure(benchmark: str, name: str, value: float, unit: str, goal: str) -> Fi
 
 
 def loss_vs_dense_32k() -> list[Figure]:
-    """Loss of 2,048 positions, forward and backward, V = 32,000, against a dense (T, V) target a candidate."""
+    """Compare the loss of 2,048 positions, forward and backward, V = 32,000, with one dense (T, V) target per candidate."""
     return _loss_vs_dense("32k")
 
 
 def loss_vs_released_32k() -> list[Figure]:
-    """The same against dense targets that are chosen element by element, as the released trainers do; needs 5 GB."""
+    """Compare the loss with dense targets chosen element by element, as in the released trainers; needs 5 GB."""
     return _loss_vs_dense("32k", "released")
 
 
 def loss_vs_dense_152k() -> list[Figure]:
-    """The same for V = 151,936; the dense way needs about 9 GB."""
+    """Compare the loss with dense targets for V = 151,936; dense targets need about 9 GB."""
     return _loss_vs_dense("152k")
 
 
 def loss_vs_dense_32k_float32() -> list[Figure]:
-    """V = 32,000 without autocast: the three matrix products that both ways have take most of the time."""
+    """Compare for V = 32,000 without autocast, where three matrix products that both have take most of the time."""
     return _loss_vs_dense("32k", dtype="float32")
 
 
@@ -65,11 +65,11 @@ def _loss_vs_dense(name: str, other: str = "dense", dtype: str = TrainConfig().a
     size = VOCABULARIES[name]
     ways = ("sparse", other)
     if name == "152k" and _available_bytes() < 12e9:
-        raise SkippedError(f"the dense way needs 9 GB, and {_available_bytes() / 1e9:.0f} GB of memory are free")
+        raise SkippedError(f"dense targets need 9 GB, and {_available_bytes() / 1e9:.0f} GB of memory are free")
     memory = {way: _measure(way, size, dtype, 0, FEW_LARGE_MAPPINGS)["peak_bytes"] for way in ways}
     seconds = {way: statistics.median(_measure(way, size, dtype, ROUNDS, {})["seconds"]) for way in ways}
     for way in ways:
-        say(f"{way}, V = {size:,}: {seconds[way]:.2f} s of CPU time, {memory[way] / 1e6:,.0f} MB beyond what lay there")
+        say(f"{way}, V = {size:,}: {seconds[way]:.2f} s of CPU time, {memory[way] / 1e6:,.0f} MB of additional memory")
     say(
         f"T = {T:,}, hidden size {H}, head in {dtype}, one thread, {CANDIDATES} candidates; the gradient of the head, "
         f"{torch.empty(0, dtype=getattr(torch, dtype)).element_size() * H * size / 1e6:.0f} MB, is in both"
@@ -108,15 +108,15 @@ def _available_bytes() -> int:
 
 
 def reader_tokens_per_second() -> list[Figure]:
-    """Tokens a second of CPU time that the feed reads and collates, blocks in random order, of 50 M tokens in fuse's files.
+    """Measure how many tokens per CPU second the feed reads and collates, in random order from 50 M tokens of fused files.
 
-    Four files of 1 M tokens are written, and named again and again as if they were others: so row groups are as many as
-    50 M tokens have, and decoded row groups are kept as training keeps them, but all files are in the page cache. Nothing
-    is trained. The cache of decoded row groups is filled before the time is taken; all threads' time counts, so a machine
-    with a free core reads faster.
+    Four files of 1 M tokens are listed repeatedly as if they were different files. So there are as many row groups as in
+    50 M tokens, and decoded row groups are cached as in training, but all files are in the page cache. No model is trained.
+    The cache of decoded row groups is filled before the measurement. The time of all threads counts, so a machine with a
+    free core reads faster.
     """
     with tempfile.TemporaryDirectory(prefix="ptafuse-benchmark-") as folder:
-        files = fused_layout.write_files(Path(folder), num_tokens=READER_TOKENS, distinct=4, blocks_a_file=512)
+        files = fused_layout.write_files(Path(folder), num_tokens=READER_TOKENS, distinct=4, blocks_per_file=512)
         blocks = FusedBlocks(files, prefix_id=None, eos_id=None, with_distributions=True)
         schedule = Schedule(len(blocks), READER_BATCH, 1, TrainConfig().seed)
         with join_workers(torch.device("cpu")) as workers, Feed(blocks, schedule, 0, workers, 1) as feed:
@@ -124,9 +124,9 @@ def reader_tokens_per_second() -> list[Figure]:
                 feed.next()
             speeds = [_feed_speed(feed) for _ in range(ROUNDS)]
     say(
-        f"{len(blocks):,} blocks of {fused_layout.LENGTH:,} tokens, {fused_layout.TOP_K} candidates at most a position, in "
+        f"{len(blocks):,} blocks of {fused_layout.LENGTH:,} tokens, {fused_layout.TOP_K} candidates at most per position, in "
         f"{len(files)} files; {ROUNDS} times {READER_STEPS} steps of {READER_BATCH} blocks: "
-        f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens a second of CPU time"
+        f"{min(speeds):,.0f} to {max(speeds):,.0f} tokens per second of CPU time"
     )
     speed = statistics.median(speeds)
     return [_figure("reader_tokens_per_second", "reader_tokens_per_second", speed, "tokens/s of CPU", ">= 400000")]
@@ -139,7 +139,7 @@ def _feed_speed(feed: Feed) -> float:
 
 
 def step_vs_gold_only() -> list[Figure]:
-    """An optimizer step with fusion against one on gold tokens alone, on the blocks and the target of a demo run."""
+    """Compare an optimizer step with fusion and one on gold tokens only, on the blocks and the target of a demo run."""
     folder = align_data.run_folder()
     config = json.loads(max(folder.glob("configs/*.json"), key=lambda path: path.stat().st_mtime).read_text())
     target = ModelConfig.model_validate(config["config"]["target"])
@@ -154,7 +154,7 @@ def step_vs_gold_only() -> list[Figure]:
     ratio = statistics.median(one / other for one, other in zip(with_fusion, gold_only, strict=True))
     say(
         f"{target.name}, {len(with_fusion)} pairs of steps on the same blocks, one thread: with fusion "
-        f"{statistics.median(with_fusion):.2f} s of CPU time, gold tokens alone {statistics.median(gold_only):.2f} s"
+        f"{statistics.median(with_fusion):.2f} s of CPU time, gold tokens only {statistics.median(gold_only):.2f} s"
     )
     return [_figure("step_vs_gold_only", "step_vs_gold_only", ratio, "of a step on gold tokens", "<= 1.1")]
 
@@ -168,7 +168,7 @@ def _fused_files(step: dict) -> tuple[FusedFile, ...]:
 def _paired_steps(
     target: ModelConfig, files: tuple[FusedFile, ...], workers: Workers
 ) -> tuple[list[float], list[float]]:
-    """CPU seconds of steps with fusion, and of steps on the gold tokens of the same blocks; the first pair is left out."""
+    """Return CPU seconds of steps with fusion and of steps on the gold tokens of the same blocks, without the first pair."""
     configs = [TrainConfig(**{"lambda": lambda_}, batch_size=1, device="cpu") for lambda_ in (0.8, 1.0)]
     root = _model(target, configs[0], workers)
     optimizer = build_optimizer(root.model, configs[0])
@@ -184,7 +184,7 @@ def _paired_steps(
             )
             schedule = Schedule(len(blocks), 1, 1, config.seed)
             stepper = Stepper(config, root, optimizer, schedule, workers)
-            started = time.process_time()  # with the thread that reads and collates
+            started = time.process_time()  # includes the thread that reads and collates
             with Feed(blocks, schedule, pair, workers, 1) as feed:
                 stepper.step(feed, tokens_before=0)
             found.append(time.process_time() - started)
@@ -199,7 +199,7 @@ def _model(target: ModelConfig, config: TrainConfig, workers: Workers) -> LossMo
 
 
 def step_beside_busy_process() -> list[Figure]:
-    """A training step of two threads on two cores beside a busy process, against the same step alone: wall time.
+    """Compare the wall time of a training step with two threads on two cores with and without a busy process.
 
     Three threads that never wait share two cores, so the slower of the two has half a core at worst: twice the time.
     """
@@ -211,7 +211,7 @@ def step_beside_busy_process() -> list[Figure]:
     measured = json.loads(done.stdout)
     alone, beside = (measured[name] for name in ("alone", "beside"))
     say(
-        f"median of {len(alone)} turns: alone {statistics.median(alone) * 1e3:,.0f} ms a step, beside a busy process "
+        f"median of {len(alone)} turns: alone {statistics.median(alone) * 1e3:,.0f} ms per step, with a busy process "
         f"{statistics.median(beside) * 1e3:,.0f} ms; load {os.getloadavg()[0]:.1f}"
     )
     ratio = statistics.median(two / one for one, two in zip(alone, beside, strict=True))

@@ -1,4 +1,4 @@
-"""Align workers as processes: what two of them do together, and what one holds after many shards."""
+"""Benchmarks of align worker processes: the throughput of two, and the memory of one after many shards."""
 
 import gc
 import subprocess
@@ -21,7 +21,7 @@ SMALL_SHARDS = (10, 1000)
 
 
 def two_workers_vs_one() -> list[Figure]:
-    """Two worker processes, each with as many shards as the one: shards a second, wall time."""
+    """Compare shards per second (wall time) of two worker processes with one, each with the same number of shards."""
     align_data.shards()
     ratios = []
     with tempfile.TemporaryDirectory() as folder, _workers(2, folder) as workers:
@@ -30,12 +30,12 @@ def two_workers_vs_one() -> list[Figure]:
             two = _together(workers)
             if number:  # the first round fills caches
                 ratios.append(2 * one / two)
-                say(f"one worker {one:.2f} s, two with as much each {two:.2f} s")
+                say(f"one worker {one:.2f} s, two workers with the same work each {two:.2f} s")
     return [Figure("align.two_workers_vs_one", sorted(ratios)[len(ratios) // 2], "times", ">= 1.8")]
 
 
 def memory_growth() -> list[Figure]:
-    """Growth of a worker's peak memory from 10 to 1,000 shards of one segment each."""
+    """Measure how a worker's peak memory grows from 10 to 1,000 shards of one segment each."""
     align_data.shards()
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
@@ -86,7 +86,7 @@ def _answer(worker: subprocess.Popen) -> None:
 
 
 def _serve(folder: str) -> None:
-    """A pass over all shards for each line of standard input."""
+    """Align all shards once for each line of standard input."""
     from tests.benchmarks.align import align_shard
 
     stage, store, shards = align_data.stage("paper"), Store(folder), align_data.shards()
@@ -98,7 +98,7 @@ def _serve(folder: str) -> None:
 
 
 def _measure_memory(folder: str) -> None:
-    """Print the peak of few and of many shards, in kilobytes; it begins when set-up is over."""
+    """Print the peak memory after few and after many shards, in kilobytes, without the setup."""
     store = Store(folder)
     inputs = []
     for pair in align_data.shards():

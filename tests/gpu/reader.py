@@ -28,7 +28,7 @@ def run_reader(report: Report, setup: Setup) -> None:
         setup.scratch / "reader",
         num_tokens=size.reader_tokens,
         distinct=DISTINCT_FILES,
-        blocks_a_file=size.reader_blocks_per_file,
+        blocks_per_file=size.reader_blocks_per_file,
         length=size.block_tokens,
         vocab_size=llama_config(size.llama).vocab_size,
     )

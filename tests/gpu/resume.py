@@ -36,7 +36,7 @@ def run_resume(report: Report, setup: Setup) -> None:
         setup.scratch / "resume",
         num_tokens=NUM_STEPS * BATCH_SIZE * size.resume_block_tokens,
         distinct=1,
-        blocks_a_file=NUM_STEPS * BATCH_SIZE,
+        blocks_per_file=NUM_STEPS * BATCH_SIZE,
         length=size.resume_block_tokens,
         vocab_size=llama_config(size.resume_model).vocab_size,
     )

@@ -36,7 +36,7 @@ def run_train_step(report: Report, setup: Setup) -> None:
         setup.scratch / "train",
         num_tokens=num_blocks * size.block_tokens,
         distinct=1,
-        blocks_a_file=num_blocks,
+        blocks_per_file=num_blocks,
         length=size.block_tokens,
         vocab_size=model_shape.vocab_size,
     )
