@@ -23,7 +23,7 @@ class Peers:
     Attributes:
         rank: of this process, from 0.
         size: how many they are.
-        group: over which they speak; None for one who is alone.
+        group: process group for communication; None for a single worker.
     """
 
     rank: int

@@ -85,7 +85,7 @@ def bits_per_byte(
 
     Each segment is read on its own, with BOS if the model uses it, a conversation under the model's chat template.
     Probabilities are normalised over the tokenizer's ids. Special tokens are left out, and so is a first token that nothing
-    predicts, with its bytes (see ``cross_entropy``). Of conversations the messages that are learnt are scored (see
+    predicts, with its bytes (see ``cross_entropy``). Of conversations, the messages that are trained on are scored (see
     ``content_cross_entropy``).
     With ``config.num_generations`` the model is asked for answers as well, if it scores by itself.
 
@@ -139,7 +139,7 @@ def bits_per_byte(
 
 
 def content_cross_entropy(gold_logprob: np.ndarray, messages: Sequence[Message], encoding: Encoding) -> CrossEntropy:
-    """Compute the cross-entropy of a conversation: of the contents that are learnt and of the ends of their turns.
+    """Compute the cross-entropy of a conversation: of the contents that are trained on and of the ends of their turns.
 
     Other tokens of the template are left out, so that models with other templates compare. The end of a turn counts with its
     loss, since a model is to know when to stop, and without bytes. The bytes are those of the messages, whether a template

@@ -1,7 +1,7 @@
 """The training loop under Ray Train: the one file that imports it.
 
 Ray places the workers, gives each its CPUs and GPU, makes their process group, and starts all of them again when one
-dies or its node is reclaimed. What has been done is read from the output folder or the object store alone (the newest
+dies or its node is reclaimed. Progress is read only from the output folder or the object store (the newest
 committed checkpoint, the manifest), never from Ray's own records, which register late. All nodes see the output folder,
 or the run is in an object store.
 """

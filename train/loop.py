@@ -58,7 +58,7 @@ def train(
     """Train the target model, or resume an interrupted run of the same job.
 
     Every worker calls this with the same job. It runs under an existing process group, under one that the environment
-    describes (``torchrun``), or alone.
+    describes (``torchrun``), or as a single worker.
 
     Args:
         job: settings, model and files of the run.

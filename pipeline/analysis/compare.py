@@ -1,4 +1,4 @@
-"""``ptafuse compare``: the teacher NLL of every way of aligning on the same positions, from finished logits alone.
+"""``ptafuse compare``: the teacher NLL of all alignment methods on the same positions, from finished logits only.
 
 It measures the value of an alignment before any training is paid for. Everything is computed in this process, on a sample
 of the shards, and nothing is written.
@@ -45,13 +45,13 @@ CONDITIONED: Final = "conditioned"
 
 @dataclass(frozen=True)
 class AlignmentVariant:
-    """One way of aligning, which is a row of the table.
+    """One alignment method: a row of the table.
 
     Attributes:
         name: a preset, a method, ``CONDITIONED``, or ``"as configured"``.
         settings: all of it.
         is_configured: it is what the configuration says, except for ``tail``, which all rows share, and ``inexact``, which all
-            share that do not condition. A bucket row and one rescaled to 1 differ by that alone, so all are aligned with
+            share that do not condition. A bucket row and one rescaled to 1 differ only by that, so all are aligned with
             their tails.
     """
 
@@ -79,7 +79,7 @@ class Comparison:
         source: name of the source.
         shards: those that were read.
         num_shards: number of shards of the run.
-        num_positions: number of positions with a next token that is learnt, in those shards.
+        num_positions: number of positions in those shards whose next token is trained on.
         variants: compared variants, without the two models themselves.
         completed: the completed NLL by label; ``TARGET_ROW`` and ``SOURCE_ROW`` are the models themselves, over their full
             vocabularies.
@@ -157,7 +157,7 @@ def compare(
 
     Raises:
         StageError: logits are incomplete; says which command is next.
-        ValueError: there is no such source, or an epsilon is not above 0.
+        ValueError: the source is unknown, or an epsilon is not above 0.
     """
     config = load_config(request.config_path, request.overrides)
     names = [model.name for model in config.sources]
@@ -246,7 +246,7 @@ class _PositionNll(NamedTuple):
 class _ShardNll:
     """A shard's logits, and the NLL of distributions at its positions, target row by target row.
 
-    The positions are those whose next token is learnt: in plain text all but the last.
+    The positions are those whose next token is trained on: in plain text, all but the last.
     """
 
     def __init__(self, target: pa.Table, source: pa.Table, config: AlignConfig) -> None:
@@ -260,7 +260,7 @@ class _ShardNll:
         return np.repeat([key[0] for key in self._rows], lengths)
 
     def _positions(self, row: int) -> np.ndarray:
-        """Return the positions of a target row whose next token is learnt, ascending."""
+        """Return the positions of a target row whose next token is trained on, in ascending order."""
         if not has_roles(self._target):
             return np.arange(max(len(list_row(self._target, "token_ids", row)) - 1, 0))
         return np.flatnonzero(list_row(self._target, "is_trained", row)[1:])

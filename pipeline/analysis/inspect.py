@@ -27,7 +27,7 @@ def show(
         console: console to print on.
 
     Raises:
-        StageError: there is no such step, shard, row or position; says which there are.
+        StageError: the step, shard, row or position does not exist; the message lists the existing ones.
     """
     step = _find_step(run, stage)
     manifest = store.read_manifest(step.folder, shard)

@@ -209,7 +209,9 @@ def show_fused(inspected: InspectedRow, table: pa.Table, position: int | None, c
     console.print(token_line(tokens, position))
     gold = "(the segment ends)" if explanation.gold is None else visible(explanation.gold)
     console.print(
-        Text(f"gold next token: {gold}{'' if explanation.is_learnt or explanation.gold is None else ' (not learnt)'}")
+        Text(
+            f"gold next token: {gold}{'' if explanation.is_learnt or explanation.gold is None else ' (not trained on)'}"
+        )
     )
     unit = "nats" if config.fuse.granularity == "token" else config.fuse.unit
     view = Table("candidate", f"cross-entropy ({unit}, {config.fuse.granularity})", "weight")
@@ -267,7 +269,7 @@ def _show_pairing(inspected: InspectedRow, table: pa.Table, inputs: dict[str, pa
 
 
 def _roles(table: pa.Table, row: int) -> list[str]:
-    """Label each token of a conversation by its role, with a star if it is learnt; empty for plain text."""
+    """Label each token of a conversation by its role, with a star if it is trained on; empty for plain text."""
     if not has_roles(table):
         return []
     names = {Role.TEXT: "content", Role.START: "start", Role.EOS: "end", Role.TEMPLATE: "template"}

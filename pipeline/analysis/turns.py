@@ -16,7 +16,7 @@ class Turn:
 
     Attributes:
         role: of the message.
-        is_trained: it is learnt.
+        is_trained: the message is trained on.
         start: its first token; the template's tokens before the content are among its tokens.
         end: one past its last one.
     """

@@ -64,7 +64,7 @@ def check_dataset(dataset: DatasetConfig) -> None:
     """Refuse a dataset that cannot be read, before anything is loaded.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or a glob matches nothing.
+        FileNotFoundError: the file or folder does not exist, or a glob matches nothing.
         DatasetError: nothing readable in it, or no such column of text or of kinds (lists those found).
     """
     files = find_files(dataset)
@@ -108,7 +108,7 @@ def plan_documents(dataset: DatasetConfig, documents_per_shard: int) -> list[Sha
         documents_per_shard: number of documents in every shard but the last, which may have fewer.
 
     Raises:
-        FileNotFoundError: there is no such file or folder.
+        FileNotFoundError: the file or folder does not exist.
         DatasetError: no documents, or a Parquet file without the text column.
     """
     builder = _ShardBuilder(documents_per_shard, dataset.max_documents)

@@ -50,7 +50,7 @@ def find_files(dataset: DatasetConfig) -> DatasetFiles:
     followed, and a file that links give several names is read once.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, or a glob matches nothing.
+        FileNotFoundError: the file or folder does not exist, or a glob matches nothing.
         DatasetError: a file's format is unknown, or a folder has no file of a known one, or several formats, or none of the
             split.
     """

@@ -40,7 +40,7 @@ def walk_files(root: str) -> LocalFiles:
     Links are followed; every folder is read once, so cycles of links end.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
         PermissionError: a folder may not be listed.
     """
     return _walk(root, None, max_names=1, skips_hidden=True)

@@ -106,7 +106,7 @@ def actor_pool(resources: Resources, num_pending: int, engine: EngineConfig) -> 
         # No more than are computed at once: a shard that only waits in an actor could run in another one.
         max_tasks_in_flight_per_actor=num_shards,
         max_concurrent_calls_per_actor=num_shards,
-        # Otherwise Ray Data calls the worker from one thread alone, and shards wait for each other after all.
+        # Otherwise Ray Data calls the worker from only one thread, and shards would still wait for each other.
         enable_true_multi_threading=num_shards > 1,
     )
 

@@ -78,7 +78,7 @@ def _comparison(value: Mapping[str, Any], baseline: Mapping[str, Any] | None) ->
 
 
 def _recorded(run: Run) -> list[ResolvedRun]:
-    """Read the recorded configurations that name a text, since one of them may train on the gold tokens alone."""
+    """Read the recorded configurations that name a text, since one of them may train on only the gold tokens."""
     try:
         recorded = list(recorded_configurations(run.store).values())
     except ValueError as error:  # of another version: the card is not worth ending the command for

@@ -193,7 +193,7 @@ def message_contexts(segment: SegmentText, target: Encoding, tokenizer: SegmentT
         tokenizer: the source's.
 
     Returns:
-        No context where the next token is not learnt; where the target's token is one of the template, or ends inside a
+        No context where the next token is not trained on; where the target's token is one of the template, or ends inside a
         character; and where the source's template trims what was read of the message last.
     """
     ends = np.cumsum([len(message.content.encode()) + 1 for message in segment.messages])
@@ -228,7 +228,7 @@ def conversation_contexts(source: Encoding, target: Encoding) -> Contexts:
 
 
 def _asked_positions(target: Encoding) -> list[int]:
-    """Return the positions of a conversation whose next token is learnt, in a message or right before one."""
+    """Return the positions of a conversation whose next token is trained on, in a message or right before one."""
     assert target.role is not None and target.is_trained is not None  # noqa: PT018 - a conversation has both
     has_label = np.append(target.is_trained[1:], False)[: len(target.ids)]
     return np.flatnonzero(has_label & (target.role != Role.TEMPLATE)).tolist()

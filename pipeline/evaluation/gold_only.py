@@ -1,4 +1,4 @@
-"""Find the run that "against gold only" compares a trained model with: the same training on the gold tokens alone.
+"""Find the run that "against gold only" compares a trained model with: the same training on gold tokens only.
 
 Of two runs whose loss has no part for the fused distributions, the trained models are the same if they agree in
 
@@ -27,10 +27,10 @@ FUSION_SETTINGS: Final = ("lambda", "lambda_schedule", "lambda_end", "fusion_los
 
 @dataclass(frozen=True)
 class GoldOnly:
-    """Evaluation of the same training on the gold tokens alone, or the reason why there is none.
+    """Evaluation of the same training on gold tokens only, or the reason why there is none.
 
     Attributes:
-        figures: evaluation of the same training on the gold tokens alone, from ``read_result``; None if it is not evaluated.
+        figures: evaluation of the same training on gold tokens only, from ``read_result``; None if it is not evaluated.
         missing: reason why there are no figures, continuing a sentence that begins with the run; None if there are figures,
             or nothing to compare.
     """
@@ -70,7 +70,7 @@ def find_gold_only(
     run_url: str,
     text: str | None = None,
 ) -> GoldOnly:
-    """Return the results of the same training on the gold tokens alone, or how to get them.
+    """Return the results of the same training on gold tokens only, or how to get them.
 
     Args:
         run: run that is compared.

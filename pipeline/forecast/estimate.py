@@ -138,7 +138,7 @@ def shard_bytes(text_bytes: float, assumed: Assumed) -> float:
 
 
 def topk_bytes(tokens: float, num_entries: float, assumed: Assumed) -> float:
-    """Estimate the size of a stage's files, in bytes, that keep so many entries for each token."""
+    """Estimate the size of a stage's files in bytes, given the number of entries per token."""
     return tokens * num_entries * assumed.take("bytes_per_entry")
 
 

@@ -260,7 +260,7 @@ class _Forecaster:
         return Work(tokens, left, num_bytes, cost, spent, basis if share else "")
 
     def _assumed_work(self, step: Step, status: StepStatus) -> Work:
-        """Estimate from the assumptions alone: a result says how long it took, but not on what."""
+        """Estimate only from the assumptions: a result says how long it took, but not on which machine."""
         assumed = STAGE_COSTS[step.stage]
         tokens = assumed.tokens(self.outlook, step)
         if status.is_done:

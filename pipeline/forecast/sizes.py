@@ -60,7 +60,7 @@ def dataset_size(config: RunConfig, assumed: Assumed) -> tuple[int | None, float
     """Return the number of documents (None: unknown), the bytes of text, and where these figures are from.
 
     Raises:
-        ValueError: nothing tells; says what to set.
+        ValueError: no source of the size is available; the message says what to set.
     """
     dataset = config.dataset
     num_documents, text_bytes = assumed.values.num_documents, assumed.values.text_bytes
@@ -133,7 +133,7 @@ def count_parameters(model: ModelConfig, assumed: Assumed) -> Parameters:
     """Find the number of parameters of a model: as given, from its local weights, or from its name ("Llama-2-7b").
 
     Raises:
-        ValueError: nothing tells; says what to set.
+        ValueError: no source of the size is available; the message says what to set.
     """
     given = assumed.values.parameters.get(model.name)
     if given is not None:

@@ -29,7 +29,7 @@ class HeldOutRow:
         bits_per_byte: over all documents; None if it was not evaluated.
         num_bytes: size of the text.
         against_before: difference to the target before training; None for the target itself and for sources.
-        against_gold_only: difference to the same training on the gold tokens alone (``gold_only``); None without such a
+        against_gold_only: difference to the same training on gold tokens only (``gold_only``); None without such a
             run, and for a run on the gold tokens.
         no_gold_only: reason why that difference is missing, and how to get it.
         refused: reason why a baseline is impossible with these models; None if it is possible.
@@ -37,7 +37,7 @@ class HeldOutRow:
         surviving_share: share of the weights changed by training that keep a change in bfloat16; None where not recorded.
         kinds: bits per byte by kind of document; None where the documents have no kinds.
         kinds_against_before: difference to the target before training, by kind of document.
-        kinds_against_gold_only: difference to the same training on the gold tokens alone, by kind of document.
+        kinds_against_gold_only: difference to the same training on gold tokens only, by kind of document.
         counts: documents of another text and their outcomes; None for the held-out text.
         endings: answers to held-out prompts that the model itself ended, and all of them; None where it was not asked.
     """
@@ -72,7 +72,7 @@ def held_out(
     Args:
         runs: the configurations that are shown, the last used one last.
         store: the run directory.
-        peers: those among which a run on the gold tokens alone is looked for; ``runs`` by default.
+        peers: runs to search for one on gold tokens only; ``runs`` by default.
         text: figures on this text, which all of the ``runs`` name; on the held-out split by default.
     """
     read = _remembering(store)
@@ -219,7 +219,7 @@ def in_precisions(dtypes: Iterable[str | None]) -> str:
 
 
 def _notes(rows: Sequence[HeldOutRow]) -> tuple[str, ...]:
-    """Explain why differences to training on the gold tokens alone are missing: each reason once, with its rows."""
+    """Explain why differences to training on gold tokens only are missing: each reason once, with its rows."""
     labels: dict[str, list[str]] = {}
     for row in rows:
         if row.no_gold_only is not None:

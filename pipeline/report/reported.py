@@ -23,7 +23,7 @@ def reported_runs(store: Store) -> list[ResolvedRun]:
 
     A result stays in sight as long as its file is there: these are the latest configuration of each name, and every older
     one that has a result which no later one of its name shows. Of several interpretations of the same distributions, which
-    differ in the sample alone, the latest is shown.
+    differ only in the sample, the latest is shown.
     """
     shown: dict[str, set[str]] = {}
     interpreted: set[tuple[str, str]] = set()

@@ -35,7 +35,7 @@ def text_reports(
     Args:
         runs: the configurations that are shown, the last used one last.
         store: the run directory.
-        peers: those among which a run on the gold tokens alone is looked for; ``runs`` by default.
+        peers: runs to search for one on gold tokens only; ``runs`` by default.
     """
     by_name: dict[str, dict[str, list[ResolvedRun]]] = {}
     for run in runs:

@@ -35,7 +35,7 @@ def _of_rows(where: str, rows: Sequence[HeldOutRow]) -> list[str]:
 
 
 def sentence(where: str, label: str, bits_per_byte: float, difference: Estimate) -> str:
-    """Say how a model compares with the same training on the gold tokens alone.
+    """Say how a model compares with the same training on gold tokens only.
 
     Args:
         where: the text.

@@ -4,7 +4,7 @@
 
 A rollup proves nothing: a shard is done if its manifest is in the listing, and a line counts only while the listing shows
 the manifest in the version that the line was made from. Other manifests are read themselves. So rollups may be lost,
-late, double or out of date, and cost time alone. The driver writes them as shards come in.
+late, double or out of date, and cost only time. The driver writes them as shards come in.
 """
 
 import json

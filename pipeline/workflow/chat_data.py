@@ -38,7 +38,7 @@ class Exchange:
 
 
 def prepare_conversations(folder: Path) -> None:
-    """Write the demo's conversations and the chat template of its source into ``folder``; what is there is left alone."""
+    """Write the demo's conversations and the chat template of its source into ``folder``; keep existing files."""
     folder.mkdir(parents=True, exist_ok=True)
     template = folder / GEMMA_TEMPLATE
     if not template.exists():

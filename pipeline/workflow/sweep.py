@@ -222,7 +222,7 @@ def _record_of(sweep: SweepConfig) -> str:
 
 
 def _record(sweep: SweepConfig, store: Store) -> None:
-    """Write down what is swept, and which recorded configuration is whose cell, which a name alone does not say."""
+    """Record the sweep, and the recorded configuration of each cell, which cannot be told from names."""
     requests = {
         run_name(sweep, cell, seed): _request(sweep, cell, seed) for cell in cells_of(sweep) for seed in sweep.seeds
     }

@@ -82,7 +82,7 @@ def inner_positions(
     """Find the target positions at which the text read so far ends inside a source token.
 
     Args:
-        target: M positions; those whose next token is not learnt do not count.
+        target: M positions; those whose next token is not trained on do not count.
         source: N positions.
         target_roles: (M,) values of ``Role``.
         source_roles: (N,).

@@ -40,7 +40,7 @@ top-k, each source candidate to one column. Good for reproducing the paper's fig
 window gets nothing, and none can rise above the target's own share before rescaling, so its distributions stay close to
 what the target already says: a high teacher NLL.
 
-``semi-relaxed``: positions that condition on the same text alone; the source's mass goes where its text is, also to
+``semi-relaxed``: only positions that condition on the same text; the source's mass goes where its text is, also to
 tokens outside the target's window, and the target's probabilities are a prior. Good for learning from the source: a low
 teacher NLL, no iteration, and a tail that keeps the source's own confidence. It leaves out the positions inside a
 source token, which ``paper`` covers: between unlike tokenizers up to a quarter of them (``inexact = "condition"`` takes them
@@ -177,7 +177,7 @@ class AlignConfig(Settings):
     def result_settings(self) -> dict[str, Any]:
         """Return the settings that change results with this method and these marginals.
 
-        What another method alone reads is left out; of Sinkhorn's settings, which the closed form of
+        Settings that only another method reads are left out; of Sinkhorn's settings, which the closed form of
         ``marginals = "source"`` does not read, the defaults are given.
         """
         settings = super().result_settings()

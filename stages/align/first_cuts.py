@@ -27,7 +27,7 @@ def after_line_break(encode: Encode, *, has_space: bool) -> Encode:
         has_space: a space that is not the text's own stands before it.
 
     Returns:
-        What gives the tokens of each text alone; none where a token reaches over its start.
+        Tokens of each text without its context; none where a token reaches over its start.
     """
     context = "\n"
     written = context + " " * has_space

@@ -85,7 +85,7 @@ class AlignHealth:
             aligned: result of aligning the segment.
             target: rows of the target.
             source: rows of the source without draws; None if the source has none.
-            judged: ``aligned``, or if the source has draws, the result for its exact entries alone.
+            judged: ``aligned``, or if the source has draws, the result for only its exact entries.
             distributions: distributions of ``judged``, as they would be stored.
         """
         covered = _covered(aligned)
@@ -149,7 +149,7 @@ class AlignHealth:
         self._add_mean("conditioned_target_nll", target_nll[conditioned])
 
     def _count(self, aligned: AlignedSegment, positions: np.ndarray, num_covered: int, *, is_missing: bool) -> None:
-        """Count one segment, of which ``positions`` (M,) bool have a next token that is learnt."""
+        """Count one segment, of which ``positions`` (M,) bool have a next token that is trained on."""
         span = (aligned.pairing.end - aligned.pairing.start)[positions]  # (P,), source tokens per target position
         is_paired = aligned.pairing.is_paired[positions]
         shares_source = aligned.pairing.shares_source()[positions]

@@ -22,7 +22,7 @@ class PairMass:
         target_ids: (Q,) int64.
         mass: (Q,) float64, > 0; a position contributes the mass that it transported, at most 1.
         is_same: (Q,) bool, both tokens stood for the same text (or the same special token) where the mass was moved. Two
-            tokens that are so at the start of a text alone, where one of them has a dummy prefix, are two pairs; so are a
+            tokens that are so only at the start of a text, where one of them has a dummy prefix, are two pairs; so are a
             source token and what the target writes for its rest, where the source was conditioned.
         num_positions: positions whose mass is in it.
     """

@@ -42,7 +42,7 @@ class ModelRows:
 
     @property
     def has_label(self) -> np.ndarray:
-        """(N,) bool: the next token is learnt. In plain text that is every position but the last."""
+        """(N,) bool: the next token is trained on. In plain text, that is every position but the last."""
         if self.roles is None:
             return np.arange(len(self)) < len(self) - 1
         return np.append(self.roles.is_trained[1:], False)[: len(self)]
@@ -114,7 +114,7 @@ class Side:
         Returns:
             is_start: (N,) bool.
             is_marked: (N,) bool, false where ``is_start`` is: the next token is written with a space that the text does not
-                have. In plain text the tokenizer alone decides (its dummy prefix); in a conversation the template does as
+                have. In plain text only the tokenizer decides (its dummy prefix); in a conversation the template does as
                 well (``[/INST] Hello``), so it is read off the token.
         """
         if rows.roles is None:

@@ -103,8 +103,8 @@ class SegmentAligner:
     def align(self, target: ModelRows, source: ModelRows) -> AlignedSegment:
         """Align one segment.
 
-        A position whose next token is not learnt never gets a distribution: the last one, which predicts nothing in the
-        segment, and in a conversation those before template tokens and in messages that are not learnt.
+        A position whose next token is not trained on never gets a distribution: the last one, which predicts nothing in the
+        segment, and in a conversation those before template tokens and in messages that are not trained on.
 
         Raises:
             ValueError: the two rows are not of the same text, or not of these tokenizers.
@@ -301,7 +301,7 @@ class SegmentAligner:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the source's window at P positions, as far as it can be moved.
 
-        A special candidate (``<|eot_id|>``) moves to the target's token of the same role or name alone, never onto text.
+        A special candidate (``<|eot_id|>``) moves only to the target's token of the same role or name, never onto text.
         Where the target has none, or none in a support that is the target's own window, the candidate is left out: its
         mass joins the tail, or is made up by the rest.
 

@@ -47,12 +47,12 @@ class AlignStage:
     quarantined there) the segment is kept without distributions and counted.
 
     Where the source's logits have draws from the tail, they are candidates like its exact entries, and a row has as many
-    entries more. NLLs and entropies are those of the exact entries alone: these are aligned a second time, without the draws.
+    entries more. NLLs and entropies are those of only the exact entries: these are aligned a second time, without the draws.
     The target's draws are not read: its window says where mass may go, and is exact.
 
-    In a conversation only positions whose next token is learnt get a distribution, and only these are counted.
+    In a conversation only positions whose next token is trained on get a distribution, and only these are counted.
 
-    Health: ``segments``; ``positions`` (with a next token that is learnt), which are the sum of ``one_to_one``,
+    Health: ``segments``; ``positions`` (with a next token that is trained on), which are the sum of ``one_to_one``,
     ``one_to_many`` (one source token, several target tokens), ``many_to_one`` and ``unpaired``; ``exact_contexts``;
     ``covered`` (with the source's distribution), ``gold_fallback``; ``problems``, ``unconverged``, ``marginal_error`` of the
     transport; ``missing_source_segments`` and ``missing_target_segments``. With ``inexact = "condition"``:
@@ -66,7 +66,7 @@ class AlignStage:
       token at the source position that was taken, where a token follows there and the position is not inside it.
       ``gold_excluded`` counts the positions that ``completed_nll`` is infinite at and leaves out: a row rescaled to 1 that
       does not list the gold token.
-    - ``conditioned_nll``, ``conditioned_target_nll``: ``completed_nll`` and ``target_exact_nll`` inside source tokens alone.
+    - ``conditioned_nll``, ``conditioned_target_nll``: ``completed_nll`` and ``target_exact_nll`` only inside source tokens.
     - ``floored_nll``, ``target_floored_nll``, nats: under the projected distribution and under the target's own window,
       both rescaled to 1, floored at 1e-4.
     - ``source_entropy``, ``aligned_entropy``, nats, of the source's window (not where it was conditioned) and of the
@@ -171,7 +171,7 @@ class AlignStage:
             position: the target position in that row.
 
         Raises:
-            ValueError: there is no such row or position, or the row cannot be aligned.
+            ValueError: the row or position does not exist, or the row cannot be aligned.
         """
         return self._explain(inputs, row)(position)
 
@@ -188,7 +188,7 @@ class AlignStage:
             rows: rows of the target table.
 
         Raises:
-            ValueError: there is no such row, or one cannot be aligned.
+            ValueError: a row does not exist, or cannot be aligned.
         """
         sums = PairSums(self._target.vocabulary)
         align = self._align_row(inputs)

@@ -15,7 +15,7 @@ def file_sha256(path: Path) -> str:
     """Return the sha256 of a local file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,7 @@ def has_draws(table: pa.Table) -> bool:
 
 
 def without_draws(table: pa.Table) -> pa.Table:
-    """Return a logits table with its exact entries alone: what a comparison of distributions by single tokens reads.
+    """Return a logits table with only its exact entries, for comparisons of distributions token by token.
 
     -ln of a noisy probability is a biased estimate of -ln of the probability.
     """

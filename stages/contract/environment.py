@@ -2,7 +2,7 @@
 
 A worker on another machine has that machine's environment: without the token of a gated model, the address of a server, or
 the word that the hub cannot be reached. Ray's ``runtime_env`` could carry them, but Ray's agents write it into a log file on
-every machine. So they travel as an argument of the worker, which shows the names alone wherever it is printed.
+every machine. So they travel as an argument of the worker, which shows only the names wherever it is printed.
 """
 
 import os

@@ -47,7 +47,7 @@ def refuse_same_folder(plural: str, names: Iterable[str]) -> None:
         names: all names.
 
     Raises:
-        ValueError: two are equal, or differ in the case of letters alone.
+        ValueError: two are equal, or differ only in the case of letters.
     """
     same = find_same_folder(names)
     if same is None:

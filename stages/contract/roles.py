@@ -1,7 +1,7 @@
 """Roles of the tokens of a segment, whether the segment is plain text or a conversation.
 
 ``shard`` and what shows text to people know of messages. All other stages know columns: where a token ends, which role it
-has and whether it is to be learnt. This module is the only place that reads those columns, or derives them where a plain
+has and whether it is trained on. This module is the only place that reads those columns, or derives them where a plain
 corpus leaves them out.
 """
 
@@ -35,7 +35,7 @@ class Role(IntEnum):
     EOS = 2
     """The token that ends a document, or a turn. In a conversation it owns the virtual byte."""
     TEMPLATE = 3
-    """Any other token of a chat template: it has no bytes, pairs with nothing and is never learnt."""
+    """Any other token of a chat template: it has no bytes, pairs with nothing and is never trained on."""
 
 
 CONTEXT_ROLES: Final = (Role.TEXT, Role.START, Role.EOS)
@@ -44,12 +44,12 @@ CONTEXT_ROLES: Final = (Role.TEXT, Role.START, Role.EOS)
 
 @dataclass(frozen=True, eq=False)
 class TokenRoles:
-    """Roles of the N tokens of a segment, and which of them are learnt.
+    """Roles of the N tokens of a segment, and which of them are trained on.
 
     Attributes:
         role: (N,) uint8, values of ``Role``.
-        is_trained: (N,) bool; the token itself is learnt. Position t has a label, and a fused row, if and only if
-            ``is_trained[t + 1]``. In plain text every token is learnt that anything in its segment precedes.
+        is_trained: (N,) bool; the token itself is trained on. Position t has a label, and a fused row, if and only if
+            ``is_trained[t + 1]``. In plain text, every token but the first of its segment is trained on.
     """
 
     role: np.ndarray

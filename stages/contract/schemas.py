@@ -32,10 +32,10 @@ def shard_schema(*, conversations: bool = False) -> pa.Schema:
 
     - ``message_role`` (M): "system", "user" or "assistant".
     - ``message_end`` (M): where each message ends in ``text``, bytes, its virtual byte included; the last is the length.
-    - ``message_trained`` (M): the message is learnt.
+    - ``message_trained`` (M): the message is trained on.
 
     A piece that continues a conversation begins with the conversation's system message again, if it has one, which is not
-    learnt a second time. ``byte_start`` is that of the first message that is not repeated, and bytes of a document are
+    trained on again. ``byte_start`` is that of the first message that is not repeated, and bytes of a document are
     counted without repetition.
     """
     if not conversations:
@@ -100,7 +100,7 @@ def logits_schema(vocab_size: int, *, has_draws: bool = False, conversations: bo
     - ``role`` (N), only with ``conversations``: values of ``stages.contract.roles.Role``. ``byte_end`` counts the bytes of
       ``text`` in ``shard_schema``: those of all contents, and the virtual byte after each, which the token that ends the turn
       owns. Tokens of the chat template have no bytes. Plain corpora have no such column: read it with ``roles.roles_of``.
-    - ``is_trained`` (N), only with ``conversations``: the token itself is learnt.
+    - ``is_trained`` (N), only with ``conversations``: the token itself is trained on.
 
     Logprobs are rounded to float16's precision, to the nearest: a token's gold logprob moves by at most 1 part in 2,048,
     the mean over a thousand tokens by about 1e-5 nats.
@@ -119,7 +119,7 @@ def logits_schema(vocab_size: int, *, has_draws: bool = False, conversations: bo
 
 
 PAIRED_BY: Final = ("none", "transport", "gold", "identity", "condition")
-"""Meaning of ``outcome`` in an aligned row: no distribution (unpaired, masked, or no next token that is learnt);
+"""Meaning of ``outcome`` in an aligned row: no distribution (unpaired, masked, or no next token to train on);
 transported; all mass on the gold next token (``inexact = "gold"``); copied, since both tokenizers are the same; inside a
 source token, transported from what is left of the source's candidates after the bytes read (``inexact = "condition"``)."""
 
@@ -141,8 +141,8 @@ def aligned_schema(vocab_size: int, tail: Tail, *, has_draws: bool = False) -> p
     - ``tail_mass`` (N), only with ``tail = "bucket"``: what the row's probabilities lack of 1, rounded to float16's
       precision as the logprobs are.
     - ``completed_logprob`` (N), only with ``has_draws``: ln of the probability of the gold next token, completed as
-      ``stages.measures.teacher`` does, in the row that the source's exact entries alone would have given. This is what the row
-      is judged by: draws would make a noisy probability of a token, and its logarithm is biased. Null where the exact entries
+      ``stages.measures.teacher`` does, in the row that only the source's exact entries would have given. Rows are judged by
+      it, because draws make the probability of a token noisy, and its logarithm is then biased. Null where the exact entries
       give no distribution, and at the last position. Not rounded, so that what is fitted to it (``fuse.function = "fitted"``)
       is the same with and without draws.
     """
@@ -176,7 +176,7 @@ def fused_schema(vocab_size: int, tail: Tail, candidates: tuple[str, ...], *, co
       candidates' names, the target model's first, are in the schema's metadata.
     - ``topk_ids``, ``topk_logprobs`` (N, 0..k), ``tail_mass`` (N): the fused distribution, as in ``aligned_schema``.
     - ``is_trained`` (N), only with ``conversations``: as in ``logits_schema``. Position t has a label if and only if the token
-      after it in its piece is learnt.
+      after it in its piece is trained on.
     """
     return pa.schema(
         [

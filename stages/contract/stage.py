@@ -57,7 +57,7 @@ class Stage(Protocol):
     def run(self, inputs: Mapping[str, pa.Table]) -> StageOutput:
         """Compute one shard.
 
-        A stage whose row in the stage table has ``shards_per_worker`` above 1 is called from so many threads at once.
+        A stage whose row in the stage table has ``shards_per_worker`` above 1 is called from that many threads at once.
 
         Args:
             inputs: input name (``"shard"``, ``"logits/target"``...) -> the table of the same shard.

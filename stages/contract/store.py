@@ -115,7 +115,7 @@ class Store:
         return bool(self._ask(self._fs.exists, self.path(key)))
 
     def names(self, folder: str) -> list[str]:
-        """List the names directly in a folder, sorted; empty if there is no such folder."""
+        """List the names directly in a folder, sorted; empty if the folder does not exist."""
         path = self.path(folder) if folder else self._root
         no_cache = {} if self.is_local else {"refresh": True}
         try:
@@ -160,7 +160,7 @@ class Store:
         """Read the bytes of a file.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         return self._ask(self._fs.cat_file, self.path(key), **self._read_options)
 
@@ -170,7 +170,7 @@ class Store:
         The file is in another run directory if the manifest says so.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
             ValueError: the manifest names a run directory that no configuration does.
         """
         return self.home_of(file).read(file.key)
@@ -325,7 +325,7 @@ class Store:
         """Fetch a file; it appears whole.
 
         Raises:
-            FileNotFoundError: there is no such file.
+            FileNotFoundError: the file does not exist.
         """
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -28,7 +28,7 @@ class FusionExplanation:
 
     Attributes:
         gold: text of the gold next token, None at a segment's last position.
-        is_learnt: the gold next token is learnt; in a conversation tokens of the template and of users are not.
+        is_learnt: the gold next token is trained on; in a conversation, tokens of the template and of users are not.
         candidates: the target's, then the sources'.
         chosen: name of the candidate with the largest weight, None where there is no fused distribution.
         fused: (text of a token, probability), descending.

@@ -63,7 +63,7 @@ def pack_whole(lengths: np.ndarray, max_length: int) -> Packing:
     """Pack whole segments by best fit decreasing: each, from the longest, into the block it leaves the least room in.
 
     Of equally long segments the earlier one comes first, of equally full blocks the earlier one is taken, so the result
-    is a function of the lengths alone. Blocks are in the order of their first segments, and so are the pieces of a block.
+    depends only on the lengths. Blocks are in the order of their first segments, and so are the pieces of a block.
 
     Args:
         lengths: (S,) tokens of each segment.

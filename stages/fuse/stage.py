@@ -63,9 +63,9 @@ class FusedSegment:
     """Fused distributions of one segment: N positions, C candidates, the target's own first.
 
     Attributes:
-        candidates: C; none has a distribution where the next token is not learnt, as at the last position.
+        candidates: C; none has a distribution where the next token is not trained on, as at the last position.
         next_ids: (N,) the next token; ``PAD_ID`` at the last position.
-        gold: (N,) the same where it is learnt, else ``PAD_ID``.
+        gold: (N,) the next token where it is trained on, else ``PAD_ID``.
         cross_entropy: (N, C) in the configured unit over the configured span; NaN if unknown.
         weights: (N, C), see ``candidate_weights``.
         mixture: weighted union of the candidates.
@@ -130,8 +130,8 @@ class FuseStage:
     a candidate gives the gold token is then never read off its row: for an aligned row the table says what its exact entries
     give (``completed_logprob``), for the target's own its table says what the whole vocabulary gives.
 
-    In a conversation only positions whose next token is learnt have candidates, and cross-entropies are of the learnt tokens.
-    Conversations are packed whole.
+    In a conversation, only positions whose next token is trained on have candidates, and cross-entropies cover only tokens that
+    are trained on. Conversations are packed whole.
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class FuseStage:
             position: position of the target's tokens in that segment; ``locate`` gives it for a position of a block.
 
         Raises:
-            IndexError: there is no such row or position.
+            IndexError: the row or position does not exist.
         """
         shard = self._read(inputs)
         if not 0 <= row < len(shard.lengths) or not 0 <= position < shard.lengths[row]:
@@ -417,7 +417,7 @@ class FuseStage:
         return (offset > 0) & (np.arange(length) - offset < self.config.min_context)
 
     def _candidates(self, shard: _ShardInputs, row: int) -> tuple[Candidate, ...]:
-        """Return the target's own rows and each source's aligned ones; none where no gold token is to be learnt."""
+        """Return the target's own rows and each source's aligned ones; none where no gold token is trained on."""
         length = int(shard.lengths[row])
         has_none = ~_has_label(shard.target, row)
         rows, own_gold = sparse_row(shard.target, row), None
@@ -512,7 +512,7 @@ def _first_bytes(shard: _ShardInputs) -> np.ndarray:
 
 
 def _has_label(table: pa.Table, row: int) -> np.ndarray:
-    """Return whether each position's next token is learnt, (N,) bool.
+    """Return whether each position's next token is trained on, (N,) bool.
 
     In plain text only the last position's is not.
     """

@@ -88,8 +88,8 @@ def gold_probability(rows: SparseRows, gold: np.ndarray) -> np.ndarray:
 def token_cross_entropy(candidates: Sequence[Candidate], gold: np.ndarray) -> np.ndarray:
     """Return -ln of what each candidate gives the gold next token, (N, C) nats: granularity ``"token"``.
 
-    Where rows have draws, that is the completed probability, of exact entries alone (NaN where they give none); else the row's
-    own, see ``gold_probability``.
+    Where rows have draws, this uses the completed probability of only the exact entries (NaN where they give none); otherwise
+    the row's own probability, see ``gold_probability``.
     """
     return np.stack(
         [

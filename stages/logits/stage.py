@@ -165,7 +165,7 @@ class LogitsStage:
     def _uniforms(self, segments: Sequence[_Segment]) -> np.ndarray | None:
         """Return where in the cumulated tail each draw lies, (P, m) in [0, 1], ascending; None without draws.
 
-        The numbers of a segment depend on its document and its number there alone, so that a shard that is computed again has
+        The numbers of a segment depend only on its document and its number there, so that a shard that is computed again has
         the same draws, whatever the batches. A position's draws are stratified, one in each m-th of the tail: each token's
         expected count is that of independent draws, with less variance.
         """

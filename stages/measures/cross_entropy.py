@@ -71,7 +71,7 @@ def learnt_cross_entropy(
     ends_turn: np.ndarray,
     first_byte: int = 0,
 ) -> CrossEntropy:
-    """Compute the cross-entropy of the learnt tokens of a conversation.
+    """Compute the cross-entropy of the tokens of a conversation that are trained on.
 
     The end of a turn counts with its loss, since a model is to know when to stop, and without bytes, since its virtual byte is
     none of the text.
@@ -79,7 +79,7 @@ def learnt_cross_entropy(
     Args:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t); NaN at the last position.
         byte_end: (N,) where each token ends, bytes.
-        is_trained: (N,) bool, the token is learnt.
+        is_trained: (N,) bool, the token is trained on.
         ends_turn: (N,) bool, the token ends a turn.
         first_byte: tokens that begin before it are left out.
     """

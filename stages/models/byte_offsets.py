@@ -84,7 +84,7 @@ def ends_by_offsets(text: str, pieces: Sequence[bytes], offsets: Sequence[tuple[
 def _claim_dropped_characters(text: str, starts: np.ndarray, ends: np.ndarray) -> None:
     """Give characters between two tokens to the earlier one, up to the first white space; changes ``ends``.
 
-    The library gives a composed character the offsets of its base alone (``e`` of ``e + U+0301``).
+    The library gives a composed character only the offsets of its base (``e`` of ``e + U+0301``).
     """
     next_start = np.append(starts[1:], len(text))
     for index in np.flatnonzero(next_start > ends):
@@ -108,7 +108,7 @@ def _spread(
     while index < len(pieces) - 1:
         low, high = position[starts[index + 1]], position[ends[index]]
         if pieces[index] == b" " and not text[starts[index]].isspace():
-            byte_end[index] = position[starts[index]]  # a marker alone: nothing of the character is read yet
+            byte_end[index] = position[starts[index]]  # only a marker: nothing of the character is read yet
             index += 1
             continue
         stop = index + 1

@@ -199,7 +199,7 @@ class ModelConfig(PretrainedFiles):
         """Refuse a folder without weights.
 
         Raises:
-            FileNotFoundError: says what is there; of pickled weights alone, what makes safetensors of them.
+            FileNotFoundError: lists the existing files; if there are only pickled weights, says how to convert them.
         """
         if self.path is not None and self.path.is_dir() and not any(self.path.glob("*.safetensors")):
             pickled = sorted(file.name for file in self.path.glob("*.bin"))

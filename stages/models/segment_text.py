@@ -17,7 +17,7 @@ class Message:
     Attributes:
         role: "system", "user" or "assistant".
         content: the text, as the dataset has it.
-        is_trained: whether the message, including its end, is learnt.
+        is_trained: whether the message, including its end, is trained on.
     """
 
     role: str

@@ -68,7 +68,7 @@ class Encoding:
             token of the text, and EOS after it, end at the text's length. A text of which a tokenizer keeps nothing
             (white space under WordPiece) has no tokens but these two.
         role: (N,) uint8, values of ``stages.contract.roles.Role``; None for plain text.
-        is_trained: (N,) bool, the token is learnt; None for plain text, of which all are.
+        is_trained: (N,) bool, the token is trained on; None for plain text, where all tokens are.
     """
 
     ids: np.ndarray

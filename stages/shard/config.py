@@ -17,7 +17,7 @@ VERSION: Final = 3
 CONTROL_TOKEN_DOCUMENTS: Final = "control_token_documents"
 """Health metric: documents that hold the text of a control token."""
 UNLEARNT_CONVERSATIONS: Final = "unlearnt_conversations"
-"""Health metric: conversations of which nothing is learnt, which have no row."""
+"""Health metric: conversations without anything to train on, which have no row."""
 QUARANTINED: Final = "quarantined/"
 """Begins the health metrics that count quarantined conversations by the class of the reason (``conversations``)."""
 CONTROL_TOKEN: Final = "control_token/"

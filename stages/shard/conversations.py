@@ -30,7 +30,7 @@ _REASONING_KEYS: Final = ("reasoning_content", "reasoning", "thinking")
 
 
 class ConversationError(ValueError):
-    """A conversation that is not learnt from.
+    """A conversation that is not trained on.
 
     Attributes:
         kind: class of the reason, as quarantine and figures call it: "NotAConversation", "UnknownRole", "HasTools", "HasMedia",
@@ -50,7 +50,7 @@ def read_conversation(raw: bytes, train_on: Literal["assistant", "all"]) -> tupl
 
     Args:
         raw: JSON, a list of objects with ``role`` and ``content``, or with ShareGPT's ``from`` and ``value``.
-        train_on: what is learnt of it.
+        train_on: messages to train on.
 
     Raises:
         ConversationError: it is none, or holds something else than text; says which message, and what was found.
@@ -180,7 +180,7 @@ def cut_conversations(
     """Cut conversations into segments of at most ``max_length`` tokens under every tokenizer.
 
     A cut falls before a user's message, so that every segment is a conversation by itself; the system's message stands before
-    each again, where it is not learnt. Segments of which nothing is learnt are left out.
+    each again, where it is not trained on. Segments without anything to train on are left out.
 
     Args:
         conversations: not empty ones.
@@ -205,10 +205,13 @@ def cut_conversations(
         except ConversationError as error:
             cut.append(error)
         else:
-            learnt = [piece for piece in pieces if any(message.is_trained for message in piece.text.messages)]
+            trained_pieces = [piece for piece in pieces if any(message.is_trained for message in piece.text.messages)]
             cut.append(
-                [replace(piece, text=replace(piece.text, is_last=piece is learnt[-1])) for piece in learnt]
-                if learnt
+                [
+                    replace(piece, text=replace(piece.text, is_last=piece is trained_pieces[-1]))
+                    for piece in trained_pieces
+                ]
+                if trained_pieces
                 else []
             )
     return cut

@@ -96,7 +96,7 @@ def _next_segment(text: str, start: int, window: int, measures: Sequence[Measure
 def _fitting(piece: str, measures: Sequence[Measure], max_length: int) -> _Fit:
     """Measure how much of a piece has at most ``max_length - 1`` tokens under every tokenizer: EOS has room.
 
-    A size below the whole piece is a guess, since the first part alone may be tokenized otherwise.
+    A size below the whole piece is a guess, since the first part may be tokenized differently by itself.
     """
     measurements = []
     for measure in measures:

@@ -61,7 +61,7 @@ class ShardStage:
             config: the stage's settings.
             models: every model of the run, the target first; only their tokenizers are used. Documents are conversations if
                 the models read these.
-            train_on: what is learnt of conversations.
+            train_on: messages of conversations to train on.
         """
         self._config = config
         self._train_on = train_on
@@ -307,7 +307,7 @@ def _decode(table: pa.Table, bad: list[BadRecord]) -> list[_Document]:
 
 
 def _split(raw: bytes, validation_fraction: float, test_fraction: float) -> str:
-    """Assign a document to a split by its bytes alone, so that equal documents are never in two splits."""
+    """Assign a document to a split based only on its bytes, so that equal documents are never in two splits."""
     share = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
     if share < validation_fraction:
         return "validation"

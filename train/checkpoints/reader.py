@@ -32,7 +32,7 @@ _ALLOWED: Final = frozenset(
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        # Python 3.13 alone says so, and a checkpoint may be read by another version than wrote it.
+        # Only Python 3.13 reports this, and another Python version may have written the checkpoint.
         module = "pathlib" if module == "pathlib._local" else module
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}")

@@ -203,7 +203,7 @@ class FusedBlocks:
         """Return block ``index``, counted over all files in order.
 
         Raises:
-            IndexError: there is no such block.
+            IndexError: the block does not exist.
         """
         # 1. Find the row group, and the row in it, that holds the block.
         position = self._position(index)

@@ -1,4 +1,4 @@
-"""Resource needs of a model, from its configuration alone: no weights are loaded and nothing is computed.
+"""Resource needs of a model, from only its configuration: no weights are loaded and nothing is computed.
 
 Parameters are counted on the meta device. What the forward pass saves for the backward pass is counted by running the
 model's own code on one block with fake tensors (shapes without values), for one and for two layers: the difference is
@@ -76,7 +76,7 @@ def architecture(config: Any, *, block_tokens: int, half_precision: bool, lora: 
         config: a transformers configuration of a causal language model.
         block_tokens: tokens of a training block.
         half_precision: the forward pass runs in bfloat16.
-        lora: adapters, if they alone are trained.
+        lora: adapters, if only these are trained.
 
     Raises:
         ValueError: the architecture has no list of decoder layers.

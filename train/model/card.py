@@ -86,7 +86,7 @@ class TextRow:
         bits_per_byte: over all bytes.
         by_kind: by kind of document; None where the documents have no kinds.
         against_before: difference to the target before training; None for the target itself and for sources.
-        against_gold_only: difference to the same training on the gold tokens alone; None where there is no such run.
+        against_gold_only: difference to the same training on gold tokens only; None without such a run.
     """
 
     label: str

@@ -64,8 +64,8 @@ def carry_over(model: ModelConfig, folder: Path) -> None:
 def keep_conversations(model: ModelConfig, folder: Path) -> None:
     """Make an exported model answer as it was trained on conversations.
 
-    A chat template that the run gave it becomes the tokenizer's own, and the token that ended the turns it has learnt is among
-    those that end what it generates.
+    If the run gave it a chat template, the template becomes the tokenizer's own. The token that ended the turns it was trained
+    on is added to the tokens that end generation.
 
     Args:
         model: that was trained.

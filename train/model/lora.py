@@ -11,7 +11,7 @@ _ADAPTER = "default"
 
 
 def add_adapters(model: Any, config: LoraConfig) -> Any:
-    """Put adapters into a model in place: they alone are trained, everything else is frozen.
+    """Put adapters into a model in place: only these are trained, everything else is frozen.
 
     The model keeps its class and its halves (``split_head``); its adapted layers become PEFT's.
 

@@ -4,7 +4,7 @@
 
 L_CLM is the mean over labelled positions of -ln q(gold next token), L_fusion the mean over positions that have a fused
 distribution of its divergence from the model's q (``train.objective.divergence``), so a position without a fused distribution
-counts in L_CLM alone. Both are means over a whole optimizer step: here are the sums, weighted by what the caller gives
+counts only in L_CLM. Both are means over a whole optimizer step: here are the sums, weighted by what the caller gives
 (lambda over the step's number of labels, ...), so that the size of a micro-batch does not change the result.
 
 The forward pass goes through the positions chunk by chunk and computes the gradients of the hidden states and of the
@@ -104,7 +104,7 @@ def fused_loss(
         hidden: (P, H), the body's output.
         head: its weights are read here, so that they may be gathered from shards just before.
         labels: (P,) int64, the gold next tokens; ``IGNORED`` where there is none.
-        targets: fused distributions of the P positions; None: L_CLM alone is computed.
+        targets: fused distributions of the P positions; None: only L_CLM is computed.
         settings: weights of the two losses, divergence, chunks.
 
     Returns:
@@ -352,7 +352,7 @@ def _loss_of(
     clm = torch.where(labels != IGNORED, normaliser - gold, 0.0).sum()
     fusion = torch.zeros_like(clm)
     if targets is not None:
-        # Positions without a fused distribution count in L_CLM alone.
+        # Positions without a fused distribution count only in L_CLM.
         present = targets.present
         logprobs = (listed[0] - normaliser[:, None])[present]
         rows = targets.select(present)

@@ -173,7 +173,7 @@ class _Interpreter:
 
 
 def _num_positions(target: pa.Table) -> np.ndarray:
-    """Count the positions of each row whose next token is learnt, (R,)."""
+    """Count the positions of each row whose next token is trained on, (R,)."""
     if has_roles(target):
         return np.array([list_row(target, "is_trained", row)[1:].sum() for row in range(target.num_rows)], np.int64)
     return np.maximum(pc.list_value_length(target["token_ids"]).to_numpy() - 1, 0)

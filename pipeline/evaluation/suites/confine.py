@@ -1,6 +1,6 @@
 """Run one program where it can do little harm (limits, no network, a read-only file system), and exit as it did.
 
-Executed as a script by ``sandbox.py``, with the standard library alone: ``python -I -S confine.py SETTINGS COMMAND...``.
+Executed as a script by ``sandbox.py``, with only the standard library: ``python -I -S confine.py SETTINGS COMMAND...``.
 SETTINGS is JSON: ``directory``, ``status_fd``, and the fields of ``sandbox.Limits``. What could be isolated,
 or why the program could not be started, is written to ``status_fd`` as JSON, one line each.
 """

@@ -22,7 +22,7 @@ from stages.measures.standard_error import Estimate
 
 Result = Mapping[str, Any]
 FEW_SUBTASKS: Final = 4
-"""So many are named in the table of suites; the table of sub-tasks names all."""
+"""Number of names in the table of suites; the table of sub-tasks has all."""
 
 
 @dataclass(frozen=True)

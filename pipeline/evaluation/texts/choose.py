@@ -1,4 +1,4 @@
-"""Choice of the documents of a corpus that are scored, a function of the corpus and the settings alone."""
+"""Choice of the documents of a corpus that are scored, which depends only on the corpus and the settings."""
 
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b

@@ -98,7 +98,7 @@
     const winner = record.w < 0 ? "no fused distribution" : `chosen: ${[here.target, ...here.sources][record.w]}`;
     const nodes = [
       make("h3", { textContent: `After “${visible(part.token)}”: position ${part.index} of segment ${part.segment}` }),
-      make("p", { className: "soft", textContent: `${gold === null ? "the segment ends here" : `gold next token: “${visible(gold)}”${record.x ? ", not learnt" : ""}`} · ${winner}` }),
+      make("p", { className: "soft", textContent: `${gold === null ? "the segment ends here" : `gold next token: “${visible(gold)}”${record.x ? ", not trained on" : ""}`} · ${winner}` }),
       costs(record, here),
     ];
     const lists = [list(`${here.target}, its own`, record.t, null, gold, 0)];

@@ -146,7 +146,7 @@ def _described(run: ResolvedRun, status: RunStatus) -> dict[str, Any]:
 
 
 def _held_out_plot(rows: Sequence[HeldOutRow]) -> str:
-    """Plot the differences to training on the gold tokens alone, the comparison that matters."""
+    """Plot the differences to training on gold tokens only, the comparison that matters."""
     entries = [
         Bar(row.label, row.against_gold_only.mean, row.against_gold_only.error, group=index)
         for index, row in enumerate(rows)

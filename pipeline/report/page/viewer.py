@@ -148,7 +148,7 @@ def _documents(
 
 
 def _turns(segment_turns: SegmentTurns | None) -> dict[str, Any]:
-    """Encode the messages of a segment (role, number of tokens, whether it is learnt) and the template's tokens."""
+    """Encode the messages of a segment (role, number of tokens, whether it is trained on) and the template's tokens."""
     if segment_turns is None:
         return {}
     return {

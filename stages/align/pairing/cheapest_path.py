@@ -17,7 +17,7 @@ No cell of an optimal path is left out, and each gets its exact value and step. 
 cell x has ``f + rest <= f* <= U``, so nothing cuts it off. Every predecessor of x that attains the minimum is on an optimal
 path too, hence kept with its exact value, and x lies in the interval that is computed from it. Every other
 predecessor holds infinity or the cost of some path to it, more than the minimum: it neither wins nor ties. So cost, path
-and tie-breaks are those of the full recursion for any costs >= 0; a poor corridor costs time alone.
+and tie-breaks are those of the full recursion for any costs >= 0; a poor corridor costs only time.
 """
 
 from typing import Final

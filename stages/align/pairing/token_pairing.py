@@ -87,7 +87,7 @@ def edit_distance_pairing(
         0,
     )
     for source, target in text_slices(source_byte_end, target_byte_end, source_roles, target_roles):
-        # Tokens repeat in a text, so distances are computed between the distinct texts alone.
+        # Tokens repeat in a text, so distances are computed only between distinct texts.
         source_unique, source_index = _unique(source_texts[source])
         target_unique, target_index = _unique(target_texts[target])
         text_start, text_end, text_cost = cheapest_path(

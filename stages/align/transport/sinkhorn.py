@@ -1,4 +1,4 @@
-"""Entropic optimal transport between candidate lists: balanced, and with the source's marginal alone."""
+"""Entropic optimal transport between candidate lists: balanced, or with only the source's marginal as a constraint."""
 
 from typing import Any, Final, NamedTuple
 
@@ -40,7 +40,7 @@ def sinkhorn(
 
     Args:
         cost: (B, n, m), finite, >= 0.
-        a: source marginals, (B, n); >= 0, zeros allowed, a problem of zeros alone gives a plan of zeros.
+        a: source marginals, (B, n); >= 0, zeros allowed, a problem of only zeros gives a plan of zeros.
         b: target marginals, (B, m); each row has the sum of a's.
         epsilon: entropic regularisation, in units of cost.
         tolerance: largest marginal violation at which a problem is solved.

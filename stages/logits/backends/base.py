@@ -185,7 +185,7 @@ def run_batches(
         lengths: (W,) tokens of each window.
         budget: most tokens of a batch, as it is now.
         run: runs a batch, given as indices into ``lengths``.
-        can_shrink: whether a batch of so many windows that did not fit could be tried in smaller pieces.
+        can_shrink: whether a batch of that many windows that did not fit can be split further.
         shrink: makes the budget smaller, after a batch that did not fit.
 
     Returns:

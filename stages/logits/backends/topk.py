@@ -19,7 +19,7 @@ _CACHED_LOGITS: Final = 2**20
 has. Measured on one core, (256, 49,152) bfloat16: 21 ms instead of 47 ms in one piece; (256, 151,936): 58 and 134 ms."""
 
 DRAW_BLOCK: Final = 128
-"""Ids of a block. A draw chooses a block by the blocks' sums, then an id by the entries of that block alone, so that sums in
+"""Ids of a block. A draw chooses a block by the blocks' sums, then an id by only the entries of that block, so that sums in
 float64, which draws of small probabilities need, are over vocabulary / 128 + 128 numbers and not over the vocabulary."""
 _DRAWS_AT_ONCE: Final = 16
 """Draws of a position whose blocks are gathered at once: 16 x 128 numbers, fewer than there are logits."""
@@ -55,7 +55,7 @@ def topk_logprobs(
 ) -> TopK:
     """Apply the LM head to hidden states and keep each position's largest logprobs, and draws from the rest.
 
-    Logprobs are normalised over ids below ``num_valid`` alone. A model whose embedding is padded to a round number has
+    Logprobs are normalised only over ids below ``num_valid``. A model whose embedding is padded to a round number has
     rows that no token has; the mass that training left them is not the probability of any text, and a tail mass that counted it
     would be taken for other tokens'. So they are cut off before the normalisation, as if their logits were -inf.
 
@@ -150,7 +150,7 @@ def _invert(mass: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     """
     ends = mass.double().cumsum(dim=1)
     # An entry without mass ends where the one before it does. A parallel sum need not give both the same last digit, and
-    # such an entry must not be found: so the ends are those of entries with mass alone.
+    # such an entry must not be found: so the ends are only those of entries with mass.
     ends = ends.masked_fill(mass <= 0, 0.0).cummax(dim=1).values
     total = ends[:, -1:]
     # A share of 1, or one that rounding makes 1, lies in the last entry with mass.

@@ -25,7 +25,7 @@ class TransformersBackend:
     """A transformers causal language model on one device; see ``base.Backend``.
 
     Only [chunk, vocabulary] logits exist at once. Where memory runs out, the token budget of a batch and the chunk are
-    halved; what was learnt stays for the shards that follow.
+    halved; the following shards keep the reduced budget.
     """
 
     def __init__(self, config: LogitsConfig, model: ModelConfig, *, num_valid: int, loaded: Any | None = None) -> None:

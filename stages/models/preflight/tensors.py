@@ -161,7 +161,7 @@ def _remedy(mismatch: TensorMismatch, stored: Mapping[str, StoredTensor], skelet
 
 
 def _wrapper(stored: Mapping[str, StoredTensor]) -> str | None:
-    """Return the wrapper whose name stands in the names of tensors."""
+    """Return the wrapper whose name is part of the tensors' names."""
     return next(
         (wrapper for wrapper in WRAPPERS if any(f".{wrapper}." in f".{name}" for name in stored)),
         None,
