@@ -21,7 +21,7 @@ class Peers:
     """Those who do one thing together, over a process group that one thread uses at a time.
 
     Attributes:
-        rank: of this process, from 0.
+        rank: rank of this process, from 0.
         size: how many they are.
         group: process group for communication; None for a single worker.
     """

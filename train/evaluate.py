@@ -32,7 +32,7 @@ class Segment:
         text: the segment's text.
         is_last: the document ends here.
         first_byte: tokens that begin before it are not scored, so that all models are on the same bytes.
-        messages: of a conversation; none for plain text.
+        messages: messages of a conversation; none for plain text.
     """
 
     doc_id: int
@@ -147,7 +147,7 @@ def content_cross_entropy(gold_logprob: np.ndarray, messages: Sequence[Message],
 
     Args:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t); NaN at the last position.
-        messages: of the conversation.
+        messages: messages of the conversation.
         encoding: its N tokens, with roles.
     """
     assert encoding.is_trained is not None  # it is a conversation's

@@ -26,9 +26,9 @@ class Answer:
     """Answer of a model to a held-out prompt.
 
     Attributes:
-        doc_id: of the conversation.
+        doc_id: document number of the conversation.
         text: the answer, without the token that ends it.
-        num_tokens: of the answer, that token included.
+        num_tokens: length of the answer, including that token.
         is_ended: the model ended its turn by itself.
     """
 

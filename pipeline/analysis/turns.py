@@ -15,7 +15,7 @@ class Turn:
     """Consecutive tokens of a segment that a reader takes for one message.
 
     Attributes:
-        role: of the message.
+        role: role of the message.
         is_trained: the message is trained on.
         start: its first token; the template's tokens before the content are among its tokens.
         end: one past its last one.
@@ -46,7 +46,7 @@ def segment_turns(shard: pa.Table, logits: pa.Table, row: int) -> SegmentTurns |
     Args:
         shard: the table of the ``shard`` stage that has the segment.
         logits: a model's table of the same shard.
-        row: of ``logits``.
+        row: row number in ``logits``.
     """
     if not has_roles(logits) or not has_conversations(shard.schema):
         return None

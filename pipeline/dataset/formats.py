@@ -70,7 +70,7 @@ class Format(Protocol):
 
         Args:
             files: the dataset's files.
-            name: which one.
+            name: name of the file.
             column: the column that is wanted.
 
         Raises:
@@ -83,7 +83,7 @@ class Format(Protocol):
 
         Args:
             files: the dataset's files.
-            name: which one.
+            name: name of the file.
             column: the column that holds the text.
             wanted: how far to count, and which rows' places are asked for.
 

@@ -256,7 +256,7 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult], measure: Meas
 
     Args:
         sweep: the sweep.
-        results: as ``sweep_results`` gives them.
+        results: results from ``sweep_results``.
         measure: what they sum up; what the sweep says by default.
     """
     measure = summary_of(sweep) if measure is None else measure

@@ -20,7 +20,7 @@ class TextReport:
 
     Attributes:
         name: the text's, with its runs where other runs have another text of that name.
-        rows: as on the held-out split.
+        rows: one row per model, as for the held-out split.
     """
 
     name: str

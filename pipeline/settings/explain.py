@@ -43,7 +43,7 @@ class _Location(NamedTuple):
     """Location of a problem in a configuration.
 
     Attributes:
-        keys: as written in the file; a number counts the tables of a kind, from 0.
+        keys: keys as written in the file; a number is an index in an array of tables, from 0.
         annotation: type that is expected there; None: the key is unknown.
         field: the setting's declaration, if it is one.
         section: class of the section that contains it.

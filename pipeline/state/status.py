@@ -107,7 +107,7 @@ class RunStatus:
 
     Attributes:
         url: the run directory.
-        name: of the configuration.
+        name: name of the configuration.
         steps: all of its steps, in order.
         next_command: command to run next; None if everything is done.
         warnings: what a user should look at.

@@ -51,7 +51,7 @@ class DemoModel:
         gguf_bytes: size of the whole GGUF file.
         gguf_sha256: hash of the whole GGUF file.
         weights_sha256: hash of the dequantised bfloat16 tensors, see ``weights_sha256``.
-        terms: whose words apply to who downloads it.
+        terms: model, owner and terms of use, which apply to everyone who downloads it.
     """
 
     folder: str

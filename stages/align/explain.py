@@ -54,7 +54,7 @@ class AlignmentExplanation:
         position: the target position in the segment; its distribution is over the next token.
         context: the target tokens around the position with their source tokens, in order.
         gold_next: the next target token, None at the last position.
-        source_position: whose distribution was taken, -1 where none.
+        source_position: source position whose distribution was used; -1: none.
         exact_context: both distributions condition on the same text.
         outcome: ``"none"``, ``"transport"``, ``"gold"``, ``"identity"`` or ``"condition"``.
         seen: where the outcome is ``"condition"``, what was read of the source's token; what moves is what is left of the

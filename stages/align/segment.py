@@ -204,8 +204,8 @@ class SegmentAligner:
     ) -> TransportBatch:
         """Move the mass at P positions, and at those inside source tokens.
 
-        At the start of a text the source's texts count as they are written there: ``written`` (P,) says where one of the two
-        models alone writes a space before the text.
+        At the start of a text, the source's texts count as they are written there: ``written`` (P,) marks where only one of
+        the two models writes a space before the text.
         """
         batches = []
         for where in (_SOURCE_MARKED, _TARGET_MARKED, _ALIKE):

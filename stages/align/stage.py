@@ -166,7 +166,7 @@ class AlignStage:
         """Explain what ``run`` does at one position.
 
         Args:
-            inputs: as for ``run``.
+            inputs: input tables, as for ``run``.
             row: row of the target table.
             position: the target position in that row.
 
@@ -184,7 +184,7 @@ class AlignStage:
         """Sum the mass that ``run`` moves from each source token to each target token, in some rows.
 
         Args:
-            inputs: as for ``run``.
+            inputs: input tables, as for ``run``.
             rows: rows of the target table.
 
         Raises:
@@ -331,7 +331,7 @@ def _completed_logprob(aligned: AlignedSegment, distributions: SparseRows, targe
 
     Args:
         aligned: M positions, aligned without draws, with their tails.
-        distributions: as they are stored.
+        distributions: distributions as stored.
         target: the target's rows.
 
     Returns:

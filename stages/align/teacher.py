@@ -59,7 +59,7 @@ class ComparedNll:
             entry adds. An entry that merely leans to a better baseline has a lower NLL, but adds nothing.
         mixed_share: the baseline's share in that mixture.
         num_positions: number of positions that this entry has.
-        coverage: as a share of all.
+        coverage: share of all positions that this entry has.
         own_difference: difference from the baseline, paired, on all positions that this entry has. Only this figure includes
             positions that the other entries lack.
     """

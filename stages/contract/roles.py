@@ -66,7 +66,7 @@ def roles_of(table: pa.Table, row: int, *, prefix_id: int | None, eos_id: int | 
 
     Args:
         table: table in the schema ``schemas.logits_schema``.
-        row: which one.
+        row: row number.
         prefix_id: id of the token before every plain text under the model's tokenizer; None without.
         eos_id: id of its vocabulary's EOS; None without.
     """

@@ -237,7 +237,7 @@ class FuseStage:
         """Explain the fused distribution of one position, for ``ptafuse inspect``.
 
         Args:
-            inputs: as for ``run``.
+            inputs: input tables, as for ``run``.
             row: the segment's row in the target's logits table; ``find_row`` gives it.
             position: position of the target's tokens in that segment; ``locate`` gives it for a position of a block.
 
@@ -254,7 +254,7 @@ class FuseStage:
         """Yield the candidates of some segments and the fused result of ``run``, one segment at a time.
 
         Args:
-            inputs: as for ``run``; the whole shard, since candidates are judged on documents or blocks of it.
+            inputs: input tables of the whole shard, as for ``run``, since candidates are judged on documents or blocks of it.
             rows: rows of the target's logits table.
         """
         shard = self._read(inputs)

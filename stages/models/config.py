@@ -298,7 +298,7 @@ def empty_model(model: ModelConfig, *, attention: tuple[str, ...]) -> Any:
 
     Args:
         model: which model.
-        attention: as for ``load_model``.
+        attention: attention implementation, as for ``load_model``.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -341,7 +341,7 @@ def num_positions(loaded: Any, wanted: int) -> int:
 
     Args:
         loaded: a transformers model, or its configuration.
-        wanted: as configured.
+        wanted: configured value.
     """
     config = getattr(loaded, "config", loaded)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)

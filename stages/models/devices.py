@@ -84,7 +84,7 @@ def attention_choices(attention: str, device: torch.device, *, half_precision: b
     """List the attention implementations to try, best first; ``auto`` begins with FlashAttention 2 if it can be used.
 
     Args:
-        attention: as configured.
+        attention: configured value.
         device: where the model runs.
         half_precision: activations are float16 or bfloat16, which FlashAttention needs.
     """

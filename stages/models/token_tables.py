@@ -149,7 +149,7 @@ class TokenTables:
         Args:
             source: the model whose vocabulary is mapped.
             target: the other.
-            version: of the algorithms that compute maps.
+            version: version of the algorithms that compute the maps.
         """
         source_settings, target_settings = table_settings(source), table_settings(target)
         folder = f"{_folder(source, source_settings)}/to-{_fingerprint(target_settings)}"

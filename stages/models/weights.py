@@ -39,7 +39,7 @@ class StoredTensor:
     """Tensor as described by a file's header.
 
     Attributes:
-        dtype: as safetensors writes it, ``"BF16"``.
+        dtype: name of the type in safetensors, such as ``"BF16"``.
         shape: size of each dimension.
         file: name of the file that holds it.
     """

@@ -198,7 +198,7 @@ class CheckpointMirror:
 
         Args:
             copy: a complete copy.
-            names: of the files that this worker wants.
+            names: names of the files that this worker wants.
             output: the job's folder on this machine.
             peers: who take the copy.
 

@@ -192,7 +192,7 @@ class RemoteFile:
 
         Args:
             file: behind a URL.
-            facts: of the worker that has checked it.
+            facts: facts from the worker that has checked the file.
             columns: which are read.
             scratch: where what is fetched stays, for all workers of this machine.
         """
@@ -334,9 +334,9 @@ def column_ranges(metadata: pq.FileMetaData, group: int, names: Sequence[str]) -
     """Return the byte ranges of some columns of a row group, ascending; those that nearly touch are one.
 
     Args:
-        metadata: of the file.
+        metadata: Parquet metadata of the file.
         group: the row group.
-        names: of top-level columns.
+        names: names of top-level columns.
     """
     row_group = metadata.row_group(group)
     chunks = []

@@ -68,8 +68,8 @@ def keep_conversations(model: ModelConfig, folder: Path) -> None:
     on is added to the tokens that end generation.
 
     Args:
-        model: that was trained.
-        folder: of the exported model, with the tokenizer and generation_config.json.
+        model: the trained model.
+        folder: folder of the exported model, with the tokenizer and generation_config.json.
     """
     if not model.reads_conversations:
         return

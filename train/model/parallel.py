@@ -108,7 +108,7 @@ def fill_parameters(root: LossModel, loaded: Any | None, workers: Workers) -> No
     Args:
         root: the sharded model.
         loaded: the same model whole, on the CPU of the first worker; None on the others.
-        workers: they all call this together.
+        workers: all workers, which must call this together.
     """
     model = root.model
     tied = _tied_names(model)

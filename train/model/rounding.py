@@ -34,8 +34,8 @@ def count_changes(before: Tensor, after: Tensor) -> RoundingSurvival:
     """Count one tensor's changed weights, and those whose change survives.
 
     Args:
-        before: as the model was, of any floating type.
-        after: as it was trained, of the same shape.
+        before: tensor before training, of any floating type.
+        after: tensor after training, of the same shape.
     """
     before, after = before.float(), after.float()
     changed = before != after

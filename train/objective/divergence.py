@@ -101,7 +101,7 @@ def fusion_losses(logprobs: Tensor, rows: SparseTargets, divergence: Divergence,
         logprobs: (P, k), the model's ln q at ``rows.ids``, anything at pads; (P, k + 1) where ``asks_for_rest``: in the last
             column ln q_rest, -inf where the ids are the whole vocabulary.
         rows: fused distributions; every row has an entry.
-        divergence: which one.
+        divergence: name of the divergence.
         temperature: above 0.
 
     Returns:

@@ -9,8 +9,8 @@ class Metric:
     """Metric of a suite.
 
     Attributes:
-        key: as the harness names it: the metric, a comma, the filter of the answer.
-        label: as people read it.
+        key: name in the harness: the metric, a comma, and the filter of the answer.
+        label: name for people.
         kind: ``mean`` of the documents' values, or ``perplexity``, exp(-mean) of their log-likelihoods.
     """
 
@@ -104,7 +104,7 @@ def selected(names: tuple[str, ...]) -> dict[str, tuple[str, ...] | None]:
     """Map each selected suite to its selected sub-tasks (None: all), in the configuration's order.
 
     Args:
-        names: as in ``[eval] suites``: ``"bbh"``, ``"bbh/navigate"``. A suite that is named whole is run whole.
+        names: entries of ``[eval] suites``: ``"bbh"`` selects the whole suite, ``"bbh/navigate"`` one sub-task.
     """
     subtasks: dict[str, tuple[str, ...] | None] = {}
     for name in names:

@@ -30,7 +30,7 @@ def difference(strata: Sequence[np.ndarray], baseline: Sequence[np.ndarray], kin
     """Compute the metric minus the baseline's on the same documents in the same order, paired by document.
 
     Args:
-        strata: as for ``figure``.
+        strata: values of each sub-task, as for ``figure``.
         baseline: the baseline's values.
         kind: kind of the metric.
 

@@ -13,7 +13,7 @@ class Language:
     """Command and limits for running programs of one language.
 
     Attributes:
-        name: as MultiPL-E names it.
+        name: name in MultiPL-E.
         interpreter: a program's name; its arguments follow in ``arguments``.
         file: name of the program's file.
         arguments: before the file's name.

@@ -22,7 +22,7 @@ def task_config(language: str, stop_tokens: list[str]) -> dict[str, Any]:
     """Build the harness's task of one language, without its data.
 
     Args:
-        language: as MultiPL-E names it.
+        language: name of the language in MultiPL-E.
         stop_tokens: texts that end a completion.
     """
 

@@ -35,7 +35,7 @@ class NearestTokens:
         source_texts: text of each source id, decoded.
         target_texts: text of each target id.
         exact: (V of the source,) from ``exact_map``.
-        preferred: as for ``exact_map``.
+        preferred: preferred ids, as for ``exact_map``.
 
     Source: FuseLLM (arXiv 2401.10491), "Token alignment", minimum edit distance.
     """

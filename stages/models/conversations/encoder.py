@@ -217,7 +217,7 @@ class _Splitter:
     """A backend that parses no control token, and stand-ins for those of the template.
 
     Attributes:
-        backend: of the `tokenizers` library.
+        backend: tokenizer of the `tokenizers` library.
         added: its added tokens, by id.
         meaning: id of a stand-in -> id of the control token that it stands for.
     """

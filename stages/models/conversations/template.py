@@ -116,7 +116,7 @@ class ChatTemplate:
         """Take a template.
 
         Args:
-            tokenizer: of transformers; its special tokens are the template's.
+            tokenizer: tokenizer of transformers, whose special tokens the template uses.
             jinja: the template's text; None: the tokenizer's own.
 
         Raises:

@@ -21,7 +21,7 @@ def settings_problems(
     """Examine config.json as it stands, without transformers.
 
     Args:
-        model: whose it is.
+        model: model that the configuration belongs to.
         file: config.json, for messages.
         settings: its content.
         trained: whether the run trains the model.
@@ -130,7 +130,7 @@ def architecture_problems(model: ModelConfig, file: Path, skeleton: Any, *, isol
     """Examine a model without values.
 
     Args:
-        model: whose it is.
+        model: model that the configuration belongs to.
         file: config.json, for messages.
         skeleton: what ``build_skeleton`` gave.
         isolated: whether it is trained on packed documents that do not see each other.

@@ -28,7 +28,7 @@ def tokenizer_problems(model: ModelConfig, folder: Path | None, *, num_rows: int
     """Examine a model's tokenizer.
 
     Args:
-        model: whose it is; its tokenizer is loaded once for this process (``SegmentTokenizer.load``).
+        model: model that the files belong to; its tokenizer is loaded once for this process (``SegmentTokenizer.load``).
         folder: where its files are; None for one that a GGUF file holds.
         num_rows: number of rows of the model's embedding; None: unknown.
     """
