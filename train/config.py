@@ -68,7 +68,7 @@ class TrainConfig(Settings):
     batch_size: int = Field(256, ge=1, description="Blocks per optimizer step.")
     micro_batch_size: Annotated[int, RUNTIME] = Field(1, ge=1, description="Blocks per forward pass of a worker.")
     num_epochs: int = Field(1, ge=1, description="Number of passes over all blocks.")
-    learning_rate: float = Field(1e-5, gt=0, description="Peak.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
     warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="After the warm-up; cosine falls to 0.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the mean of gradients.")

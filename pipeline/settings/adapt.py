@@ -25,7 +25,7 @@ class AdaptConfig(Settings):
     """
 
     num_epochs: int = Field(1, ge=1, description="Number of passes over the blocks of the other fold.")
-    learning_rate: float = Field(1e-5, gt=0, description="Peak.")
+    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate.")
     batch_size: int = Field(256, ge=1, description="Blocks per optimizer step.")
     warmup_ratio: float = Field(0.008, ge=0, le=1, description="Share of all steps in which the rate rises linearly.")
     weight_decay: float = Field(0.1, ge=0, description="Weight decay; not applied to norms and biases.")

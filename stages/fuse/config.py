@@ -35,14 +35,14 @@ class FuseConfig(Settings):
     )
     uncovered: Annotated[Literal["target", "none"], ADDED] = Field(
         "target",
-        description="What is taught where no source has a distribution: the target's own distribution before training "
+        description="What to train on where no source has a distribution: the target's own distribution before training "
         "(as in the paper), or only the gold token.",
     )
     granularity: Literal["document", "segment", "token", "block"] = Field(
         "document", description="Span over which a candidate is judged."
     )
     unit: Literal["bits-per-byte", "nats-per-token"] = Field(
-        "bits-per-byte", description="Unit of the cross-entropy: fair between tokenizers, or the paper's."
+        "bits-per-byte", description="Unit of the cross-entropy: comparable between tokenizers, or the paper's."
     )
     max_length: int = Field(2048, ge=2, description="Tokens per training block.")
     packing: Literal["whole", "cut"] = Field(

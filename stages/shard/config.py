@@ -66,8 +66,7 @@ class DatasetConfig(Settings):
     )
     train_on: Annotated[Literal["assistant", "all"], ADDED] = Field(
         "assistant",
-        description="What is learned from conversations: the assistant's messages and where they end, or every "
-        "message.",
+        description="Messages of conversations to train on: the assistant's and their ends, or every message.",
     )
     kind_column: Annotated[str | None, RUNTIME] = Field(
         None,
