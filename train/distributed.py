@@ -22,7 +22,7 @@ class Peers:
 
     Attributes:
         rank: rank of this process, from 0.
-        size: how many they are.
+        size: number of workers.
         group: process group for communication; None for a single worker.
     """
 
@@ -139,7 +139,7 @@ def join_workers(device: torch.device) -> Iterator[Workers]:
     """Join the workers of this job, and leave the process group on exit if this call started it.
 
     Args:
-        device: where this process computes.
+        device: device of this process.
     """
     is_ours = not dist.is_initialized()
     if is_ours:

@@ -54,7 +54,7 @@ class Evaluation:
     Attributes:
         total: over all documents.
         documents: (doc_id, its cross-entropy), in the order of the segments: for paired comparisons of models.
-        answers: what the model answers to held-out prompts; None where it was not asked.
+        answers: the model's answers to held-out prompts; None if it was not asked.
     """
 
     total: CrossEntropy
@@ -94,7 +94,7 @@ def bits_per_byte(
         segments: held-out text; a document's segments stand together.
         config: precision, batches, and how many documents.
         cpus: threads on a CPU.
-        score: what probability the gold token gets.
+        score: function that returns the probability of the gold token.
 
     Raises:
         ValueError: there is no text to score.
@@ -217,7 +217,7 @@ def gold_logprobs(
             half.
         num_ids: the tokenizer's size; embedding rows above it stand for no token and get no probability.
         num_repeated: first tokens (BOS) that stand before every window.
-        score: what probability the gold token gets.
+        score: function that returns the probability of the gold token.
     """
     max_length = num_positions(model, config.max_length)
     halves: tuple[Body, Head] = split_head(model)

@@ -43,7 +43,7 @@ def run(job: TrainJob, *, num_gpus: int = 0) -> TrainResult:
     """Train on a Ray cluster; the one that is initialised, else Ray's default.
 
     Args:
-        job: what to do.
+        job: job to run.
         num_gpus: GPUs of each worker, 0 or 1. With one a worker computes on it or fails, whatever ``train.device`` says.
 
     Raises:

@@ -149,7 +149,7 @@ def compare(
         request: the configuration whose logits are read.
         run_url: the run directory.
         source: one of the sources; all of them by default.
-        num_shards: how many shards are read, evenly spread; by default as many as hold ``SAMPLE_TOKENS``.
+        num_shards: number of shards to read, evenly spread; by default as many as ``SAMPLE_TOKENS`` need.
         epsilons: further ones for the two presets.
 
     Returns:

@@ -29,7 +29,7 @@ class FileRange:
         file: the file's name under the dataset's folder (so that a dataset may move).
         start: first row.
         end: one past the last row.
-        byte_start: where row ``start`` begins in the file, if one can go there (plain JSON lines); else None.
+        byte_start: offset of row ``start`` in the file, if the format can seek (plain JSON lines); otherwise None.
     """
 
     file: str

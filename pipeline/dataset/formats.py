@@ -85,7 +85,7 @@ class Format(Protocol):
             files: the dataset's files.
             name: name of the file.
             column: the column that holds the text.
-            wanted: how far to count, and which rows' places are asked for.
+            wanted: number of rows to count, and the rows whose offsets are needed.
 
         Returns:
             The number of rows; and where rows begin at which a shard may begin, if the format can seek to them.

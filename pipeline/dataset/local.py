@@ -82,7 +82,7 @@ def _walk(
     Args:
         root: the folder to begin in.
         max_depth: levels that are searched, 1 for the folder's own files; None: all.
-        max_names: how often a folder is read that links give several names.
+        max_names: how many times to read a folder that links give several names.
         skips_hidden: pass over ``.git``, Spark's ``_SUCCESS`` and the like.
         is_wanted: whether a path is looked for; None: every one is.
     """

@@ -12,7 +12,7 @@ class ResultTable:
     """A table as people read it.
 
     Attributes:
-        title: what it says, in which units.
+        title: content and units of the table.
         columns: their names.
         rows: cells, one per column.
         text_columns: indices of the columns that hold words, not numbers.

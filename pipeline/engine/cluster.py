@@ -164,7 +164,7 @@ def shards_at_once(resources: Resources, num_pending: int, engine: EngineConfig)
     faster to overlap them.
 
     Args:
-        resources: what each actor needs.
+        resources: resources of each actor.
         num_pending: shards that are left to compute.
         engine: whether the cluster can grow.
     """

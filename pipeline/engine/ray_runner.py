@@ -95,7 +95,7 @@ def actor_pool(resources: Resources, num_pending: int, engine: EngineConfig) -> 
     So an actor gets its second shard only when all that have started have their first, and the last shards are spread.
 
     Args:
-        resources: what each actor needs; its GPUs are resolved.
+        resources: resources of each actor, with resolved GPUs.
         num_pending: shards to compute.
         engine: whether the cluster can grow.
     """
@@ -117,10 +117,10 @@ def run_shards(
     """Compute shards on Ray; yields each status when its shard is finished, in any order.
 
     Args:
-        job: what to compute.
+        job: job to compute.
         pending: shard numbers.
-        resources: what each actor needs.
-        engine: how a Ray is started here, and when Ray Data gives up.
+        resources: resources of each actor.
+        engine: settings for starting Ray here, and for when Ray Data gives up.
     """
     start_ray(engine)
     gpus = gpus_per_worker(resources.gpus, "auto", engine, section=job.step.stage)

@@ -32,7 +32,7 @@ def run_task(
         arguments: arguments of the call; they are sent to another machine, so keep them small.
         cpus: CPUs that Ray reserves.
         gpus: returns the GPUs that Ray reserves; asked when the cluster is joined.
-        engine: how a Ray is started here, and whether the cluster can grow.
+        engine: settings for starting Ray here, and whether the cluster can grow.
 
     Raises:
         ValueError: no machine has such CPUs and GPUs.

@@ -26,7 +26,7 @@ def others_by_closeness(step: Step, earlier: Sequence[Step]) -> list[Step]:
     """Sort the same step under other fingerprints by number of changes, then latest first, each fingerprint once.
 
     Args:
-        step: current step.
+        step: the step, as the configuration now resolves it.
         earlier: the steps of all recorded configurations, the latest last.
     """
     others = {other.fingerprint: other for other in reversed(earlier) if other.key == step.key}

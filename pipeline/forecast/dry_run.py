@@ -28,7 +28,7 @@ class Amount:
     Attributes:
         num_blocks: number of blocks of one epoch.
         num_tokens: number of tokens of one epoch.
-        origin: where these numbers are from, for people.
+        origin: origin of these numbers, in words.
     """
 
     num_blocks: int

@@ -61,7 +61,7 @@ class Sizes:
         num_documents: None: not known before shard has run.
         text_bytes: size of all documents, held-out ones included.
         tokens: model -> tokens of that text under its tokenizer.
-        source: where these figures are from.
+        source: origin of these figures.
     """
 
     num_documents: int | None

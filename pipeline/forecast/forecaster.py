@@ -40,7 +40,7 @@ class Work:
         num_bytes: size of the step's files when it is done.
         left: cost of the remaining part.
         spent: cost of the part that is done.
-        basis: what ``left`` is computed from, in words; empty if nothing is left.
+        basis: origin of ``left``, in words; empty if nothing is left.
     """
 
     num_tokens: float

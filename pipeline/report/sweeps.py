@@ -108,7 +108,7 @@ def sweep_results(
     Args:
         sweep: the sweep.
         store: the run directory.
-        measure: what is summed up; what the sweep says by default.
+        measure: quantity to summarise; by default the one that the sweep names.
         runs: the configuration of each cell and seed, as ``sweep_runs`` gives them; read by default.
     """
     measure = summary_of(sweep) if measure is None else measure
@@ -172,7 +172,7 @@ def _untrained_result(
         label: name of the evaluated model.
         untrained: its figures.
         figures: results of the cells; none for a source, which leaves out other first tokens.
-        measure: what is summed up.
+        measure: summarised quantity.
     """
     if "refused" in untrained.result:
         return CellResult(f"{label}; refused: {untrained.result['refused']}", (), None, is_trained=False)
@@ -257,7 +257,7 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult], measure: Meas
     Args:
         sweep: the sweep.
         results: results from ``sweep_results``.
-        measure: what they sum up; what the sweep says by default.
+        measure: quantity to summarise; by default the one that the sweep names.
     """
     measure = summary_of(sweep) if measure is None else measure
     rows = []

@@ -44,7 +44,8 @@ class DoneShard:
         attempt: number of the attempt, from 1.
         sha256: hash of the data file.
         data_key: key of the data file.
-        finished: when the manifest was published, seconds since the epoch; None where the filesystem does not say.
+        finished: time at which the manifest was published, in seconds since the epoch; None if the filesystem does not
+            record it.
     """
 
     shard: int

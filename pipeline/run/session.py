@@ -53,7 +53,7 @@ def open_run(request: Request, run_url: str, console: Console, *, local: bool, s
     Args:
         request: the configuration as the user asked for it.
         run_url: the run directory, a local path or an fsspec URL.
-        console: where progress is shown.
+        console: console for progress.
         local: compute in this process, without Ray.
         strict: refuse to continue with other library versions than finished shards were computed with.
 

@@ -103,7 +103,7 @@ class ShardedStage(StageSpec):
             fingerprint names.
         tokenizers: the models whose tokenizers split text in a step: they are checked before any worker starts.
         can_be_shared: ``logits_from`` takes up its finished shards from another run directory.
-        distribution: what its rows are called as a teacher, where they hold distributions over the target's tokens.
+        distribution: name of its rows in teacher tables, if they are distributions over the target's tokens.
         choices: settings of its section that are "auto" and change results -> what they come to on this machine.
         row_group_bytes: size of a row group of its files in memory: large where they are read whole, small where single
             rows are.

@@ -59,8 +59,8 @@ class ResolvedRun:
     Attributes:
         config: the configuration.
         steps: by their keys, in the order in which they run.
-        request: what the user typed.
-        distinction: what distinguishes it from other configurations of its name, if reports show several.
+        request: configuration and overrides that the user typed.
+        distinction: difference from other configurations with the same name, if reports show several.
     """
 
     config: RunConfig

@@ -110,7 +110,7 @@ class RunStatus:
         name: name of the configuration.
         steps: all of its steps, in order.
         next_command: command to run next; None if everything is done.
-        warnings: what a user should look at.
+        warnings: problems that a user should look at.
         token_tables: keys of the Parquet files that say what token ids stand for, of all configurations.
     """
 

@@ -85,7 +85,7 @@ def print_status(status: RunStatus, console: Console, *, all_metrics: bool = Fal
 
     Args:
         status: status of the run.
-        console: where it is shown.
+        console: console to print on.
         all_metrics: show every health metric, not only the important ones.
     """
     table = Table(title=f"{status.url}  ({status.name})", title_justify="left")

@@ -41,7 +41,7 @@ def watch(read: Callable[[], RunStatus], console: Console, *, interval: float) -
 
     Args:
         read: function that reads the current state of the run.
-        console: where it is shown: a live table in a terminal, elsewhere a line for each step that has changed.
+        console: console to print on: a live table in a terminal, otherwise one line per changed step.
         interval: seconds between two readings.
 
     Raises:

@@ -166,9 +166,9 @@ def run_sweep(sweep: SweepConfig, run_url: str, console: Console, *, local: bool
     """Compute every cell that has no figure yet; seed by seed, so that a table of all cells is there early.
 
     Args:
-        sweep: what to run.
+        sweep: sweep to run.
         run_url: the run directory.
-        console: where progress is shown.
+        console: console for progress.
         local: compute in this process, without Ray.
 
     Raises:

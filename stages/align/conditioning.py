@@ -193,7 +193,7 @@ def condition(
         ids: (Q, n) the source's window at each entry's source position, descending; -1 at pads. Rows of None are not read.
         probs: (Q, n) probabilities over the full vocabulary; 0 at pads.
         source: the source's tokenizer.
-        tail: how the mass outside the window is treated.
+        tail: treatment of the mass outside the window.
 
     Returns:
         The candidates at the positions that get a distribution, and for each entry its ``Inner``, (Q,) uint8.

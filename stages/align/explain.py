@@ -67,7 +67,7 @@ class AlignmentExplanation:
         cost: (n, m) edits.
         plan: (n, m) mass.
         projected: the distribution over the target's vocabulary.
-        tail_mass: what ``projected`` lacks of 1.
+        tail_mass: 1 minus the sum of ``projected``.
     """
 
     doc_id: int

@@ -57,7 +57,7 @@ class FirstCuts:
     Args:
         vocabulary: the tokenizer's tokens, as its texts are written (``ModelPair.at_text_start``).
         encode: the tokenizer.
-        start_mark: what the written texts have before the text itself, at the start of a text; None in the middle.
+        start_mark: prefix of the written texts at the start of a text; None in the middle.
     """
 
     def __init__(self, vocabulary: Vocabulary, encode: Encode, *, start_mark: bytes | None = None) -> None:

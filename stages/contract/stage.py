@@ -20,7 +20,7 @@ class BadRecord:
         doc_id: the document's index in the dataset.
         segment: the segment's index in the document, -1 for the document as a whole.
         error: the error class, e.g. ``"InvalidUtf8"``.
-        message: what was found and what was expected.
+        message: description of the found and the expected value.
     """
 
     doc_id: int

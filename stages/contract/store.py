@@ -57,7 +57,7 @@ class FileEntry:
     Attributes:
         key: path of the file in the run directory.
         num_bytes: size of the file.
-        modified: when it was last written, seconds since the epoch; None where the filesystem does not say.
+        modified: time of the last write, in seconds since the epoch; None if the filesystem does not record it.
         version: differs where the contents may: the object's ETag, or size and time of change.
     """
 

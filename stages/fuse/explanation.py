@@ -12,7 +12,7 @@ class ExplainedCandidate:
         cross_entropy: in the configured unit over the configured span (granularity ``token``: nats); NaN if unknown.
         weight: its share in the fused distribution.
         distribution: (text of a token, probability), descending; empty where the model has none here.
-        tail_mass: what the distribution lacks of 1.
+        tail_mass: 1 minus the sum of the distribution.
     """
 
     name: str
@@ -32,7 +32,7 @@ class FusionExplanation:
         candidates: the target's, then the sources'.
         chosen: name of the candidate with the largest weight, None where there is no fused distribution.
         fused: (text of a token, probability), descending.
-        tail_mass: what the fused distribution lacks of 1.
+        tail_mass: 1 minus the sum of the fused distribution.
     """
 
     gold: str | None

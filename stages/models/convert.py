@@ -99,7 +99,7 @@ def convert(
 
     Args:
         folder: folder of the model, with config.json and ``pytorch_model.bin``, or its shards with their index.
-        output: where the new files go: ``folder`` itself, or a folder that is not there or empty, which also gets the
+        output: folder for the new files: ``folder`` itself, or a folder that is missing or empty, which also gets the
             configuration and the tokenizer.
         max_shard_bytes: tensors of a file, at most.
         on_file: called with the name of each new file when it is written and compared.

@@ -85,7 +85,7 @@ def attention_choices(attention: str, device: torch.device, *, half_precision: b
 
     Args:
         attention: configured value.
-        device: where the model runs.
+        device: device of the model.
         half_precision: activations are float16 or bfloat16, which FlashAttention needs.
     """
     if attention != "auto":

@@ -95,7 +95,7 @@ def split_head(model: Any) -> tuple[Body, ModelHead]:
     Call ``check_head`` once after loading: an architecture whose forward is laid out differently is refused there.
 
     Args:
-        model: what ``AutoModelForCausalLM.from_pretrained`` returns.
+        model: model from ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
         body: ``body(input_ids, attention_mask=..., position_ids=...)`` -> hidden states (B, T, H).
@@ -128,7 +128,7 @@ def check_head(model: Any) -> None:
     """Check on a few tokens that head(body(ids)) equals the model's logits, and that no token changes those before it.
 
     Args:
-        model: what ``AutoModelForCausalLM.from_pretrained`` returns.
+        model: model from ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         ValueError: they differ; says by how much, and for which architecture. Or they are not finite, or not causal.

@@ -265,7 +265,7 @@ def table_to_bytes(table: TokenTable, settings: Mapping[str, Any]) -> bytes:
 
     Args:
         table: the table.
-        settings: what it was made from.
+        settings: inputs that it was made from.
     """
     vocabulary = table.vocabulary
     roles: list[str | None] = [None] * vocabulary.size
@@ -300,7 +300,7 @@ def table_from_bytes(raw: bytes, settings: Mapping[str, Any]) -> TokenTable:
 
     Args:
         raw: its bytes.
-        settings: what it has to be made from.
+        settings: inputs that it must have been made from.
 
     Raises:
         DamagedTableError: it cannot be read, is not what was written, or was made from something else.

@@ -24,9 +24,9 @@ class WeightFileError(ValueError):
 
     Attributes:
         file: file that is damaged.
-        found: what the file holds.
-        expected: what the file should hold.
-        remedy: what to do, a sentence without its full stop.
+        found: actual content of the file.
+        expected: expected content of the file.
+        remedy: remedy, as a sentence without its full stop.
     """
 
     def __init__(self, file: Path, found: str, expected: str, remedy: str) -> None:

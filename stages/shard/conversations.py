@@ -160,7 +160,7 @@ class Piece:
 
     Attributes:
         text: its messages; the system's first, where it stands before the whole conversation.
-        byte_start: where the first message that is not repeated begins in the conversation's text, bytes.
+        byte_start: byte offset of the first message that is not repeated in the conversation's text.
         num_new_bytes: length of the messages that are not repeated, bytes.
         num_tokens: for each tokenizer, its tokens.
     """

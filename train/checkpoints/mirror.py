@@ -71,7 +71,7 @@ class CheckpointMirror:
         Args:
             step: the checkpoint's.
             output: its job's folder, with the files that this worker wrote.
-            peers: who have written the checkpoint.
+            peers: workers that have written the checkpoint.
 
         Returns:
             Whether the copy is complete. A failure is logged: training continues.
@@ -200,7 +200,7 @@ class CheckpointMirror:
             copy: a complete copy.
             names: names of the files that this worker wants.
             output: the job's folder on this machine.
-            peers: who take the copy.
+            peers: workers that read the copy.
 
         Returns:
             Whether every worker has its files; where a file is missing or damaged this is logged.

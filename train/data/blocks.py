@@ -112,9 +112,9 @@ class FusedBlocks:
             with_distributions: read the fused distributions; False: only the tokens (lambda = 1).
             isolate_documents: give position ids by piece, and no label to a piece's last token. A segment that continues its
                 document is isolated as well: the models that it was dumped from did not see the text before it.
-            facts: what the workers found of each file, by its index, when they checked it; by default all files are checked
-                here.
-            scratch: where fetched row groups stay, for all workers of this machine; by default a temporary folder.
+            facts: facts that the workers found about each file when they checked it, by its index; by default all files are
+                checked here.
+            scratch: folder for fetched row groups, shared by the workers of this machine; by default a temporary folder.
 
         Raises:
             ValueError: a file is not the one its manifest names, or there is no block at all; or the blocks hold

@@ -88,7 +88,7 @@ def survey(
         files: in the order of their shards.
         columns: which are read.
         share: (r, n): of every n files the r-th is checked, the others by other workers.
-        scratch: where fetched files stay; needed if one is behind a URL.
+        scratch: folder for fetched files; needed if one is behind a URL.
 
     Returns:
         Index of each checked file -> its facts.
@@ -169,9 +169,9 @@ def open_file(file: FusedFile, facts: FileFacts, columns: Columns, *, scratch: P
 
     Args:
         file: the file.
-        facts: what that worker found.
+        facts: facts that this worker found.
         columns: which are read.
-        scratch: where fetched row groups stay; needed if the file is behind a URL.
+        scratch: folder for fetched row groups; needed if the file is behind a URL.
 
     Raises:
         ValueError: a file on disk is missing.
@@ -194,7 +194,7 @@ class RemoteFile:
             file: behind a URL.
             facts: facts from the worker that has checked the file.
             columns: which are read.
-            scratch: where what is fetched stays, for all workers of this machine.
+            scratch: folder for fetched data, shared by the workers of this machine.
         """
         self.metadata = facts.metadata
         self.schema_arrow = facts.metadata.schema.to_arrow_schema()

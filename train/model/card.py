@@ -102,7 +102,7 @@ class TextFigures:
 
     Attributes:
         name: the text's.
-        documents: how many documents are scored and why others are not, in words.
+        documents: number of scored documents, and why others are not scored, in words.
         rows: the models.
     """
 

@@ -25,7 +25,7 @@ def check_isolation(model: Any) -> None:
     """Compare a packed document's hidden states with those of the document alone.
 
     Args:
-        model: what ``AutoModelForCausalLM.from_pretrained`` returns.
+        model: model from ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
         ValueError: they differ, or the architecture takes no position ids.

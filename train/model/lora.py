@@ -16,7 +16,7 @@ def add_adapters(model: Any, config: LoraConfig) -> Any:
     The model keeps its class and its halves (``split_head``); its adapted layers become PEFT's.
 
     Args:
-        model: what ``AutoModelForCausalLM.from_pretrained`` returns.
+        model: model from ``AutoModelForCausalLM.from_pretrained``.
         config: rank, scale, dropout and layers.
 
     Returns:

@@ -29,7 +29,7 @@ class Suite:
         prefix: prefix of the harness's task names; what follows names the sub-task. Empty where the suite is one task.
         tasks: the harness's names where they are not all that begin with ``prefix``.
         num_fewshot: examples before each question.
-        fewshot_from: where they come from: the harness's task file, or a split of the data.
+        fewshot_from: origin of the examples: the harness's task file, or a split of the data.
         metrics: the headline figure first.
     """
 

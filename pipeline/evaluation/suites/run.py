@@ -51,10 +51,10 @@ class PlannedTask:
         subtask: name of the sub-task.
         num_subtasks: number of sub-tasks of the whole suite.
         data: split -> documents; None where the harness fetches its own from the hub.
-        data_identity: what identifies the documents.
+        data_identity: identity of the documents.
         num_fewshot: examples before each question.
         settings: all that changes a model's result, the data and the model left out.
-        sandbox: how programs are isolated; empty for suites that run none.
+        sandbox: isolation of the programs; empty for suites that do not run programs.
     """
 
     suite: Suite
@@ -70,7 +70,7 @@ class PlannedTask:
         """Return the key of a model's result.
 
         Args:
-            model: what identifies it.
+            model: identity of the model.
         """
         inputs = {**model, "data": self.data_identity}
         task_fingerprint = fingerprint("suite", SUITE_VERSION, dict(self.settings), inputs)

@@ -55,7 +55,7 @@ def bars(entries: Sequence[Bar], *, axis: str) -> str:
 
     Args:
         entries: at least one.
-        axis: what is measured, and its unit.
+        axis: measured quantity, and its unit.
 
     Returns:
         An ``<svg>`` element.
@@ -103,7 +103,7 @@ def shares(rows: Mapping[str, Sequence[float]], names: Sequence[str], *, axis: s
     Args:
         rows: label -> its parts, one per name; at least one row.
         names: names of the parts.
-        axis: what the parts are shares of.
+        axis: total that the parts are shares of.
 
     Returns:
         An ``<svg>`` element.

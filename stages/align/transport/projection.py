@@ -68,7 +68,7 @@ def keep_largest(ids: np.ndarray, mass: np.ndarray, *, top_k: int, tail: Literal
     Args:
         ids: (P, m) the entries' target ids, each once in a row; -1 at pads.
         mass: (P, m) >= 0; a row sums to at most 1. Entries without mass are left out.
-        top_k: how many are kept.
+        top_k: number of entries to keep.
         tail: ``"renormalise"``: what is kept is rescaled to 1. ``"bucket"``: it stays as it is, and what it lacks of 1,
             the cut mass included, is the row's tail mass.
     """

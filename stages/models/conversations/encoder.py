@@ -155,8 +155,8 @@ class ConversationEncoder:
         """Find the places of a record's tokens.
 
         Args:
-            text: what was tokenized.
-            record: what the backend made of it.
+            text: tokenized text.
+            record: result of the backend.
             added: the backend's added tokens, by id.
             control: those of them that structure a conversation.
         """

@@ -132,7 +132,7 @@ def architecture_problems(model: ModelConfig, file: Path, skeleton: Any, *, isol
     Args:
         model: model that the configuration belongs to.
         file: config.json, for messages.
-        skeleton: what ``build_skeleton`` gave.
+        skeleton: result of ``build_skeleton``.
         isolated: whether it is trained on packed documents that do not see each other.
     """
     from stages.models.heads import split_head, takes_position_ids  # torch takes seconds to import

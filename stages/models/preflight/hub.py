@@ -23,7 +23,7 @@ def pickled_alone(model: ModelConfig, folder: Path | None) -> Iterator[Problem]:
 
     Args:
         model: a model of the hub.
-        folder: what the local cache holds of it; None where it holds nothing.
+        folder: its folder in the local cache; None if it is not cached.
     """
     cached = [] if folder is None else [file.name for file in folder.iterdir()]
     if _has_safetensors(cached):

@@ -10,9 +10,9 @@ class Problem:
     Attributes:
         model: the model's name in the configuration.
         file: the file, or the folder, that is meant.
-        found: what is there.
-        expected: what should be there; empty where ``found`` says it.
-        remedy: what to do, a sentence; empty where ``found`` says it.
+        found: actual state.
+        expected: expected state; empty if ``found`` implies it.
+        remedy: remedy, as a sentence; empty if ``found`` implies it.
     """
 
     model: str

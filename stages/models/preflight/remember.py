@@ -25,7 +25,7 @@ def examine_once(
     what was found wrong is not remembered.
 
     Args:
-        key: what the examination depends on apart from the files, as JSON values.
+        key: inputs of the examination other than the files, as JSON values.
         places: the files, or the folders that they are in.
         examination: yields what is wrong.
     """

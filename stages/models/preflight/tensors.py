@@ -85,11 +85,11 @@ def tensor_problems(
     """Say what of a mismatch keeps the checkpoint from being used.
 
     Args:
-        mismatch: what ``compare_tensors`` gave.
+        mismatch: result of ``compare_tensors``.
         stored: the checkpoint's tensors.
         skeleton: the model that they were compared with.
         model: its name.
-        folder: where the checkpoint is.
+        folder: folder of the checkpoint.
         quantised: whether config.json says that weights are packed: their shapes then differ.
     """
 

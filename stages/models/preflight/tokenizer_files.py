@@ -29,7 +29,7 @@ def tokenizer_problems(model: ModelConfig, folder: Path | None, *, num_rows: int
 
     Args:
         model: model that the files belong to; its tokenizer is loaded once for this process (``SegmentTokenizer.load``).
-        folder: where its files are; None for one that a GGUF file holds.
+        folder: folder of its files; None for a tokenizer in a GGUF file.
         num_rows: number of rows of the model's embedding; None: unknown.
     """
     place = str(model.tokenizer_files.path or folder)
