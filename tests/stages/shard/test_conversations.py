@@ -135,7 +135,9 @@ def test_a_last_question_of_any_length_costs_no_answer_before_it(models: tuple[M
 def test_a_long_system_message_alone_is_named(models: tuple[ModelConfig, ...]) -> None:
     (record,) = run(models[:1], [openai(("system", "Be brief. " * 100))], train_on="all").quarantine
     assert record.error == "CannotCut"
-    assert re.match(r"the system message has \d+ tokens under model chatml, and an exchange is never cut", record.message)
+    assert re.match(
+        r"the system message has \d+ tokens under model chatml, and an exchange is never cut", record.message
+    )
 
 
 @pytest.mark.parametrize(
