@@ -9,6 +9,7 @@
 ``mixed.jsonl``        excerpts of half of the kinds with many documents, equally many of each: the mixed training text
 ``left-choose.jsonl``  documents of ``choose.jsonl`` of the kinds that are not in ``mixed.jsonl``
 ``left-report.jsonl``  documents of ``report.jsonl`` of the kinds that are not in ``mixed.jsonl``
+``docs.jsonl``         beginnings of the topics of Python's documentation, which every Python installation carries
 =====================  ================================================================================================
 """
 
@@ -26,6 +27,8 @@ TRAINING_DOCUMENTS: Final = 10
 """Number of excerpts of each kind to train on; kinds with fewer documents are left out."""
 TRAINING_BYTES: Final = 2500
 """Length of an excerpt, from the beginning of its document: the same for every kind, whatever its script."""
+TOPIC_CHARACTERS: Final = 5000
+"""Length of a topic of Python's documentation, from its beginning: a few are ten times as long as the others."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,14 @@ def excerpts(documents: list[Document], kind: str) -> list[Document]:
     return [Document(text, kind) for text in cut]
 
 
+def documentation() -> list[Document]:
+    """Return the beginning of each topic of Python's documentation, without repeated topics."""
+    from pydoc_data.topics import topics
+
+    beginnings = dict.fromkeys(text[:TOPIC_CHARACTERS] for _, text in sorted(topics.items()))
+    return [Document(text, "documentation") for text in beginnings]
+
+
 def _write(path: Path, documents: Iterable[Document]) -> None:
     lines = [json.dumps({"text": document.text, "kind": document.kind}, ensure_ascii=False) for document in documents]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -87,6 +98,7 @@ def main(folder: Path) -> None:
     _write(folder / "mixed.jsonl", [part for kind in trained_kinds for part in excerpts(documents, kind)])
     _write(folder / "left-choose.jsonl", [part for part in choose if part.kind not in trained_kinds])
     _write(folder / "left-report.jsonl", [part for part in report if part.kind not in trained_kinds])
+    _write(folder / "docs.jsonl", documentation())
     say(f"kinds to train on in mixed.jsonl: {', '.join(trained_kinds)}")
 
 
