@@ -406,7 +406,7 @@ def test_documents_of_a_text_that_are_not_scored_are_counted(corpus: Corpus) -> 
 def test_a_text_of_which_nothing_is_left_is_refused_before_any_model_runs(corpus: Corpus) -> None:
     refused = Essays(corpus).write("", None).eval()
     assert re.search(said("a text with no documents left"), refused)
-    assert "left out: 2 that are empty or not text. Document 0: empty, or white space alone. Give" in refused
+    assert "left out: 2 that are empty or not text. Document 0: empty, or only whitespace. Use" in refused
     assert not list(corpus.run.glob("eval/*"))
 
 

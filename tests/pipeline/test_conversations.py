@@ -225,7 +225,7 @@ def test_a_text_of_which_every_conversation_is_refused_says_why(
     done = ptafuse("eval", str(config), "--run", str(chat_run), "--local", check=False)
     assert done.returncode == 1
     assert (
-        "1 that are empty or no text, 1 that cannot be cut to fit every tokenizer, or that a chat template refuses"
+        "1 that are empty or not text, 1 that cannot be cut to fit every tokenizer, or that a chat template refuses"
         in done.stderr
     )
     assert (

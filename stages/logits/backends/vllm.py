@@ -14,6 +14,7 @@ import sys
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from typing import Any, Final
 
@@ -146,7 +147,10 @@ class VllmBackend:
         self.num_embeddings = int(settings.get_text_config().vocab_size)
         self.max_length = num_positions(settings, config.max_length)
         self._width = min(config.top_k, num_valid, self.num_embeddings)
-        self._engine = self._start()
+        # OpenMP's settings are per thread, and vLLM's CPU kernels abort in a thread other than the one that started the
+        # engine. Several threads of a worker compute shards, so the engine has a thread to itself.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
+        self._engine = self._thread.submit(self._start).result()
 
     def predict(
         self,
@@ -214,7 +218,7 @@ class VllmBackend:
         self._engine = None
         self._stop()
         log.warning("model %s: a new engine with %d tokens per step", self._model.name, self._batch_tokens)
-        self._engine = self._start()
+        self._engine = self._thread.submit(self._start).result()
 
     def _run(
         self, sequences: Sequence[np.ndarray], batch: Sequence[tuple[int, ContextWindow]], predictions: Predictions
@@ -223,7 +227,7 @@ class VllmBackend:
         next_ids = [sequences[index][window.end : window.end + 1] for index, window in batch]
         sampling = [self._sampling(next_id) for next_id in next_ids]
         started = time.perf_counter()
-        outputs = self._engine.generate(prompts, sampling, use_tqdm=False)
+        outputs = self._thread.submit(self._engine.generate, prompts, sampling, use_tqdm=False).result()
         predictions.forward_seconds += time.perf_counter() - started
         for (index, window), output in zip(batch, outputs, strict=True):
             ids, logprobs = self._entries(output, len(window))
