@@ -255,7 +255,7 @@ def assert_runs_agree(expected_run, run):
         for (before, expected), (after, found) in pairs:
             assert before["versions"]["backend"] == "transformers"
             assert after["versions"] | VERSIONS == after["versions"]
-            assert 0 < after["health"]["forward_seconds"] <= after["health"]["stage_seconds"]
+            assert after["health"]["forward_seconds"] > 0
             assert found.schema.equals(expected.schema, check_metadata=True)
             for name in ("doc_id", "segment", "token_ids", "byte_end"):
                 assert found[name].equals(expected[name])
@@ -264,6 +264,11 @@ def assert_runs_agree(expected_run, run):
                 np.testing.assert_allclose(other.logprobs, one.logprobs, atol=1e-2)  # rounded to float16
             bits = [manifest["health"]["bits_per_byte"]["total"] for manifest in (before, after)]
             assert bits[1] == pytest.approx(bits[0], abs=0.05)
+        # Shards overlap, and each has the part of the stage's time that passed since the one before it: compare the sums.
+        forward, stage = (
+            sum(after["health"][name] for _, (after, _) in pairs) for name in ("forward_seconds", "stage_seconds")
+        )
+        assert forward <= stage + 0.01  # both are rounded
 
 
 @pytest.fixture(scope="module")
