@@ -51,4 +51,5 @@ def retry(run: RunArgument = DEFAULT_RUN, config: ConfigNameOption = None) -> No
 
     store = Store(run)
     count = forget_failures(recorded_run(store, config), store)
-    console().print(f"{count} failed shards will be tried again by the next command")
+    shards = "shard" if count == 1 else "shards"
+    console().print(f"{count} failed {shards} will be tried again by the next command")
