@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests.chat_tokenizers import Chat, save_chat_tokenizer
-from tests.tiny_tokenizers import save_tokenizer
+from tests.tiny_tokenizers import Family, save_tokenizer
 
 Architecture = Literal[
     "llama", "gpt_neox", "mpt", "gemma2", "gemma3", "qwen2", "phi", "cohere", "granite", "opt", "gpt2"
@@ -58,7 +58,7 @@ def save_model(
     folder: Path,
     *,
     architecture: Architecture = "llama",
-    tokenizer_family: str = "spm-bpe",
+    tokenizer_family: Family = "spm-bpe",
     seed: int = 0,
     vocab_padding: int = 0,
     vocab_size: int = 400,

@@ -6,6 +6,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ import pyarrow as pa
 
 from stages.align.pairing import token_pairing
 from stages.align.stage import AlignStage
+from stages.align.transport.sinkhorn import SinkhornResult
 from stages.align.transport.sinkhorn import sinkhorn as solve
 from stages.contract import schemas
+from stages.contract.manifest import DataFile
 from stages.contract.store import Store
 from stages.models.tokenizer import SegmentTokenizer
 from tests.benchmarks import align_data, limits, memory, reference
@@ -46,7 +49,7 @@ def pairing_vs_python() -> list[Figure]:
             assert cost == found.cost
             assert path == _path(found)
             ours = cpu_seconds(ours_once, 25)
-            plain = cpu_seconds(lambda source=source: reference.pair(source, target))
+            plain = cpu_seconds(partial(reference.pair, source, target))
             say(
                 f"{name}: {len(source)} by {len(target)} tokens, same path of cost {cost}; {ours * 1e3:.2f} ms "
                 f"({ours / len(target) * 1e6:.2f} us per target token) against {plain:.2f} s"
@@ -109,7 +112,7 @@ def convergence() -> list[Figure]:
     ]
 
 
-def _solve(cost: np.ndarray, a: np.ndarray, b: np.ndarray):
+def _solve(cost: np.ndarray, a: np.ndarray, b: np.ndarray) -> SinkhornResult:
     return solve(cost, a, b, epsilon=EPSILON, tolerance=TOLERANCE, max_iterations=MAX_ITERATIONS)
 
 
@@ -198,7 +201,7 @@ def _stage_rate(preset: str) -> tuple[float, AlignStage]:
     return tokens[0] / seconds, made
 
 
-def align_shard(made: AlignStage, store: Store, number: int, pair) -> int:
+def align_shard(made: AlignStage, store: Store, number: int, pair: tuple[DataFile, DataFile]) -> int:
     """Read, align and write one shard; return its number of target tokens."""
     output = made.run({"target": align_data.read(pair[0]), "source": align_data.read(pair[1])})
     store.write_table(f"shard-{number}.parquet", output.table)
@@ -262,7 +265,8 @@ def bytes_per_token() -> list[Figure]:
     import duckdb
 
     figures = []
-    for preset, tail in (("paper", "renormalise"), ("semi-relaxed", "bucket")):
+    tails: dict[str, schemas.Tail] = {"paper": "renormalise", "semi-relaxed": "bucket"}
+    for preset, tail in tails.items():
         made = align_data.stage(preset)
         tables = [
             made.run({"target": align_data.read(pair[0]), "source": align_data.read(pair[1])}).table
@@ -272,7 +276,7 @@ def bytes_per_token() -> list[Figure]:
         with tempfile.TemporaryDirectory() as folder:
             data = Store(folder).write_table("shard.parquet", table)
             query = f"select count(*), sum(len(topk_ids)) from '{folder}/shard.parquet'"
-            rows, tokens = duckdb.sql(query).fetchall()[0]
+            (rows, tokens), *_ = duckdb.execute(query).fetchall()
         assert rows == table.num_rows
         say(f"{preset}: {data.num_bytes} bytes, {rows} rows, {tokens} tokens as DuckDB counts them")
         name = "bytes_per_token" if preset == "paper" else "bytes_per_token_semi_relaxed"

@@ -24,7 +24,7 @@ from tests.benchmarks.measure import say
 def results(run_url: str, text: str) -> dict[tuple[str, int], Mapping[str, Any]]:
     """Return the evaluations on a text: (configuration without its seed, seed) -> result."""
     store = Store(run_url)
-    found = {}
+    found: dict[tuple[str, int], Mapping[str, Any]] = {}
     for run in recorded_runs(store):
         parts = re.fullmatch(r"(.+)-seed(\d+)", run.config.name)
         step = run.steps.get(eval_key(FUSED, text))

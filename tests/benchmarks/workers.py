@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from stages.contract.manifest import DataFile
 from stages.contract.store import Store
 from stages.models.devices import peak_resident_bytes
 from tests.benchmarks import align_data
@@ -73,6 +74,7 @@ def _workers(count: int, folder: str) -> Iterator[list[subprocess.Popen]]:
 def _together(workers: list[subprocess.Popen]) -> float:
     started = time.perf_counter()
     for worker in workers:
+        assert worker.stdin is not None  # a pipe
         worker.stdin.write("go\n")
         worker.stdin.flush()
     for worker in workers:
@@ -81,6 +83,7 @@ def _together(workers: list[subprocess.Popen]) -> float:
 
 
 def _answer(worker: subprocess.Popen) -> None:
+    assert worker.stdout is not None  # a pipe
     if not worker.stdout.readline():
         raise RuntimeError(f"an align worker ended with {worker.wait()}; its error is above")
 
@@ -100,9 +103,9 @@ def _serve(folder: str) -> None:
 def _measure_memory(folder: str) -> None:
     """Print the peak memory after few and after many shards, in kilobytes, without the setup."""
     store = Store(folder)
-    inputs = []
-    for pair in align_data.shards():
-        target, source = map(align_data.read, pair)
+    inputs: list[tuple[DataFile, ...]] = []
+    for tables in align_data.shards():
+        target, source = map(align_data.read, tables)
         for row in range(min(target.num_rows, source.num_rows)):
             number = len(inputs)
             inputs.append(
