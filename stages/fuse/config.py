@@ -18,10 +18,11 @@ Half of it reads no faster and compresses worse; with twice as much a CPU decode
 class FuseConfig(Settings):
     """Settings for mixing the candidates at each position, and for packing segments into training blocks."""
 
-    function: Literal["min-ce", "avg-ce", "fitted"] = Field(
+    function: Literal["min-ce", "avg-ce", "fitted", "target"] = Field(
         "min-ce",
-        description="Take the candidate with the lowest cross-entropy on the gold text, weight all by exp(-CE), or "
-        "mix all candidates with weights fitted on the training text (the stage `fit`; needs align.tail = 'bucket').",
+        description="Take the candidate with the lowest cross-entropy on the gold text, weight all by exp(-CE), "
+        "mix all candidates with weights fitted on the training text (the stage `fit`; needs align.tail = 'bucket'), or "
+        "take the target's own distribution before training (self-distillation, a control: no source has any weight).",
     )
     per: Annotated[Literal["run", "kind"], ADDED] = Field(
         "run",

@@ -393,12 +393,15 @@ class FuseStage:
         if self.config.function == "fitted":
             assert shard.fitted is not None
             weights = fixed_weights(shard.fitted[row], present)
+        elif self.config.function == "target":
+            weights = fixed_weights(np.eye(len(candidates))[0], present)
         else:
             weights = candidate_weights(judged, present, function=self.config.function)
         top_k = self.config.top_k + shard.num_draws * len(candidates)
         mixture = mix(candidates, weights, top_k=top_k, renormalise=shard.tail == "renormalise")
         is_gold = self._gold_rows(shard, row) & (weights > 0)
-        is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token")
+        is_judged = self.config.function in ("min-ce", "avg-ce")
+        is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token") & is_judged
         chosen_by_gold = is_gold.any(axis=1) | is_choice
         mixed = mixed_gold_logprob(candidates, weights)
         return FusedSegment(candidates, next_ids, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)

@@ -10,6 +10,7 @@
 ``left-choose.jsonl``  documents of ``choose.jsonl`` of the kinds that are not in ``mixed.jsonl``
 ``left-report.jsonl``  documents of ``report.jsonl`` of the kinds that are not in ``mixed.jsonl``
 ``docs.jsonl``         beginnings of the topics of Python's documentation, which every Python installation carries
+``docs-whole.jsonl``   the same topics whole: four times as many tokens to train on
 =====================  ================================================================================================
 """
 
@@ -67,12 +68,12 @@ def excerpts(documents: list[Document], kind: str) -> list[Document]:
     return [Document(text, kind) for text in cut]
 
 
-def documentation() -> list[Document]:
-    """Return the beginning of each topic of Python's documentation, without repeated topics."""
+def documentation(max_characters: int | None) -> list[Document]:
+    """Return the topics of Python's documentation, or their beginnings, without repeated ones."""
     from pydoc_data.topics import topics
 
-    beginnings = dict.fromkeys(text[:TOPIC_CHARACTERS] for _, text in sorted(topics.items()))
-    return [Document(text, "documentation") for text in beginnings]
+    texts = dict.fromkeys(text[:max_characters] for _, text in sorted(topics.items()))
+    return [Document(text, "documentation") for text in texts]
 
 
 def _write(path: Path, documents: Iterable[Document]) -> None:
@@ -98,7 +99,8 @@ def main(folder: Path) -> None:
     _write(folder / "mixed.jsonl", [part for kind in trained_kinds for part in excerpts(documents, kind)])
     _write(folder / "left-choose.jsonl", [part for part in choose if part.kind not in trained_kinds])
     _write(folder / "left-report.jsonl", [part for part in report if part.kind not in trained_kinds])
-    _write(folder / "docs.jsonl", documentation())
+    _write(folder / "docs.jsonl", documentation(TOPIC_CHARACTERS))
+    _write(folder / "docs-whole.jsonl", documentation(None))
     say(f"kinds to train on in mixed.jsonl: {', '.join(trained_kinds)}")
 
 

@@ -358,6 +358,22 @@ def test_one_source_works_and_where_it_has_nothing_the_target_is_taken(inputs):
     assert output.health["missing_source_segments"] == 1
 
 
+@pytest.mark.parametrize("granularity", ["document", "token"])
+def test_self_distillation_takes_the_target_s_own_rows_whatever_the_sources_say(inputs, granularity):
+    stage = inputs.stage(packing="whole", max_length=64, function="target", granularity=granularity)
+    target = inputs.tables["logits/target"]
+    tail = "bucket" if "tail_mass" in inputs.tables["align/one"].schema.names else "renormalise"
+    for row, fused in enumerate(stage.fused_segments(inputs.tables, range(len(SEGMENTS)))):
+        assert (fused.chosen[:-1] == 0).all()
+        assert fused.chosen[-1] == -1, "the last position has no next token"
+        assert not fused.chosen_by_gold.any()
+        own = sparse_row(target, row)
+        for position in range(len(fused.chosen) - 1):
+            total = 1.0 if tail == "bucket" else sum(entries(own, position).values())
+            expected = {token: prob / total for token, prob in entries(own, position).items()}
+            assert entries(fused.mixture.rows, position) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("function", ["min-ce", "avg-ce"])
 def test_only_the_gold_token_is_learnt_where_no_source_has_a_distribution(inputs, function):
     own, none = (
