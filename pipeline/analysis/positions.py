@@ -22,7 +22,8 @@ from stages.contract.draws import draws_row, has_draws
 from stages.contract.roles import Role, has_roles
 from stages.contract.schemas import PAIRED_BY, has_conversations
 from stages.contract.store import Store
-from stages.fuse.stage import FuseStage, locate
+from stages.fuse.blocks import locate
+from stages.fuse.stage import FuseStage
 from stages.models.config import ModelConfig
 from stages.models.segment_text import segment_texts
 from stages.models.token_tables import TokenTables

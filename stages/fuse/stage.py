@@ -1,61 +1,39 @@
 """Fuse stage: one distribution per position from the target's and the sources', and the training blocks."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stages.contract.columns import (
     PAD_ID,
     SparseRows,
-    list_column,
     list_row,
     round_to_half,
-    rows_by_segment,
-    segment_keys,
-    sparse_columns,
     sparse_row,
 )
-from stages.contract.draws import SAMPLE_IDS, draws_row, has_draws, num_draws
 from stages.contract.manifest import Mean
 from stages.contract.roles import Role, has_roles, roles_of
-from stages.contract.schemas import PAIRED_BY, Tail, fused_schema, tail_of
+from stages.contract.schemas import fused_schema
 from stages.contract.stage import StageOutput
+from stages.fuse.blocks import SegmentColumns, block_table
 from stages.fuse.config import FuseConfig
-from stages.fuse.explanation import ExplainedCandidate, FusionExplanation, SegmentPosition
+from stages.fuse.explanation import ExplainedCandidate, FusionExplanation
 from stages.fuse.fit import fixed_weights
 from stages.fuse.health import HealthCounts
-from stages.fuse.mix import Candidate, Mixture, as_candidate, mix, mixed_gold_logprob, with_draws, without
+from stages.fuse.inputs import FuseInputs, read_inputs
+from stages.fuse.mix import Candidate, Mixture, mix, mixed_gold_logprob, without
 from stages.fuse.pack import Packing, pack
 from stages.fuse.weights import block_cross_entropy, candidate_weights, token_cross_entropy
-from stages.measures.cross_entropy import CrossEntropy, cross_entropy, first_common_byte, learnt_cross_entropy
+from stages.measures.cross_entropy import CrossEntropy, cross_entropy, learnt_cross_entropy
 from stages.measures.teacher import completed_nll, exact_nll
 from stages.models.config import ModelConfig
 from stages.models.token_tables import IN_MEMORY, TokenTables
 from stages.models.tokenizer import Vocabulary
 
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
-
-
-@dataclass(frozen=True)
-class _ShardInputs:
-    """Input tables, and the row of each segment in each of them: -1 if a source's table does not have it."""
-
-    target: pa.Table
-    logits: tuple[pa.Table, ...]
-    aligned: tuple[pa.Table, ...]
-    logits_rows: np.ndarray  # (S, sources)
-    aligned_rows: np.ndarray  # (S, sources)
-    tail: Tail
-    lengths: np.ndarray  # (S,) target tokens
-    doc_ids: np.ndarray  # (S,)
-    fitted: np.ndarray | None  # (S, 1 + sources) weights of the candidates, where they are fitted
-    num_draws: int  # m, the number of tokens drawn from the tail at each position; 0: rows are exact
-    has_draws: bool  # rows have draws, though a small vocabulary may have left none to draw
 
 
 @dataclass(frozen=True)
@@ -96,15 +74,6 @@ class FusedSegment:
     def chosen(self) -> np.ndarray:
         """Index of the candidate with the largest weight, (N,) int8; -1 where there is no fused distribution."""
         return np.where(self.present, self.weights.argmax(axis=1), -1).astype(np.int8)
-
-
-@dataclass(frozen=True)
-class _Output:
-    """Columns that are written for one segment."""
-
-    rows: SparseRows
-    tail_mass: np.ndarray
-    chosen: np.ndarray
 
 
 class GoldNll(NamedTuple):
@@ -159,7 +128,7 @@ class FuseStage:
             ValueError: the aligned tables disagree on their tail or on draws, or do not fit the target's positions; or
                 conversations are to be cut.
         """
-        shard = self._read(inputs)
+        shard = self._inputs(inputs)
         packing = self._pack(shard)
         health = HealthCounts(self.names, top_k=self.config.top_k, has_tail=shard.tail == "bucket")
         segments = []
@@ -177,11 +146,11 @@ class FuseStage:
             )
             rows = fused.mixture.rows
             rows = SparseRows(rows.ids, round_to_half(rows.logprobs))
-            segments.append(_Output(rows, round_to_half(fused.mixture.tail_mass), fused.chosen))
+            segments.append(SegmentColumns(rows, round_to_half(fused.mixture.tail_mass), fused.chosen))
         vocab_size = self._vocabularies[0].size
         schema = fused_schema(vocab_size, shard.tail, self.names, conversations=has_roles(shard.target))
         return StageOutput(
-            table=_table(shard, packing, segments, schema),
+            table=block_table(shard.target, packing, segments, schema),
             num_tokens=int(shard.lengths.sum()),
             health={
                 "segments": len(shard.lengths),
@@ -202,14 +171,14 @@ class FuseStage:
         Returns:
             The positions at which all candidates have a distribution, and none has all its mass on the gold token.
         """
-        shard = self._read(inputs)
+        shard = self._inputs(inputs)
         segment_nlls = [self._segment_gold_nll(shard, row) for row in range(len(shard.lengths))]
         counts = [len(segment_nll) for segment_nll in segment_nlls]
         nll = np.concatenate(segment_nlls) if segment_nlls else np.empty((0, len(self.names)), np.float32)
         return GoldNll(nll, np.repeat(shard.doc_ids, counts))
 
-    def _segment_gold_nll(self, shard: _ShardInputs, row: int) -> np.ndarray:
-        candidates = self._candidates(shard, row)
+    def _segment_gold_nll(self, shard: FuseInputs, row: int) -> np.ndarray:
+        candidates = shard.candidates(row)
         gold = list_row(shard.target, "token_ids", row)[1:].astype(np.int64)
         target_rows = candidates[0].rows
         target_probs = np.exp(target_rows.logprobs[:-1].astype(np.float64))
@@ -230,7 +199,7 @@ class FuseStage:
                 )
             )
         nll = np.stack(columns, axis=1).astype(np.float32)
-        is_gold = self._gold_rows(shard, row)[:-1].any(axis=1)
+        is_gold = shard.gold_rows(row)[:-1].any(axis=1)
         return nll[target_rows.present[:-1] & np.isfinite(nll).all(axis=1) & ~is_gold]
 
     def explain(self, inputs: Mapping[str, pa.Table], row: int, position: int) -> FusionExplanation:
@@ -244,7 +213,7 @@ class FuseStage:
         Raises:
             IndexError: the row or position does not exist.
         """
-        shard = self._read(inputs)
+        shard = self._inputs(inputs)
         if not 0 <= row < len(shard.lengths) or not 0 <= position < shard.lengths[row]:
             extent = f"{shard.lengths[row]} tokens" if 0 <= row < len(shard.lengths) else f"{len(shard.lengths)} rows"
             raise IndexError(f"no position {position} in row {row}: the shard has {extent} there")
@@ -257,16 +226,16 @@ class FuseStage:
             inputs: input tables of the whole shard, as for ``run``, since candidates are judged on documents or blocks of it.
             rows: rows of the target's logits table.
         """
-        shard = self._read(inputs)
+        shard = self._inputs(inputs)
         yield from self._fuse_rows(shard, self._pack(shard), rows)
 
     def explain_row(self, inputs: Mapping[str, pa.Table], row: int) -> list[FusionExplanation]:
         """Explain the fused distributions of a segment, position by position; see ``explain``."""
-        shard = self._read(inputs)
+        shard = self._inputs(inputs)
         fused = self._fuse_row(shard, row)
         return [self._explained(fused, position) for position in range(int(shard.lengths[row]))]
 
-    def _pack(self, shard: _ShardInputs) -> Packing:
+    def _pack(self, shard: FuseInputs) -> Packing:
         if self.config.packing == "cut" and has_roles(shard.target):
             raise ValueError(
                 "fuse.packing = 'cut' cuts segments at block boundaries, and these are conversations, which must stay "
@@ -274,10 +243,10 @@ class FuseStage:
             )
         return pack(shard.lengths, max_length=self.config.max_length, packing=self.config.packing)
 
-    def _fuse_row(self, shard: _ShardInputs, row: int) -> FusedSegment:
+    def _fuse_row(self, shard: FuseInputs, row: int) -> FusedSegment:
         return next(self._fuse_rows(shard, self._pack(shard), [row]))
 
-    def _fuse_rows(self, shard: _ShardInputs, packing: Packing, rows: Iterable[int]) -> Iterator[FusedSegment]:
+    def _fuse_rows(self, shard: FuseInputs, packing: Packing, rows: Iterable[int]) -> Iterator[FusedSegment]:
         piece_ce = self._piece_cross_entropy(shard, packing)
         return (self._fuse_segment(shard, row, packing, piece_ce) for row in rows)
 
@@ -303,54 +272,17 @@ class FuseStage:
             tail_mass=float(fused.mixture.tail_mass[position]),
         )
 
-    def _read(self, inputs: Mapping[str, pa.Table]) -> _ShardInputs:
-        target = inputs[f"logits/{self.target.name}"]
-        logits = tuple(inputs[f"logits/{source.name}"] for source in self.sources)
-        aligned = tuple(inputs[f"align/{source.name}"] for source in self.sources)
-        tails = {source.name: tail_of(table.schema) for source, table in zip(self.sources, aligned, strict=True)}
-        if len(set(tails.values())) > 1:
-            raise ValueError(f"the sources' aligned tables have different tails: {tails}; align them with one `tail`")
-        draws = {key: name in table.schema.names for key, name, table in self._sampled_columns(inputs)}
-        if len(set(draws.values())) > 1:
-            sampled, exact = ([key for key in draws if draws[key] is wanted] for wanted in (True, False))
-            raise ValueError(
-                f"{', '.join(sampled)} have draws from the tail, {', '.join(exact)} have none: they were computed from "
-                "different logits, run `make align`"
-            )
-        doc_ids = target["doc_id"].to_numpy()
-        return _ShardInputs(
-            target=target,
-            logits=logits,
-            aligned=aligned,
-            logits_rows=_rows_of(target, logits),
-            aligned_rows=_rows_of(target, aligned),
-            tail=next(iter(tails.values()), "renormalise"),
-            lengths=pc.list_value_length(target["token_ids"]).to_numpy().astype(np.int64),
-            doc_ids=doc_ids,
-            fitted=_weights_of(doc_ids, inputs["fit"], inputs.get("kinds")) if "fit" in inputs else None,
-            num_draws=max(num_draws(table) for table in (target, *logits)),
-            has_draws=has_draws(target),
-        )
+    def _inputs(self, inputs: Mapping[str, pa.Table]) -> FuseInputs:
+        return read_inputs(inputs, self.target.name, [source.name for source in self.sources])
 
-    def _sampled_columns(self, inputs: Mapping[str, pa.Table]) -> list[tuple[str, str, pa.Table]]:
-        """Return each input table's name, the column that it has where there are draws, and the table."""
-        return [
-            (key, column, inputs[key])
-            for stage, column, models in (
-                ("logits", SAMPLE_IDS, (self.target, *self.sources)),
-                ("align", "completed_logprob", self.sources),
-            )
-            for key in (f"{stage}/{model.name}" for model in models)
-        ]
-
-    def _piece_cross_entropy(self, shard: _ShardInputs, packing: Packing) -> np.ndarray:
+    def _piece_cross_entropy(self, shard: FuseInputs, packing: Packing) -> np.ndarray:
         """Compute the models' cross-entropy, in the configured unit and span, at each piece, (P, C).
 
         Unknown values are NaN.
         """
         if self.config.granularity == "token":  # judged at each position from the candidates themselves
             return np.full((len(packing.segment), len(self.names)), np.nan)
-        first_byte = _first_bytes(shard)
+        first_byte = shard.first_bytes()
         values = np.stack(
             [self._segment_values(shard, column, first_byte) for column in range(len(self.names))], axis=1
         )
@@ -358,7 +290,7 @@ class FuseStage:
             return block_cross_entropy(values, packing.segment, packing.block)[packing.block]
         return values[packing.segment]
 
-    def _segment_values(self, shard: _ShardInputs, column: int, first_byte: np.ndarray) -> np.ndarray:
+    def _segment_values(self, shard: FuseInputs, column: int, first_byte: np.ndarray) -> np.ndarray:
         """Compute one model's cross-entropy, in the configured unit, per segment or whole document, (S,)."""
         table = shard.target if column == 0 else shard.logits[column - 1]
         rows = np.arange(len(shard.lengths)) if column == 0 else shard.logits_rows[:, column - 1]
@@ -375,13 +307,13 @@ class FuseStage:
         per_byte = self.config.unit == "bits-per-byte"
         return np.array([value.bits_per_byte if per_byte else value.nats_per_token for value in values], np.float64)
 
-    def _fuse_segment(self, shard: _ShardInputs, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
+    def _fuse_segment(self, shard: FuseInputs, row: int, packing: Packing, piece_ce: np.ndarray) -> FusedSegment:
         length = int(shard.lengths[row])
         next_ids = np.append(list_row(shard.target, "token_ids", row)[1:].astype(np.int64), PAD_ID)[:length]
-        gold = np.where(_has_label(shard.target, row), next_ids, PAD_ID)
+        gold = np.where(shard.has_label(row), next_ids, PAD_ID)
         pieces = packing.pieces_of(row)
         short_context = self._short_context(packing, pieces, length) & (gold != PAD_ID)
-        candidates = tuple(without(candidate, short_context) for candidate in self._candidates(shard, row))
+        candidates = tuple(without(candidate, short_context) for candidate in shard.candidates(row))
         if self.config.uncovered == "none":
             is_covered = np.any([candidate.rows.present for candidate in candidates[1:]], axis=0)
             candidates = (without(candidates[0], ~is_covered), *candidates[1:])
@@ -390,137 +322,29 @@ class FuseStage:
         else:
             judged = np.repeat(piece_ce[pieces], packing.length[pieces], axis=0)
         present = np.stack([candidate.rows.present for candidate in candidates], axis=1)
-        if self.config.function == "fitted":
-            assert shard.fitted is not None
-            weights = fixed_weights(shard.fitted[row], present)
-        elif self.config.function == "target":
-            weights = fixed_weights(np.eye(len(candidates))[0], present)
-        else:
-            weights = candidate_weights(judged, present, function=self.config.function)
+        weights = self._weights(shard, row, judged, present)
         top_k = self.config.top_k + shard.num_draws * len(candidates)
         mixture = mix(candidates, weights, top_k=top_k, renormalise=shard.tail == "renormalise")
-        is_gold = self._gold_rows(shard, row) & (weights > 0)
+        is_gold = shard.gold_rows(row) & (weights > 0)
         is_judged = self.config.function in ("min-ce", "avg-ce")
         is_choice = (present.sum(axis=1) > 1) & (self.config.granularity == "token") & is_judged
         chosen_by_gold = is_gold.any(axis=1) | is_choice
         mixed = mixed_gold_logprob(candidates, weights)
         return FusedSegment(candidates, next_ids, gold, judged, weights, mixture, chosen_by_gold, short_context, mixed)
 
-    def _gold_rows(self, shard: _ShardInputs, row: int) -> np.ndarray:
-        """Find where a candidate has all its mass on the gold next token (``inexact = "gold"``), (N, C) bool."""
-        is_gold = np.zeros((int(shard.lengths[row]), len(self.names)), bool)
-        for column, (table, aligned_row) in enumerate(zip(shard.aligned, shard.aligned_rows[row], strict=True), 1):
-            if aligned_row >= 0:
-                is_gold[:, column] = list_row(table, "outcome", int(aligned_row)) == PAIRED_BY.index("gold")
-        return is_gold
+    def _weights(self, shard: FuseInputs, row: int, judged: np.ndarray, present: np.ndarray) -> np.ndarray:
+        """Compute the candidates' weights at each position of a segment, (N, C)."""
+        if self.config.function == "fitted":
+            assert shard.fitted is not None
+            return fixed_weights(shard.fitted[row], present)
+        if self.config.function == "target":
+            return fixed_weights(np.eye(len(self.names))[0], present)
+        return candidate_weights(judged, present, function=self.config.function)
 
     def _short_context(self, packing: Packing, pieces: np.ndarray, length: int) -> np.ndarray:
         """Mark positions of a segment that begin a block inside it, nearer to the cut than ``min_context``, (N,) bool."""
         offset = np.repeat(packing.offset[pieces], packing.length[pieces])
         return (offset > 0) & (np.arange(length) - offset < self.config.min_context)
-
-    def _candidates(self, shard: _ShardInputs, row: int) -> tuple[Candidate, ...]:
-        """Return the target's own rows and each source's aligned ones; none where no gold token is trained on."""
-        length = int(shard.lengths[row])
-        has_none = ~_has_label(shard.target, row)
-        rows, own_gold = sparse_row(shard.target, row), None
-        if shard.has_draws:
-            rows = with_draws(rows, draws_row(shard.target, row))
-            own_gold = list_row(shard.target, "gold_logprob", row)
-        target_candidate = replace(as_candidate(rows, renormalise=shard.tail == "renormalise"), gold_logprob=own_gold)
-        candidates = [without(target_candidate, has_none)]
-        for source, table, aligned_row in zip(self.sources, shard.aligned, shard.aligned_rows[row], strict=True):
-            if aligned_row < 0:
-                candidates.append(without(target_candidate, np.ones(length, bool)))
-                continue
-            rows = sparse_row(table, int(aligned_row))
-            if len(rows) != length:
-                raise ValueError(
-                    f"align/{source.name} has {len(rows)} positions for document {shard.doc_ids[row]}, row {row}; the "
-                    f"target has {length} tokens there: the two were computed from different logits, run `make align`"
-                )
-            tail_mass = (
-                list_row(table, "tail_mass", int(aligned_row)).astype(np.float64)
-                if shard.tail == "bucket"
-                else np.zeros(length)
-            )
-            completed = list_row(table, "completed_logprob", int(aligned_row)) if shard.has_draws else None
-            candidates.append(without(Candidate(rows, tail_mass, completed), has_none))
-        return tuple(candidates)
-
-
-def locate(fused: pa.Table, block: int, position: int) -> SegmentPosition:
-    """Find the segment, and the position in it, of a position of a training block.
-
-    Args:
-        fused: the shard's fuse table.
-        block: the block's row.
-        position: position in the block.
-
-    Raises:
-        IndexError: the shard has no such block, or the block no such position.
-    """
-    if not 0 <= block < fused.num_rows:
-        raise IndexError(f"no block {block}: the shard has {fused.num_rows} blocks, from 0")
-    length = len(fused["token_ids"][block])
-    if not 0 <= position < length:
-        raise IndexError(f"no position {position}: block {block} has {length} tokens, from 0")
-    start = list_row(fused, "piece_start", block)
-    piece = int(np.searchsorted(start, position, side="right")) - 1
-    return SegmentPosition(
-        doc_id=int(list_row(fused, "piece_doc_id", block)[piece]),
-        segment=int(list_row(fused, "piece_segment", block)[piece]),
-        position=int(list_row(fused, "piece_offset", block)[piece] + position - start[piece]),
-    )
-
-
-def _weights_of(doc_ids: np.ndarray, fit: pa.Table, kinds: pa.Table | None) -> np.ndarray:
-    """Return the fitted weights of each segment's document, (S, C): its kind's, or the whole text's if it has none."""
-    weights = dict(zip(fit["kind"].to_pylist(), fit["weights"].to_pylist(), strict=True))
-    kind_of = {} if kinds is None else dict(zip(kinds["doc_id"].to_pylist(), kinds["kind"].to_pylist(), strict=True))
-    segment_weights = [weights.get(kind_of.get(doc_id), weights[None]) for doc_id in doc_ids.tolist()]
-    return np.array(segment_weights, np.float64).reshape(len(doc_ids), len(weights[None]))
-
-
-def _rows_of(target: pa.Table, others: tuple[pa.Table, ...]) -> np.ndarray:
-    """Find each target row's row in the other tables by (doc_id, segment), (S, others); -1 if there is none."""
-    other_rows = np.full((target.num_rows, len(others)), -1, np.int64)
-    keys = segment_keys(target)
-    for column, table in enumerate(others):
-        rows = rows_by_segment(table)
-        other_rows[:, column] = [rows.get(key, -1) for key in keys]
-    return other_rows
-
-
-def _first_bytes(shard: _ShardInputs) -> np.ndarray:
-    """Return the byte of each segment from which all models that have it predict, (S,).
-
-    Models are judged on the same bytes.
-    """
-    tables = (shard.target, *shard.logits)
-    rows = np.column_stack([np.arange(len(shard.lengths)), shard.logits_rows])
-    return np.array(
-        [
-            first_common_byte(
-                [
-                    list_row(table, "byte_end", int(row))
-                    for table, row in zip(tables, segment_rows, strict=True)
-                    if row >= 0
-                ]
-            )
-            for segment_rows in rows
-        ],
-        np.int64,
-    )
-
-
-def _has_label(table: pa.Table, row: int) -> np.ndarray:
-    """Return whether each position's next token is trained on, (N,) bool.
-
-    In plain text only the last position's is not.
-    """
-    is_trained = roles_of(table, row, prefix_id=None, eos_id=None).is_trained
-    return np.append(is_trained[1:], False)[: len(is_trained)]
 
 
 def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray, *, first_byte: int) -> CrossEntropy:
@@ -544,65 +368,3 @@ def _segment_cross_entropy(table: pa.Table, row: int, is_special: np.ndarray, *,
 def _as_text(rows: SparseRows, position: int, vocabulary: Vocabulary) -> tuple[tuple[str, float], ...]:
     pairs = zip(rows.ids[position].tolist(), np.exp(rows.logprobs[position]).tolist(), strict=True)
     return tuple((vocabulary.text(token_id), prob) for token_id, prob in pairs if token_id != PAD_ID)
-
-
-def _table(shard: _ShardInputs, packing: Packing, segments: list[_Output], schema: pa.Schema) -> pa.Table:
-    """Build the table of blocks: tokens, pieces, and the fused distributions."""
-    borders = np.flatnonzero(packing.start == 0)[1:]
-
-    def pieces(values: np.ndarray) -> list[np.ndarray]:
-        return np.split(values, borders) if packing.num_blocks else []
-
-    block_starts = np.append(0, np.cumsum(packing.length))[np.append(np.flatnonzero(packing.start == 0), -1)]
-
-    def blocks(flat: np.ndarray) -> list[np.ndarray]:
-        return [flat[start:end] for start, end in itertools.pairwise(block_starts)]
-
-    tokens = packing.tokens(shard.lengths)
-    ids, logprobs = (
-        column[tokens] for column in _stack_rows([segment.rows for segment in segments], int(packing.length.sum()))
-    )
-    sparse = [
-        SparseRows(block_ids, block_logprobs)
-        for block_ids, block_logprobs in zip(blocks(ids), blocks(logprobs), strict=True)
-    ]
-    token_ids = pc.list_flatten(shard.target["token_ids"]).to_numpy()[tokens]
-    segment_ids = shard.target["segment"].to_numpy()
-    columns = {
-        "block": pa.array(np.arange(packing.num_blocks), pa.int32()),
-        "token_ids": list_column(blocks(token_ids), schema.field("token_ids").type.value_type),
-        "piece_start": list_column(pieces(packing.start), pa.int32()),
-        "piece_doc_id": list_column(pieces(shard.doc_ids[packing.segment]), pa.int64()),
-        "piece_segment": list_column(pieces(segment_ids[packing.segment]), pa.int32()),
-        "piece_offset": list_column(pieces(packing.offset), pa.int32()),
-        "chosen": list_column(
-            blocks(_concatenate([segment.chosen for segment in segments], np.int8)[tokens]), pa.int8()
-        ),
-    }
-    columns["topk_ids"], columns["topk_logprobs"] = sparse_columns(
-        sparse, schema.field("topk_ids").type.value_type.value_type
-    )
-    if has_roles(shard.target):
-        is_trained = pc.list_flatten(shard.target["is_trained"]).to_numpy(zero_copy_only=False)[tokens]
-        columns["is_trained"] = list_column(blocks(is_trained), pa.bool_())
-    if shard.tail == "bucket":
-        tail = _concatenate([segment.tail_mass for segment in segments], np.float32)[tokens]
-        columns["tail_mass"] = list_column(blocks(tail), pa.float32())
-    return pa.table([columns[name] for name in schema.names], schema=schema)
-
-
-def _stack_rows(segments: list[SparseRows], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stack the rows of all segments, padded to the widest."""
-    width = max((segment.ids.shape[1] for segment in segments), default=0)
-    ids = np.full((num_rows, width), PAD_ID, np.int32)
-    logprobs = np.full((num_rows, width), -np.inf, np.float32)
-    end = 0
-    for segment in segments:
-        start, end = end, end + len(segment)
-        ids[start:end, : segment.ids.shape[1]] = segment.ids
-        logprobs[start:end, : segment.ids.shape[1]] = segment.logprobs
-    return ids, logprobs
-
-
-def _concatenate(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate(arrays) if arrays else np.empty(0, dtype)

@@ -10,7 +10,7 @@ import pytest
 from stages.contract.columns import find_row, list_column, list_row, sparse_row
 from stages.contract.roles import Role
 from stages.contract.schemas import fused_schema
-from stages.fuse.stage import locate
+from stages.fuse.blocks import locate
 from stages.models.tokenizer import SegmentTokenizer
 from tests.stages.fuse.test_stage import SEGMENTS, Inputs, make_inputs
 

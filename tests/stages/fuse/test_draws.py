@@ -10,7 +10,7 @@ import pytest
 from stages.contract.columns import PAD_ID, ids_column, list_column, list_row, sparse_row
 from stages.contract.draws import add_draws, draws_row, without_draws
 from stages.contract.schemas import aligned_schema, logits_schema
-from stages.fuse.stage import locate
+from stages.fuse.blocks import locate
 from stages.fuse.weights import candidate_weights
 from stages.measures.teacher import completed_nll
 from stages.models.tokenizer import SegmentTokenizer

@@ -10,8 +10,9 @@ import pytest
 
 from stages.contract.columns import PAD_ID, SparseRows, find_row, list_column, list_row, sparse_columns, sparse_row
 from stages.contract.schemas import PAIRED_BY, aligned_schema, fused_schema, id_type, logits_schema
+from stages.fuse.blocks import locate
 from stages.fuse.config import FuseConfig
-from stages.fuse.stage import FuseStage, locate
+from stages.fuse.stage import FuseStage
 from stages.measures.cross_entropy import CrossEntropy, cross_entropy
 from stages.measures.teacher import TEACHER_FLOOR
 from stages.models.config import ModelConfig
