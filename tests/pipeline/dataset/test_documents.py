@@ -281,7 +281,7 @@ def test_nulls_in_parquet_stay_null(tmp_path: Path) -> None:
     assert _texts(_read_all(DatasetConfig(path=str(tmp_path / "a.parquet")), 2)) == ["x", None, "y"]
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(found=st.lists(texts, min_size=1, max_size=12), per_shard=st.integers(1, 13), escape=st.booleans())
 def test_any_text_is_read_back_for_every_number_of_shards(
     found: list[str], per_shard: int, escape: bool, tmp_path: Path

@@ -101,7 +101,7 @@ def test_the_tail_is_shared_out_where_the_target_leaves_next_to_nothing() -> Non
     np.testing.assert_allclose(found, [0.85, *rest.tolist()], rtol=1e-6)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.one_of(st.none(), st.lists(st.integers(0, 2), max_size=5)), max_size=12))
 def test_every_context_begins_its_sequence_and_no_sequence_another(contexts: list[list[int] | None]) -> None:
     found = cover([None if ids is None else np.array(ids, np.int32) for ids in contexts])

@@ -207,7 +207,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(tree=trees())
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_tree_keeps_what_is_named_or_young_and_loses_the_rest(root: Path, tree: list) -> None:
     shutil.rmtree(root, ignore_errors=True)
     stays, goes = set(), set()

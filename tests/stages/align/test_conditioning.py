@@ -112,7 +112,7 @@ words = st.lists(st.text("abc", min_size=1, max_size=5).map(str.encode), min_siz
 
 
 @given(words, words, st.text("abc", min_size=1, max_size=3).map(str.encode), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_are_the_conditional_of_a_language_model_over_bytes(source_words, target_words, seen, data):
     """Brute force over the strings that the source can write, whatever the two vocabularies."""
     weights = data.draw(st.lists(st.floats(0.1, 1), min_size=len(source_words), max_size=len(source_words)))
@@ -143,7 +143,7 @@ def test_rows_are_the_conditional_of_a_language_model_over_bytes(source_words, t
 
 
 @given(words, st.text("abc", min_size=1, max_size=2).map(str.encode), st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_rows_are_the_whole_conditional_where_the_target_has_every_rest(source_words, seen, data):
     weights = data.draw(st.lists(st.floats(0.1, 1), min_size=len(source_words), max_size=len(source_words)))
     expected = {word: weight / sum(weights) for word, weight in zip(source_words, weights, strict=True)}

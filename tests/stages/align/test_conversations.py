@@ -395,7 +395,7 @@ def _framed(draw: st.DrawFn, contents: list[str]) -> Framed:
     return Framed(np.array(ends, np.int32), np.array(roles, np.uint8), list(texts), np.array(numbers))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(conversations())
 def test_a_paired_position_has_read_bytes_of_the_same_message(both):
     source, target = both

@@ -108,7 +108,7 @@ def test_few_pairs_at_a_time_give_the_same(monkeypatch):
 
 
 @given(hnp.arrays(np.float64, (3, 4, 5), elements=st.floats(0, 1)), st.sampled_from(["argmax", "plan"]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_what_lands_adds_up_to_the_projected_mass(plan, projection):
     landed = landed_mass(plan, projection)
     np.testing.assert_allclose(landed.sum(axis=1), column_mass(plan, projection), atol=1e-12)

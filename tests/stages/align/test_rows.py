@@ -27,7 +27,7 @@ def test_no_rows_and_rows_of_pads_stay():
     assert ids.tolist() == [[-1, -1]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=12), st.floats(0.01, 1), st.integers(1, 12))
 def test_the_prefix_holds_p_and_no_shorter_one_does(weights, top_p, top_k):
     probs = np.sort(np.array(weights, float))[::-1] / (sum(weights) * 1.25)

@@ -247,7 +247,7 @@ def test_exact_contexts_read_the_same_through_normalisers(align, tokenizers, fam
 PAIRS = [(a, b) for a, b in itertools.product((*FAMILIES, "coarse"), repeat=2) if a != b]
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(text=texts, pair=st.sampled_from(PAIRS), is_last=st.booleans())
 def test_both_pairings_are_right_on_any_text(text, pair, is_last, tokenizers, sides):
     target, source = (tokenizers[name].encode(text, is_last=is_last) for name in pair)

@@ -87,7 +87,7 @@ row = st.dictionaries(st.integers(0, 12), st.floats(0.01, 1), max_size=6).map(
     st.booleans(),
     st.integers(0, 2**31),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_mixture_agrees_with_brute_force(positions, top_k, renormalise, seed):
     present = np.array([[bool(entries) for entries in position] for position in positions])
     weights = np.random.default_rng(seed).random(present.shape) * present

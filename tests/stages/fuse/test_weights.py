@@ -56,7 +56,7 @@ def test_shapes_that_differ_are_refused():
     hnp.arrays(bool, (5, 3)),
     st.sampled_from(["min-ce", "avg-ce"]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_weights_sum_to_one_exactly_where_a_candidate_is_present(ce, present, function):
     weights = candidate_weights(ce, present, function=function)
     assert (weights >= 0).all()
@@ -100,7 +100,7 @@ def test_tied_candidates_share_a_win():
     hnp.arrays(np.float64, (5, 3), elements=st.sampled_from([0.0, 1.0, 2.5]) | st.floats(0, 2000) | st.just(np.nan)),
     hnp.arrays(bool, (5, 3)),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_chosen_candidate_is_among_the_winners(ce, present):
     shares, weights = win_shares(ce, present), candidate_weights(ce, present, function="min-ce")
     np.testing.assert_allclose(shares.sum(axis=1), present.any(axis=1))

@@ -18,7 +18,7 @@ from stages.models.tokenizer import BOS_TEXT, EOS_TEXT, Encoding, SegmentTokeniz
 from tests.texts import texts
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
 
-EXAMPLES = settings(max_examples=150, deadline=None)
+EXAMPLES = settings(max_examples=150)
 
 
 @pytest.fixture(scope="module")

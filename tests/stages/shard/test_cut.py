@@ -88,7 +88,7 @@ def by_words(text: str) -> np.ndarray:
     return np.array(ends, np.int32)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(parts=st.lists(texts, min_size=1, max_size=6), max_length=st.integers(10, 40))
 def test_segments_concatenate_to_the_document_and_fit_every_tokenizer(
     parts: list[str], max_length: int, tokenizers: dict[str, SegmentTokenizer]
@@ -106,7 +106,7 @@ def test_segments_concatenate_to_the_document_and_fit_every_tokenizer(
         assert sum(found) == count + len(segments) * (tokenizer.vocabulary.eos_id is not None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(parts=st.lists(texts, min_size=1, max_size=8), max_length=st.integers(6, 40), family=st.sampled_from(FAMILIES))
 def test_cuts_are_those_of_the_rule_in_few_words(
     parts: list[str], max_length: int, family: str, tokenizers: dict[str, SegmentTokenizer]
@@ -125,7 +125,7 @@ def test_cuts_are_those_of_the_rule_in_few_words(
     assert outcomes[0] == outcomes[1]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(parts=st.lists(texts, min_size=1, max_size=8), max_length=st.integers(8, 30))
 def test_byte_tokenizers_cut_every_document(
     parts: list[str], max_length: int, tokenizers: dict[str, SegmentTokenizer]

@@ -37,7 +37,7 @@ def indices(batch: StepBatch) -> list[int]:
     return [int(ids[0]) for part in batch.micro_batches if part.num_tokens for ids in part.ids]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     size=st.integers(1, 5),
     micro=st.integers(1, 3),

@@ -18,7 +18,7 @@ from train.objective.divergence import SparseTargets, asks_for_rest, fusion_loss
     with_tail=st.booleans(),
     divergence=st.sampled_from(["forward-kl", "reverse-kl"]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_losses_are_their_definition_and_least_at_the_fused_distribution(
     seed, width, temperature, with_tail, divergence
 ):

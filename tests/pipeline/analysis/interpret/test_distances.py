@@ -69,7 +69,7 @@ def test_positions_without_a_distribution_have_no_distance():
 
 
 @given(st.lists(distributions, min_size=1, max_size=4), st.lists(distributions, min_size=4, max_size=4))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_figures_are_those_of_the_definition(first, second):
     found, other = spread(sparse(*first), SPACE), spread(sparse(*second[: len(first)]), SPACE)
     for row, (probs, others) in enumerate(zip(first, second, strict=False)):
@@ -80,7 +80,7 @@ def test_figures_are_those_of_the_definition(first, second):
 
 
 @given(distributions, st.permutations(range(WIDTH)), st.floats(0.1, 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_order_and_tail_of_a_row_do_not_matter(probs, order, scale):
     rows = sparse(probs)
     shuffled = SparseRows(rows.ids[:, order], rows.logprobs[:, order] + np.float32(math.log(scale)))
@@ -90,7 +90,7 @@ def test_order_and_tail_of_a_row_do_not_matter(probs, order, scale):
 
 
 @given(distributions, distributions)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_distances_stay_in_their_range(first, second):
     found, other = spread(sparse(first), SPACE), spread(sparse(second), SPACE)
     assert -1e-6 <= found.inner[0] <= 1 + 1e-6

@@ -15,7 +15,7 @@ def test_shards_are_drawn_by_seed_and_a_larger_sample_holds_the_smaller():
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 50)), max_size=20), st.integers(1, 200), st.integers(0, 3))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rows_are_those_of_whole_documents_until_there_are_enough(rows, max_positions, seed):
     doc_ids, sizes = (np.array([row[part] for row in rows], np.int64) for part in (0, 1))
     chosen = choose_rows(doc_ids, sizes, max_positions=max_positions, seed=seed)

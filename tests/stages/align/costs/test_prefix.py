@@ -80,7 +80,7 @@ def test_pads_cost_nothing():
 words = st.lists(st.text("ab ç", min_size=1, max_size=6).map(str.encode), min_size=1, max_size=8, unique=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(words, words, st.data())
 def test_prefix_costs_equal_their_definition(source_words, target_words, data):
     source, target = vocabulary(*source_words), vocabulary(*target_words)

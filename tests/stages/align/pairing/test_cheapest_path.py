@@ -68,7 +68,7 @@ def ends(draw, length):
     return {"even": np.arange(length), "at once": np.zeros(length, int), "late": np.arange(length) // length * 9}[kind]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_path_and_cost_are_those_of_the_full_recursion(data):
     distances, source_index, target_index = data.draw(grids(longest=12))
@@ -81,7 +81,7 @@ def test_path_and_cost_are_those_of_the_full_recursion(data):
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_path_and_cost_are_those_of_the_full_recursion_beyond_the_corridor(data):
     distances, source_index, target_index = data.draw(grids(longest=130))

@@ -59,7 +59,7 @@ def spans(path, num_target) -> list[tuple[int, int]]:
     return [(min(k for k, at in path if at == j), max(k for k, at in path if at == j) + 1) for j in range(num_target)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(WORDS, WORDS)
 def test_edit_distance_pairing_equals_the_best_of_all_paths(source, target):
     pairing = pair(source, target)
@@ -68,7 +68,7 @@ def test_edit_distance_pairing_equals_the_best_of_all_paths(source, target):
     assert list(zip(pairing.start.tolist(), pairing.end.tolist(), strict=True)) == spans(path, len(target))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.text("abc", max_size=3), min_size=1, max_size=30),
     st.lists(st.text("abc", max_size=3), min_size=1, max_size=30),
@@ -123,7 +123,7 @@ def test_long_tokens_pair_by_their_whole_text():
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_boundary_pairing_takes_the_last_text_position_that_ends_there(seed):
     rng = np.random.default_rng(seed)
     length = int(rng.integers(1, 20))

@@ -107,7 +107,7 @@ tokens = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tokens, tokens, st.integers(0, 2**32 - 1))
 def test_nearest_equals_a_loop_over_the_vocabulary(source_tokens, target_tokens, seed):
     source = vocabulary(b"<eos>", *source_tokens)

@@ -58,7 +58,7 @@ def test_nothing_to_keep_is_no_distribution():
     assert np.isfinite(found.probs).all()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_the_kept_entries_equal_those_of_a_sort(m, top_k, seed):
     rng = np.random.default_rng(seed)

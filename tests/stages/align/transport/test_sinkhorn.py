@@ -160,7 +160,7 @@ def test_the_iteration_limit_is_kept_and_reported():
     assert (found.marginal_error[~found.converged] > 1e-12).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1), st.sampled_from([1 / 30, 0.2, 2.0]))
 def test_plans_are_non_negative_and_conserve_mass(n, m, seed, epsilon):
     rng = np.random.default_rng(seed)

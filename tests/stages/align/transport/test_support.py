@@ -68,7 +68,7 @@ def test_of_equal_tokens_the_preferred_one_is_found():
     st.lists(st.binary(min_size=1, max_size=4), min_size=1, max_size=20),
     st.lists(st.binary(min_size=1, max_size=5), min_size=1, max_size=20),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_no_longer_prefix_is_missed(target_tokens, source_tokens):
     source = vocabulary(*source_tokens)
     for token, found in zip(source_tokens, mapped(source, vocabulary(*target_tokens)), strict=True):

@@ -75,7 +75,7 @@ def test_draws_are_the_inverse_of_the_cumulated_mass_across_block_borders():
     assert drawn(mass, uniforms)[0].tolist() == [last, last, first, first, end, end, end, end]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     mass=arrays.arrays(
         np.float32,

@@ -130,7 +130,7 @@ def test_ids_are_those_of_transformers_and_every_token_has_its_place(
         assert np.array_equal(one, other)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(turns=st.lists(contents, min_size=1, max_size=6), system=st.one_of(st.none(), contents), data=st.data())
 def test_positions_that_two_models_share_have_read_the_same(
     folders: dict[Chat, Path], turns: list[str], system: str | None, data: st.DataObject
@@ -172,7 +172,7 @@ def unusual(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [save_chat_tokenizer(chat, tmp_path_factory.mktemp(chat), family=family) for chat, family in UNUSUAL]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     turns=st.lists(contents, min_size=1, max_size=5),
     system=st.one_of(st.none(), contents),
