@@ -1,14 +1,14 @@
 """Plot of docs/study.md: the effect of fusing on each kind of text that is not in the training text.
 
-``python -m tests.benchmarks.study_plot RUN TEXT BASELINE VARIANT OUT.svg``: paired differences of the cells whose
-configurations are called BASELINE-seedN and VARIANT-seedN, over all seeds that both have.
+``python -m tests.benchmarks.study_plot RUN TEXT OUT.svg BASELINE VARIANT=LABEL ...``: paired differences of the cells whose
+configurations are called VARIANT-seedN and BASELINE-seedN, over all seeds that both have; one bar per variant and kind.
 """
 
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from pipeline.run.stage_table import FUSED, eval_key
 from stages.contract.store import Store
 from stages.measures.standard_error import weighted_mean
 from tests.benchmarks.measure import say
+
+COLORS: Final = ("#2a78b8", "#b8b2a8", "#c2542d")
+"""Of the variants, in their order."""
 
 
 def results(run_url: str, text: str) -> dict[tuple[str, int], Mapping[str, Any]]:
@@ -56,36 +59,64 @@ def differences(
     return by_kind, len(seeds)
 
 
-def draw(by_kind: Mapping[str, tuple[float, float]], title: str, out: Path) -> None:
-    """Draw one bar per kind, with the largest gain at the top."""
+def draw(bars: Mapping[str, Mapping[str, tuple[float, float]]], title: str, out: Path) -> None:
+    """Draw a group of bars per kind, with the largest gain of the first label at the top.
+
+    Args:
+        bars: label -> kind -> difference and its standard error.
+        title: of the plot.
+        out: file to write, SVG.
+    """
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "study"  # the same file for the same figures
-    order = sorted(by_kind, key=lambda kind: -by_kind[kind][0])
-    figure = Figure(figsize=(7, 0.28 * len(order) + 1), layout="constrained")
+    first = next(iter(bars.values()))
+    kinds = sorted(first, key=lambda kind: -first[kind][0])
+    height = 0.8 / len(bars)
+    figure = Figure(figsize=(7, (0.14 + 0.14 * len(bars)) * len(kinds) + 1), layout="constrained")
     axes = figure.subplots()
-    values = [by_kind[kind][0] for kind in order]
-    errors = [np.nan_to_num(by_kind[kind][1]) for kind in order]
-    axes.barh(
-        order, values, xerr=errors, color=["#2a78b8" if value < 0 else "#c2542d" for value in values], ecolor="#444"
-    )
+    for place, (label, by_kind) in enumerate(bars.items()):
+        axes.barh(
+            np.arange(len(kinds)) + height * ((len(bars) - 1) / 2 - place),
+            [by_kind[kind][0] for kind in kinds],
+            height,
+            xerr=[np.nan_to_num(by_kind[kind][1]) for kind in kinds],
+            label=label,
+            color=COLORS[place],
+            ecolor="#444",
+        )
+    axes.set_yticks(np.arange(len(kinds)), kinds)
     axes.axvline(0, color="#444", linewidth=0.8)
-    axes.set_xlabel("bits per byte, fused minus gold tokens only (left: fused is better)")
+    axes.set_xlabel("bits per byte, minus those of gold tokens only (left: better)")
     axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, metadata={"Date": None})
-    say(f"{out}: {len(order)} kinds")
+    say(f"{out}: {len(kinds)} kinds")
 
 
-def main(run_url: str, text: str, baseline: str, variant: str, out: str) -> None:
-    """Draw one plot."""
-    by_kind, num_seeds = differences(results(run_url, text), baseline, variant)
-    words = f"{num_seeds} seed{'s' * (num_seeds > 1)}; lines: one standard error over documents"
-    draw(by_kind, f"{len(by_kind)} kinds of text that were left out, {words}", Path(out))
+def main(run_url: str, text: str, out: str, baseline: str, variants: Mapping[str, str]) -> None:
+    """Draw one plot.
+
+    Args:
+        run_url: the run directory.
+        text: name of the evaluated text.
+        out: file to write.
+        baseline: the cells to compare with.
+        variants: cells -> label.
+    """
+    found = results(run_url, text)
+    compared = {label: differences(found, baseline, variant) for variant, label in variants.items()}
+    seeds = ", ".join(dict.fromkeys(f"{count} seed{'s' * (count > 1)}" for _, count in compared.values()))
+    num_kinds = len(next(iter(compared.values()))[0])
+    title = f"{num_kinds} kinds of text that were left out, {seeds}; lines: one standard error over documents"
+    draw({label: by_kind for label, (by_kind, _) in compared.items()}, title, Path(out))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 6:
-        sys.exit("expected RUN TEXT BASELINE VARIANT OUT.svg")
-    main(*sys.argv[1:])
+    if len(sys.argv) < 6 or not all("=" in pair for pair in sys.argv[5:]):
+        sys.exit("expected RUN TEXT OUT.svg BASELINE VARIANT=LABEL ...")
+    run_argument, text_argument, out_argument, baseline_argument = sys.argv[1:5]
+    labels = dict(pair.rsplit("=", 1) for pair in sys.argv[5:])
+    main(run_argument, text_argument, out_argument, baseline_argument, labels)
