@@ -115,8 +115,8 @@ def main(run_url: str, text: str, out: str, baseline: str, variants: Mapping[str
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 6 or not all("=" in pair for pair in sys.argv[5:]):
-        sys.exit("expected RUN TEXT OUT.svg BASELINE VARIANT=LABEL ...")
+    if not 6 <= len(sys.argv) <= 5 + len(COLORS) or not all("=" in pair for pair in sys.argv[5:]):
+        sys.exit(f"expected RUN TEXT OUT.svg BASELINE VARIANT=LABEL ..., at most {len(COLORS)} variants")
     run_argument, text_argument, out_argument, baseline_argument = sys.argv[1:5]
     labels = dict(pair.rsplit("=", 1) for pair in sys.argv[5:])
     main(run_argument, text_argument, out_argument, baseline_argument, labels)

@@ -10,7 +10,7 @@
 ``left-choose.jsonl``  documents of ``choose.jsonl`` of the kinds that are not in ``mixed.jsonl``
 ``left-report.jsonl``  documents of ``report.jsonl`` of the kinds that are not in ``mixed.jsonl``
 ``docs.jsonl``         beginnings of the topics of Python's documentation, which every Python installation carries
-``docs-whole.jsonl``   the same topics whole: four times as many tokens to train on
+``docs-whole.jsonl``   the same topics whole: 2.5 times as many tokens
 =====================  ================================================================================================
 """
 
