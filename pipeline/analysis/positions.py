@@ -27,7 +27,7 @@ from stages.fuse.stage import FuseStage
 from stages.models.config import ModelConfig
 from stages.models.segment_text import segment_texts
 from stages.models.token_tables import TokenTables
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from pipeline.settings.baselines import WEIGHT_AVERAGE, AverageRefusedError
 from stages.align.segment import same_vocabulary
 from stages.models.config import ModelConfig, empty_model, load_config
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.tokenizer import SegmentTokenizer
+from stages.models.vocabulary import Vocabulary
 from stages.models.weights import model_file, tensor_files
 
 _NOT_COMPUTED: Final = frozenset({

@@ -9,7 +9,7 @@ from stages.align.config import AlignConfig
 from stages.align.rows import ModelRows, Side, narrow
 from stages.align.segment import AlignedSegment
 from stages.align.vocabulary_maps import NO_ID
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 CONTEXT_TOKENS: Final = 4
 """Target tokens shown on each side of the position."""

@@ -5,7 +5,8 @@ from typing import Final
 
 import numpy as np
 
-from stages.models.tokenizer import Encoding, Vocabulary
+from stages.models.tokenizer import Encoding
+from stages.models.vocabulary import Vocabulary
 
 Encode = Callable[[list[str]], Sequence[Encoding]]
 """A tokenizer: ids and byte ends of each text, with or without BOS."""

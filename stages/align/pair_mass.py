@@ -7,7 +7,7 @@ import numpy as np
 
 from stages.align.transporter import TransportBatch
 from stages.align.vocabulary_maps import NO_ID
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 _PENDING_PAIRS: Final = 2**21
 """Entries of plans that are kept before equal pairs are added up; bounds memory."""

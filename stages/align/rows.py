@@ -8,7 +8,7 @@ from stages.align.vocabulary_maps import NO_ID
 from stages.contract.draws import add_draws
 from stages.contract.roles import Role, TokenRoles, token_roles
 from stages.measures.nucleus import outside_nucleus
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from stages.align.transport.projection import column_mass, keep_largest, landed_
 from stages.align.transporter import TransportBatch, Transporter
 from stages.align.vocabulary_maps import NO_ID, ModelPair
 from stages.contract.roles import Role
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 NONE: Final = 0
 TRANSPORT: Final = 1

@@ -17,7 +17,7 @@ from stages.align.transport.moved_mass import UNKNOWN_TEXT, moved_share, text_nu
 from stages.align.transport.sinkhorn import semi_relaxed, sinkhorn
 from stages.align.transport.support import target_support, union_support
 from stages.align.vocabulary_maps import NO_ID, ModelPair
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, eq=False)

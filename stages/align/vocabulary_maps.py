@@ -10,7 +10,7 @@ import numpy as np
 
 from stages.align.first_cuts import Encode, FirstCuts, after_line_break
 from stages.models.token_tables import Keep, compute_only
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 NO_ID = -1
 

@@ -31,7 +31,7 @@ from stages.measures.cross_entropy import CrossEntropy, cross_entropy, learnt_cr
 from stages.measures.teacher import completed_nll, exact_nll
 from stages.models.config import ModelConfig
 from stages.models.token_tables import IN_MEMORY, TokenTables
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 _NO_CROSS_ENTROPY: Final = CrossEntropy(0.0, 0, 0)
 

@@ -4,7 +4,7 @@ from typing import Final
 
 import numpy as np
 
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 BLOCK_VALUES: Final = 2**22
 """Embedding values gathered at once; bounds memory."""

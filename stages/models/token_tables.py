@@ -32,7 +32,8 @@ from stages.contract.filesystem import StoreError
 from stages.contract.fingerprint import FINGERPRINT_LENGTH, canonical_json
 from stages.contract.store import Store
 from stages.models.config import ModelConfig, embedding_rows
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.tokenizer import SegmentTokenizer
+from stages.models.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ Content = TypeVar("Content")
 FOLDER: Final = "tokenizers"
 TABLE_FILE: Final = "tokens.parquet"
 TABLE_VERSION: Final = 1
-"""Of the table's format, and of how ``tokenizer.py`` reads a vocabulary; raised when the same tokenizer gives another table."""
+"""Of the table's format and of how ``vocabulary.py`` reads it; raised when the same tokenizer gives another table."""
 MAX_LOADED: Final = 8
 """Tables that a process remembers."""
 

@@ -10,7 +10,8 @@ import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from stages.contract.roles import Role, token_roles
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.tokenizer import SegmentTokenizer
+from stages.models.vocabulary import Vocabulary
 
 
 def pair(source: Sequence[str], target: Sequence[str]) -> tuple[int, list[tuple[int, int]]]:

@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from pipeline.display.text import visible
 from stages.align.pair_mass import PairMass
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 KEPT_PAIRS: Final = 20_000
 """Number of pairs of different texts that a shard reports. The mass of the others is ``cut_mass``: a pair's mass in the

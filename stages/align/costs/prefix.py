@@ -8,7 +8,7 @@ from numba import njit
 from stages.align.costs.base import Costs
 from stages.align.costs.edit_distance import EditDistanceCosts
 from stages.align.vocabulary_maps import NO_ID, ModelPair
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 EDITS_PER_BYTE: Final = 0.1
 """Cost per byte of difference where one text begins with the other."""

@@ -12,7 +12,8 @@ from stages.align.costs.pair_cache import NO_PAIR, PairCache
 from stages.align.first_cuts import Encode
 from stages.align.vocabulary_maps import NO_ID, ModelPair, text_ids
 from stages.models.token_space import BLOCK_VALUES, TokenSpace
-from stages.models.tokenizer import Encoding, Vocabulary
+from stages.models.tokenizer import Encoding
+from stages.models.vocabulary import Vocabulary
 
 CACHE_SLOTS: Final = 2**22
 """Slots of ``SemanticCosts``: 16 bytes each, 67 MB per worker."""

@@ -10,7 +10,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from stages.align.vocabulary_maps import NO_ID, text_ids
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 _UNKNOWN: Final = -2
 """A source token for which the nearest target token has not been looked for yet."""

@@ -5,7 +5,7 @@ from typing import Final
 import numpy as np
 from numba import njit
 
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 UNKNOWN_TEXT: Final = -1
 

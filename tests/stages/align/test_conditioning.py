@@ -21,7 +21,8 @@ from stages.align.vocabulary_maps import NO_ID, ModelPair
 from stages.contract.columns import list_row, sparse_row
 from stages.contract.schemas import PAIRED_BY
 from stages.models.config import ModelConfig
-from stages.models.tokenizer import Encoding, SegmentTokenizer, Vocabulary
+from stages.models.tokenizer import Encoding, SegmentTokenizer
+from stages.models.vocabulary import Vocabulary
 from tests.stages.align.costs.cutting import first_piece
 from tests.stages.align.costs.test_prefix import pair_of
 from tests.stages.align.pairing.test_levenshtein import levenshtein

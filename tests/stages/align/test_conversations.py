@@ -15,7 +15,7 @@ from stages.align.rows import ModelRows, Side
 from stages.align.segment import CONDITION, GOLD, IDENTITY, NONE, TRANSPORT, AlignedSegment, SegmentAligner
 from stages.align.vocabulary_maps import ModelPair
 from stages.contract.roles import Role, TokenRoles
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 from tests.stages.align.test_text_start import no_tokens, row_of
 from tests.stages.align.transport.test_support import vocabulary
 

@@ -15,7 +15,8 @@ from stages.align.transport.projection import column_mass, landed_mass
 from stages.align.transporter import TransportBatch
 from stages.contract.columns import sparse_row
 from stages.models.config import ModelConfig
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.tokenizer import SegmentTokenizer
+from stages.models.vocabulary import Vocabulary
 from tests.stages.align.synthetic import logits_table
 from tests.tiny_tokenizers import TEXTS, save_tokenizer
 

@@ -9,7 +9,8 @@ from stages.align.config import AlignConfig
 from stages.align.rows import ModelRows, Side
 from stages.align.segment import GOLD, NONE, AlignedSegment, SegmentAligner
 from stages.align.vocabulary_maps import ModelPair
-from stages.models.tokenizer import Encoding, Vocabulary
+from stages.models.tokenizer import Encoding
+from stages.models.vocabulary import Vocabulary
 from tests.stages.align.transport.test_support import vocabulary
 
 DUMMY = vocabulary(b"<bos>", b"<eos>", b" The", b"The", b" cat", b" It")

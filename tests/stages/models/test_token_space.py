@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stages.models.token_space import TokenSpace
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 
 def vocabulary(num_ordinary: int, num_special: int = 0) -> Vocabulary:

@@ -14,7 +14,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from stages.models.config import ModelConfig
-from stages.models.tokenizer import BOS_TEXT, EOS_TEXT, Encoding, SegmentTokenizer
+from stages.models.tokenizer import Encoding, SegmentTokenizer
+from stages.models.vocabulary import BOS_TEXT, EOS_TEXT
 from tests.texts import texts
 from tests.tiny_tokenizers import FAMILIES, TEXTS, save_tokenizer
 

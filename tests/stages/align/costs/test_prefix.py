@@ -8,7 +8,8 @@ from stages.align.costs.prefix import PrefixCosts
 from stages.align.transport.moved_mass import moved_share, text_numbers
 from stages.align.vocabulary_maps import ModelPair
 from stages.models.config import ModelConfig
-from stages.models.tokenizer import SegmentTokenizer, Vocabulary
+from stages.models.tokenizer import SegmentTokenizer
+from stages.models.vocabulary import Vocabulary
 from tests.stages.align.costs.cutting import first_piece, prefix_cost
 from tests.stages.align.pairing.test_levenshtein import levenshtein
 from tests.stages.align.transport.test_support import vocabulary

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from stages.align.transport.support import target_support, union_support
 from stages.align.vocabulary_maps import prefix_map, same_bytes
-from stages.models.tokenizer import Vocabulary
+from stages.models.vocabulary import Vocabulary
 
 
 def vocabulary(*tokens: bytes, special: tuple[bytes, ...] = ()) -> Vocabulary:
