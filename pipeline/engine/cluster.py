@@ -14,7 +14,7 @@ from typing import Any, Final
 import ray
 import ray.util
 
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.settings.run import EngineConfig
 
 log = logging.getLogger(__name__)

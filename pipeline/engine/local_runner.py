@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.settings.run import EngineConfig
 
 

@@ -21,7 +21,7 @@ from pipeline.engine.cluster import (
     warn_of_idle_gpus,
 )
 from pipeline.engine.worker import ShardJob, ShardStatus, ShardWorker
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.settings.run import EngineConfig
 from stages.contract.environment import DriverEnvironment
 from stages.contract.filesystem import StoreError

@@ -15,7 +15,8 @@ from pipeline.run.rollup import SHARDS_PER_ROLLUP, FiguresReader, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
 from pipeline.run.sharing import import_plan, import_shards
-from pipeline.run.stage_table import Resources, job_stage, sharded_stage
+from pipeline.run.specs import Resources
+from pipeline.run.stage_table import job_stage, sharded_stage
 from pipeline.run.steps import Step, result_key
 from pipeline.run.warnings import expected_warnings, shard_warnings
 from pipeline.settings.adapt import fold_of

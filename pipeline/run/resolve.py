@@ -6,7 +6,8 @@ from typing import Any
 
 from pipeline.dataset.documents import dataset_identity
 from pipeline.run.shard_plan import plan_header, read_plan
-from pipeline.run.stage_table import STAGES, ShardedStage, StageSpec, model_and_text, step_key
+from pipeline.run.specs import ShardedStage, StageSpec
+from pipeline.run.stage_table import STAGES, model_and_text, step_key
 from pipeline.run.steps import Request, ResolvedRun, Step
 from pipeline.settings.run import RunConfig
 from stages.contract.fingerprint import fingerprint

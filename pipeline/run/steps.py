@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.run.stage_table import ShardedStage, job_stage, sharded_stage, stage_spec
+from pipeline.run.specs import ShardedStage
+from pipeline.run.stage_table import job_stage, sharded_stage, stage_spec
 from pipeline.settings.load import config_id
 from pipeline.settings.run import RunConfig
 from stages.contract.manifest import stage_folder

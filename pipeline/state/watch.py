@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.display.durations import format_duration
-from pipeline.run.stage_table import ShardedStage, stage_spec
+from pipeline.run.specs import ShardedStage
+from pipeline.run.stage_table import stage_spec
 from pipeline.state.status import RunStatus, StepStatus
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from pipeline.run.rollup import FiguresReader
-from pipeline.run.stage_table import STAGES, ShardedStage, stage_spec
+from pipeline.run.specs import ShardedStage
+from pipeline.run.stage_table import STAGES, stage_spec
 
 if TYPE_CHECKING:
     from pipeline.run.session import Run

@@ -13,7 +13,7 @@ from pipeline.engine.cluster import start_ray
 from pipeline.engine.worker import ShardJob
 from pipeline.run.session import Run, open_run
 from pipeline.run.shard_plan import freeze_plan
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.run.steps import Request
 from pipeline.settings.run import EngineConfig
 from tests.benchmarks.figure import Figure

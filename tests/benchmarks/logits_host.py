@@ -17,7 +17,8 @@ from pipeline.engine.sharded_stage import run_stage
 from pipeline.engine.worker import ShardJob
 from pipeline.run.session import Run, open_run
 from pipeline.run.shard_plan import read_plan
-from pipeline.run.stage_table import Resources, sharded_stage
+from pipeline.run.specs import Resources
+from pipeline.run.stage_table import sharded_stage
 from pipeline.run.steps import Request
 from pipeline.settings.run import EngineConfig
 from stages.logits.backends.base import Predictions

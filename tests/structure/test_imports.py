@@ -1,7 +1,9 @@
 """The structure of the code: no circles, and nothing imports upwards."""
 
+import tomllib
 from pathlib import Path
 
+from pipeline.run.stage_table import SHARDED_STAGES
 from tests.structure.imports import circles, declared_layers, floors, folder_graph, import_graph, upward_imports
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +29,18 @@ def test_nothing_imports_against_the_declared_layers() -> None:
     assert {name: upward_imports(folder_graph(GRAPH, name), declared) for name, declared in layers.items()} == {
         name: [] for name in layers
     }
+
+
+def test_contracts_that_list_the_stages_list_all_of_them() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    modules = {f"stages.{spec.name}" for spec in SHARDED_STAGES}
+    listed = [
+        set(contract[key])
+        for contract in contracts
+        for key in ("source_modules", "forbidden_modules")
+        if modules & set(contract.get(key, ()))
+    ]
+    assert listed == [modules, modules]
 
 
 def test_a_floor_is_one_above_the_highest_import_and_a_circle_shares_one() -> None:

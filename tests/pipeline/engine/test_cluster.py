@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from pipeline.engine import cluster
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.settings.load import load_config
 from pipeline.settings.run import EngineConfig
 

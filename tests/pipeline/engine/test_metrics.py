@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.settings.run import EngineConfig
 from tests.pipeline.engine.test_worker import corpus_with_bad_line, job_for
 

@@ -19,7 +19,8 @@ from pipeline.engine.worker import ShardJob, ShardWorker
 from pipeline.run.attempts import Attempt, read_attempts
 from pipeline.run.session import open_run
 from pipeline.run.shard_plan import read_plan
-from pipeline.run.stage_table import STAGES, Resources, ShardedStage, stage_spec
+from pipeline.run.specs import Resources, ShardedStage
+from pipeline.run.stage_table import STAGES, stage_spec
 from pipeline.run.steps import Request
 from pipeline.settings.adapt import FOLDS, fold_of
 from pipeline.settings.run import EngineConfig

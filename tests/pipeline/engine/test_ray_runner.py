@@ -7,7 +7,7 @@ import pytest
 from ray.data._internal.execution.operators import actor_pool_map_operator as ray_pool
 
 from pipeline.engine import cluster, ray_runner
-from pipeline.run.stage_table import Resources
+from pipeline.run.specs import Resources
 from pipeline.settings.run import EngineConfig
 
 TWO_AT_ONCE = Resources(None, cpus=1, gpus=1, models=True, shards_per_worker=2)

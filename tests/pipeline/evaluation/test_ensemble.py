@@ -8,14 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.evaluation.ensemble import (
-    EnsembleScorer,
-    SourceRows,
-    cover,
-    evaluate_ensemble,
-    prefix_contexts,
-    segment_contexts,
-)
+from pipeline.evaluation.contexts import cover, prefix_contexts, segment_contexts
+from pipeline.evaluation.ensemble import EnsembleScorer, SourceRows, evaluate_ensemble
 from pipeline.settings.load import load_config
 from pipeline.settings.run import RunConfig
 from stages.logits.backends.base import NotFiniteError

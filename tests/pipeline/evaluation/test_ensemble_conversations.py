@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.evaluation.ensemble import conversation_contexts, evaluate_ensemble, message_contexts
+from pipeline.evaluation.contexts import conversation_contexts, message_contexts
+from pipeline.evaluation.ensemble import evaluate_ensemble
 from pipeline.settings.run import RunConfig
 from stages.contract.roles import Role
 from stages.models.config import ModelConfig

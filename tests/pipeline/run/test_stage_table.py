@@ -9,7 +9,8 @@ from pipeline.analysis.positions import VIEWS
 from pipeline.cli.main import app
 from pipeline.forecast.stage_costs import STAGE_COSTS
 from pipeline.run.resolve import resolve
-from pipeline.run.stage_table import SHARDED_STAGES, STAGES, JobStage
+from pipeline.run.specs import JobStage
+from pipeline.run.stage_table import SHARDED_STAGES, STAGES
 from pipeline.run.steps import Request, result_key
 from pipeline.settings.adapt import AdaptConfig
 from pipeline.settings.load import load_config
