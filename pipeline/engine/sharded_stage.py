@@ -14,14 +14,13 @@ from pipeline.engine.worker import ShardJob, ShardStatus
 from pipeline.run.rollup import SHARDS_PER_ROLLUP, FiguresReader, roll_up
 from pipeline.run.session import Run, StageError, command, pending_shards, require_complete
 from pipeline.run.shard_plan import freeze_plan, read_plan
-from pipeline.run.sharing import import_plan, import_shards
+from pipeline.run.sharing import import_plan, import_shards, shared_store
 from pipeline.run.specs import Resources
 from pipeline.run.stage_table import job_stage, sharded_stage
 from pipeline.run.steps import Step, result_key
 from pipeline.run.warnings import expected_warnings, shard_warnings
 from pipeline.settings.adapt import fold_of
 from pipeline.settings.run import EngineConfig
-from stages.contract.store import Store
 from stages.models.token_tables import TokenTables
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def run_stage(run: Run, stage: str) -> None:
     """
     spec = sharded_stage(stage)
     if spec.reads_documents and read_plan(run.store, run.resolved.steps["shard"].folder) is None:
-        other = _shared_store(run)
+        other = shared_store(run.config)
         if other is None or not import_plan(run.resolved.steps["shard"], run.store, other):
             dataset = run.config.dataset
             for documents in (dataset, *run.config.eval.texts):
@@ -115,14 +114,9 @@ def _run_step(run: Run, step: Step) -> None:
         )
 
 
-def _shared_store(run: Run) -> Store | None:
-    """Return the run directory of ``logits_from``, if there is one."""
-    return None if run.config.logits_from is None else Store(run.config.logits_from)
-
-
 def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -> list[int]:
     """Return the pending shards that ``logits_from`` does not have either; the others get their manifests here."""
-    other = _shared_store(run)
+    other = shared_store(run.config)
     if other is None or not sharded_stage(step.stage).can_be_shared or not pending:
         return pending
     imported = import_shards(step, run.store, other, pending, num_shards)
@@ -132,7 +126,8 @@ def _without_shared(run: Run, step: Step, pending: list[int], num_shards: int) -
     )
     if imported.other_rows:
         log.warning(
-            "%s: %d shards of %s have other rows than the segments here (cut by other library versions): computing them here",
+            "%s: %d shards of %s come from other segments than those here (cut by other library versions), or from "
+            "another adapted model: computing them here",
             step.key,
             len(imported.other_rows),
             other.url,

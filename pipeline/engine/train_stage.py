@@ -1,11 +1,12 @@
 """Train stage of a run: from the fuse manifests to a trained model in the run directory."""
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from pipeline.engine.train_progress import TrainProgress
-from pipeline.run.session import Run, StageError, command, require_complete
-from pipeline.run.steps import Step
+from pipeline.run.session import Run, StageError, command, require_complete, result_rows
+from pipeline.run.steps import Step, result_key
 from pipeline.run.trained_model import (
     checkpoint_store,
     fetch_checkpoint,
@@ -52,10 +53,15 @@ def _provenance(run: Run) -> dict[str, Any]:
         "target": {"name": config.target.name, "weights": config.target.weights_identity()},
         "sources": [{"name": model.name, "weights": model.weights_identity()} for model in config.sources],
         "stages": {
-            step.key: {"fingerprint": step.fingerprint, "settings": dict(step.settings)}
-            for step in run.resolved.sharded_steps
+            step.key: {"fingerprint": step.fingerprint, "settings": dict(step.settings), **_fitted_weights(run, step)}
+            for step in takewhile(lambda step: step.stage != "train", run.resolved.steps.values())
         },
     }
+
+
+def _fitted_weights(run: Run, step: Step) -> dict[str, Any]:
+    """Return what the fit stage found; nothing of other stages, whose results are not a few numbers."""
+    return {"rows": result_rows(run.store.read(result_key(step))).to_pylist()} if step.stage == "fit" else {}
 
 
 def run_training(run: Run) -> None:

@@ -2,7 +2,8 @@
 
 A shard that is done there, under the same fingerprint and from the same rows, gets a manifest here that names the file
 there. Only manifests (and the frozen plan) are copied, and nothing is written there; a reader of the shard opens the file
-there and checks its hash. Shards that are not done there are computed here.
+there and checks its hash. Shards that are not done there are computed here. A source that was adapted there is copied
+(``trained_model.import_model``): logits name the model that gave them, and shards that are missing need it.
 """
 
 import logging
@@ -10,8 +11,11 @@ from dataclasses import dataclass
 
 from pipeline.run.shard_plan import plan_key
 from pipeline.run.steps import Step
+from pipeline.settings.run import RunConfig
+from stages.contract.digest import sha256
 from stages.contract.manifest import DataFile, Manifest, manifest_key, stage_folder
 from stages.contract.store import Store
+from train.job import MANIFEST
 
 log = logging.getLogger(__name__)
 
@@ -22,11 +26,17 @@ class ImportedShards:
 
     Attributes:
         shards: shards that have a manifest here now.
-        other_rows: shards that are done there, but from a different shard file than ours, so they cannot be used.
+        other_rows: shards that are done there, but from a different shard file or adapted model than ours, so they cannot be
+            used.
     """
 
     shards: tuple[int, ...]
     other_rows: tuple[int, ...]
+
+
+def shared_store(config: RunConfig) -> Store | None:
+    """Return the run directory of ``logits_from``, if there is one."""
+    return None if config.logits_from is None else Store(config.logits_from)
 
 
 def check_shared(url: str) -> None:
@@ -64,7 +74,7 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
     Raises:
         ValueError: a manifest there is of another plan.
     """
-    folder = _folder_there(step, other)
+    folder = folder_there(step, other)
     manifests = {} if folder is None else other.manifests(folder)
     taken, other_rows = [], []
     for shard in pending:
@@ -88,8 +98,8 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
     return ImportedShards(tuple(taken), tuple(other_rows))
 
 
-def _folder_there(step: Step, other: Store) -> str | None:
-    """Find the step's folder in the other run directory, where models may have other names."""
+def folder_there(step: Step, other: Store) -> str | None:
+    """Find the step's folder in another run directory, where models may have other names; None if it is not there."""
     if step.model is None:
         return step.folder
     keys = [f"{step.stage}/{name}" for name in other.names(step.stage)]
@@ -97,12 +107,23 @@ def _folder_there(step: Step, other: Store) -> str | None:
 
 
 def _same_inputs(manifest: Manifest, step: Step, store: Store) -> bool:
-    """Return whether a shard was computed from exactly the rows that this run directory has."""
-    for name in step.inputs:
-        input_manifest = store.read_manifest(manifest.inputs[name].folder, manifest.shard)
-        if input_manifest is None or input_manifest.data.sha256 != manifest.inputs[name].data_sha256:
-            return False
-    return True
+    """Return whether a shard was computed from exactly the rows, and by the adapted model, that this run directory has."""
+    return all(
+        _digest_here(store, reference.folder, manifest.shard) == reference.data_sha256
+        for name, reference in manifest.inputs.items()
+        if name in step.inputs  # the frozen plan, which the shard stage reads, is copied
+    )
+
+
+def _digest_here(store: Store, folder: str, shard: int) -> str | None:
+    """Return the hash of a shard's rows, or of the manifest of a model, in a folder; None if it is not there."""
+    manifest = store.read_manifest(folder, shard)
+    if manifest is not None:
+        return manifest.data.sha256
+    try:
+        return sha256(store.read(f"{folder}/{MANIFEST}"))
+    except FileNotFoundError:
+        return None
 
 
 def _at(file: DataFile | None, other: Store) -> DataFile | None:

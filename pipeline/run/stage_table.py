@@ -29,7 +29,7 @@ from stages.shard.config import VERSION as SHARD_VERSION
 from train.config import EVAL_VERSION, TRAIN_VERSION
 from train.job import MANIFEST
 
-ADAPT_VERSION: Final = 1
+ADAPT_VERSION: Final = 2
 """Version of the adapt stage; raised when the same settings, model and text give another model."""
 FUSED: Final = "fused"
 """Name of the trained model among the evaluated ones."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.run.session import Run, StageError, command
+from pipeline.run.sharing import folder_there
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step
 from stages.contract.digest import file_sha256, sha256
@@ -19,6 +20,7 @@ from stages.contract.store import Store
 from stages.models.config import ModelConfig
 from train.job import MANIFEST
 from train.model.card import CARD
+from train.model.publish import LOGS
 
 if TYPE_CHECKING:
     from train.checkpoints.mirror import CheckpointMirror
@@ -107,6 +109,40 @@ def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
     if not (model / CARD).is_file():
         store.download(f"{folder}/model/{CARD}", model / CARD)
     return model
+
+
+def import_model(run: Run, step: Step, other: Store) -> bool:
+    """Copy an adapted source from another run directory, which trained it under the same fingerprint.
+
+    Returns:
+        Whether it is there.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of it is missing there, or is not the one that its manifest names.
+    """
+    folder = folder_there(step, other)
+    if folder is None or not other.exists(f"{folder}/{MANIFEST}"):
+        return False
+    raw = other.read(f"{folder}/{MANIFEST}")
+    model = fetch_model(other, folder, run.config.engine.scratch)
+    here = local_folder(run, step) / "model"
+    here.mkdir(parents=True, exist_ok=True)
+    for name, digest in {**json.loads(raw)["model_files"], CARD: None}.items():
+        other.path(name)  # refuses one that would leave the folder
+        if digest is not None and file_sha256(model / name) != digest:
+            raise ValueError(
+                f"{other.url}/{folder}/model/{name} is not the file that was written: run `ptafuse verify {other.url} "
+                "--repair`, or remove logits_from to adapt the source here"
+            )
+        if run.store.is_local:
+            shutil.copyfile(model / name, here / name)
+        else:
+            run.store.upload(f"{step.folder}/model/{name}", model / name)
+    for log in LOGS:
+        if other.exists(f"{folder}/{log}"):
+            run.store.replace(f"{step.folder}/{log}", other.read(f"{folder}/{log}"))
+    run.store.create(f"{step.folder}/{MANIFEST}", raw)
+    return True
 
 
 def evaluated_model(run: Run, step: Step) -> ModelConfig:

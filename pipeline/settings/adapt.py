@@ -21,7 +21,7 @@ class AdaptConfig(Settings):
     """Settings to adapt a source to the run's text: on its gold tokens, in two folds.
 
     A model that has seen a document gives its tokens away. So one is trained on the even shards and dumps the odd ones, and one
-    the other way round.
+    the other way round. A document that is in both halves is trained on in neither.
     """
 
     num_epochs: int = Field(1, ge=1, description="Number of passes over the blocks of the other fold.")

@@ -1,6 +1,7 @@
 """Sources trained on the run's own text: who is trained on what, who dumps what, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +34,12 @@ autocast = "float32"
 """
 
 
-def shard_table(texts: list[str], splits: list[str]) -> pa.Table:
+def shard_table(texts: list[str]) -> pa.Table:
     columns = {
         "doc_id": range(len(texts)),
         "segment": [0] * len(texts),
         "byte_start": [0] * len(texts),
-        "split": splits,
+        "split": ["train"] * len(texts),
         "text": texts,
         "is_last": [True] * len(texts),
     }
@@ -47,8 +48,7 @@ def shard_table(texts: list[str], splits: list[str]) -> pa.Table:
 
 def test_blocks_hold_every_train_segment_once_under_the_source_s_tokens(tmp_path: Path) -> None:
     tokenizer = SegmentTokenizer.load(ModelConfig(name="neox", path=save_tokenizer("byte-bpe", tmp_path)))
-    splits = ["train", "validation", *["train"] * 6]
-    blocks = source_blocks(shard_table(list(TEXTS[:8]), splits), tokenizer, max_length=48)
+    blocks = source_blocks(shard_table(list(TEXTS[:8])), tokenizer, max_length=48)
     found: dict[int, list[int]] = {}
     for block in blocks.to_pylist():
         ends = [*block["piece_start"][1:], len(block["token_ids"])]
@@ -56,15 +56,22 @@ def test_blocks_hold_every_train_segment_once_under_the_source_s_tokens(tmp_path
         for start, end, doc_id in zip(block["piece_start"], ends, block["piece_doc_id"], strict=True):
             assert doc_id not in found
             found[doc_id] = block["token_ids"][start:end]
-    expected = {
-        doc_id: tokenizer.encode(text, is_last=True).ids.tolist()
-        for doc_id, (text, split) in enumerate(zip(TEXTS[:8], splits, strict=True))
-        if split == "train"
-    }
+    expected = {doc_id: tokenizer.encode(text, is_last=True).ids.tolist() for doc_id, text in enumerate(TEXTS[:8])}
     assert found == expected
-    longest = max(map(len, expected.values()))
-    assert all(len(block) <= max(48, longest) for block in blocks["token_ids"].to_pylist())
-    assert source_blocks(shard_table([], []), tokenizer, max_length=48).num_rows == 0
+    assert source_blocks(shard_table([]), tokenizer, max_length=48).num_rows == 0
+
+
+def test_a_segment_longer_than_a_block_has_one_alone_and_changes_no_other(tmp_path: Path) -> None:
+    tokenizer = SegmentTokenizer.load(ModelConfig(name="neox", path=save_tokenizer("byte-bpe", tmp_path)))
+    long = " ".join(TEXTS)
+    assert tokenizer.count(long) > 48
+
+    def blocks(texts: list[str]) -> list[list[int]]:
+        return source_blocks(shard_table(texts), tokenizer, max_length=48)["token_ids"].to_pylist()
+
+    short = [text[:20] for text in TEXTS[:8]]
+    assert blocks([*short, long]) == [*blocks(short), tokenizer.encode(long, is_last=True).ids.tolist()]
+    assert max(map(len, blocks(short))) <= 48
 
 
 def test_blocks_of_conversations_say_what_is_learnt(tmp_path: Path) -> None:
@@ -83,7 +90,7 @@ def test_blocks_of_conversations_say_what_is_learnt(tmp_path: Path) -> None:
         {
             "doc_id": number,
             "segment": 0,
-            "split": "validation" if number == 1 else "train",
+            "split": "train",
             "byte_start": 0,
             "is_last": True,
             "text": segment.text,
@@ -102,11 +109,10 @@ def test_blocks_of_conversations_say_what_is_learnt(tmp_path: Path) -> None:
             found[doc_id] = (block["token_ids"][start:end], block["is_trained"][start:end])
     assert found == {
         doc_id: (encodings[doc_id].ids.tolist(), np.asarray(encodings[doc_id].is_trained).tolist())
-        for doc_id in (0, 2, 3)
+        for doc_id in range(4)
     }
     learnt = [any(trained) and not all(trained) for _, trained in found.values()]
-    assert learnt == [True] * 3
-    assert source_blocks(table.slice(1, 1), tokenizer, max_length=120).num_rows == 0, "it is held out"
+    assert learnt == [True] * 4
 
 
 def test_a_source_of_conversations_is_adapted_on_each_of_them_alone() -> None:
@@ -135,6 +141,12 @@ def resolved(run: Path) -> ResolvedRun:
     return recorded_run(Store(str(run)), "adapted")
 
 
+def trained_on(run: Path, fold: str) -> set[int]:
+    """Return the documents that the model of a fold is trained on."""
+    blocks = (run / resolved(run).steps[f"adapt/neox-{fold}"].folder / "blocks").iterdir()
+    return {doc_id for path in blocks for row in pq.read_table(path)["piece_doc_id"].to_pylist() for doc_id in row}
+
+
 @pytest.mark.slow
 def test_no_document_is_dumped_by_a_model_that_saw_it(run: Path) -> None:
     steps = resolved(run).steps
@@ -146,15 +158,71 @@ def test_no_document_is_dumped_by_a_model_that_saw_it(run: Path) -> None:
             fold: model.folder
         }
         dumped = set(pq.read_table(run / manifest["data"]["key"])["doc_id"].to_pylist())
-        seen = {
-            doc_id
-            for blocks in (run / model.folder / "blocks").iterdir()
-            for row in pq.read_table(blocks)["piece_doc_id"].to_pylist()
-            for doc_id in row
-        }
+        seen = trained_on(run, fold)
         assert seen
         assert dumped
         assert not seen & dumped
+
+
+@pytest.mark.slow
+def test_held_out_documents_train_no_source(run: Path) -> None:
+    shards = run / resolved(run).steps["shard"].folder / "data"
+    rows = [row for path in shards.iterdir() for row in pq.read_table(path).to_pylist()]
+    train = {row["doc_id"] for row in rows if row["split"] == "train"}
+    assert train < {row["doc_id"] for row in rows}
+    assert trained_on(run, "even") | trained_on(run, "odd") == train
+
+
+@pytest.mark.slow
+def test_a_document_of_both_folds_trains_neither(config: Path, run: Path, tmp_path: Path) -> None:
+    lines = Path(str(load_config(config).dataset.path)).read_text().splitlines()
+    first, second = sorted(trained_on(run, "odd"))[0], sorted(trained_on(run, "even"))[0]  # of even and of odd shards
+    lines[second] = lines[first]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("\n".join(lines) + "\n")
+    other = tmp_path / "run"
+    arguments = ("--run", str(other), "--local", "--upstream", "--set", f"dataset.path={corpus}")
+    shown = ptafuse("adapt", str(config), *arguments).stdout
+    assert shown.count("1 documents are left out: the fold that it dumps has equal ones") == 2
+    assert trained_on(other, "odd") == trained_on(run, "odd") - {first}
+    assert trained_on(other, "even") == trained_on(run, "even") - {second}
+
+
+@pytest.mark.slow
+def test_another_run_takes_over_the_adapted_models_and_their_logits(config: Path, run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "other"
+    shutil.copytree(run, source)
+    there = sorted((source / resolved(run).steps["logits/neox"].folder / "manifests").glob("shard-*.json"))
+    for manifest in there[-2:]:  # one of each fold
+        manifest.unlink()
+    here = tmp_path / "here"
+    arguments = (str(config), "--run", str(here), "--local", "--upstream")
+    shown = ptafuse("logits", *arguments, "--set", f"logits_from={source}").stdout
+    for fold in ("even", "odd"):
+        assert f"adapt/neox-{fold}: the model is copied from {source}" in shown
+    assert f"logits/neox: {len(there) - 2} of {len(there)} shards are read in {source}" in shown
+    assert "step 1/" not in shown, "nothing is trained"
+    step = resolved(here).steps["logits/neox"]
+    for shard in range(len(there)):
+        rows = [Store(str(folder)).read_manifest(step.folder, shard) for folder in (here, run)]
+        assert all(manifest is not None for manifest in rows)
+        assert len({manifest.data.sha256 for manifest in rows if manifest is not None}) == 1
+    assert "match their manifests; 0 shards" in ptafuse("verify", str(here)).stdout
+    assert "nothing to do" in ptafuse("adapt", *arguments).stdout
+
+
+@pytest.mark.slow
+def test_a_damaged_model_is_not_taken_over(config: Path, run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "other"
+    shutil.copytree(run, source)
+    weights = next(source.glob("adapt/neox-even/*/model/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    here = tmp_path / "here"
+    arguments = ("--run", str(here), "--local", "--upstream", "--set", f"logits_from={source}")
+    refused = ptafuse("adapt", str(config), *arguments, check=False)
+    assert refused.returncode == 1
+    assert f"{weights.name} is not the file that was written: run `ptafuse verify {source} --repair`" in refused.stderr
+    assert not list(here.glob("adapt/neox-even/*/manifest.json"))
 
 
 @pytest.mark.slow
@@ -212,7 +280,7 @@ def test_one_shard_is_refused_before_anything_is_trained(config: Path, tmp_path:
     ptafuse("shard", str(config), "--run", str(tmp_path / "run"), "--local", *sets)
     refused = ptafuse("adapt", str(config), "--run", str(tmp_path / "run"), "--local", *sets, check=False)
     assert refused.returncode == 1
-    assert "this run has one shard: lower shard.documents_per_shard" in refused.stderr
+    assert "these 0 of 1 contain no text to train on: lower shard.documents_per_shard" in refused.stderr
 
 
 def test_logits_without_the_adapted_model_says_what_to_run(config: Path, tmp_path: Path) -> None:
