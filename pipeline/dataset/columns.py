@@ -1,4 +1,4 @@
-"""Columns of a dataset's files: of texts, or of messages."""
+"""Columns of a dataset's files: of texts, of messages, or of the kinds of documents."""
 
 import json
 from dataclasses import dataclass
@@ -16,6 +16,8 @@ _TEXT_TYPES: Final = (
     pa.types.is_large_binary,
     pa.types.is_binary_view,
 )
+_LABEL_TYPES: Final = (pa.types.is_integer, pa.types.is_boolean)
+"""Types whose values may name kinds, besides those of text."""
 _LIST_TYPES: Final = (
     pa.types.is_list,
     pa.types.is_large_list,
@@ -41,16 +43,23 @@ class Column:
         name: the column's name.
         setting: the setting that names it, for messages.
         holds_messages: its values are conversations, which are read as JSON; else they are texts.
+        holds_labels: its values are names of kinds, or their numbers; a record may have none.
     """
 
     name: str
     setting: str
     holds_messages: bool = False
+    holds_labels: bool = False
 
 
 def document_column(dataset: DatasetConfig) -> Column:
     """Return the column that holds a dataset's documents."""
     return Column(dataset.document_column, dataset.document_setting, dataset.has_conversations)
+
+
+def kind_column(dataset: DatasetConfig) -> Column | None:
+    """Return the column that holds the kinds of a dataset's documents; None where it names none."""
+    return None if dataset.kind_column is None else Column(dataset.kind_column, "kind_column", holds_labels=True)
 
 
 def describe_missing(column: Column, names: list[str], section: str) -> str:
@@ -73,6 +82,8 @@ def wrong_type(column: Column, kind: pa.DataType, section: str) -> str | None:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if any(test(kind) for test in _TEXT_TYPES):
         return None
+    if column.holds_labels and any(test(kind) for test in _LABEL_TYPES):
+        return None
     setting = f"{section}.{column.setting}"
     fields = _fields(kind)
     if not column.holds_messages:
@@ -85,13 +96,18 @@ def wrong_type(column: Column, kind: pa.DataType, section: str) -> str | None:
 
 
 def wrong_value(column: Column, value: Any, section: str) -> str | None:
-    """Return the error message about the first value of a column of messages if it is not a conversation, else None.
+    """Return the error message about the first value of a column if it is no conversation, or no label, else None.
 
     Args:
         column: the column.
         value: a value as JSON gives it; None where there is none.
         section: the section of the configuration.
     """
+    shown = str(value) if len(str(value)) <= _MAX_SHOWN else f"{str(value)[:_MAX_SHOWN]}..."
+    if column.holds_labels and label_text(value) is None and value is not None:
+        return (
+            f"column {column.name!r} holds {shown}: set {section}.{column.setting} to a column of strings or integers"
+        )
     if not column.holds_messages or value is None:
         return None
     messages = value
@@ -103,16 +119,24 @@ def wrong_value(column: Column, value: Any, section: str) -> str | None:
     is_list = isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
     if is_list and all(not {"role", "from"}.isdisjoint(message) for message in messages):
         return None
-    shown = str(value) if len(str(value)) <= _MAX_SHOWN else f"{str(value)[:_MAX_SHOWN]}..."
     return f"column {column.name!r} holds {shown}: set {section}.{column.setting} to a column of {EXPECTED}"
 
 
+def label_text(value: Any) -> str | None:
+    """Return the name of a kind as JSON gives it, a number as its digits; None where it is neither text nor integer."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value) if isinstance(value, int) else None
+
+
 def as_binary(values: pa.Array) -> pa.Array:
-    """Return any column of text as bytes, unchecked; of lists of messages their JSON."""
+    """Return any column of text as bytes, unchecked; of lists of messages their JSON, of numbers their digits."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     if any(test(values.type) for test in _LIST_TYPES):
         return pa.array([None if value is None else as_json(value) for value in values.to_pylist()], pa.large_binary())
+    if any(test(values.type) for test in _LABEL_TYPES):
+        values = values.cast(pa.large_string())
     return values.cast(pa.large_binary())
 
 

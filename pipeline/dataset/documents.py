@@ -11,7 +11,7 @@ from typing import Any, Final, Self
 
 import pyarrow as pa
 
-from pipeline.dataset.columns import Column, document_column
+from pipeline.dataset.columns import Column, document_column, kind_column
 from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange, file_identity
 from pipeline.dataset.find import describe_mixed_splits, find_files
 from pipeline.dataset.formats import FORMATS, Chunks, RowCount, changed
@@ -157,24 +157,26 @@ def read_kinds(dataset: DatasetConfig, shard_range: ShardRange) -> dict[int, str
     """Read the kind of every document of a shard, by its number, from ``dataset.kind_column``.
 
     Returns:
-        None if the record has no such key, or its value is not a string.
+        Numbers as their digits; None if the record has no such key, or its value is empty, or no string or integer.
 
     Raises:
         FileNotFoundError: a file of the plan is gone.
         DatasetError: a file has changed since it was planned, or has no such column.
     """
-    assert dataset.kind_column is not None
+    column = kind_column(dataset)
+    assert column is not None
     _check_kinds(dataset, find_files(dataset))
-    table = _read_column(dataset, shard_range, Column(dataset.kind_column, "kind_column"))
+    table = _read_column(dataset, shard_range, column)
     kinds = table["text"].to_pylist()
     return {
-        doc_id: None if kind is None else kind.decode("utf-8", errors="replace")
+        doc_id: kind.decode("utf-8", errors="replace") if kind else None
         for doc_id, kind in zip(table["doc_id"].to_pylist(), kinds, strict=True)
     }
 
 
 def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
-    if dataset.kind_column is None:
+    column = kind_column(dataset)
+    if column is None:
         return
     kind = FORMATS[files.format]
     if not kind.has_columns:
@@ -182,7 +184,7 @@ def _check_kinds(dataset: DatasetConfig, files: DatasetFiles) -> None:
             f"{dataset.section}.kind_column = {dataset.kind_column!r}: plain text files have no columns; remove it"
         )
     for name in files.paths:
-        if kind.has_documents(files, name, Column(dataset.kind_column, "kind_column")):
+        if kind.has_documents(files, name, column):
             return
 
 

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.dataset.columns import Column, as_binary, as_json, describe_missing, wrong_type, wrong_value
+from pipeline.dataset.columns import Column, as_binary, as_json, describe_missing, label_text, wrong_type, wrong_value
 from pipeline.dataset.files import DatasetError, DatasetFiles, FileRange
 from stages.contract.filesystem import is_transient
 
@@ -21,6 +21,7 @@ RowStarts = dict[int, int]
 """Row of a file -> byte at which it begins."""
 
 _MAX_LINES_PROBED: Final = 100
+"""Lines that are read for a first object, or a first one with a kind, before a file is refused."""
 _UTF_16_MARKS: Final = (
     codecs.BOM_UTF16_LE,
     codecs.BOM_UTF16_BE,
@@ -188,9 +189,10 @@ class JsonLines:
     is_compact = False
 
     def has_documents(self, files: DatasetFiles, name: str, column: Column) -> bool:
-        """See ``Format``; the first object decides."""
+        """See ``Format``; the first object decides, of a column of kinds the first that has one."""
         path = files.paths[name]
         has_lines = False
+        without: list[str] | None = None
         with files.open(name) as stream:
             for number, line in enumerate(_lines(stream, path)):
                 has_lines = True
@@ -205,6 +207,9 @@ class JsonLines:
                 except (ValueError, RecursionError):
                     record = None
                 if isinstance(record, dict):
+                    if column.name not in record and column.holds_labels and number < _MAX_LINES_PROBED:
+                        without = list(record) if without is None else without
+                        continue
                     if column.name not in record:
                         raise DatasetError(f"{path} {describe_missing(column, list(record), files.section)}")
                     wrong = wrong_value(column, record[column.name], files.section)
@@ -213,6 +218,8 @@ class JsonLines:
                     return True
                 if number == _MAX_LINES_PROBED:
                     break
+        if without is not None:
+            raise DatasetError(f"{path} {describe_missing(column, without, files.section)}")
         if has_lines:
             raise DatasetError(
                 f"{path}: none of its first lines is a JSON object; expected JSON lines, one object per line"
@@ -432,6 +439,8 @@ def _text_of_line(line: bytes, column: Column) -> tuple[bytes | None, str | None
     text = record[column.name]
     if column.holds_messages and isinstance(text, list):
         return as_json(text), None
+    if column.holds_labels:
+        text = label_text(text)
     if text is not None and not isinstance(text, str):
         expected = "a list of messages" if column.holds_messages else "a string"
         return None, f"the value of {column.name!r} is {type(text).__name__}, expected {expected}"

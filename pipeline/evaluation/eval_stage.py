@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.evaluation.card import complete_card
+from pipeline.evaluation.texts.describe import describe_counts
 from pipeline.evaluation.texts.prepare import prepare_texts
 from pipeline.run.outcomes import count_endings
 from pipeline.run.session import Run, StageError, command, require_complete
@@ -53,6 +54,9 @@ def run_eval(run: Run, call: Callable[..., Iterator[Any]]) -> None:
         return
     possible = [step for step in pending if step.model != FUSED or trained]
     texts = prepare_texts(run, list(dict.fromkeys(step.text for step in possible if step.text)), num_shards)
+    for name, prepared in texts.items():
+        shown = describe_counts(prepared.counts)
+        run.console.print(f"text {name}: {shown}", soft_wrap=True, markup=False, highlight=False)
     held_out = held_out_segments(run, num_shards) if any(step.text is None for step in possible) else []
     for step in possible:
         started = time.monotonic()
@@ -78,6 +82,19 @@ def run_eval(run: Run, call: Callable[..., Iterator[Any]]) -> None:
         raise StageError(
             f"the trained model is not evaluated, because train is not complete: run {command(run, 'train')}"
         )
+
+
+def check_texts(run: Run) -> None:
+    """Refuse a text that could not be evaluated, before anything is trained.
+
+    Texts that a model has been evaluated on are known to be usable.
+
+    Raises:
+        StageError: the shard stage is incomplete, or a text cannot be used.
+    """
+    num_shards = require_complete(run, ["shard"], "eval")
+    evaluated = {step.text for step in run.resolved.of_stage("eval") if run.store.exists(result_key(step))}
+    prepare_texts(run, [text.name for text in run.config.eval.texts if text.name not in evaluated], num_shards)
 
 
 def _compute_figures(

@@ -12,7 +12,7 @@ from train.config import EvalConfig
 HELD_OUT: Final = "heldout"
 """Name of the held-out split in settings that name it or a text."""
 
-TEXT_VERSION: Final = 1
+TEXT_VERSION: Final = 2
 """Version of the preparation of a text (choice, cut, overlap, segments); raised when its code gives other segments."""
 
 

@@ -25,7 +25,8 @@ def run_all_stages(run: "Run") -> None:
     """Run every stage that a configuration has, in order; what is done is skipped.
 
     Raises:
-        StageError: a stage did not finish, or no document is held out: said before any model runs.
+        StageError: a stage did not finish; or no document is held out, or a text cannot be used, which is said before any
+            model runs.
     """
     run_stages_before(run, "eval")
     run_named_stage(run, "eval")
@@ -35,7 +36,7 @@ def run_stages_before(run: "Run", stage: str) -> None:
     """Run the stages of a configuration that come before a stage, in order; what is done is skipped.
 
     Raises:
-        StageError: a stage did not finish, or the stage is eval, and no document is held out.
+        StageError: a stage did not finish, or the stage is eval, and no document is held out or a text cannot be used.
     """
     for spec in STAGES:
         if spec.name == stage:
@@ -44,6 +45,7 @@ def run_stages_before(run: "Run", stage: str) -> None:
             run_named_stage(run, spec.name)
             if spec.name == "shard" and stage == "eval":
                 _require_held_out(run)
+                _require_texts(run)
 
 
 def _require_held_out(run: "Run") -> None:
@@ -62,6 +64,14 @@ def _require_held_out(run: "Run") -> None:
             f"which is {run.config.shard.fraction_of(split):g}, or give more documents (`ptafuse train --upstream` "
             "trains anyway)"
         )
+
+
+def _require_texts(run: "Run") -> None:
+    """Refuse to train what could not be evaluated on every text after it; see ``check_texts``."""
+    if run.config.eval.texts:
+        from pipeline.evaluation.eval_stage import check_texts
+
+        check_texts(run)
 
 
 def _train(run: "Run") -> None:

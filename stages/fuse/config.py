@@ -8,7 +8,7 @@ from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
 VERSION: Final = 3
 """Version of the stage's algorithm; raised when its code gives other rows for the same settings."""
-FIT_VERSION: Final = 1
+FIT_VERSION: Final = 2
 """Version of the fit stage's algorithm, which fits the weights of ``function = "fitted"``."""
 ROW_GROUP_BYTES: Final = 2**20
 """Size of a row group of its files in memory: training reads blocks in a random order, and decodes a row group for each.

@@ -329,14 +329,20 @@ def test_kind_column_that_is_not_there_is_refused(corpus: Corpus) -> None:
     assert re.search(said("a missing `kind_column`, or one for plain text files"), refused)
 
 
+def test_a_kind_column_of_other_values_is_refused(corpus: Corpus) -> None:
+    corpus.file.write_text(json.dumps({"text": GOOD[0], "kind": 1.5}) + "\n")
+    refused = corpus.refused("shard", "dataset.kind_column=kind")
+    assert re.search(said("a `kind_column` whose first value is no string or integer"), refused)
+
+
 def test_documents_without_a_kind_are_counted(corpus: Corpus, caplog: pytest.LogCaptureFixture) -> None:
-    kinds = [{"kind": "prose"}, {"kind": 3}, {"kind": None}, {}, {"kind": "prose"}, {"kind": "prose"}]
+    kinds = [{"kind": "prose"}, {"kind": 0.5}, {"kind": None}, {}, {"kind": "prose"}, {"kind": "prose"}]
     rows = [{"text": text, **kind} for text, kind in zip(GOOD, kinds, strict=True)]
     corpus.file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = ("dataset.kind_column=kind", "shard.validation_fraction=0.0", "shard.documents_per_shard=10")
     corpus.ptafuse("fuse", *sets)
     shown = ptafuse("interpret", str(corpus.config()), "--run", str(corpus.run), *(f"--set={one}" for one in sets))
-    row = "a document whose kind is missing, null or not a string"
+    row = "a document whose kind is missing, null, empty, or no string or integer"
     assert re.search(said(row), caplog.text)
     assert "3 of 6 documents" in caplog.text
     assert "(none)" in shown.stdout

@@ -163,7 +163,7 @@ class _Interpreter:
         missing = sum(kind is None for kind in chosen.values())
         if missing:
             log.warning(
-                "shard %d: %d of %d documents have no string in the column %r",
+                "shard %d: %d of %d documents have no kind in the column %r",
                 shard,
                 missing,
                 len(chosen),

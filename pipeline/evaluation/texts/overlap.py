@@ -1,19 +1,23 @@
 """Overlap of a document with another text: exact equality, and the share of its 13-grams of words."""
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Final
 
 import numpy as np
+import regex
 
 NGRAM: Final = 13
 """Words of an n-gram, as in the contamination studies of GPT-3 (arXiv 2005.14165, appendix C)."""
 
 _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Scripts that write no spaces between words (Thai, Lao, Burmese, Khmer, Kana, Han): each character counts as a word."""
-_WORD: Final = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+# With the marks that follow a letter (the vowel signs of Hindi, say), and the joiners between letters.
+_WORD: Final = regex.compile(
+    rf"[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--[{_UNSPACED}]]+", regex.VERSION1
+)
 _MULTIPLIER: Final = np.uint64(0x9E3779B97F4A7C15)
 _MAX_WORDS_KNOWN: Final = 2_000_000
 """Number of distinct words whose hashes are cached, about 250 MB; then the table is cleared."""
@@ -78,8 +82,8 @@ class OverlapIndex:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, case and punctuation left out."""
-    return _WORD.findall(text.lower())
+    """Return the words of a text, case and punctuation left out, and however its characters are composed."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 class _WordHashes:
@@ -113,5 +117,7 @@ def _grams(hashes: np.ndarray) -> np.ndarray:
 
 
 def _key(text: str) -> bytes:
-    """Identify a text up to white space."""
-    return blake2b(" ".join(text.split()).encode(errors="surrogatepass"), digest_size=16).digest()
+    """Identify a text up to white space, and to how its characters are composed."""
+    return blake2b(
+        " ".join(unicodedata.normalize("NFC", text).split()).encode(errors="surrogatepass"), digest_size=16
+    ).digest()

@@ -107,7 +107,6 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
                 f"{text.section}: no documents are left to score: {describe_counts(counts)}{example}. Use a different or "
                 "longer text, or raise max_overlap there"
             )
-        run.console.print(f"text {name}: {describe_counts(counts)}", soft_wrap=True, markup=False, highlight=False)
         prepared[name] = PreparedText(tuple(segments), kinds, counts)
     return prepared
 
@@ -147,8 +146,9 @@ def _decoded(row: Mapping[str, Any], kind: str | None, text: TextConfig) -> _Doc
         whole = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         return _Document(row["doc_id"], kind, None, f"not UTF-8 at byte {error.start}")
-    if not whole.strip():
-        return _Document(row["doc_id"], kind, None, "empty, or only whitespace")
+    if not shorten(whole, text.max_characters).strip():
+        where = "" if text.max_characters is None else f" in its first {text.max_characters} characters"
+        return _Document(row["doc_id"], kind, None, f"empty, or only whitespace{where}")
     return _Document(row["doc_id"], kind, whole)
 
 

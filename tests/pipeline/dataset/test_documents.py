@@ -425,7 +425,42 @@ def test_kinds_are_those_of_the_documents_of_the_shard(tmp_path: Path, file_form
     for part in plan_documents(dataset, 4):
         found |= read_kinds(dataset, part)
     expected = {index: None if index == 4 else f"kind {index % 3}" for index in range(len(TEXTS))}
-    assert found == (expected if file_format == "parquet" else expected | {23: None, 24: None})
+    assert found == (expected if file_format == "parquet" else expected | {23: None, 24: "3"})
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "jsonl"])
+def test_kinds_may_be_numbered(tmp_path: Path, file_format: str) -> None:
+    numbers = [1, None, 0, 1]
+    if file_format == "parquet":
+        pq.write_table(pa.table({"text": TEXTS[:4], "kind": numbers}), tmp_path / "all.parquet")
+    else:
+        lines = [json.dumps({"text": text, "kind": number}) for text, number in zip(TEXTS, numbers, strict=False)]
+        (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    dataset = DatasetConfig(path=str(tmp_path), kind_column="kind")
+    check_dataset(dataset)
+    (part,) = plan_documents(dataset, 10)
+    assert read_kinds(dataset, part) == {0: "1", 1: None, 2: "0", 3: "1"}
+
+
+def test_the_first_record_with_a_kind_decides_and_an_empty_kind_is_none(tmp_path: Path) -> None:
+    lines = [
+        '{"text": "a"}',
+        '{"text": "b", "kind": ""}',
+        '{"text": "c", "kind": "news"}',
+        '{"text": "d", "kind": 1.5}',
+    ]
+    (tmp_path / "all.jsonl").write_text("\n".join(lines) + "\n")
+    dataset = DatasetConfig(path=str(tmp_path), kind_column="kind")
+    check_dataset(dataset)
+    (part,) = plan_documents(dataset, 10)
+    assert read_kinds(dataset, part) == {0: None, 1: None, 2: "news", 3: None}
+
+
+@pytest.mark.parametrize("value", ['["a"]', "1.5", '{"name": "news"}'])
+def test_a_kind_that_is_no_label_is_refused(tmp_path: Path, value: str) -> None:
+    (tmp_path / "all.jsonl").write_text('{"text": "a"}\n' + f'{{"text": "b", "kind": {value}}}\n')
+    with pytest.raises(DatasetError, match=r"column 'kind' holds .*kind_column to a column of strings or integers"):
+        check_dataset(DatasetConfig(path=str(tmp_path), kind_column="kind"))
 
 
 def test_a_kind_column_that_cannot_be_read_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_kinds_are_the_dataset_s_and_need_no_stage_again(interpreted_run, figure
     doc_ids = {doc_id for doc_id, _ in rows_of(interpreted_run.folder, "logits/llama")}
     expected = Counter(kind_of(doc_id) or "(none)" for doc_id in doc_ids)
     assert {row["kind"]: row["num_documents"] for row in by_kind["wins"][1:]} == expected
-    assert re.search(r"shard 2: 2 of 3 documents have no string in the column 'kind'", caplog.text)
+    assert re.search(r"shard 2: 2 of 3 documents have no kind in the column 'kind'", caplog.text)
     assert by_kind["wins"][0] == figures["wins"][0]
     assert {row["kind"] for row in figures["wins"][1:]} <= {"under 1 kB", "1 to 4 kB"}
 

@@ -171,6 +171,22 @@ def test_documents_that_training_has_read_are_left_out_and_counted(texts: Texts)
     assert "document 1 (equal), document 2 (" in refused
 
 
+def test_a_text_that_cannot_be_used_ends_a_run_before_any_model_runs(texts: Texts) -> None:
+    path = texts.write("news", *({"text": text} for text in documents() if text))
+    shutil.rmtree(texts.run)
+    refused = texts.ptafuse(table("news", path, 'overlap = "refuse"'), command="run", check=False)
+    assert re.search(r"eval\.texts\.news: \d+ of its \d+ documents share more than", refused)
+    assert list(texts.run.glob("shard/*/data/*"))
+    assert not list(texts.run.glob("logits/*/*/data/*"))
+
+
+def test_a_document_of_which_white_space_is_left_is_not_scored(texts: Texts) -> None:
+    path = texts.write("news", {"text": new_document(0)}, {"text": " " * 100 + new_document(1)})
+    shown = texts.ptafuse(table("news", path, "max_characters = 50"))
+    assert "text news: 1 of 2 chosen documents (2 in the corpus); left out: 1 that are empty or not text" in shown
+    assert [part["doc_id"] for part in texts.result("llama", "news")["documents"]] == [0]
+
+
 def test_a_choice_spreads_over_kinds_and_is_the_same_in_every_run(
     texts: Texts, undisturbed_run: Path, tiny_config: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """What documents share with a training text, counted by hand and by brute force."""
 
+import unicodedata
 from itertools import pairwise
 
 import pytest
@@ -42,6 +43,27 @@ def test_twelve_shared_words_are_no_overlap_and_thirteen_are() -> None:
 def test_case_and_punctuation_do_not_hide_a_passage() -> None:
     training = ", ".join(NUMBERS).upper() + "!"
     assert overlaps([" ".join(NUMBERS)], [training])[0].share == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("हिन्दी में यह एक वाक्य है।", ["हिन्दी", "में", "यह", "एक", "वाक्य", "है"]),
+        ("தமிழ் மொழி", ["தமிழ்", "மொழி"]),
+        ("ภาษา日本語", [*"ภาษา", *"日本語"]),
+        ("naïve, snake_case don't", ["naïve", "snake_case", "don", "t"]),
+    ],
+)
+def test_marks_belong_to_their_words(text: str, expected: list[str]) -> None:
+    assert words(text) == expected
+
+
+def test_how_characters_are_composed_makes_no_difference() -> None:
+    text = " ".join(f"à{number}é" for number in range(20))
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert composed != decomposed
+    assert overlaps([composed], [decomposed]) == [Overlap(is_equal=True, share=1.0)]
+    assert overlaps([composed], [f"{decomposed} more"]) == [Overlap(is_equal=False, share=1.0)]
 
 
 def test_no_passage_reaches_over_two_training_documents_or_shards() -> None:
