@@ -72,10 +72,10 @@ def print_comparison(config: RunConfig, comparison: Comparison, console: Console
             _named(variant) if variant else label,
             variant.settings.pairing if variant else "",
             f"{entry.nll.mean:.3f}",
-            "" if is_target else _signed(entry.difference),
-            "" if is_target else _signed(entry.mixed_difference),
+            "" if is_target else entry.difference.signed(3),
+            "" if is_target else entry.mixed_difference.signed(3),
             f"{entry.coverage:.1%}",
-            "" if is_target else _signed(entry.own_difference),
+            "" if is_target else entry.own_difference.signed(3),
             f"{comparison.floored.entries[label].nll.mean:.3f}",
         )
     console.print(table)
@@ -97,10 +97,6 @@ def _named(variant: AlignmentVariant) -> str:
 
 def _rows(comparison: Comparison) -> list[tuple[str, AlignmentVariant | None]]:
     return [(TARGET_ROW, None), (SOURCE_ROW, None), *((variant.label, variant) for variant in comparison.variants)]
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.3f} ± {estimate.error:.3f}"
 
 
 def _variant_json(variant: AlignmentVariant | None) -> dict[str, Any]:

@@ -306,4 +306,4 @@ def _describe(run: ResolvedRun, text: str | None) -> str:
 
 def difference(estimate: Estimate | None) -> str:
     """Format a difference with its standard error; empty without a difference."""
-    return "" if estimate is None else f"{estimate.mean:+.4f} ± {estimate.error:.4f}"
+    return "" if estimate is None else estimate.signed()

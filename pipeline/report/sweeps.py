@@ -265,7 +265,8 @@ def sweep_table(sweep: SweepConfig, results: Sequence[CellResult], measure: Meas
         mean = f"{np.mean(result.bits_per_byte):.4f}" if result.bits_per_byte else "not evaluated"
         difference = "" if result.against_baseline is None else f"{result.against_baseline.mean:+.4f}"
         difference = difference if result.not_compared is None else "other documents"
-        over_documents = "" if result.against_baseline is None else f"{result.against_baseline.error:.4f}"
+        error = math.nan if result.against_baseline is None else result.against_baseline.error
+        over_documents = "" if math.isnan(error) else f"{error:.4f}"
         over_seeds = "" if result.seed_error is None else f"{result.seed_error:.4f}"
         seeds = str(len(result.bits_per_byte)) if result.is_trained else ""
         cells = (result.name, seeds, mean, difference, over_documents, over_seeds)

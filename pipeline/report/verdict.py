@@ -1,5 +1,6 @@
 """Verdict on fusing, in one sentence per model and text."""
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -44,7 +45,10 @@ def sentence(where: str, label: str, bits_per_byte: float, difference: Estimate)
         difference: to gold tokens only, bits per byte, paired by document.
     """
     size, share = abs(difference.mean), abs(difference.mean) / (bits_per_byte - difference.mean)
+    better = f"{where}: {label} is {'better' if difference.mean < 0 else 'worse'} than gold tokens only by"
+    if math.isnan(difference.error):
+        return f"{better} {size:.4f} bits per byte ({share:.1%}), on one document: whether that is chance is unknown."
     figures = f"{size:.4f} ± {difference.error:.4f} bits per byte ({share:.1%})"
     if not size > CLEAR * difference.error:
         return f"{where}: {label} and gold tokens only are equal within two standard errors (difference {figures})."
-    return f"{where}: {label} is {'better' if difference.mean < 0 else 'worse'} than gold tokens only by {figures}."
+    return f"{better} {figures}."

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import RUNTIME, Settings
 
-VERSION: Final = 5
+VERSION: Final = 6
 """Version of the stage's algorithm; raised when its code gives other rows for the same settings.
 
 5: a source token that joins the contents of two messages teaches no end of turn, and contents are paired by message."""

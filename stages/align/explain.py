@@ -132,7 +132,8 @@ def explain_position(
     source_topk: tuple[TokenProb, ...] = ()
     if source is not None and taken >= 0:
         source_side, source_rows = source
-        source_topk = _candidates(source_side.vocabulary, source_rows, taken, config)
+        read = source_rows.exact if position in aligned.seen else source_rows
+        source_topk = _candidates(source_side.vocabulary, read, taken, config)
     support, cost, plan = _problem(target_side.vocabulary, position, aligned, num_source=len(source_topk))
     has_next = position + 1 < len(target_rows)
     return AlignmentExplanation(

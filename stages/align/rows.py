@@ -23,6 +23,7 @@ class ModelRows:
         gold_logprob: (N,) ln p(token t+1 | tokens <= t) over the full vocabulary, NaN at the last position; only figures
             read it; None: they leave it out.
         num_draws: m, the slots of a row for draws from the tail, in addition to those for exact entries.
+        undrawn: with draws, the rows before they were added.
         roles: roles of the tokens in a conversation; None for plain text, whose roles its tokenizer gives (``Side.roles_of``).
         is_marked: (N,) bool, in a conversation: where a message begins, its first token is written with a space that the
             message does not have; None: it is read off the tokens. For rows that are not one per token of the model.
@@ -34,6 +35,7 @@ class ModelRows:
     topk_probs: np.ndarray
     gold_logprob: np.ndarray | None = None
     num_draws: int = 0
+    undrawn: "ModelRows | None" = None
     roles: TokenRoles | None = None
     is_marked: np.ndarray | None = None
 
@@ -61,7 +63,12 @@ class ModelRows:
     def with_draws(self, draws: np.ndarray) -> "ModelRows":
         """Return the rows with tokens drawn from their tails as further entries; (N, m), see ``draws.add_draws``."""
         ids, probs = add_draws(self.topk_ids, self.topk_probs, draws)
-        return replace(self, topk_ids=ids, topk_probs=probs, num_draws=draws.shape[1])
+        return replace(self, topk_ids=ids, topk_probs=probs, num_draws=draws.shape[1], undrawn=self)
+
+    @property
+    def exact(self) -> "ModelRows":
+        """The rows with only their exact entries."""
+        return self if self.undrawn is None else self.undrawn
 
 
 @dataclass(frozen=True, eq=False)

@@ -171,6 +171,9 @@ class SegmentAligner:
     def _condition(self, target: ModelRows, source: ModelRows) -> tuple[ConditionedCandidates, np.ndarray]:
         """Condition the source at the positions inside its tokens; none without ``inexact = "condition"``.
 
+        Draws from the tail are not read. What agrees is rescaled, and a draw, which stands for the mass of other tokens too,
+        would take all of it where no exact entry agrees.
+
         Returns:
             The candidates, and the outcome of each target position: (M,) values of ``Inner``.
         """
@@ -185,11 +188,14 @@ class SegmentAligner:
         has_prior = target.topk_probs[positions, : config.top_k].sum(axis=1) > 0
         seen = [entry if usable else None for entry, usable in zip(seen, has_prior.tolist(), strict=True)]
         ids, probs = narrow(
-            source.topk_ids[boundaries],
-            source.topk_probs[boundaries],
-            top_k=config.top_k + source.num_draws,
+            source.exact.topk_ids[boundaries],
+            source.exact.topk_probs[boundaries],
+            top_k=config.top_k,
             top_p=config.top_p,
         )
+        # As wide as the rows of other positions, which may have draws.
+        missing = min(source.topk_ids.shape[1], config.top_k + source.num_draws) - ids.shape[1]
+        ids, probs = np.pad(ids, ((0, 0), (0, missing)), constant_values=NO_ID), np.pad(probs, ((0, 0), (0, missing)))
         candidates, inner[positions] = condition(seen, ids, probs, self._source, tail=config.tail)
         return candidates, inner
 

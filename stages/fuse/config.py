@@ -1,8 +1,8 @@
 """Settings of the fuse stage."""
 
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.contract.fingerprint import ADDED, RUNTIME, Settings
 
@@ -64,8 +64,23 @@ class FuseConfig(Settings):
     cpus_per_worker: Annotated[float, RUNTIME] = Field(1, gt=0, description="CPUs that Ray reserves per actor.")
 
     def result_settings(self) -> dict[str, Any]:
-        """Return the settings that change results; ``min_context`` at its default where nothing is cut."""
+        """Return the settings that change results; at their defaults those that this function or packing does not read."""
         settings = super().result_settings()
-        if self.packing == "whole":
-            settings["min_context"] = type(self).model_fields["min_context"].default
+        unread = ["min_context"] if self.packing == "whole" else []
+        if self.function in ("fitted", "target"):  # no cross-entropies of spans are compared
+            unread += ["granularity", "unit"]
+        for name in unread:
+            settings[name] = type(self).model_fields[name].default
+        if self.function != "fitted":
+            for name in ("per", "fit_shards"):  # added later: left out at their defaults
+                settings.pop(name, None)
         return settings
+
+    @model_validator(mode="after")
+    def _kinds_need_fitted_weights(self) -> Self:
+        if self.per == "kind" and self.function not in ("fitted", "target"):
+            raise ValueError(
+                f"per = 'kind' fits weights for each kind of document, and function = {self.function!r} fits none: set "
+                "function = 'fitted', or remove per"
+            )
+        return self

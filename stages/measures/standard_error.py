@@ -14,6 +14,10 @@ class Estimate(NamedTuple):
     mean: float
     error: float
 
+    def signed(self, digits: int = 4) -> str:
+        """Format a difference and its error, as in ``+0.0012 ± 0.0003``; without an error where none is known."""
+        return f"{self.mean:+.{digits}f}" + ("" if math.isnan(self.error) else f" ± {self.error:.{digits}f}")
+
 
 def weighted_mean(figures: np.ndarray, weights: np.ndarray) -> Estimate:
     """Average documents' figures, with the standard error of the ratio estimator.

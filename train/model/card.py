@@ -1,7 +1,6 @@
 """Model card of a finished model: its ingredients and settings; the evaluation adds its results later."""
 
 import json
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -168,12 +167,12 @@ def _text_table(text: TextFigures) -> str:
     for row in text.rows:
         comparisons = (row.against_before, row.against_gold_only)
         cells = [row.label, f"{row.bits_per_byte:.4f}"]
-        cells += ["" if differences is None else _difference(differences.over_bytes) for differences in comparisons]
+        cells += ["" if differences is None else differences.over_bytes.signed() for differences in comparisons]
         if has_kinds:
             cells.append("" if row.by_kind is None else f"{row.by_kind.average.mean:.4f}")
             for differences in comparisons:
                 kinds = None if differences is None else differences.by_kind
-                cells += ["", ""] if kinds is None else [_difference(kinds.average), kinds.won]
+                cells += ["", ""] if kinds is None else [kinds.average.signed(), kinds.won]
         lines.append(cells)
     used = [index for index in range(len(columns)) if any(cells[index] for cells in lines)]
     shown = [columns, ["---"] * len(columns), *lines]
@@ -182,10 +181,6 @@ def _text_table(text: TextFigures) -> str:
         f"Text {text.name}: {text.documents}. Bits per byte; differences are paired by document (± standard error over "
         f"documents), and an average over kinds weighs each kind of document the same.\n\n{table}"
     )
-
-
-def _difference(estimate: Estimate) -> str:
-    return f"{estimate.mean:+.4f}" + ("" if math.isnan(estimate.error) else f" ± {estimate.error:.4f}")
 
 
 def _json(value: object) -> str:

@@ -4,6 +4,7 @@ A suite's metric is over all documents of the sub-tasks that ran.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -230,6 +231,6 @@ def _subtasks(row: SuiteRow) -> str:
 
 def _shown(estimate: Estimate, metric: Metric, *, signed: bool = False) -> str:
     sign = "+" if signed else ""
-    if metric.kind == "perplexity":
-        return f"{estimate.mean:{sign}.2f} ± {estimate.error:.2f}"
-    return f"{100 * estimate.mean:{sign}.1f} % ± {100 * estimate.error:.1f}"
+    scale, digits, unit = (1, 2, "") if metric.kind == "perplexity" else (100, 1, " %")
+    error = "" if math.isnan(estimate.error) else f" ± {scale * estimate.error:.{digits}f}"
+    return f"{scale * estimate.mean:{sign}.{digits}f}{unit}{error}"

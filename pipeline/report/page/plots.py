@@ -1,8 +1,9 @@
 """Plots as SVG in the page's text colour, readable in light and dark mode."""
 
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -38,7 +39,7 @@ class Bar:
     Attributes:
         label: shown at its left.
         value: length of the bar.
-        error: half the length of its error bar, one standard error; None draws none.
+        error: half the length of its error bar, one standard error; None or NaN (of one document) draws none.
         group: bars of a group share a colour.
         signed: whether the number is a difference, which always has a sign.
     """
@@ -60,6 +61,7 @@ def bars(entries: Sequence[Bar], *, axis: str) -> str:
     Returns:
         An ``<svg>`` element.
     """
+    entries = [replace(entry, error=None) if math.isnan(entry.error or 0.0) else entry for entry in entries]
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(8, 0.6 + 0.34 * len(entries)), layout="constrained")
         axes = figure.add_subplot()

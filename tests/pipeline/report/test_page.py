@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import threading
@@ -135,6 +136,9 @@ def test_plots_take_the_page_s_colour_and_are_reproducible() -> None:
     assert drawn == bars(entries, axis="nats")
     assert "currentColor" in drawn
     assert "two" in drawn
+    unsure = bars([*entries, Bar("of one document", 0.2, math.nan)], axis="nats")
+    assert "+0.2000<" in unsure or ">0.2<" in unsure
+    assert "nan" not in unsure
     lines = curves({"gold": {"a": ([1, 2], [3.0, 2.0]), "b": ([1], [2.5])}}, axis="step")
     assert lines.count(">a<") == lines.count(">b<") == 1  # one legend
 

@@ -16,7 +16,10 @@ from stages.measures.standard_error import Estimate
             "and gold tokens only are equal within two standard errors (difference 0.0200 ± 0.0100",
         ),
         (Estimate(0.0, 0.0), "are equal within two standard errors"),
-        (Estimate(-0.02, math.nan), "are equal within two standard errors"),  # of one document nothing is clear
+        (
+            Estimate(-0.02, math.nan),
+            "is better than gold tokens only by 0.0200 bits per byte (2.0%), on one document: whether that is chance",
+        ),
     ],
 )
 def test_a_difference_is_one_beyond_two_standard_errors(difference: Estimate, said: str) -> None:

@@ -26,7 +26,7 @@ from stages.models.vocabulary import Vocabulary
 from tests.stages.align.costs.cutting import first_piece
 from tests.stages.align.costs.test_prefix import pair_of
 from tests.stages.align.pairing.test_levenshtein import levenshtein
-from tests.stages.align.synthetic import HALF, logits_table, save_families
+from tests.stages.align.synthetic import HALF, logits_table, save_families, with_draws
 from tests.stages.align.transport.test_support import vocabulary
 from tests.tiny_tokenizers import TEXTS
 
@@ -325,6 +325,32 @@ def test_positions_at_shared_boundaries_are_as_without_conditioning(models, inpu
     assert (num_conditioned > 20) == (target != "unigram"), "a target that normalises does not say what bytes it read"
     assert not {name for name in masked.health if name.startswith(("inner_", "conditioned_"))}
     assert health["conditioned_nll"].count == health["conditioned_target_nll"].count == num_conditioned
+
+
+@pytest.mark.parametrize("top_k", [3, 10])
+def test_draws_change_nothing_inside_source_tokens(models, inputs, tokenizers, top_k):
+    tables = inputs("byte-bpe", "coarse")
+    size = tokenizers["coarse"].vocabulary.size
+    drawn = {"target": tables["target"], "source": with_draws(tables["source"], num_draws=4, vocab_size=size)}
+    stage = stage_of(models, "byte-bpe", "coarse", top_k=top_k)
+    exact, sampled = stage.run(tables), stage.run(drawn)
+    num_conditioned = 0
+    for row in range(exact.table.num_rows):
+        outcomes = [np.asarray(list_row(table, "outcome", row)) for table in (exact.table, sampled.table)]
+        conditioned = outcomes[0] == PAIRED_BY.index("condition")
+        assert (conditioned == (outcomes[1] == PAIRED_BY.index("condition"))).all()
+        one, other = (sparse_row(table, row) for table in (exact.table, sampled.table))
+        width = one.ids.shape[1]
+        # A row with draws has slots for more entries, which hold what the exact one had no room for.
+        assert (one.ids[conditioned] == other.ids[conditioned, :width]).all()
+        assert (one.logprobs[conditioned] == other.logprobs[conditioned, :width]).all()
+        num_conditioned += int(conditioned.sum())
+    assert num_conditioned > 20
+    assert sampled.health["inner_conditioned"] == num_conditioned
+    position = int(np.flatnonzero(np.asarray(list_row(sampled.table, "outcome", 1)) == PAIRED_BY.index("condition"))[0])
+    shown, expected = (stage.explain(given, 1, position) for given in (drawn, tables))
+    assert shown.source_topk == expected.source_topk
+    np.testing.assert_array_equal(shown.plan, expected.plan)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalise"])

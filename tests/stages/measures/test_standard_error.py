@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from stages.measures.standard_error import clustered_mean, weighted_mean
+from stages.measures.standard_error import Estimate, clustered_mean, weighted_mean
 
 
 def test_documents_of_one_position_have_the_usual_standard_error():
@@ -31,6 +31,12 @@ def test_the_error_is_the_spread_over_draws_of_documents():
         means.append(found.mean)
         errors.append(found.error)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_a_difference_without_an_error_shows_none():
+    assert Estimate(-0.01234, 0.00321).signed() == "-0.0123 ± 0.0032"
+    assert Estimate(0.01234, 0.00321).signed(3) == "+0.012 ± 0.003"
+    assert Estimate(0.01234, math.nan).signed() == "+0.0123"
 
 
 def test_weights_count():
