@@ -86,6 +86,8 @@ def wrong_type(column: Column, kind: pa.DataType, section: str) -> str | None:
         return None
     setting = f"{section}.{column.setting}"
     fields = _fields(kind)
+    if column.holds_labels:
+        return f"column {column.name!r} is {kind}: set {setting} to a column of strings or integers"
     if not column.holds_messages:
         is_messages = any(keys <= fields for keys in _MESSAGE_KEYS)
         remedy = f"; conversations are read with {section}.messages_column = {column.name!r}" if is_messages else ""

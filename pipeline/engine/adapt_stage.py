@@ -5,7 +5,7 @@ a model that has seen a document gives its tokens away.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,26 +50,31 @@ def run_adapt(run: Run) -> None:
             run.console.print(f"{step.key}: the model is copied from {other.url}", soft_wrap=True)
         else:
             pending.append(step)
-    jobs = [(step, _job(run, step, num_shards)) for step in pending]
+    digests = (
+        {shard: _document_digests(rows) for shard, rows in _training_rows(run, range(num_shards))} if pending else {}
+    )
+    jobs = [(step, _job(run, step, digests)) for step in pending]
     for step, job in jobs:
         run_job(run, step, job)
 
 
-def _job(run: Run, step: Step, num_shards: int) -> TrainJob:
-    """Write the blocks that the model of a fold is trained on, and describe the training."""
+def _job(run: Run, step: Step, digests: Mapping[int, Mapping[int, bytes]]) -> TrainJob:
+    """Write the blocks that the model of a fold is trained on, and describe the training.
+
+    Args:
+        run: the run.
+        step: the step of a source and a fold.
+        digests: shard -> document -> hash of its content.
+    """
     source, fold = adapted_source(run.config, step.model)
     assert source.adapt is not None
     tokenizer = SegmentTokenizer.load(source)
-    dumped = {
-        digest
-        for _, rows in _training_rows(run, [shard for shard in range(num_shards) if fold_of(shard) == fold])
-        for digest in _document_digests(rows).values()
-    }
-    others = [shard for shard in range(num_shards) if fold_of(shard) != fold]
+    dumped = {digest for shard in digests if fold_of(shard) == fold for digest in digests[shard].values()}
+    others = [shard for shard in digests if fold_of(shard) != fold]
     files = []
     num_left_out = 0
     for shard, rows in _training_rows(run, others):
-        seen = [doc_id for doc_id, digest in _document_digests(rows).items() if digest in dumped]
+        seen = [doc_id for doc_id, digest in digests[shard].items() if digest in dumped]
         num_left_out += len(seen)
         kept = rows.filter(pc.invert(pc.is_in(rows["doc_id"], pa.array(seen, pa.int64()))))
         blocks = source_blocks(kept, tokenizer, max_length=source.adapt.max_length)
@@ -81,9 +86,10 @@ def _job(run: Run, step: Step, num_shards: int) -> TrainJob:
         run.console.print(f"{step.key}: {num_left_out} documents are left out: the fold that it dumps has equal ones")
     if not files:
         raise StageError(
-            f"{step.key} is trained on the shards that it does not dump, and these {len(others)} of {num_shards} "
-            "contain no text to train on: lower shard.documents_per_shard, so that both halves of the shards do, then "
-            f"run {command(run, 'shard')} and the stages after it"
+            f"{step.key} is trained on the shards that it does not dump, and these {len(others)} of {len(digests)} "
+            f"contain no text to train on{' that the others do not hold, too' if num_left_out else ''}: lower "
+            "shard.documents_per_shard, so that both halves of the shards do, then run "
+            f"{command(run, 'shard')} and the stages after it"
         )
     return TrainJob(
         config=source.adapt.training(run.config.train, isolate=source.reads_conversations),

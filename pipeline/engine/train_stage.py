@@ -60,8 +60,11 @@ def _provenance(run: Run) -> dict[str, Any]:
 
 
 def _fitted_weights(run: Run, step: Step) -> dict[str, Any]:
-    """Return what the fit stage found; nothing of other stages, whose results are not a few numbers."""
-    return {"rows": result_rows(run.store.read(result_key(step))).to_pylist()} if step.stage == "fit" else {}
+    """Return what the fit stage found for the whole text; nothing of other stages, whose results are not a few numbers."""
+    if step.stage != "fit":
+        return {}
+    whole, *kinds = result_rows(run.store.read(result_key(step))).to_pylist()
+    return {"weights": whole, "num_kinds": len(kinds)}
 
 
 def run_training(run: Run) -> None:

@@ -101,6 +101,7 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     """Return a recorded configuration as this version would have recorded it.
 
     Before `documents` was recorded, a split that was not given was recorded as "train", and with a path it was not read.
+    `fuse.per` could be given without fitted weights, and was not read.
     """
 
     def without_split(dataset: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +111,9 @@ def _upgraded(config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(config.get("dataset"), dict):
         return config
     upgraded = {**config, "dataset": without_split(config["dataset"])}
+    fuse = config.get("fuse")
+    if isinstance(fuse, dict) and fuse.get("function") != "fitted":
+        upgraded["fuse"] = {name: value for name, value in fuse.items() if name != "per"}
     evaluation = config.get("eval")
     if isinstance(evaluation, dict) and evaluation.get("texts"):
         upgraded["eval"] = {**evaluation, "texts": [without_split(text) for text in evaluation["texts"]]}

@@ -13,7 +13,7 @@ from pipeline.run.shard_plan import plan_key
 from pipeline.run.steps import Step
 from pipeline.settings.run import RunConfig
 from stages.contract.digest import sha256
-from stages.contract.manifest import DataFile, Manifest, manifest_key, stage_folder
+from stages.contract.manifest import DataFile, InputRef, Manifest, manifest_key, stage_folder
 from stages.contract.store import Store
 from train.job import MANIFEST
 
@@ -74,7 +74,7 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
     Raises:
         ValueError: a manifest there is of another plan.
     """
-    folder = folder_there(step, other)
+    folder = _folder_there(step, other)
     manifests = {} if folder is None else other.manifests(folder)
     taken, other_rows = [], []
     for shard in pending:
@@ -87,32 +87,39 @@ def import_shards(step: Step, store: Store, other: Store, pending: list[int], nu
                 f"{manifest.fingerprint}; expected {num_shards}, {step.fingerprint}: remove logits_from, or repair "
                 "that run with `ptafuse verify`"
             )
-        if not _same_inputs(manifest, step, store):
+        inputs = _inputs_here(manifest, step, store)
+        if inputs is None:
             other_rows.append(shard)
             continue
-        moved = manifest.model_copy(
-            update={"stage": step.key, "data": _at(manifest.data, other), "quarantine": _at(manifest.quarantine, other)}
-        )
+        files = {"data": _at(manifest.data, other), "quarantine": _at(manifest.quarantine, other)}
+        moved = manifest.model_copy(update={"stage": step.key, "inputs": inputs, **files})
         store.create(manifest_key(step.folder, shard), moved.to_bytes())
         taken.append(shard)
     return ImportedShards(tuple(taken), tuple(other_rows))
 
 
-def folder_there(step: Step, other: Store) -> str | None:
-    """Find the step's folder in another run directory, where models may have other names; None if it is not there."""
+def _folder_there(step: Step, other: Store) -> str | None:
+    """Find the step's folder in the other run directory, where models may have other names."""
     if step.model is None:
         return step.folder
     keys = [f"{step.stage}/{name}" for name in other.names(step.stage)]
     return next((stage_folder(key, step.fingerprint) for key in keys if step.fingerprint in other.names(key)), None)
 
 
-def _same_inputs(manifest: Manifest, step: Step, store: Store) -> bool:
-    """Return whether a shard was computed from exactly the rows, and by the adapted model, that this run directory has."""
-    return all(
-        _digest_here(store, reference.folder, manifest.shard) == reference.data_sha256
-        for name, reference in manifest.inputs.items()
-        if name in step.inputs  # the frozen plan, which the shard stage reads, is copied
-    )
+def _inputs_here(manifest: Manifest, step: Step, store: Store) -> dict[str, InputRef] | None:
+    """Return the inputs of a shard by their folders here, where models may have other names.
+
+    None if this run directory has other rows, or another adapted model, than the shard was computed from.
+    """
+    inputs = dict(manifest.inputs)
+    for name, reference in manifest.inputs.items():
+        if name not in step.inputs:
+            continue  # the frozen plan, which is copied
+        folder = stage_folder(step.inputs[name], reference.folder.rpartition("/")[2])
+        if _digest_here(store, folder, manifest.shard) != reference.data_sha256:
+            return None
+        inputs[name] = reference.model_copy(update={"folder": folder})
+    return inputs
 
 
 def _digest_here(store: Store, folder: str, shard: int) -> str | None:

@@ -8,19 +8,20 @@ resumes from the folder if that outlives the process, else from the newest copy.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.run.session import Run, StageError, command
-from pipeline.run.sharing import folder_there
 from pipeline.run.stage_table import FUSED
 from pipeline.run.steps import Step
 from stages.contract.digest import file_sha256, sha256
-from stages.contract.store import Store
+from stages.contract.manifest import stage_folder
+from stages.contract.store import Store, publish_folder
 from stages.models.config import ModelConfig
 from train.job import MANIFEST
 from train.model.card import CARD
-from train.model.publish import LOGS
+from train.model.publish import LOGS, publish_model
 
 if TYPE_CHECKING:
     from train.checkpoints.mirror import CheckpointMirror
@@ -114,35 +115,50 @@ def fetch_model(store: Store, folder: str, scratch: Path | None) -> Path:
 def import_model(run: Run, step: Step, other: Store) -> bool:
     """Copy an adapted source from another run directory, which trained it under the same fingerprint.
 
+    The source may have another name there.
+
     Returns:
         Whether it is there.
 
     Raises:
-        FileNotFoundError, ValueError: a file of it is missing there, or is not the one that its manifest names.
+        ValueError: a file of it is missing there, or is not the one that its manifest names; says what to run.
     """
-    folder = folder_there(step, other)
-    if folder is None or not other.exists(f"{folder}/{MANIFEST}"):
+    folders = [stage_folder(f"{step.stage}/{name}", step.fingerprint) for name in other.names(step.stage)]
+    folder = next((folder for folder in folders if other.exists(f"{folder}/{MANIFEST}")), None)
+    if folder is None:
         return False
     raw = other.read(f"{folder}/{MANIFEST}")
-    model = fetch_model(other, folder, run.config.engine.scratch)
-    here = local_folder(run, step) / "model"
-    here.mkdir(parents=True, exist_ok=True)
-    for name, digest in {**json.loads(raw)["model_files"], CARD: None}.items():
-        other.path(name)  # refuses one that would leave the folder
-        if digest is not None and file_sha256(model / name) != digest:
-            raise ValueError(
-                f"{other.url}/{folder}/model/{name} is not the file that was written: run `ptafuse verify {other.url} "
-                "--repair`, or remove logits_from to adapt the source here"
-            )
-        if run.store.is_local:
-            shutil.copyfile(model / name, here / name)
-        else:
-            run.store.upload(f"{step.folder}/model/{name}", model / name)
-    for log in LOGS:
-        if other.exists(f"{folder}/{log}"):
-            run.store.replace(f"{step.folder}/{log}", other.read(f"{folder}/{log}"))
-    run.store.create(f"{step.folder}/{MANIFEST}", raw)
+    output = local_folder(run, step)
+    try:
+        _copy_model(
+            fetch_model(other, folder, run.config.engine.scratch), output / "model", json.loads(raw)["model_files"]
+        )
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(
+            f"{other.url}/{folder} is marked as done, and its model cannot be copied: {error}. Run `ptafuse verify "
+            f"{other.url} --repair` and then {command(run, step.stage)}, or remove logits_from: both adapt the source here"
+        ) from error
+    for name in LOGS:
+        if other.exists(f"{folder}/{name}"):
+            (output / name).write_bytes(other.read(f"{folder}/{name}"))
+    Store(str(output)).replace(MANIFEST, raw)
+    if not run.store.is_local:
+        publish_model(output, run.store.full_url(step.folder))
     return True
+
+
+def _copy_model(source: Path, folder: Path, files: Mapping[str, str]) -> None:
+    """Copy the files of a finished model and its card, checked by their hashes; the folder appears whole."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    for name, digest in {**files, CARD: None}.items():
+        copy = temporary / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, copy)
+        if digest is not None and file_sha256(copy) != digest:
+            raise ValueError(f"{source / name} is not the file that was written")
+    publish_folder(temporary, folder)
 
 
 def evaluated_model(run: Run, step: Step) -> ModelConfig:

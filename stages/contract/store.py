@@ -12,6 +12,7 @@ bytes than its own has lost the race. See docs/faults.md.
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -384,6 +385,16 @@ class Store:
         finally:
             with contextlib.suppress(OSError):  # if it cannot be removed, a hidden file is left that nothing reads
                 temporary.unlink(missing_ok=True)
+
+
+def publish_folder(temporary: Path, folder: Path) -> None:
+    """Give a finished folder its name, over an older one; it appears whole, and survives a power cut."""
+    for path in temporary.rglob("*"):
+        sync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.replace(folder)
+    sync(folder.parent)
 
 
 def sync(path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from stages.contract.digest import file_sha256
-from stages.contract.store import sync
+from stages.contract.store import publish_folder, sync
 from stages.models.config import ModelConfig
 from train.job import MANIFEST
 from train.model.card import CARD
@@ -44,12 +44,7 @@ def export_model(
     carry_over(original, temporary)
     keep_conversations(original, temporary)
     (temporary / CARD).write_text(card)
-    for path in temporary.rglob("*"):
-        sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)  # no manifest names it: an attempt that was interrupted before its manifest
-    temporary.replace(folder)
-    sync(folder.parent)
+    publish_folder(temporary, folder)  # no manifest names an older one: it was interrupted before its manifest
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / CARD)
     return {str(path.relative_to(folder)): file_sha256(path) for path in files}
 

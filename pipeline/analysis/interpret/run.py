@@ -40,7 +40,12 @@ log = logging.getLogger(__name__)
 
 def folder_of(run: ResolvedRun) -> str:
     """Return the folder of a configuration's figures in the run directory."""
-    settings = {"interpret": run.config.interpret.result_settings(), "kind_column": run.config.dataset.kind_column}
+    fuse = run.config.fuse
+    settings = {
+        "interpret": run.config.interpret.result_settings(),
+        "kind_column": run.config.dataset.kind_column,
+        "judged": [fuse.granularity, fuse.unit],  # also where fuse itself does not read them
+    }
     return f"interpret/{fingerprint('interpret', VERSION, settings, {'fuse': run.steps['fuse'].fingerprint})}"
 
 

@@ -14,10 +14,13 @@ NGRAM: Final = 13
 
 _UNSPACED: Final = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 """Scripts that write no spaces between words (Thai, Lao, Burmese, Khmer, Kana, Han): each character counts as a word."""
-# With the marks that follow a letter (the vowel signs of Hindi, say), and the joiners between letters.
+# With the marks that follow a letter: the vowel signs of Hindi, say.
 _WORD: Final = regex.compile(
-    rf"[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}_\u200c\u200d]--[{_UNSPACED}]]+", regex.VERSION1
+    rf"[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{N}}_]--[{_UNSPACED}]][[\p{{L}}\p{{M}}\p{{N}}_]--[{_UNSPACED}]]*",
+    regex.VERSION1,
 )
+_INVISIBLE: Final = regex.compile("[\u00ad\u200b-\u200d\u20e3\u2060\ufe00-\ufe0f\ufeff\U000e0100-\U000e01ef]+")
+"""Soft hyphens, joiners, variation selectors: how a word is shown, not which one it is."""
 _MULTIPLIER: Final = np.uint64(0x9E3779B97F4A7C15)
 _MAX_WORDS_KNOWN: Final = 2_000_000
 """Number of distinct words whose hashes are cached, about 250 MB; then the table is cleared."""
@@ -83,7 +86,7 @@ class OverlapIndex:
 
 def words(text: str) -> list[str]:
     """Return the words of a text, case and punctuation left out, and however its characters are composed."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+    return _WORD.findall(_INVISIBLE.sub("", unicodedata.normalize("NFKC", text)).lower())
 
 
 class _WordHashes:

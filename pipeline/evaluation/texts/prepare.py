@@ -16,7 +16,7 @@ from pipeline.dataset.files import reading
 from pipeline.evaluation.texts.choose import NO_KIND, choose_documents, shorten
 from pipeline.evaluation.texts.describe import describe_counts
 from pipeline.evaluation.texts.overlap import Overlap, OverlapIndex
-from pipeline.run.session import Run, StageError, command
+from pipeline.run.session import Run, StageError
 from pipeline.run.stage_table import eval_key
 from pipeline.settings.texts import TEXT_VERSION, TextConfig
 from stages.contract.fingerprint import fingerprint
@@ -75,6 +75,8 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
             ``refuse``.
         FileNotFoundError, DatasetError: a text's files cannot be read.
     """
+    if not names:
+        return {}
     texts = {name: run.config.eval.find_text(name) for name in names}
     known = {name: _read_overlaps(run, text) for name, text in texts.items()}
     documents: dict[str, list[_Document]] = {}
@@ -86,7 +88,7 @@ def prepare_texts(run: Run, names: Sequence[str], num_shards: int) -> dict[str, 
     tokenizers = {model.name: SegmentTokenizer.load(model) for model in run.config.models}
     prepared = {}
     for name, text in texts.items():
-        kept, counts = _keep(run, text, documents[name], known[name] or {})
+        kept, counts = _keep(text, documents[name], known[name] or {})
         cut = _cut_conversations if text.has_conversations else _segments
         segments, uncut = cut(text, kept, tokenizers, run.config.shard.max_length)
         scored = {segment.doc_id for segment in segments}
@@ -242,7 +244,7 @@ def _joined(segments: Sequence[SegmentText]) -> str:
 
 
 def _keep(
-    run: Run, text: TextConfig, documents: Sequence[_Document], overlaps: Mapping[int, Overlap]
+    text: TextConfig, documents: Sequence[_Document], overlaps: Mapping[int, Overlap]
 ) -> tuple[list[_Document], dict[str, int]]:
     """Leave out documents that cannot be scored.
 
@@ -264,7 +266,7 @@ def _keep(
         raise StageError(
             f"{text.section}: {len(shared)} of its {len(documents)} documents share more than max_overlap = "
             f"{text.max_overlap} of their 13-grams with the training documents, or are one of them: {named}{more}. Remove them "
-            f'from the text, or set overlap = "filter" there, then run {command(run, "eval")}'
+            'from the text, or set overlap = "filter" there, then run the command again'
         )
     without = {document.doc_id for document in shared}
     kept = [document for document in readable if document.doc_id not in without]

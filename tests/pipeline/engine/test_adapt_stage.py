@@ -1,6 +1,7 @@
 """Sources trained on the run's own text: who is trained on what, who dumps what, and what is refused."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.run.records import recorded_run
 from pipeline.run.steps import ResolvedRun
 from pipeline.settings.adapt import AdaptConfig
 from pipeline.settings.load import load_config
+from stages.contract.digest import file_sha256, sha256
 from stages.contract.schemas import SHARD, shard_schema
 from stages.contract.store import Store
 from stages.logits.stage import LogitsStage
@@ -212,6 +214,59 @@ def test_another_run_takes_over_the_adapted_models_and_their_logits(config: Path
 
 
 @pytest.mark.slow
+def test_a_source_of_another_name_is_taken_over_with_files_in_subfolders(
+    config: Path, run: Path, tmp_path: Path
+) -> None:
+    source, renamed = tmp_path / "other", tmp_path / "renamed.toml"
+    shutil.copytree(run, source)
+    steps = resolved(run).steps
+    folder = source / steps["adapt/neox-even"].folder
+    (source / "adapt/aaa-even" / folder.name / "blocks").mkdir(parents=True)  # of an attempt that was not finished
+    nested = folder / "model" / "additional_chat_templates" / "tool_use.jinja"
+    nested.parent.mkdir()
+    nested.write_text("{{ messages }}")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["model_files"]["additional_chat_templates/tool_use.jinja"] = file_sha256(nested)
+    raw = (json.dumps(manifest, indent=1) + "\n").encode()
+    (folder / "manifest.json").write_bytes(raw)
+    for path in (source / steps["logits/neox"].folder / "manifests").glob("shard-*.json"):
+        value = json.loads(path.read_text())
+        if "even" in value["inputs"]:
+            value["inputs"]["even"] |= {"data_sha256": sha256(raw), "manifest_sha256": sha256(raw)}
+            path.write_text(json.dumps(value))
+    renamed.write_text(config.read_text().replace('name = "neox"', 'name = "pythia"'))
+    here = tmp_path / "here"
+    arguments = (str(renamed), "--run", str(here), "--local", "--upstream", "--set", f"logits_from={source}")
+    shown = ptafuse("logits", *arguments).stdout
+    assert "adapt/pythia-even: the model is copied from" in shown
+    assert re.search(r"logits/pythia: (\d+) of \1 shards are read in", shown)
+    model = here / resolved(here).steps["adapt/pythia-even"].folder / "model"
+    assert (model / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ messages }}"
+    assert "; 0 shards or models do not" in ptafuse("verify", str(here)).stdout
+    inputs = {
+        reference["folder"].split("/")[1]
+        for path in here.glob("logits/pythia/*/manifests/shard-*.json")
+        for name, reference in json.loads(path.read_text())["inputs"].items()
+        if name != "shard"
+    }
+    assert inputs == {"pythia-even", "pythia-odd"}, "its manifests name the models of this run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("missing", ["README.md", "model.safetensors"])
+def test_a_model_without_all_its_files_is_not_taken_over(config: Path, run: Path, tmp_path: Path, missing: str) -> None:
+    source = tmp_path / "other"
+    shutil.copytree(run, source)
+    next(source.glob(f"adapt/neox-even/*/model/{missing}")).unlink()
+    arguments = ("--run", str(tmp_path / "here"), "--local", "--upstream", "--set", f"logits_from={source}")
+    refused = ptafuse("adapt", str(config), *arguments, check=False)
+    assert refused.returncode == 1
+    assert "is marked as done, and its model cannot be copied:" in refused.stderr
+    assert missing in refused.stderr
+    assert "or remove logits_from: both adapt the source here" in refused.stderr
+
+
+@pytest.mark.slow
 def test_a_damaged_model_is_not_taken_over(config: Path, run: Path, tmp_path: Path) -> None:
     source = tmp_path / "other"
     shutil.copytree(run, source)
@@ -221,7 +276,7 @@ def test_a_damaged_model_is_not_taken_over(config: Path, run: Path, tmp_path: Pa
     arguments = ("--run", str(here), "--local", "--upstream", "--set", f"logits_from={source}")
     refused = ptafuse("adapt", str(config), *arguments, check=False)
     assert refused.returncode == 1
-    assert f"{weights.name} is not the file that was written: run `ptafuse verify {source} --repair`" in refused.stderr
+    assert f"{weights.name} is not the file that was written. Run `ptafuse verify {source} --repair`" in refused.stderr
     assert not list(here.glob("adapt/neox-even/*/manifest.json"))
 
 
