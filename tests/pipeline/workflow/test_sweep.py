@@ -167,7 +167,7 @@ def test_the_demo_s_configurations_are_named_without_a_seed() -> None:
 def test_a_sweep_that_is_not_there_is_refused_with_the_shipped_ones() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"no such sweep: nope\.toml.*demo-paper, demo, study-docs-test, study-docs-whole, "
+        match=r"no such sweep: nope\.toml.*demo-paper, demo, study-docs-qwen-test, study-docs-test, study-docs-whole, "
         r".*study-mixed-test, study-two-sources-test",
     ):
         load_sweep(Path("nope.toml"))
