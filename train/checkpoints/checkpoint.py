@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
 
 from stages.contract.store import sync
 from stages.contract.tracebacks import shows_tracebacks
@@ -186,7 +187,8 @@ class Checkpoints:
         Returns when the tensors are copied; a thread commits the checkpoint when all workers' files are on disk.
 
         Raises:
-            OSError: the checkpoint before this one could not be written; torch may raise its own errors for it.
+            OSError: the disk has no room for it, or the checkpoint before this one could not be written; torch may raise its
+                own errors for that.
         """
         self.wait()  # one checkpoint at a time: two would hold two copies of the tensors
         folder = checkpoint_folder(self._output, state.step)
@@ -194,8 +196,11 @@ class Checkpoints:
             shutil.rmtree(folder)  # left over from the same step of the same job
         self._workers.wait_for_all()  # no worker may write before the old folder is gone
         tensors, _ = self._tensors()
+        num_bytes = _local_bytes(tensors)
+        with self._workers.fail_together():
+            _require_space(folder, num_bytes)
         written = async_save(tensors, checkpoint_id=folder, process_group=self._workers.storage)
-        self._pending = self._thread.submit(self._commit, cast(Future, written), folder, state)
+        self._pending = self._thread.submit(self._commit, cast(Future, written), folder, state, num_bytes)
 
     def wait(self) -> None:
         """Block until no checkpoint is being written.
@@ -207,8 +212,12 @@ class Checkpoints:
         if pending is not None:
             pending.result()
 
-    def _commit(self, written: Future, folder: Path, state: TrainState) -> None:
-        written.result()  # returns when every worker has written its shards
+    def _commit(self, written: Future, folder: Path, state: TrainState, num_bytes: int) -> None:
+        try:
+            written.result()  # returns when every worker has written its shards
+        except Exception:
+            _require_space(folder, num_bytes)  # torch reports a disk that became full as an error of its file format
+            raise
         if self._workers.is_first:
             # Each file reaches the disk before the next one is written, so that COMMITTED never precedes what it vouches for.
             (folder / STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
@@ -255,6 +264,28 @@ class Checkpoints:
             )
         finally:
             self._thread.shutdown()
+
+
+def _local_bytes(tensors: dict[str, dict[str, Any]]) -> int:
+    """Return the size of what this worker writes of a checkpoint."""
+    fields = [value for state in tensors["optimizer"].values() for value in state.values()]
+    values = [value for value in (*tensors["model"].values(), *fields) if isinstance(value, torch.Tensor)]
+    return sum((value.to_local() if isinstance(value, DTensor) else value).nbytes for value in values)
+
+
+def _require_space(folder: Path, num_bytes: int) -> None:
+    """Refuse to write a checkpoint that does not fit on the disk.
+
+    Raises:
+        OSError: says how much is missing, and what to do.
+    """
+    free = shutil.disk_usage(folder.parent).free
+    if free < num_bytes:
+        raise OSError(
+            f"{folder} cannot be written: a checkpoint takes {num_bytes / 1e9:.2f} GB, and its disk has {free / 1e9:.2f} GB "
+            "left. Free some space (`ptafuse gc` removes what no manifest names; train.keep_checkpoints = 1 keeps one), then "
+            "run the same command: it continues from the newest checkpoint"
+        )
 
 
 def _read_state(folder: Path, expected: TrainState) -> TrainState:

@@ -1,3 +1,4 @@
+from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
@@ -146,6 +147,24 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_older_on
 
     monkeypatch.setattr(train.checkpoints.checkpoint, "sync", full)
     with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, pair, alone, replace(STATE, step=4), keep=1)
+    monkeypatch.undo()
+    assert restore(tmp_path, trained(alone, 2, steps=0), alone).step == 2
+
+
+@pytest.mark.parametrize("fills_up", [False, True], ids=["before", "while it is written"])
+def test_a_disk_without_room_is_said_and_leaves_the_older_one(tmp_path, alone, monkeypatch, fills_up):
+    import train.checkpoints.checkpoint as module
+
+    pair = trained(alone, 1)
+    save(tmp_path, pair, alone, replace(STATE, step=2))
+    real, answers = module.shutil.disk_usage, iter([10**12, 0] if fills_up else [0])
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: real(path)._replace(free=next(answers)))
+    if fills_up:
+        failed = Future()
+        failed.set_exception(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"))
+        monkeypatch.setattr(module, "async_save", lambda *_, **__: failed)
+    with pytest.raises(OSError, match=r"checkpoint-000004 cannot be written: a checkpoint takes .* GB left. Free some"):
         save(tmp_path, pair, alone, replace(STATE, step=4), keep=1)
     monkeypatch.undo()
     assert restore(tmp_path, trained(alone, 2, steps=0), alone).step == 2
