@@ -74,8 +74,8 @@ def wrap_training(module) -> None:
     """Point ``data`` of ``train.checkpoints.checkpoint``."""
     commit = module.Checkpoints._commit
 
-    def faulty(self, written, folder, state):
-        commit(self, written, folder, state)
+    def faulty(self, written, folder, state, *arguments):
+        commit(self, written, folder, state, *arguments)
         if self._workers.is_first:
             reach("data", "train", state.step)
 
